@@ -1,0 +1,188 @@
+"""What one stage hands the next: folders that are complete or absent, and know what they were made from.
+
+    RUN/
+      config.json environment.json log.txt metrics.jsonl report.html ...
+      ancestry/ distil/ pool/ finetune/ evaluate/ descend/ export/
+        artifact.json     stage, id, configuration, inputs, sha256 of every file, facts
+
+A stage writes into `RUN/.STAGE.partial`, which is renamed when whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from lgp_dist.config import RunConfig, meaning
+from lgp_dist.errors import UserError
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name, then renames."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete stage."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """Hash over configuration, inputs and files."""
+        return self.record["id"]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stage measured."""
+        return self.record["facts"]
+
+    def check_files(self) -> None:
+        """UserError where a file is missing or differs from its hash."""
+        for name, digest in self.record["files"].items():
+            path = self.folder / name
+            if not path.is_file() or sha256(path) != digest:
+                raise UserError(
+                    f"{path} is missing or damaged (its sha256 differs from artifact.json): make the stage again with "
+                    f"`lgp {self.record['stage']} ... --force`."
+                )
+
+    def tensors(self, name: str) -> dict[str, Any]:
+        """The tensors of one of its safetensors files."""
+        return load_tensors(self.folder / name)
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Tensors of a safetensors file by name; UserError where it is missing or damaged."""
+    try:
+        return load(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: name a safetensors file that does.") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): name another, or make it again.") from None
+
+
+def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """Writes tensors as safetensors."""
+    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The folder of one run."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunDirectory":
+        """`config.run_dir`, or runs/RECIPE."""
+        return cls(Path(config.run_dir or f"runs/{config.recipe}"))
+
+    def check_writable(self) -> None:
+        """UserError where the folder cannot be made or written to."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.root) as file:
+                file.write(b"\0" * 65536)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"The run directory {self.root} cannot be written to ({error.strerror}): free space, or choose another "
+                "with --run-dir."
+            ) from None
+
+    def find(self, stage: str) -> Artifact | None:
+        """The stage's artifact, if it is complete."""
+        path = self.root / stage / "artifact.json"
+        if not path.is_file():
+            return None
+        try:
+            return Artifact(path.parent, json.loads(path.read_text()))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid JSON ({error}): make the stage again with --force.") from None
+
+    def is_current(self, stage: str, config: RunConfig) -> bool:
+        """Whether the stage is complete; UserError where it was made with other settings or from other inputs."""
+        artifact = self.find(stage)
+        if artifact is None:
+            return False
+        path, now = artifact.folder / "artifact.json", meaning(config, stage)
+        made = artifact.record["config"]
+        changed = [key for key in sorted(made.keys() | now.keys()) if made.get(key) != now.get(key)]
+        if changed:
+            shown = "; ".join(f"{key} was {made.get(key)!r}, now {now.get(key)!r}" for key in changed[:5])
+            raise UserError(
+                f"{path} was made with other settings ({shown}): choose another --run-dir, or make it again "
+                "with --force."
+            )
+        for name, made_from in artifact.record["inputs"].items():
+            current = self.find(name)
+            if current is None or current.id != made_from:
+                raise UserError(
+                    f"{path} was made from another {name} than {self.root / name} holds now: make it again with "
+                    "--force."
+                )
+        artifact.check_files()
+        return True
+
+    def require(self, stage: str, config: RunConfig) -> Artifact:
+        """The stage's artifact, whole and made with these settings; UserError otherwise."""
+        if not self.is_current(stage, config):
+            raise UserError(
+                f"{self.root / stage} does not hold a complete artifact: run `lgp {stage} {config.recipe}` first."
+            )
+        found = self.find(stage)
+        assert found is not None
+        return found
+
+    def write(
+        self,
+        stage: str,
+        config: RunConfig,
+        inputs: list[Artifact],
+        fill: Callable[[Path], dict[str, Any]],
+        provenance: dict[str, Any],
+    ) -> Artifact:
+        """Makes the stage's artifact. `fill` writes files into a folder and returns facts."""
+        partial, final = self.root / f".{stage}.partial", self.root / stage
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        facts = fill(partial)
+        files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
+        identity = {
+            "stage": stage,
+            "config": meaning(config, stage),
+            "inputs": {artifact.record["stage"]: artifact.id for artifact in inputs},
+            "files": {name: sha256(path) for name, path in files.items()},
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        record = {"id": digest, "created": created, **provenance, "facts": facts, **identity}
+        write_json(partial / "artifact.json", record)
+        old = self.root / f".{stage}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
+        return Artifact(final, record)

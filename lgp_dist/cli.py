@@ -1,0 +1,196 @@
+"""The command line: `lgp STAGE RECIPE [overrides]`. Thin: what a command needs is imported when it is called."""
+
+import errno
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lgp_dist.config import STAGES, RunConfig
+from lgp_dist.errors import UserError
+from lgp_dist.paths import PathSpace
+from lgp_dist.recipes import RECIPES
+
+# The value itself is a type, and mypy cannot know it: tyro makes one subcommand per recipe, with its fields as options.
+Recipe = Annotated[
+    tyro.extras.subcommand_type_from_defaults(  # type: ignore[valid-type]
+        {name: recipe() for name, recipe in RECIPES.items()},
+        descriptions={name: (recipe.__doc__ or "").splitlines()[0] for name, recipe in RECIPES.items()},
+        prefix_names=False,
+    ),
+    tyro.conf.arg(name=""),
+]
+
+SUMMARIES = {
+    "ancestry": "Train or load the frozen teacher.",
+    "distil": "Distil the ancestry into the rows of the pool.",
+    "pool": "Put rows together and start the stitch layers.",
+    "finetune": "Train all paths, each rank on its own.",
+    "evaluate": "Accuracy and cost of every path.",
+    "descend": "Choose the best path within a budget.",
+    "export": "Write a descendant as a standalone model.",
+}
+"""Help of the stages' commands."""
+
+NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
+
+app = tyro.extras.SubcommandApp()
+
+
+def _stage_command(stage: str) -> None:
+    def command(recipe: Recipe) -> None:
+        _guarded(lambda: _run(recipe, (stage,)), recipe.debug)
+
+    command.__doc__ = SUMMARIES[stage]
+    app.command(command, name=stage)
+
+
+for _stage in STAGES:
+    _stage_command(_stage)
+
+
+@app.command
+def run(recipe: Recipe) -> None:
+    """All stages in order, skipping those that are complete."""
+    _guarded(lambda: _run(recipe, STAGES), recipe.debug)
+
+
+@app.command
+def paths(recipe: Recipe, json: bool = False) -> None:  # noqa: A002  the flag's name
+    """List a pool's paths and what each costs.
+
+    Args:
+        json: Print a list of objects with the fields of paths.json.
+    """
+    _guarded(lambda: _paths(recipe, as_json=json), recipe.debug)
+
+
+@dataclass(frozen=True)
+class Build:
+    """Make shards of a data set."""
+
+    dataset: Annotated[str, tyro.conf.Positional]
+    """fashion-mnist."""
+    out: Path
+    """Folder to make; must not exist, or be empty."""
+    source: Path = Path("/usr/share/datasets/fashion-mnist")
+    """Folder of the idx files, as Debian's package dataset-fashion-mnist has them."""
+    train: int = 0
+    """Training images; 0 for all."""
+    test: int = 0
+    """Test images; 0 for all."""
+    seed: int = 0
+    """Of the shuffle."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Write manifest and index beside shards from elsewhere."""
+
+    root: Annotated[Path, tyro.conf.Positional]
+    """Folder of the tars."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check hashes, structure, images and labels of shards."""
+
+    root: Annotated[Path, tyro.conf.Positional]
+    """Folder of the tars."""
+
+
+ShardsAction = Annotated[
+    Annotated[Build, tyro.conf.subcommand("build", prefix_name=False)]
+    | Annotated[Index, tyro.conf.subcommand("index", prefix_name=False)]
+    | Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)],
+    tyro.conf.arg(name=""),
+]
+
+
+@app.command
+def shards(action: ShardsAction) -> None:
+    """Build, index and verify shards."""
+    _guarded(lambda: _shards(action), debug=False)
+
+
+def _run(config: RunConfig, stages: tuple[str, ...]) -> None:
+    from lgp_dist.pipeline import run_stages  # torch, timm and deepspeed: 15 s that `lgp --help` must not wait for
+
+    run_stages(config, stages)
+
+
+def _paths(config: RunConfig, *, as_json: bool) -> None:
+    space = PathSpace.from_config(config)
+    rows = sorted((space.describe(path) for path in space.paths), key=lambda row: row["flops"])
+    if as_json:
+        unmeasured = [{**row, "top1": None, "top5": None} for row in rows]
+        sys.stdout.write(json.dumps(unmeasured, indent=2) + "\n")
+        return
+    lines = [f"{'key':<24}{'low':>5}{'high':>5}{'params M':>10}{'paper M':>10}{'GFLOPs':>9}"]
+    for row in rows:
+        millions = [f"{row[name] / 1e6:>10.2f}" for name in ("params", "params_paper")]
+        lines.append(f"{row['key']:<24}{row['low']:>5}{row['high']:>5}{''.join(millions)}{row['flops'] / 1e9:>9.2f}")
+    total = f"{len(rows)} paths, {len(space.stitch_widths)} stitch layers, {space.stored_params / 1e6:.2f} M stored"
+    sys.stdout.write("\n".join([*lines, total]) + "\n")
+
+
+def _shards(action: Build | Index | Verify) -> None:
+    from lgp_dist.data.build import build_fashion_mnist  # torch and webdataset, as above
+    from lgp_dist.data.index import index_shards, verify_shards
+
+    if isinstance(action, Build):
+        if action.dataset != "fashion-mnist":
+            raise UserError(f"shards build knows no data set {action.dataset!r}: name fashion-mnist.")
+        build_fashion_mnist(action.source, action.out, action.train or None, action.test or None, seed=action.seed)
+    elif isinstance(action, Index):
+        index_shards(action.root)
+    elif problems := verify_shards(action.root):
+        raise UserError(f"{action.root} has {len(problems)} problem(s): " + "; ".join(problems))
+    else:
+        sys.stdout.write(f"{action.root}: every shard and image is whole\n")
+
+
+def _guarded(call: Callable[[], None], debug: bool) -> None:
+    """Turns what a person can put right into one sentence and status 2."""
+    try:
+        call()
+    except UserError as error:
+        _fail(str(error), debug)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        where = error.filename or "the run directory"
+        _fail(f"{where} cannot be written ({error.strerror}): free space, or choose another --run-dir.", debug)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(sentence: str, debug: bool) -> None:
+    """Says it once: rank 0 at once; another rank waits, and is ended by the launcher if rank 0 has failed too."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(3)
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"lgp: {sentence}\n" if rank == 0 else f"lgp (rank {rank}): {sentence}\n")
+    sys.stderr.flush()
+    sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of `lgp` and `python -m lgp_dist`."""
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app.cli(
+        prog="lgp",
+        description="Learngene Pool: variable-sized vision models from one pretrained model.",
+        config=(tyro.conf.CascadeSubcommandArgs,),
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )

@@ -1,0 +1,320 @@
+"""Every number a person may choose, as frozen dataclasses with units in the field docs.
+
+A field whose metadata holds ``free`` may differ between runs without changing what is computed (workers, logging,
+the run directory); all others belong to the meaning of a run and are compared before an artifact is used again.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Precision = Literal["fp32", "bf16"]
+Levels = Literal["none", "last", "dense"]
+StitchInit = Literal["transformation", "transformation_paper", "transformation_pinv", "least_squares", "random"]
+Policy = Literal["independent", "shared"]
+LossScale = Literal["sample", "paper"]
+
+
+def free(default: Any) -> Any:
+    """A field that does not belong to the meaning of a run."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Training augmentation, applied by timm's transforms with a generator per sample."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop, as a share of the image."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter."""
+    auto_augment: str = ""
+    """timm's name of an automatic augmentation, e.g. rand-m9-mstd0.5-inc1; empty for none."""
+    random_erase: float = 0.0
+    """Probability of erasing a rectangle."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how an image becomes a tensor."""
+
+    root: str = "shards/imagenet"
+    """Folder that holds manifest.json and the tars."""
+    train_split: str = "train"
+    """Split to train on."""
+    val_split: str = "validation"
+    """Split to evaluate on."""
+    image_size: int = 224
+    """Side of the square input, pixels."""
+    channels: int = 3
+    """1 for grey, 3 for RGB images."""
+    num_classes: int = 1000
+    """Labels are 0 .. num_classes - 1."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel, on a scale of 0 to 1."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel, on a scale of 0 to 1."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Resampling for resize and crop."""
+    crop_pct: float = 0.875
+    """Share of the resized image that the evaluation's centre crop keeps."""
+    augment: AugmentConfig = AugmentConfig()
+    """Training augmentation."""
+    workers: int = free(8)
+    """Decoding processes per rank; 0 decodes in the training process."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run of the loop."""
+
+    epochs: float = 100.0
+    """Passes over the training split."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps; 0 for no limit. The schedule shrinks to fit."""
+    batch_size: int = 128
+    """Images per optimizer step, over all ranks and micro-steps."""
+    accumulate: int = 1
+    """Micro-steps per optimizer step."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float = 5.0
+    """Linear warm-up from min_lr, epochs."""
+    weight_decay: float = 0.05
+    """AdamW's decay of matrices; vectors, tokens and transformations have none."""
+    clip_grad: float = 0.0
+    """Largest gradient norm; 0 for no clipping."""
+    mixup: float = 0.0
+    """Mixup's alpha; 0 for none."""
+    cutmix: float = 0.0
+    """CutMix's alpha; 0 for none."""
+    label_smoothing: float = 0.0
+    """Weight that is spread over all classes."""
+    log_every: int = free(20)
+    """Optimizer steps between two writes of the log."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the work is computed."""
+
+    precision: Precision = "bf16"
+    """bf16 keeps parameters, gradients and optimizer in fp32 and computes under autocast."""
+    device: Literal["auto", "cpu", "cuda"] = free("auto")
+    """auto takes the GPU if there is one."""
+    threads: int = free(0)
+    """CPU threads per rank; 0 shares the machine's cores between its ranks."""
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """One row of the pool: an auxiliary model."""
+
+    width: int
+    """Embedding width of every block."""
+    heads: int
+    """Attention heads."""
+    levels: Levels
+    """Which blocks are distilled: none, the last, or three levels (dense)."""
+    drop_path: float = 0.0
+    """Largest stochastic-depth rate in distillation."""
+
+
+@dataclass(frozen=True)
+class AncestryConfig:
+    """The frozen teacher."""
+
+    model: str = "deit_base_patch16_224"
+    """timm's name, or `vit` for a plain ViT of the fields below."""
+    width: int = 768
+    """Embedding width."""
+    depth: int = 12
+    """Blocks."""
+    heads: int = 12
+    """Attention heads."""
+    source: Literal["hub", "file", "train"] = "hub"
+    """hub takes timm's pretrained weights, file takes `weights`, train trains it on the training split."""
+    weights: str = ""
+    """A safetensors file of timm's names, for source file."""
+    drop_path: float = 0.1
+    """Largest stochastic-depth rate, for source train."""
+    train: TrainConfig = TrainConfig(epochs=300.0, batch_size=1024)
+    """For source train."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The pool's shape."""
+
+    patch_size: int = 16
+    """Side of a patch, pixels; the ancestry has the same."""
+    depth: int = 6
+    """Blocks of every row."""
+    rows: tuple[RowConfig, ...] = (
+        RowConfig(width=192, heads=3, levels="dense"),
+        RowConfig(width=768, heads=12, levels="last", drop_path=0.1),
+    )
+    """Rows from narrow to wide."""
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """METHOD: L = alpha CE + (1 - alpha) (L_att + L_blk + L_pred), for each row."""
+
+    alpha: float = 0.1
+    """Weight of the labels' cross-entropy."""
+    tau: float = 1.0
+    """Temperature of the soft cross-entropy."""
+    loss_scale: LossScale = "sample"
+    """sample sums the soft cross-entropy over classes; paper averages it over them too."""
+    target_norm: Literal["layer", "none"] = "layer"
+    """layer normalises the ancestry's transformed outputs (no affine); none is the paper's choice."""
+    inverse_weight: float = 1.0
+    """Weight of the error of V, the map from narrow to wide; 0 learns no V, the paper's choice."""
+    train: TrainConfig = TrainConfig(epochs=100.0, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+    """The loop."""
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """How the pool is put together."""
+
+    stitch_init: StitchInit = "transformation"
+    """Where the stitch layers start from."""
+    samples: int = 2000
+    """Clean training images for means and least squares."""
+    ridge: float = 1e-3
+    """Ridge of the least squares, relative to the mean diagonal of the normal matrix."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Training of all paths."""
+
+    policy: Policy = "independent"
+    """How ranks draw their paths in a step."""
+    tau: float = 1.0
+    """Temperature of the soft cross-entropy to the ancestry."""
+    distil_weight: float = 1.0
+    """Weight of the soft cross-entropy; the labels' cross-entropy has 1. At 0 the ancestry does not run."""
+    loss_scale: LossScale = "sample"
+    """As in distillation."""
+    train: TrainConfig = TrainConfig(epochs=50.0)
+    """The loop."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Accuracy of every path."""
+
+    batch_size: int = 256
+    """Images per forward and rank."""
+    before: bool = True
+    """Also measure the pool as it was before fine-tuning."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits for `descend`; 0 for no limit. The best path that meets all of them is chosen."""
+
+    max_params: float = 0.0
+    """Parameters, all tensors counted."""
+    max_flops: float = 0.0
+    """Multiply-adds of one image."""
+    max_latency_ms: float = 0.0
+    """Median milliseconds of one image on this machine's CPU."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The standalone model."""
+
+    path: str = ""
+    """Key of the path to export; empty for the choice of `descend`."""
+    images: int = 64
+    """Validation images on which the export must equal the path."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A complete run, from shards to an exported descendant."""
+
+    recipe: str
+    """Name of the recipe that this began as."""
+    seed: int = 0
+    """Seeds initialisation, order, augmentation and paths."""
+    data: DataConfig = DataConfig()
+    """Shards and input."""
+    model: ModelConfig = ModelConfig()
+    """Shape of the pool."""
+    engine: EngineConfig = EngineConfig()
+    """Precision and device."""
+    ancestry: AncestryConfig = AncestryConfig()
+    """Stage ancestry."""
+    distil: DistilConfig = DistilConfig()
+    """Stage distil."""
+    pool: PoolConfig = PoolConfig()
+    """Stage pool."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """Stage finetune."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Stage evaluate."""
+    budget: Budget = Budget()
+    """Stage descend."""
+    export: ExportConfig = ExportConfig()
+    """Stage export."""
+    run_dir: str = free("")
+    """Where results go; empty for runs/RECIPE."""
+    trackers: tuple[str, ...] = free(("tensorboard",))
+    """Trackers of accelerate: tensorboard, wandb, ..."""
+    force: bool = free(False)
+    """Make the stage's artifact again although one is complete."""
+    debug: bool = free(False)
+    """Show tracebacks of errors that have a sentence."""
+
+
+def flatten(config: Any, *, with_free: bool = True, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and plain values of a dataclass tree; tuples of dataclasses get their index as key.
+
+    with_free: also the fields that do not belong to the meaning of a run.
+    """
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        if item.metadata.get("free") and not with_free:
+            continue
+        value, key = getattr(config, item.name), prefix + item.name
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, with_free=with_free, prefix=key + "."))
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for index, part in enumerate(value):
+                flat.update(flatten(part, with_free=with_free, prefix=f"{key}.{index}."))
+        else:
+            flat[key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+SECTIONS = {
+    "ancestry": ("seed", "data", "engine", "ancestry", "model.patch_size"),
+    "distil": ("model", "distil"),
+    "pool": ("pool",),
+    "finetune": ("finetune",),
+    "evaluate": ("evaluate",),
+    "descend": ("budget",),
+    "export": ("export",),
+}
+"""Parts of the configuration that each stage adds to those of the stages before it."""
+
+STAGES = tuple(SECTIONS)
+
+
+def meaning(config: RunConfig, stage: str) -> dict[str, Any]:
+    """The settings that the artifact of a stage depends on: its own and those of the stages before it."""
+    parts = [part for name in STAGES[: STAGES.index(stage) + 1] for part in SECTIONS[name]]
+    flat = flatten(config, with_free=False)
+    chosen = {key: value for key, value in flat.items() if any(key == p or key.startswith(p + ".") for p in parts)}
+    return json.loads(json.dumps(chosen))

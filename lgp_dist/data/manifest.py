@@ -1,0 +1,182 @@
+"""What a folder of shards holds: `manifest.json`, its checks and its fingerprint."""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lgp_dist.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar file."""
+
+    name: str
+    """Path of the tar inside the root, with forward slashes."""
+    samples: int
+    """Number of images."""
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Hash of the whole tar, 64 hex digits."""
+
+
+@dataclass(frozen=True)
+class ShardManifest:
+    """All splits below one root."""
+
+    root: Path
+    """Folder of the shards; not stored in the file."""
+    classes: tuple[str, ...]
+    """Names of labels 0, 1, ...; empty where they are not known."""
+    splits: dict[str, tuple[ShardEntry, ...]]
+    """Shards of each split, in the order of the index."""
+    source: str = ""
+    """Where the images come from."""
+    licence: str = ""
+    """Under which licence."""
+
+    @staticmethod
+    def load(root: str | Path) -> "ShardManifest":
+        """Reads root/manifest.json; raises UserError if it is missing, is no manifest, or names a file outside root."""
+        root = Path(root)
+        path = root / MANIFEST_NAME
+        if not root.is_dir():
+            raise UserError(
+                f"There is no folder {root}: put shards there and run `lgp shards index {root}`, or set data.root."
+            )
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: `lgp shards index {root}` makes it from the tars in the folder.")
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): `lgp shards index {root}` makes it again from the tars."
+            ) from error
+        return _parse(root, path, stored)
+
+    def write(self) -> Path:
+        """Writes root/manifest.json, complete or not at all, and returns its path."""
+        stored = {
+            "format": FORMAT,
+            "source": self.source,
+            "licence": self.licence,
+            "classes": list(self.classes),
+            "splits": {split: [asdict(entry) for entry in entries] for split, entries in self.splits.items()},
+        }
+        path = self.root / MANIFEST_NAME
+        write_file(path, (json.dumps(stored, indent=2, ensure_ascii=False) + "\n").encode())
+        return path
+
+    def entries(self, split: str) -> tuple[ShardEntry, ...]:
+        """Shards of a split; raises UserError that names the splits there are."""
+        if split not in self.splits:
+            there = ", ".join(sorted(self.splits)) or "none"
+            raise UserError(
+                f"{self.root / MANIFEST_NAME} has no split '{split}': set data.train_split and data.val_split"
+                f" to one of those it has ({there})."
+            )
+        return self.splits[split]
+
+    def path(self, entry: ShardEntry) -> Path:
+        """Where a shard lies."""
+        return self.root / entry.name
+
+    def problem(self, entry: ShardEntry) -> str:
+        """What is wrong with a shard's size, as one sentence; empty if nothing is."""
+        path = self.path(entry)
+        try:
+            found = path.stat().st_size
+        except OSError:
+            return f"Shard {path} is missing: the manifest wants {entry.bytes} bytes, so copy the file again."
+        if found != entry.bytes:
+            return (
+                f"Shard {path} has {found} bytes but the manifest wants {entry.bytes}: copy the file again,"
+                f" or run `lgp shards index {self.root}` if it was changed on purpose."
+            )
+        return ""
+
+    def check(self, split: str) -> None:
+        """Raises UserError unless every shard of the split exists and has the manifest's size. Reads no contents."""
+        for entry in self.entries(split):
+            problem = self.problem(entry)
+            if problem:
+                raise UserError(problem)
+
+    def fingerprint(self, split: str) -> str:
+        """Hash over names and hashes of a split's shards, in order: 64 hex digits."""
+        lines = "".join(f"{entry.sha256} {entry.name}\n" for entry in self.entries(split))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name beside it and renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, 64 hex digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _parse(root: Path, path: Path, stored: Any) -> ShardManifest:
+    """A manifest from parsed JSON; raises UserError at the first value that cannot be."""
+    _want(isinstance(stored, dict), path, "the file", stored, "an object")
+    _want(stored.get("format") == FORMAT, path, "format", stored.get("format"), f"{FORMAT}")
+    classes, splits = stored.get("classes", []), stored.get("splits")
+    texts = {key: stored.get(key, "") for key in ("source", "licence")}
+    for key, value in texts.items():
+        _want(isinstance(value, str), path, key, value, "a text")
+    good = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    _want(good, path, "classes", classes, "a list of names")
+    _want(isinstance(splits, dict), path, "splits", splits, "an object")
+    parsed = {}
+    for split, entries in splits.items():
+        _want(bool(re.fullmatch(r"\w+", split)), path, "splits", split, "a name of letters, digits and underscores")
+        _want(isinstance(entries, list), path, f"splits.{split}", entries, "a list")
+        parsed[split] = tuple(_entry(path, f"splits.{split}.{place}", item) for place, item in enumerate(entries))
+        names = [entry.name for entry in parsed[split]]
+        _want(len(set(names)) == len(names), path, f"splits.{split}", names, "a list that names each shard once")
+    return ShardManifest(root=root, classes=tuple(classes), splits=parsed, **texts)
+
+
+def _entry(path: Path, key: str, item: Any) -> ShardEntry:
+    """One shard of the JSON, checked."""
+    _want(isinstance(item, dict), path, key, item, "an object")
+    name, sha256 = item.get("name"), item.get("sha256")
+    _want(_inside(name), path, f"{key}.name", name, "a relative path inside the folder, without '..'")
+    for number in ("samples", "bytes"):
+        value = item.get(number)
+        _want(type(value) is int and value >= 0, path, f"{key}.{number}", value, "a whole number, 0 or more")
+    good = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)
+    _want(bool(good), path, f"{key}.sha256", sha256, "64 hex digits")
+    return ShardEntry(name=name, samples=item["samples"], bytes=item["bytes"], sha256=sha256)
+
+
+def _inside(name: Any) -> bool:
+    """Whether a name stays inside the folder it is relative to."""
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        return False
+    pure = PurePosixPath(name)
+    return not pure.is_absolute() and bool(pure.parts) and ".." not in pure.parts
+
+
+def _want(good: bool, path: Path, key: str, value: Any, wanted: str) -> None:
+    """Raises UserError that names file, key, value and what is wanted."""
+    if good:
+        return
+    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+    raise UserError(f"In {path}, {key} is {shown} but must be {wanted}: `lgp shards index {path.parent}` makes it new.")

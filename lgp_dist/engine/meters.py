@@ -1,0 +1,101 @@
+"""What a run says while it trains: a line of metrics per step, one progress bar, the log."""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lgp_dist.engine.setup import Trainer
+from lgp_dist.errors import UserError
+
+log = logging.getLogger("lgp")
+
+
+class MetricsFile:
+    """metrics.jsonl of a run directory: one JSON object per optimizer step and stage."""
+
+    def __init__(self, path: Path, stage: str):
+        """Lines of an earlier attempt at the same stage are dropped."""
+        self.path, self.stage = path, stage
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["stage"] != stage]
+            temporary = path.with_suffix(".partial")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
+
+    def append(self, lines: list[dict[str, Any]]) -> None:
+        """Writes finished steps."""
+        with self.path.open("a") as file:
+            file.writelines(json.dumps({"stage": self.stage, **line}) + "\n" for line in lines)
+
+
+class StepMeter:
+    """Collects steps without waiting for the device, and writes them every few steps.
+
+    Losses are means over ranks and micro-steps; images/s counts all ranks; times are of this rank.
+    """
+
+    def __init__(self, trainer: Trainer, metrics: Path, stage: str, steps: int, images_per_step: int, every: int):
+        self.trainer, self.every, self.images_per_step = trainer, max(1, every), images_per_step
+        self.main = trainer.workers.is_main
+        self.file = MetricsFile(metrics, stage) if self.main else None
+        self.losses: list[dict[str, Tensor]] = []
+        self.lines: list[dict[str, Any]] = []
+        self.steps, self.began = steps, time.monotonic()
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, desc=stage, unit="step", disable=not (self.main and terminal), dynamic_ncols=True)
+        self.plain = self.main and not terminal
+        self.stage = stage
+
+    def add(self, step: int, losses: list[dict[str, Tensor]], facts: Callable[[], dict[str, Any]], **times: float):
+        """Takes one optimizer step: losses of its micro-steps, further facts of the line, times in seconds."""
+        self.losses.append({name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]})
+        speed = self.images_per_step / max(times["step_time_s"], 1e-9)
+        rounded = {name: round(value, 6) for name, value in times.items()}
+        self.lines.append({"step": step, **facts(), "images_per_s": round(speed, 2), **rounded})
+        self.bar.update(1)
+        if len(self.lines) >= self.every or step + 1 == self.steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Averages losses over ranks, checks that they are finite, writes and shows them."""
+        names = list(self.losses[0])
+        values = torch.stack([torch.stack([part[name].float() for name in names]) for part in self.losses])
+        values = self.trainer.workers.sum(values.detach()) / self.trainer.workers.world
+        for line, row in zip(self.lines, values.tolist(), strict=True):
+            line.update(zip(names, row, strict=True))
+            if not math.isfinite(line["loss"]):
+                raise UserError(
+                    f"The loss became {line['loss']} at step {line['step']} of stage {self.stage}: lower its train.lr."
+                )
+        if self.main:
+            self.file.append(self.lines)
+            self._show()
+        self.losses, self.lines = [], []
+
+    def _show(self) -> None:
+        last = self.lines[-1]
+        times = {name: sum(line[name] for line in self.lines) for name in ("step_time_s", "data_wait_s")}
+        speed = self.images_per_step * len(self.lines) / times["step_time_s"]
+        wait = times["data_wait_s"] / times["step_time_s"]
+        shown = {"loss": f"{last['loss']:.3f}", "img/s": f"{speed:.0f}", "data wait": f"{wait:.0%}"}
+        self.bar.set_postfix(shown)
+        if self.plain:
+            left = (time.monotonic() - self.began) / (last["step"] + 1) * (self.steps - last["step"] - 1)
+            parts = "  ".join(f"{name} {value}" for name, value in shown.items())
+            log.info("%s  step %d/%d  %s  left %ds", self.stage, last["step"] + 1, self.steps, parts, left)
+        tracked = {name: value for name, value in last.items() if isinstance(value, float)}
+        self.trainer.accelerator.log(tracked, step=last["step"])
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self.bar.close()

@@ -1,0 +1,81 @@
+"""The frozen teacher."""
+
+from collections.abc import Collection
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lgp_dist.errors import UserError
+from lgp_dist.models.vit import forward_with_taps
+
+
+class Ancestry(nn.Module):
+    """A pretrained ViT that is never trained: always in eval mode, without gradients."""
+
+    def __init__(self, vit: VisionTransformer):
+        super().__init__()
+        self.vit = vit.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "Ancestry":
+        """Stays in eval mode, whatever its surroundings do."""
+        return super().train(False)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.vit.blocks)
+
+    @torch.no_grad()
+    def forward(
+        self, images: Tensor, blocks: Collection[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+        """Logits [B, classes], and block and attention outputs [B, N, D] at the named blocks (from 0)."""
+        return forward_with_taps(self.vit, images, blocks)
+
+
+def timm_ancestry(
+    name: str, *, image_size: int, channels: int, num_classes: int, patch_size: int, pretrained: bool
+) -> VisionTransformer:
+    """timm's model of that name for the run's input, with pretrained weights from the hub if asked.
+
+    Raises UserError where timm has no such plain ViT, its patch size is another, or the hub cannot be reached.
+    """
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
+        raise UserError(f"ancestry.model is {name!r}, which timm does not have: choose another{_like(near)}.")
+    try:
+        vit = timm.create_model(
+            name, pretrained=pretrained, img_size=image_size, in_chans=channels, num_classes=num_classes
+        )
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"timm could not load {name} from the hub ({reason}): connect, or download its safetensors file elsewhere "
+            "and pass --ancestry.source file --ancestry.weights FILE."
+        ) from None
+    if not isinstance(vit, VisionTransformer) or vit.patch_embed.patch_size != (patch_size, patch_size):
+        raise UserError(
+            f"ancestry.model {name} is not a plain ViT of patch size {patch_size}: choose one, or set model.patch_size."
+        )
+    return vit
+
+
+def load_weights(vit: VisionTransformer, state: dict[str, Tensor], source: str) -> None:
+    """Loads timm-named tensors strictly; UserError naming the first that does not fit."""
+    wanted = vit.state_dict()
+    for name in sorted(wanted.keys() | state.keys()):
+        ours = tuple(wanted[name].shape) if name in wanted else "no such tensor"
+        theirs = tuple(state[name].shape) if name in state else "no such tensor"
+        if ours != theirs:
+            raise UserError(
+                f"{source} does not fit the recipe's ancestry: {name} is {theirs} there and {ours} here; choose other "
+                "weights, or set ancestry.model, width, depth, heads and data.num_classes to match."
+            )
+    vit.load_state_dict(state, strict=True)
+
+
+def _like(names: list[str]) -> str:
+    return f", such as {', '.join(names)}" if names else ""

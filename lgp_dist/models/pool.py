@@ -1,0 +1,120 @@
+"""The learngene pool: rows of instances, joined by stitch layers.
+
+Units stand in one order for every path: stem, blocks of the narrow row, stitches, blocks of the next row, ..., head. Each is
+called once in every forward, and one that is not on the path passes the tokens through. The pool never draws a path
+and never remembers one.
+"""
+
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from lgp_dist.models.stitch import StitchLayer
+from lgp_dist.models.vit import build_vit, classify, embed, split_vit
+from lgp_dist.paths import Path, PathSpace
+
+
+class StemUnit(nn.Module):
+    """Patch, class and position embedding of every row; the path's first row embeds."""
+
+    def __init__(self, stems: list[VisionTransformer]):
+        super().__init__()
+        self.rows = nn.ModuleList(stems)
+
+    def forward(self, images: Tensor, path: Path) -> Tensor:
+        """[B, C, H, W] to [B, N, D of the first row]."""
+        return embed(self.rows[path.first_row], images)
+
+
+class BlockUnit(nn.Module):
+    """One instance."""
+
+    def __init__(self, row: int, index: int, block: Block):
+        super().__init__()
+        self.row, self.index, self.block = row, index, block
+
+    def forward(self, tokens: Tensor, path: Path) -> Tensor:
+        """[B, N, D] to the same shape; unchanged where the path does not run this block."""
+        return self.block(tokens) if path.has_block(self.row, self.index) else tokens
+
+
+class StitchUnit(nn.Module):
+    """One stitch layer."""
+
+    def __init__(self, index: int, layer: StitchLayer):
+        super().__init__()
+        self.index, self.layer = index, layer
+
+    def forward(self, tokens: Tensor, path: Path) -> Tensor:
+        """[B, N, narrow] to [B, N, wide]; unchanged where the path does not cross here."""
+        return self.layer(tokens) if path.stitch == self.index else tokens
+
+
+class HeadUnit(nn.Module):
+    """Final norm and classifier of every row; the path's last row classifies."""
+
+    def __init__(self, heads: list[VisionTransformer]):
+        super().__init__()
+        self.rows = nn.ModuleList(heads)
+
+    def forward(self, tokens: Tensor, path: Path) -> Tensor:
+        """[B, N, D of the last row] to [B, classes]."""
+        return classify(self.rows[path.last_row], tokens)
+
+
+class LearngenePool(nn.Module):
+    """Rows, stitch layers and the walk over them."""
+
+    def __init__(self, space: PathSpace, rows: list[VisionTransformer]):
+        """rows: timm ViTs from narrow to wide; they are used up, and the pool owns their tensors."""
+        super().__init__()
+        self.space = space
+        self.stem, self.units = StemUnit([]), nn.ModuleDict()
+        heads = []
+        for row, vit in enumerate(rows):
+            stem, blocks, head = split_vit(vit)
+            self.stem.rows.append(stem)
+            heads.append(head)
+            for index, block in enumerate(blocks):
+                self.units[f"row{row}_block{index}"] = BlockUnit(row, index, block)
+            first = row * space.stitches_per_pair
+            for index in range(first, first + space.stitches_per_pair if row + 1 < len(rows) else first):
+                self.units[f"stitch{index}"] = StitchUnit(index, StitchLayer(*space.stitch_widths[index]))
+        self.head = HeadUnit(heads)
+
+    @classmethod
+    def empty(cls, space: PathSpace, heads: tuple[int, ...]) -> "LearngenePool":
+        """A pool with timm's random weights; heads: attention heads of each row."""
+        return cls(space, [row_vit(space, row, heads) for row in range(len(space.widths))])
+
+    def stitch(self, index: int) -> StitchLayer:
+        """One of the stitch layers, counted over all pairs of rows."""
+        return self.units[f"stitch{index}"].layer
+
+    def forward(self, images: Tensor, path: Path) -> Tensor:
+        """[B, C, H, W] images along a path to [B, classes] logits."""
+        tokens = self.stem(images, path)
+        for unit in self.units.values():
+            tokens = unit(tokens, path)
+        return self.head(tokens, path)
+
+    def row_state(self, row: int) -> dict[str, Tensor]:
+        """The state dict of one row under timm's names, as a stock VisionTransformer loads it strictly."""
+        state = dict(self.stem.rows[row].state_dict())
+        for index in range(self.space.depth):
+            block = self.units[f"row{row}_block{index}"].block.state_dict()
+            state.update({f"blocks.{index}.{name}": value for name, value in block.items()})
+        return state | self.head.rows[row].state_dict()
+
+
+def row_vit(space: PathSpace, row: int, heads: tuple[int, ...], drop_path: float = 0.0) -> VisionTransformer:
+    """A timm ViT of one row's shape."""
+    return build_vit(
+        image_size=space.image_size,
+        patch_size=space.patch_size,
+        channels=space.channels,
+        num_classes=space.num_classes,
+        width=space.widths[row],
+        depth=space.depth,
+        heads=heads[row],
+        drop_path=drop_path,
+    )

@@ -1,0 +1,73 @@
+"""The stitch layer, and every way to start it. Orientation is decided here and nowhere else.
+
+Row convention throughout: a matrix [narrow, wide] maps tokens as `tokens @ matrix + bias`.
+"""
+
+import torch
+from einops import rearrange
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+Affine = tuple[Tensor, Tensor]
+"""Matrix [narrow, wide] and bias [wide]."""
+
+
+class StitchLayer(nn.Linear):
+    """Carries tokens [B, N, narrow] into the next row, [B, N, wide]."""
+
+    def __init__(self, narrow: int, wide: int):
+        super().__init__(narrow, wide)
+        trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def start_from(self, affine: Affine) -> None:
+        """Takes matrix [narrow, wide] and bias [wide] as its weights."""
+        matrix, bias = affine
+        self.weight.copy_(matrix.T)
+        self.bias.copy_(bias)
+
+
+def from_transpose(transformations: list[nn.Linear]) -> Affine:
+    """The paper's start: the mean of the W [wide, narrow] of all levels, transposed; bias zero."""
+    mean = torch.stack([linear.weight for linear in transformations]).mean(0)
+    return mean, mean.new_zeros(mean.shape[1])
+
+
+def from_pinv(transformation: nn.Linear, mean: Tensor) -> Affine:
+    """The pseudo-inverse of `h @ W + b` with the mean term: bias = mu - (b + mu W) W+.
+
+    transformation: W and b as a Linear from wide to narrow. mean: mu [wide], the ancestry's mean token.
+    Computed in float64.
+    """
+    matrix, bias, mean = transformation.weight.T.double(), transformation.bias.double(), mean.double()
+    inverse = torch.linalg.pinv(matrix)
+    return inverse.float(), (mean - (bias + mean @ matrix) @ inverse).float()
+
+
+class LeastSquares:
+    """Ridge least squares from narrow to wide tokens, fed batch by batch; sums are kept in float64."""
+
+    def __init__(self, narrow: int, wide: int):
+        self.gram = torch.zeros(narrow + 1, narrow + 1, dtype=torch.float64)
+        self.cross = torch.zeros(narrow + 1, wide, dtype=torch.float64)
+
+    def add(self, source: Tensor, target: Tensor) -> None:
+        """Takes in tokens [..., narrow] and what they should become, [..., wide]."""
+        flat = rearrange(source, "... d -> (...) d").double()
+        flat = torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
+        self.gram += flat.T @ flat
+        self.cross += flat.T @ rearrange(target, "... d -> (...) d").double()
+
+    def solve(self, ridge: float) -> Affine:
+        """Matrix and bias; the ridge is relative to the mean diagonal of the normal matrix and spares the bias."""
+        penalty = torch.eye(len(self.gram), dtype=torch.float64) * (ridge * self.gram.diagonal()[:-1].mean())
+        penalty[-1, -1] = 0.0
+        solution = torch.linalg.solve(self.gram + penalty, self.cross)
+        return solution[:-1].float(), solution[-1].float()
+
+
+def mean_affine(parts: list[Affine]) -> Affine:
+    """The mean of several solutions that share one layer."""
+    matrices, biases = zip(*parts, strict=True)
+    return torch.stack(matrices).mean(0), torch.stack(biases).mean(0)

@@ -1,0 +1,92 @@
+"""timm's VisionTransformer: building it, tapping it, taking it apart. No attention or MLP is written here."""
+
+from collections.abc import Collection
+
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+
+def build_vit(
+    *,
+    image_size: int,
+    patch_size: int,
+    channels: int,
+    num_classes: int,
+    width: int,
+    depth: int,
+    heads: int,
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """A plain ViT with class token, MLP ratio 4 and qkv bias: timm's class with DeiT's settings."""
+    return VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        in_chans=channels,
+        num_classes=num_classes,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        drop_path_rate=drop_path,
+    )
+
+
+def split_vit(vit: VisionTransformer) -> tuple[VisionTransformer, list[Block], VisionTransformer]:
+    """Takes a ViT apart into stem, blocks and head; the three share its tensors and use it up.
+
+    Stem and head are timm's ViTs without the other's modules, so that embedding and pooling stay timm's code, and the
+    names in their state dicts stay timm's names.
+    """
+    blocks = list(vit.blocks)
+    stem, head = vit, build_vit_like(vit)
+    head.norm, head.fc_norm, head.head_drop, head.head = vit.norm, vit.fc_norm, vit.head_drop, vit.head
+    head.patch_embed, head.cls_token, head.pos_embed = nn.Identity(), None, None
+    stem.blocks, stem.norm, stem.fc_norm, stem.head = nn.Sequential(), nn.Identity(), nn.Identity(), nn.Identity()
+    return stem, blocks, head
+
+
+def build_vit_like(vit: VisionTransformer) -> VisionTransformer:
+    """A ViT of the same input, width and classes without blocks."""
+    return build_vit(
+        image_size=vit.patch_embed.img_size[0],
+        patch_size=vit.patch_embed.patch_size[0],
+        channels=vit.patch_embed.proj.in_channels,
+        num_classes=vit.num_classes,
+        width=vit.embed_dim,
+        depth=0,
+        heads=1,
+    )
+
+
+def embed(stem: VisionTransformer, images: Tensor) -> Tensor:
+    """[B, C, H, W] images to [B, N, D] tokens: patches, class token, positions."""
+    tokens = stem.patch_embed(images)
+    return stem.norm_pre(stem.patch_drop(stem._pos_embed(tokens)))
+
+
+def classify(head: VisionTransformer, tokens: Tensor) -> Tensor:
+    """[B, N, D] tokens to [B, classes] logits: final norm, class token, linear head."""
+    return head.forward_head(head.norm(tokens))
+
+
+def block_with_attention(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's output and its attention module's output (after the projection, before the residual), both [B, N, D].
+
+    The same three lines as timm's `Block.forward`, which has no way to return the second.
+    """
+    attention = block.attn(block.norm1(tokens))
+    tokens = tokens + block.drop_path1(block.ls1(attention))
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), attention
+
+
+def forward_with_taps(
+    vit: VisionTransformer, images: Tensor, blocks: Collection[int]
+) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+    """Logits [B, classes], and at the named blocks (from 0) the block's and the attention's output [B, N, D]."""
+    tokens, outputs, attentions = embed(vit, images), {}, {}
+    for index, block in enumerate(vit.blocks):
+        if index in blocks:
+            tokens, attentions[index] = block_with_attention(block, tokens)
+            outputs[index] = tokens
+        else:
+            tokens = block(tokens)
+    return classify(vit, tokens), outputs, attentions

@@ -1,0 +1,204 @@
+"""Which paths a pool has and what each costs, by arithmetic. Pure Python: known before any tensor exists.
+
+The rule (METHOD, section 3): for two adjacent rows of depth L slide a window over block indices (i, i + 1). Every
+ordered pair (j, k) in the window that no earlier window had is a path "leave the low row after block j, enter the high
+row at block k"; the pairs that are new in one window share one stitch layer. Each row on its own is a path too.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lgp_dist.config import RunConfig
+from lgp_dist.errors import UserError
+
+MLP_RATIO = 4
+NORM_FLOPS = 5
+"""Operations that one LayerNorm element counts as."""
+
+
+@dataclass(frozen=True, order=True)
+class Segment:
+    """Blocks start .. stop - 1 of one row."""
+
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, order=True)
+class Path:
+    """Which instances run: segments from narrow to wide, joined by stitch layers.
+
+    Its key is the same string in logs, tables, folders and exports: `r0.0-3+r1.4-5` leaves row 0 after block 3
+    and enters row 1 at block 4; `r0.0-5` is row 0 alone.
+    """
+
+    segments: tuple[Segment, ...]
+    stitch: int | None = None
+    """Index of the stitch layer, counted over all pairs of rows; None for a row alone."""
+
+    @property
+    def key(self) -> str:
+        """Printable name, unique in a pool."""
+        return "+".join(f"r{part.row}.{part.start}-{part.stop - 1}" for part in self.segments)
+
+    @property
+    def first_row(self) -> int:
+        """The row that embeds."""
+        return self.segments[0].row
+
+    @property
+    def last_row(self) -> int:
+        """The row whose norm and head give the logits."""
+        return self.segments[-1].row
+
+    def has_block(self, row: int, block: int) -> bool:
+        """Whether the path runs this block."""
+        return any(part.row == row and part.start <= block < part.stop for part in self.segments)
+
+
+@dataclass(frozen=True)
+class PathCost:
+    """What a path weighs and computes."""
+
+    params: int
+    """Every tensor that the descendant holds."""
+    params_paper: int
+    """Without class and position embedding on stitched paths, as the published tables count."""
+    flops: int
+    """Multiply-adds of convolutions, linear layers and attention products of one image, plus 5 per LayerNorm element."""
+
+
+@dataclass(frozen=True)
+class PathSpace:
+    """All paths of a pool of rows of equal depth."""
+
+    widths: tuple[int, ...]
+    """Embedding width of each row, narrow to wide."""
+    depth: int
+    """Blocks of every row."""
+    image_size: int = 224
+    """Pixels."""
+    patch_size: int = 16
+    """Pixels."""
+    channels: int = 3
+    """Of an image."""
+    num_classes: int = 1000
+    """Of the head."""
+
+    def __post_init__(self) -> None:
+        if self.depth < 2:
+            raise UserError(f"model.depth is {self.depth}, but a row needs at least 2 blocks: choose 2 or more.")
+        if list(self.widths) != sorted(self.widths):
+            raise UserError(f"model.rows has widths {list(self.widths)}, but rows go from narrow to wide: reorder.")
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"data.image_size {self.image_size} is no multiple of model.patch_size {self.patch_size}: change one."
+            )
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> "PathSpace":
+        """The path space of a run."""
+        data, model = config.data, config.model
+        widths = tuple(row.width for row in model.rows)
+        return cls(widths, model.depth, data.image_size, model.patch_size, data.channels, data.num_classes)
+
+    @property
+    def stitches_per_pair(self) -> int:
+        """Stitch layers between two adjacent rows."""
+        return self.depth - 1
+
+    @property
+    def stitch_widths(self) -> tuple[tuple[int, int], ...]:
+        """(narrow, wide) width of every stitch layer, in order."""
+        pairs = zip(self.widths, self.widths[1:], strict=False)
+        return tuple(pair for pair in pairs for _ in range(self.stitches_per_pair))
+
+    @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """Rows alone first, then the stitched paths of each pair in the order of their windows."""
+        found = [Path((Segment(row, 0, self.depth),)) for row in range(len(self.widths))]
+        for low in range(len(self.widths) - 1):
+            seen: set[tuple[int, int]] = set()
+            for window in range(self.stitches_per_pair):
+                for j in (window, window + 1):
+                    for k in (window, window + 1):
+                        if (j, k) not in seen:
+                            seen.add((j, k))
+                            ends = (Segment(low, 0, j + 1), Segment(low + 1, k, self.depth))
+                            found.append(Path(ends, low * self.stitches_per_pair + window))
+        return tuple(found)
+
+    @cached_property
+    def _by_key(self) -> dict[str, Path]:
+        return {path.key: path for path in self.paths}
+
+    def by_key(self, key: str) -> Path:
+        """The path of that key; UserError where the pool has none."""
+        if key not in self._by_key:
+            raise UserError(f"The pool has no path {key!r}: `lgp paths` lists its {len(self.paths)} keys.")
+        return self._by_key[key]
+
+    @property
+    def tokens(self) -> int:
+        """Patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    def _block_params(self, width: int) -> int:
+        weights = (4 + 2 * MLP_RATIO) * width * width
+        biases_and_norms = (3 + 1 + MLP_RATIO + 1 + 4) * width
+        return weights + biases_and_norms
+
+    def _block_flops(self, width: int) -> int:
+        linear = self.tokens * (4 + 2 * MLP_RATIO) * width * width
+        attention = 2 * self.tokens * self.tokens * width
+        return linear + attention + 2 * NORM_FLOPS * self.tokens * width
+
+    def _patch_params(self, width: int) -> int:
+        return (self.channels * self.patch_size**2 + 1) * width
+
+    def _tokens_params(self, width: int) -> int:
+        return (1 + self.tokens) * width
+
+    def _head_params(self, width: int) -> int:
+        return 2 * width + (width + 1) * self.num_classes
+
+    def cost(self, path: Path) -> PathCost:
+        """Parameters and FLOPs of one path."""
+        first, last = self.widths[path.first_row], self.widths[path.last_row]
+        blocks = [(self.widths[part.row], part.stop - part.start) for part in path.segments]
+        params = self._patch_params(first) + self._head_params(last)
+        params += sum(count * self._block_params(width) for width, count in blocks)
+        flops = (self.tokens - 1) * self.channels * self.patch_size**2 * first
+        flops += sum(count * self._block_flops(width) for width, count in blocks)
+        flops += NORM_FLOPS * self.tokens * last + last * self.num_classes
+        if path.stitch is None:
+            params += self._tokens_params(first)
+            return PathCost(params, params, flops)
+        narrow, wide = self.stitch_widths[path.stitch]
+        params += (narrow + 1) * wide
+        flops += self.tokens * narrow * wide
+        return PathCost(params + self._tokens_params(first), params, flops)
+
+    @property
+    def stored_params(self) -> int:
+        """Every parameter of the pool: all rows and all stitch layers."""
+        rows = sum(self.cost(path).params for path in self.paths if path.stitch is None)
+        return rows + sum((narrow + 1) * wide for narrow, wide in self.stitch_widths)
+
+    def describe(self, path: Path) -> dict[str, str | int | None]:
+        """The fields of paths.json that need no training: key, blocks, rows, stitch and cost."""
+        low, high = path.segments[0], path.segments[-1]
+        alone, is_widest = path.stitch is None, low.row == len(self.widths) - 1
+        cost = self.cost(path)
+        return {
+            "key": path.key,
+            "low": 0 if alone and is_widest else low.stop - low.start,
+            "high": 0 if alone and not is_widest else high.stop - high.start,
+            "low_row": None if alone and is_widest else low.row,
+            "high_row": None if alone and not is_widest else high.row,
+            "stitch": path.stitch,
+            "params": cost.params,
+            "params_paper": cost.params_paper,
+            "flops": cost.flops,
+        }

@@ -1,0 +1,59 @@
+"""The contract between data, tasks and engine."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the stream gives one rank for one micro-step."""
+
+    images: Tensor
+    """[B, C, H, W] float32, normalised."""
+    targets: Tensor
+    """[B] int64 labels, or [B, classes] float32 after mixup or smoothing."""
+    weight: Tensor
+    """[B] float32: 1, or 0 for a sample that only fills up an evaluation batch."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device, copied without blocking where memory is pinned."""
+        return Batch(*(part.to(device, non_blocking=True) for part in (self.images, self.targets, self.weight)))
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where in the run a forward stands."""
+
+    step: int
+    """Optimizer steps taken so far."""
+    micro_step: int
+    """0 .. accumulate - 1."""
+    rank: int
+    """This process."""
+    world: int
+    """Number of processes."""
+
+
+class Task(Protocol):
+    """One forward including its loss; what the engine trains."""
+
+    module: nn.Module
+    """Everything that is trained, in one module with one forward: what a distributed wrapper sees."""
+
+    def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """Named scalar losses; `loss` is minimised, the others are logged.
+
+        module: `self.module`, wrapped or not.
+        """
+        ...
+
+    def labels(self, context: StepContext) -> dict[str, Any]:
+        """What to log beside the losses of this step, such as the path's key. Pure."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Moves what is not trained (the ancestry) to a device."""
+        ...

@@ -1,0 +1,40 @@
+"""Stage ancestry: the frozen teacher, trained here, read from a file, or taken from the hub."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from lgp_dist.artifacts import load_tensors, save_tensors, sha256
+from lgp_dist.errors import UserError
+from lgp_dist.models.ancestry import load_weights
+from lgp_dist.stages.context import Context, ancestry_vit
+from lgp_dist.tasks.classify import ClassifyTask
+
+log = logging.getLogger("lgp")
+
+
+def run(context: Context) -> None:
+    """Writes ancestry/ancestry.safetensors under timm's names, and its accuracy."""
+    config, began = context.config, time.monotonic()
+    ancestry = config.ancestry
+    facts: dict[str, Any] = {"source": ancestry.source}
+    context.seed("ancestry")
+    vit = ancestry_vit(config, pretrained=ancestry.source == "hub")
+    if ancestry.source == "file":
+        if not ancestry.weights:
+            raise UserError("ancestry.source is file, but ancestry.weights is empty: name a safetensors file.")
+        load_weights(vit, load_tensors(Path(ancestry.weights)), ancestry.weights)
+        facts |= {"weights": ancestry.weights, "weights_sha256": sha256(Path(ancestry.weights))}
+    if ancestry.source == "train":
+        facts["training"] = context.train("ancestry", ClassifyTask(vit), ancestry.train)
+    vit.to(context.workers.device).eval()
+    top1, top5 = context.accuracies({"ancestry": vit})["ancestry"]
+    facts |= {"top1": top1, "top5": top5, "params": sum(parameter.numel() for parameter in vit.parameters())}
+    log.info("ancestry: top-1 %.2f %%, top-5 %.2f %%, %.2f M parameters", top1, top5, facts["params"] / 1e6)
+
+    def fill(folder: Path) -> dict[str, Any]:
+        save_tensors(folder / "ancestry.safetensors", vit.state_dict())
+        return facts
+
+    context.write("ancestry", [], fill, time.monotonic() - began)

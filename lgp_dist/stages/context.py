@@ -1,0 +1,132 @@
+"""What every stage is given, and what several of them need."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from lgp_dist.artifacts import Artifact, RunDirectory
+from lgp_dist.config import RunConfig, TrainConfig, flatten
+from lgp_dist.data.stream import TrainStream, evaluation_batches, open_split
+from lgp_dist.engine.evaluate import Forward, accuracies
+from lgp_dist.engine.loop import train
+from lgp_dist.engine.optim import Decays, decays_matrix
+from lgp_dist.engine.setup import Workers
+from lgp_dist.models.ancestry import Ancestry, timm_ancestry
+from lgp_dist.models.pool import LearngenePool
+from lgp_dist.models.vit import build_vit
+from lgp_dist.paths import PathSpace
+from lgp_dist.protocols import Task
+from lgp_dist.provenance import command, versions
+
+Fill = Callable[[Path], dict[str, Any]]
+"""Writes a stage's files into a folder and returns what the stage measured."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """A run's configuration, folder and processes."""
+
+    config: RunConfig
+    run: RunDirectory
+    workers: Workers
+    commit: str
+    """Of the source tree when the run began."""
+
+    @cached_property
+    def space(self) -> PathSpace:
+        """Paths of this run's pool."""
+        return PathSpace.from_config(self.config)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads of each row."""
+        return tuple(row.heads for row in self.config.model.rows)
+
+    def require(self, stage: str) -> Artifact:
+        """An earlier stage's artifact."""
+        return self.run.require(stage, self.config)
+
+    def write(self, stage: str, inputs: list[Artifact], fill: Fill, seconds: float) -> None:
+        """Rank 0 makes the artifact; the others wait."""
+        if self.workers.is_main:
+            provenance = {
+                "seconds": round(seconds, 1),
+                "command": command(),
+                "world": self.workers.world,
+                "commit": self.commit,
+                "versions": versions(),
+            }
+            self.run.write(stage, self.config, inputs, fill, provenance)
+        self.workers.barrier()
+
+    def train(self, stage: str, task: Task, config: TrainConfig, decays: Decays = decays_matrix) -> dict[str, Any]:
+        """Trains a task on the training split."""
+        data, workers = self.config.data, self.workers
+        stream = TrainStream(
+            open_split(data, data.train_split), data, config, self.config.seed, workers.rank, workers.world
+        )
+        return train(
+            task,
+            stream.batches,
+            config,
+            workers,
+            stage=stage,
+            steps_per_epoch=stream.steps_per_epoch,
+            run_dir=self.run.root,
+            trackers=self.config.trackers,
+            tracked_config=flatten(self.config),
+            decays=decays,
+        )
+
+    def accuracies(self, forwards: dict[str, Forward]) -> dict[str, tuple[float, float]]:
+        """Top-1 and top-5 on the validation split."""
+        data, workers = self.config.data, self.workers
+        batches = evaluation_batches(
+            open_split(data, data.val_split), data, self.config.evaluate.batch_size, workers.rank, workers.world
+        )
+        return accuracies(forwards, batches, workers)
+
+    def load_ancestry(self) -> Ancestry:
+        """The frozen teacher of this run, on its device."""
+        vit = ancestry_vit(self.config)
+        vit.load_state_dict(self.require("ancestry").tensors("ancestry.safetensors"), strict=True)
+        return Ancestry(vit).to(self.workers.device)
+
+    def load_pool(self, stage: str) -> LearngenePool:
+        """The pool as stage `pool` or `finetune` left it, on this device in eval mode."""
+        pool = LearngenePool.empty(self.space, self.heads)
+        pool.load_state_dict(self.require(stage).tensors("pool.safetensors"), strict=True)
+        return pool.to(self.workers.device).eval()
+
+    def seed(self, stage: str) -> None:
+        """Seeds initialisation and stochastic depth: the same on every rank, another for each stage."""
+        torch.manual_seed(self.config.seed * 1000 + sum(stage.encode()))
+
+
+def ancestry_vit(config: RunConfig, *, pretrained: bool = False) -> VisionTransformer:
+    """The ancestry's architecture with random weights, or with timm's pretrained ones."""
+    data, ancestry = config.data, config.ancestry
+    if ancestry.model == "vit":
+        return build_vit(
+            image_size=data.image_size,
+            patch_size=config.model.patch_size,
+            channels=data.channels,
+            num_classes=data.num_classes,
+            width=ancestry.width,
+            depth=ancestry.depth,
+            heads=ancestry.heads,
+            drop_path=ancestry.drop_path,
+        )
+    return timm_ancestry(
+        ancestry.model,
+        image_size=data.image_size,
+        channels=data.channels,
+        num_classes=data.num_classes,
+        patch_size=config.model.patch_size,
+        pretrained=pretrained,
+    )

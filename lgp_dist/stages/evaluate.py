@@ -1,0 +1,41 @@
+"""Stage evaluate: every path's accuracy and cost."""
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lgp_dist.artifacts import write_json
+from lgp_dist.models.pool import LearngenePool
+from lgp_dist.stages.context import Context
+
+log = logging.getLogger("lgp")
+
+
+def run(context: Context) -> None:
+    """Writes evaluate/paths.json and, unless `evaluate.before` is off, before.json: the pool before fine-tuning."""
+    began = time.monotonic()
+    pooled, tuned = context.require("pool"), context.require("finetune")
+    rows = path_rows(context, context.load_pool("finetune"))
+    before = path_rows(context, context.load_pool("pool")) if context.config.evaluate.before else None
+    best = max(rows, key=lambda row: row["top1"])
+    log.info("evaluate: %d paths, best %s with top-1 %.2f %%", len(rows), best["key"], best["top1"])
+
+    def fill(folder: Path) -> dict[str, Any]:
+        write_json(folder / "paths.json", rows)
+        if before is not None:
+            write_json(folder / "before.json", before)
+        return {"best": best["key"], "best_top1": best["top1"]}
+
+    context.write("evaluate", [pooled, tuned], fill, time.monotonic() - began)
+
+
+def path_rows(context: Context, pool: LearngenePool) -> list[dict[str, Any]]:
+    """The fields of paths.json for every path, cheapest first."""
+    measured = context.accuracies({path.key: partial(pool, path=path) for path in context.space.paths})
+    rows = []
+    for path in context.space.paths:
+        top1, top5 = measured[path.key]
+        rows.append({**context.space.describe(path), "top1": round(top1, 4), "top5": round(top5, 4)})
+    return sorted(rows, key=lambda row: row["flops"])

@@ -1,0 +1,41 @@
+"""Training of the pool, each rank on its own path (METHOD, section 5)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lgp_dist.config import FinetuneConfig
+from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.pool import LearngenePool
+from lgp_dist.protocols import Batch, StepContext
+from lgp_dist.sampling import PathSampler
+from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
+
+
+class FinetuneTask:
+    """Cross-entropy and soft cross-entropy to the ancestry on the path that this rank draws."""
+
+    def __init__(self, module: LearngenePool, ancestry: Ancestry | None, sampler: PathSampler, config: FinetuneConfig):
+        self.module, self.ancestry, self.sampler, self.config = module, ancestry, sampler, config
+
+    def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """loss, cls and, with an ancestry, pred."""
+        path = self.sampler.draw(context.step, context.micro_step, context.rank, context.world)
+        logits = module(batch.images, path)
+        parts = {"cls": cross_entropy(logits, batch.targets)}
+        loss = parts["cls"]
+        if self.ancestry is not None:
+            target, _, _ = self.ancestry(batch.images)
+            parts["pred"] = soft_cross_entropy(target, logits, self.config.tau, self.config.loss_scale)
+            loss = loss + self.config.distil_weight * parts["pred"]
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+    def labels(self, context: StepContext) -> dict[str, Any]:
+        """The key of this rank's path."""
+        return {"path": self.sampler.draw(context.step, context.micro_step, context.rank, context.world).key}
+
+    def to(self, device: torch.device) -> None:
+        """Moves the ancestry."""
+        if self.ancestry is not None:
+            self.ancestry.to(device)

@@ -1,0 +1,246 @@
+"""The report: Pareto fronts, tables, figures and the HTML page. No torch, no run needed."""
+
+import csv
+import itertools
+import json
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lgp_dist.errors import UserError
+from lgp_dist.report.html import render_report
+from lgp_dist.report.pareto import pareto_front
+from lgp_dist.report.plots import figure_svg, loss_figure, pareto_figure, report_figures, save_figure, stage_lines
+from lgp_dist.report.rows import FIELDS, kind_label, kind_of, kinds
+from lgp_dist.report.tables import paths_table, write_paths_csv, write_paths_json
+
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+HOSTILE = "<script>alert('x')</script>&\"$a_b^c$ é"
+
+
+def make_row(key, low, high, rows, stitch, flops, params, top1):
+    names = dict(zip(("low_row", "high_row"), rows, strict=True))
+    costs = {"params": params, "params_paper": params - 38_000, "flops": flops}
+    return {"key": key, "low": low, "high": high, **names, "stitch": stitch, **costs, "top1": top1, "top5": top1 + 5}
+
+
+@pytest.fixture
+def rows():
+    return [
+        make_row("r1.0-5", 0, 6, (None, 1), None, 8_850_000_000, 43_200_000, 79.5),
+        make_row("r0.0-5", 6, 0, (0, None), None, 640_000_000, 3_050_000, 64.25),
+        make_row("r0.0-3+r1.4-5", 4, 2, (0, 1), 3, 3_380_000_000, 17_020_000, 72.0),
+        make_row("r0.0-4+r1.4-5", 5, 2, (0, 1), 3, 3_480_000_000, 17_470_000, 71.5),
+    ]
+
+
+@pytest.fixture
+def metrics():
+    return [
+        {"stage": stage, "step": step, "loss": 7 / (1 + step), "cls": 5 / (1 + step), "pred": 2 / (1 + step)}
+        | {"lr": 1e-3, "path": "r0.0-5", "images_per_s": 900.0, "data_wait_s": 0.01, "step_time_s": 0.5}
+        for stage in ("distil", "finetune")
+        for step in range(0, 60, 2)
+    ]
+
+
+def page(rows, metrics=(), figures=None, **changes):
+    given = {"config": {}, "environment": {}, "artifacts": [], "descendant": None, "figures": figures or {}} | changes
+    return render_report(**{"title": "A run", "rows": rows, "metrics": metrics} | given)
+
+
+class Balance(HTMLParser):
+    """Fails where a tag closes what is not open; keeps tags, ids and addresses."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.addresses = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.addresses += [value for name, value in attrs if name in ("href", "src", "xlink:href", "action", "data")]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()} closes nothing"
+
+
+@pytest.mark.parametrize("cost", ["flops", "params"])
+@pytest.mark.parametrize("seed", range(20))
+def test_pareto_front_is_what_brute_force_finds(cost, seed):
+    draw = random.Random(seed)
+    points = [{"key": str(i), cost: draw.randint(1, 12), "top1": float(draw.randint(1, 12))} for i in range(25)]
+
+    def beats(a, b):
+        better = a[cost] < b[cost] or a["top1"] > b["top1"]
+        return a[cost] <= b[cost] and a["top1"] >= b["top1"] and better
+
+    expected = {(p[cost], p["top1"]) for p in points if not any(beats(q, p) for q in points)}
+    front = pareto_front(points, cost)
+    assert [(row[cost], row["top1"]) for row in front] == sorted(expected)
+    assert all(any(row is point for point in points) for row in front)
+
+
+def test_pareto_front_does_not_depend_on_the_order_of_rows():
+    points = [{"key": key, "flops": 1, "top1": 50.0} for key in "abc"]
+    assert {pareto_front(order)[0]["key"] for order in itertools.permutations(points)} == {"a"}
+    assert pareto_front([]) == []
+
+
+def test_kinds_are_named_from_narrow_to_wide(rows):
+    assert [kind_label(kind, kinds(rows)) for kind in kinds(rows)] == ["Narrow row alone", "Stitched", "Wide row alone"]
+    three = [(0,), (0, 1), (1,), (1, 2), (2,)]
+    assert [kind_label(kind, three) for kind in three[1:4]] == [
+        "Stitched, row 0 to 1",
+        "Row 1 alone",
+        "Stitched, row 1 to 2",
+    ]
+    assert kind_of(rows[0]) == (1,)
+
+
+def test_table_is_sorted_aligned_and_marks_the_front(rows):
+    lines = paths_table(rows).splitlines()
+    assert [line.split()[-8] for line in lines[2:6]] == [
+        "r0.0-5",
+        "r0.0-3+r1.4-5",
+        "r0.0-4+r1.4-5",
+        "r1.0-5",
+    ]
+    assert [line[0] for line in lines[2:6]] == ["*", "*", " ", "*"]
+    assert len({len(line) for line in lines[:6]}) == 1
+    assert lines[3].split()[2:] == ["4", "2", "3", "17.02", "3.38", "72.00", "77.00"]
+    assert "3 of 4 paths" in lines[-1]
+    assert paths_table([]) == "no evaluated paths"
+
+
+def test_table_stays_narrow_and_plain_for_any_key(rows):
+    rows += [{**rows[0], "key": "k" * 300}, {**rows[0], "key": "\x1b[31m" + HOSTILE, "flops": 9_999_999_999_999}]
+    text = paths_table(rows)
+    assert text.isascii() and "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_table_of_tiny_paths_keeps_digits(rows):
+    tiny = [{**row, "params": row["params"] // 1000, "flops": row["flops"] // 1000} for row in rows]
+    assert "FLOPs (M)" in paths_table(tiny) and "0.0432" in paths_table(tiny)
+
+
+def test_csv_and_json_give_the_rows_back(rows, tmp_path):
+    write_paths_json(rows, tmp_path / "new" / "paths.json")
+    assert json.loads((tmp_path / "new" / "paths.json").read_text()) == rows
+    write_paths_csv([{**row, "note": 'a, "b"\nc'} for row in rows], tmp_path / "paths.csv")
+    with (tmp_path / "paths.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        back = list(reader)
+    assert reader.fieldnames == [*FIELDS, "note"]
+    for row, line in zip(rows, back, strict=True):
+        assert line["note"] == 'a, "b"\nc'
+        assert {name: line[name] for name in FIELDS} == {
+            name: "" if row[name] is None else str(row[name]) for name in FIELDS
+        }
+    write_paths_json([], tmp_path / "empty.json")
+    assert json.loads((tmp_path / "empty.json").read_text()) == []
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(rows, tmp_path, monkeypatch):
+    path = tmp_path / "paths.json"
+    write_paths_json(rows, path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lgp_dist.report.rows.os.replace", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_paths_json(rows[:1], path)
+    assert json.loads(path.read_text()) == rows
+    assert [each.name for each in tmp_path.iterdir()] == ["paths.json"]
+
+
+def test_figures_are_the_same_bytes_each_time(rows, metrics, tmp_path):
+    for name in ("a", "b"):
+        save_figure(pareto_figure(rows, title="t", before=rows[:2]), tmp_path / name / "v1.0")
+    for kind in ("svg", "png"):
+        assert (tmp_path / f"a/v1.0.{kind}").read_bytes() == (tmp_path / f"b/v1.0.{kind}").read_bytes()
+    figure = loss_figure(metrics, "distil")
+    assert figure_svg(figure) == figure_svg(loss_figure(metrics, "distil")) == figure_svg(figure)
+    assert not re.search(r"\d\d:\d\d:\d\d", figure_svg(figure))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_figures_of_almost_nothing(rows, metrics, count):
+    assert "<svg" in figure_svg(pareto_figure(rows[:count], title=HOSTILE))
+    assert "<svg" in figure_svg(loss_figure(metrics[:count], "distil"))
+    bad = [{"stage": "s", "step": 0, "loss": float("nan"), "cls": None}]
+    assert "<svg" in figure_svg(loss_figure(bad, "s"))
+
+
+def test_loss_parts_are_told_from_speeds_and_rates(metrics):
+    labels = [curve.get_label() for curve in loss_figure(metrics, "distil").axes[1].get_lines()]
+    assert [label for label in labels if not label.startswith("_")] == ["cls", "pred"]
+
+
+def test_a_resumed_run_shows_each_step_once():
+    lines = [{"stage": "s", "step": step, "loss": loss} for step, loss in [(0, 3.0), (1, 2.0), (1, 1.5), (2, 1.0)]]
+    assert [line["loss"] for line in stage_lines(lines, "s")] == [3.0, 1.5, 1.0]
+
+
+def test_page_is_well_formed_and_needs_nothing_from_outside(rows, metrics):
+    figures = {name: figure_svg(each) for name, each in report_figures(rows, metrics, title="A run").items()}
+    text = page(
+        rows,
+        metrics,
+        figures,
+        before=[{**row, "top1": 1.0} for row in rows],
+        config={"seed": 0, "distil.lr": 5e-4, "distil.crop": (0.1, 1.0)},
+        environment={"python": "3.11", "gpu": {"name": "none"}},
+        artifacts=[
+            {"stage": "distil", "id": "d1", "created": 0, "seconds": 4000, "command": "lgp distil", "commit": "abc"}
+        ],
+        descendant={"key": "r0.0-3+r1.4-5", "params": 17_020_000, "file": "out/model.safetensors"},
+    )
+    seen = Balance(text)
+    assert all(address.startswith(("#", "data:")) for address in seen.addresses)
+    assert not {"iframe", "object", "embed", "img", "base"} & set(seen.tags)
+    assert len(seen.ids) == len(set(seen.ids))
+    assert {address[1:] for address in seen.addresses if address[0] == "#"} <= set(seen.ids)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert set(re.findall(r"https?://[^\"' ]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    for part in ("79.50 %", "1970-01-01", "1 h 6 min", "load_file", "distil.lr", "gpu.name", "+71.00", "chosen"):
+        assert part in text
+
+
+def test_page_escapes_whatever_it_is_given(rows):
+    row = {**rows[2], "key": HOSTILE}
+    bad = {HOSTILE: HOSTILE, "list": [HOSTILE]}
+    line = {"stage": HOSTILE, "step": 1, "loss": 1.0, HOSTILE: 2.0}
+    figures = {n: figure_svg(f) for n, f in report_figures([row], [line], title=HOSTILE, before=[row]).items()}
+    text = page(
+        [row],
+        [line],
+        figures,
+        title=HOSTILE,
+        before=[row],
+        config=bad,
+        environment=bad,
+        artifacts=[dict.fromkeys(("stage", "id", "created", "seconds", "command", "extra"), HOSTILE)],
+        descendant={"key": HOSTILE, "load": HOSTILE, "params": HOSTILE},
+    )
+    assert Balance(text).tags.count("script") == 1
+    assert "<script>alert" not in text and "&lt;script&gt;alert" in text
+
+
+def test_page_of_nothing_says_so():
+    text = page([])
+    Balance(text)
+    for sentence in ("No path has been evaluated", "No descendant", "No training", "No artifact"):
+        assert sentence in text
