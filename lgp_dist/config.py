@@ -87,6 +87,8 @@ class TrainConfig:
     """Linear warm-up from min_lr, epochs."""
     weight_decay: float = 0.05
     """AdamW's decay of matrices; vectors, tokens and transformations have none."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
     clip_grad: float = 0.0
     """Largest gradient norm; 0 for no clipping."""
     mixup: float = 0.0

@@ -66,7 +66,7 @@ class PathCost:
     params_paper: int
     """Without class and position embedding on stitched paths, as the published tables count."""
     flops: int
-    """Multiply-adds of convolutions, linear layers and attention products of one image, plus 5 per LayerNorm element."""
+    """Multiply-adds of convolutions, linear layers and attention products of an image, plus 5 per LayerNorm element."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,11 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from lgp_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from lgp_dist.data.index import ShardIndex
 
 MAX_PIXELS = 80_000_000
 """Larger images are refused before they are decoded: they would take gigabytes."""
@@ -95,9 +92,3 @@ def decode_image(content: bytes, channels: int, where: str) -> Image.Image:
             f"The image of {where} cannot be decoded ({reason}): `lgp shards verify` lists all such samples,"
             " and the shard must be copied or built again."
         ) from error
-
-
-def read_image(index: "ShardIndex", i: int, channels: int) -> Image.Image:
-    """Image of sample i, as decode_image gives it."""
-    content = index.files.read(int(index.shard[i]), int(index.offset[i]), int(index.size[i]))
-    return decode_image(content, channels, index.describe(i))

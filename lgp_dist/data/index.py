@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from lgp_dist.data.decode import ShardFiles, decode_image
 from lgp_dist.data.manifest import MANIFEST_NAME, ShardEntry, ShardManifest, hash_file, write_file
@@ -269,3 +270,9 @@ def _same(left: ShardIndex, right: ShardIndex) -> bool:
     """Whether two indexes agree in every sample."""
     names = ("shard", "offset", "size", "label", "keys")
     return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in names)
+
+
+def read_image(index: ShardIndex, i: int, channels: int) -> Image.Image:
+    """Image of sample i, as decode_image gives it."""
+    content = index.files.read(int(index.shard[i]), int(index.offset[i]), int(index.size[i]))
+    return decode_image(content, channels, index.describe(i))

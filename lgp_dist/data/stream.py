@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 
 from lgp_dist.config import DataConfig, TrainConfig
 from lgp_dist.data.augment import Mixer, Transform, eval_transform, sample_rng, train_transform
-from lgp_dist.data.decode import read_image
-from lgp_dist.data.index import ShardIndex
+from lgp_dist.data.index import ShardIndex, read_image
 from lgp_dist.data.manifest import MANIFEST_NAME, ShardManifest
 from lgp_dist.data.order import position_to_sample, stream_key
 from lgp_dist.errors import UserError

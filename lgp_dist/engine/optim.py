@@ -28,7 +28,7 @@ def build_optimizer(module: nn.Module, train: TrainConfig, decays: Decays = deca
         for decay, parameters in groups.items()
         if parameters
     ]
-    return AdamW(settings, lr=train.lr)
+    return AdamW(settings, lr=train.lr, eps=train.eps)
 
 
 def build_schedule(optimizer: Optimizer, train: TrainConfig, steps: int, steps_per_epoch: float) -> CosineLRScheduler:

@@ -97,7 +97,7 @@ class Trainer:
             gradient_accumulation_steps=train.accumulate,
             deepspeed_plugin=plugin,
             kwargs_handlers=backend,
-            log_with=list(check_trackers(trackers)),
+            log_with=list(check_trackers(trackers)) or None,
             project_dir=str(log_dir),
         )
         self.deepspeed = plugin is not None

@@ -1,8 +1,8 @@
 """The learngene pool: rows of instances, joined by stitch layers.
 
-Units stand in one order for every path: stem, blocks of the narrow row, stitches, blocks of the next row, ..., head. Each is
-called once in every forward, and one that is not on the path passes the tokens through. The pool never draws a path
-and never remembers one.
+Units stand in one order for every path: stem, blocks of the narrow row, stitches, blocks of the next row, ..., head.
+Each is called once in every forward, and one that is not on the path passes the tokens through. The pool never draws
+a path and never remembers one.
 """
 
 from timm.models.vision_transformer import Block, VisionTransformer

@@ -46,9 +46,10 @@ def row_losses(
 
     output: what `AuxiliaryViT.forward` gives. ancestry_logits: [B, classes]. targets: [B] or [B, classes].
     """
+    logits = output["logits"].float()  # once, so that both losses' gradients add up in float32
     parts = {
-        "cls": cross_entropy(output["logits"], targets),
-        "pred": soft_cross_entropy(ancestry_logits, output["logits"], config.tau, config.loss_scale),
+        "cls": cross_entropy(logits, targets),
+        "pred": soft_cross_entropy(ancestry_logits, logits, config.tau, config.loss_scale),
         "block": mean_squared_error(output["block"]),
         "attention": mean_squared_error(output["attention"]),
         "inverse": mean_squared_error(output["inverse"]),

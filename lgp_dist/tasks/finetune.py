@@ -22,7 +22,7 @@ class FinetuneTask:
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """loss, cls and, with an ancestry, pred."""
         path = self.sampler.draw(context.step, context.micro_step, context.rank, context.world)
-        logits = module(batch.images, path)
+        logits = module(batch.images, path).float()  # once, so that both losses' gradients add up in float32
         parts = {"cls": cross_entropy(logits, batch.targets)}
         loss = parts["cls"]
         if self.ancestry is not None:

@@ -13,8 +13,7 @@ import webdataset
 from PIL import Image
 
 from lgp_dist.data.build import CLASSES, DEFAULT_SOURCE, build_fashion_mnist
-from lgp_dist.data.decode import read_image
-from lgp_dist.data.index import ShardIndex, index_shards, sidecar_path, verify_shards
+from lgp_dist.data.index import ShardIndex, index_shards, read_image, sidecar_path, verify_shards
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.errors import UserError
 

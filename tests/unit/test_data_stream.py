@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from lgp_dist.config import AugmentConfig, DataConfig, TrainConfig
-from lgp_dist.data.decode import OPEN_FILES, ShardFiles, read_image
-from lgp_dist.data.index import ShardIndex
+from lgp_dist.data.decode import OPEN_FILES, ShardFiles
+from lgp_dist.data.index import ShardIndex, read_image
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.data.stream import TrainStream, clean_batches, evaluation_batches, open_split, position_to_sample
 

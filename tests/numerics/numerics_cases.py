@@ -1,0 +1,131 @@
+"""Small shapes, stock timm models and hooks that the numerical tests share. Nothing here calls `lgp_dist.models`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lgp_dist.paths import Path, PathSpace
+
+Array = NDArray[np.float64]
+
+TWO = PathSpace((16, 32), 4, image_size=28, patch_size=7, channels=1, num_classes=10)
+THREE = PathSpace((16, 32, 48), 3, image_size=28, patch_size=7, channels=1, num_classes=10)
+HEADS = {TWO: (2, 4), THREE: (1, 2, 4)}
+"""Heads are no fixed share of the width, so that a wrong number of heads changes the logits."""
+SPACES = [TWO, THREE]
+EVERY_PATH = [(space, path) for space in SPACES for path in space.paths]
+
+
+def path_id(value: object) -> str | None:
+    """Names test cases after rows and path."""
+    if isinstance(value, PathSpace):
+        return f"{len(value.widths)}rows"
+    return value.key if isinstance(value, Path) else None
+
+
+def stock_vit(width: int, depth: int, heads: int, drop_path: float = 0.0) -> VisionTransformer:
+    """timm's ViT for 28 x 28 grey images and 10 classes, in eval mode, no parameter at a special value."""
+    vit = VisionTransformer(
+        img_size=28,
+        patch_size=7,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        drop_path_rate=drop_path,
+    )
+    return shake(vit).eval()
+
+
+def stock_rows(space: PathSpace) -> list[VisionTransformer]:
+    """A stock ViT for every row of a space."""
+    return [stock_vit(width, space.depth, heads) for width, heads in zip(space.widths, HEADS[space], strict=True)]
+
+
+@torch.no_grad()
+def shake[M: nn.Module](module: M) -> M:
+    """Adds noise to every parameter, so that biases are not zero and norms are not one."""
+    for parameter in module.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return module
+
+
+def images(count: int) -> Tensor:
+    """Random images [B, 1, 28, 28]."""
+    return torch.randn(count, 1, 28, 28)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What hooks on a stock ViT saw in one forward, in float64."""
+
+    logits: Array
+    """[B, classes]."""
+    inputs: dict[int, Array]
+    """What each block was fed, [B, N, D]."""
+    blocks: dict[int, Array]
+    """What each block gave."""
+    attentions: dict[int, Array]
+    """What each block's attention module gave."""
+
+
+@torch.no_grad()
+def capture(vit: VisionTransformer, batch: Tensor) -> Captured:
+    """Runs a stock ViT with hooks on all of its blocks and attention modules."""
+    seen = Captured(np.empty(0), {}, {}, {})
+
+    def note(store: dict[int, Array], index: int):  # noqa: ANN202
+        return lambda module, arguments, output: store.__setitem__(index, array(output))
+
+    handles = []
+    for index, block in enumerate(vit.blocks):
+        handles.append(
+            block.register_forward_pre_hook(lambda m, args, i=index: seen.inputs.__setitem__(i, array(args[0])))
+        )
+        handles.append(block.register_forward_hook(note(seen.blocks, index)))
+        handles.append(block.attn.register_forward_hook(note(seen.attentions, index)))
+    logits = vit(batch)
+    for handle in handles:
+        handle.remove()
+    return Captured(array(logits), seen.inputs, seen.blocks, seen.attentions)
+
+
+def array(tensor: Tensor) -> Array:
+    """A tensor as float64 NumPy array."""
+    return tensor.detach().double().numpy().copy()
+
+
+def log_softmax(logits: Array) -> Array:
+    """Over the last axis."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def label_loss(logits: Array, targets: Array) -> float:
+    """Cross-entropy, mean over the batch; targets [B] labels or [B, classes] shares."""
+    shares = np.eye(logits.shape[1])[targets.astype(int)] if targets.ndim == 1 else targets
+    return float(-(shares * log_softmax(logits)).sum() / len(logits))
+
+
+def soft_loss(teacher: Array, logits: Array, tau: float, scale: str) -> float:
+    """METHOD's L_pred; `paper` divides by the number of classes too."""
+    total = -(np.exp(log_softmax(teacher / tau)) * log_softmax(logits / tau)).sum()
+    return float(total / len(logits) / (logits.shape[1] if scale == "paper" else 1))
+
+
+@contextmanager
+def layer_norm_elements(module: nn.Module) -> Iterator[list[int]]:
+    """Numbers of output elements of every LayerNorm that runs inside."""
+    seen: list[int] = []
+    norms = [part for part in module.modules() if isinstance(part, nn.LayerNorm)]
+    handles = [norm.register_forward_hook(lambda m, args, out: seen.append(out.numel())) for norm in norms]
+    yield seen
+    for handle in handles:
+        handle.remove()
