@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 of a file that a person named; UserError where it cannot be read."""
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a safetensors file that can.") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,8 +83,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """Tensors of a safetensors file by name; UserError where it is missing or damaged."""
     try:
         return load(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: name a safetensors file that does.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a safetensors file that can.") from None
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): name another, or make it again.") from None
 
@@ -86,16 +94,21 @@ def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
     path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
+RECORD_KEYS = {"stage", "id", "config", "inputs", "files", "facts"}
+"""What every artifact.json holds at least."""
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The folder of one run."""
 
     root: Path
+    sources: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of what the run reads from elsewhere (shards, weights), compared like settings."""
 
-    @classmethod
-    def of(cls, config: RunConfig) -> "RunDirectory":
-        """`config.run_dir`, or runs/RECIPE."""
-        return cls(Path(config.run_dir or f"runs/{config.recipe}"))
+    def meaning(self, config: RunConfig, stage: str) -> dict[str, Any]:
+        """Settings and sources that the stage's artifact depends on."""
+        return meaning(config, stage) | self.sources
 
     def check_writable(self) -> None:
         """UserError where the folder cannot be made or written to."""
@@ -117,30 +130,39 @@ class RunDirectory:
         if not path.is_file():
             return None
         try:
-            return Artifact(path.parent, json.loads(path.read_text()))
+            record = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not valid JSON ({error}): make the stage again with --force.") from None
+        if not isinstance(record, dict) or not record.keys() >= RECORD_KEYS:
+            raise UserError(f"{path} is not the record of an artifact: make the stage again with --force.")
+        return Artifact(path.parent, record)
+
+    def check_settings(self, stage: str, config: RunConfig) -> None:
+        """UserError where the stage is complete, but was made with other settings or sources."""
+        artifact = self.find(stage)
+        if artifact is None:
+            return
+        made, now = artifact.record["config"], self.meaning(config, stage)
+        changed = [key for key in sorted(made.keys() | now.keys()) if made.get(key) != now.get(key)]
+        if changed:
+            shown = "; ".join(f"{key} was {made.get(key)!r}, now {now.get(key)!r}" for key in changed[:5])
+            raise UserError(
+                f"{artifact.folder / 'artifact.json'} was made with other settings ({shown}): choose another "
+                "--run-dir, or make it again with --force."
+            )
 
     def is_current(self, stage: str, config: RunConfig) -> bool:
         """Whether the stage is complete; UserError where it was made with other settings or from other inputs."""
         artifact = self.find(stage)
         if artifact is None:
             return False
-        path, now = artifact.folder / "artifact.json", meaning(config, stage)
-        made = artifact.record["config"]
-        changed = [key for key in sorted(made.keys() | now.keys()) if made.get(key) != now.get(key)]
-        if changed:
-            shown = "; ".join(f"{key} was {made.get(key)!r}, now {now.get(key)!r}" for key in changed[:5])
-            raise UserError(
-                f"{path} was made with other settings ({shown}): choose another --run-dir, or make it again "
-                "with --force."
-            )
+        self.check_settings(stage, config)
         for name, made_from in artifact.record["inputs"].items():
             current = self.find(name)
-            if current is None or current.id != made_from:
+            if current is None or current.id != made_from or not self.is_current(name, config):
                 raise UserError(
-                    f"{path} was made from another {name} than {self.root / name} holds now: make it again with "
-                    "--force."
+                    f"{artifact.folder / 'artifact.json'} was made from another {name} than {self.root / name} "
+                    "holds now: make it again with --force."
                 )
         artifact.check_files()
         return True
@@ -167,18 +189,12 @@ class RunDirectory:
         partial, final = self.root / f".{stage}.partial", self.root / stage
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        facts = fill(partial)
-        files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
-        identity = {
-            "stage": stage,
-            "config": meaning(config, stage),
-            "inputs": {artifact.record["stage"]: artifact.id for artifact in inputs},
-            "files": {name: sha256(path) for name, path in files.items()},
-        }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record = {"id": digest, "created": created, **provenance, "facts": facts, **identity}
-        write_json(partial / "artifact.json", record)
+        try:
+            record = self._record(stage, config, inputs, fill(partial), provenance)
+            write_json(partial / "artifact.json", record)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         old = self.root / f".{stage}.old"
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
@@ -186,3 +202,24 @@ class RunDirectory:
         os.replace(partial, final)
         shutil.rmtree(old, ignore_errors=True)
         return Artifact(final, record)
+
+    def _record(
+        self,
+        stage: str,
+        config: RunConfig,
+        inputs: list[Artifact],
+        facts: dict[str, Any],
+        provenance: dict[str, Any],
+    ) -> dict[str, Any]:
+        """What artifact.json says of the files in the stage's partial folder."""
+        partial = self.root / f".{stage}.partial"
+        files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
+        identity = {
+            "stage": stage,
+            "config": self.meaning(config, stage),
+            "inputs": {artifact.record["stage"]: artifact.id for artifact in inputs},
+            "files": {name: sha256(path) for name, path in files.items()},
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return {"id": digest, "created": created, **provenance, "facts": facts, **identity}

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import sys
 import time
@@ -41,12 +42,18 @@ SUMMARIES = {
 
 NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer")
+"""What gloo says on a rank whose peer has failed."""
+
+PATIENCE_S = 15.0
+"""How long a rank leaves the word to another that failed first, seconds."""
+
 app = tyro.extras.SubcommandApp()
 
 
 def _stage_command(stage: str) -> None:
     def command(recipe: Recipe) -> None:
-        _guarded(lambda: _run(recipe, (stage,)), recipe.debug)
+        _guarded(lambda: _run(recipe, (stage,)), recipe.debug, recipe.directory)
 
     command.__doc__ = SUMMARIES[stage]
     app.command(command, name=stage)
@@ -59,7 +66,7 @@ for _stage in STAGES:
 @app.command
 def run(recipe: Recipe) -> None:
     """All stages in order, skipping those that are complete."""
-    _guarded(lambda: _run(recipe, STAGES), recipe.debug)
+    _guarded(lambda: _run(recipe, STAGES), recipe.debug, recipe.directory)
 
 
 @app.command
@@ -152,12 +159,13 @@ def _shards(action: Build | Index | Verify) -> None:
     elif isinstance(action, Index):
         index_shards(action.root)
     elif problems := verify_shards(action.root):
-        raise UserError(f"{action.root} has {len(problems)} problem(s): " + "; ".join(problems))
+        listed = "; ".join(problem.rstrip(".") for problem in problems)
+        raise UserError(f"{action.root} has {len(problems)} problem(s): {listed}.")
     else:
         sys.stdout.write(f"{action.root}: every shard and image is whole\n")
 
 
-def _guarded(call: Callable[[], None], debug: bool) -> None:
+def _guarded(call: Callable[[], None], debug: bool, run_dir: str = "") -> None:
     """Turns what a person can put right into one sentence and status 2."""
     try:
         call()
@@ -166,27 +174,35 @@ def _guarded(call: Callable[[], None], debug: bool) -> None:
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
-        where = error.filename or "the run directory"
+        where = error.filename or f"The run directory {run_dir}"
         _fail(f"{where} cannot be written ({error.strerror}): free space, or choose another --run-dir.", debug)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in PEER_GONE):
+            raise
+        time.sleep(PATIENCE_S)  # the rank that failed says why, and the launcher ends this one
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _fail(sentence: str, debug: bool) -> None:
     """Says it once: rank 0 at once; another rank waits, and is ended by the launcher if rank 0 has failed too."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank:
-        time.sleep(3)
+        time.sleep(PATIENCE_S)
     if debug:
         traceback.print_exc()
     sys.stderr.write(f"lgp: {sentence}\n" if rank == 0 else f"lgp (rank {rank}): {sentence}\n")
     sys.stderr.flush()
+    if world > 1:
+        os._exit(2)  # without waiting for ranks that will not come
     sys.exit(2)
 
 
 def main() -> None:
     """Entry point of `lgp` and `python -m lgp_dist`."""
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    # DeepSpeed speaks while it is imported, before anything could lower its level.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app.cli(
         prog="lgp",

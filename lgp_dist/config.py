@@ -41,8 +41,8 @@ class AugmentConfig:
 class DataConfig:
     """What is read, and how an image becomes a tensor."""
 
-    root: str = "shards/imagenet"
-    """Folder that holds manifest.json and the tars."""
+    root: str = free("shards/imagenet")
+    """Folder that holds manifest.json and the tars; what it holds belongs to a run's meaning, not where it lies."""
     train_split: str = "train"
     """Split to train on."""
     val_split: str = "validation"
@@ -141,8 +141,8 @@ class AncestryConfig:
     """Attention heads."""
     source: Literal["hub", "file", "train"] = "hub"
     """hub takes timm's pretrained weights, file takes `weights`, train trains it on the training split."""
-    weights: str = ""
-    """A safetensors file of timm's names, for source file."""
+    weights: str = free("")
+    """A safetensors file of timm's names, for source file; its content belongs to a run's meaning."""
     drop_path: float = 0.1
     """Largest stochastic-depth rate, for source train."""
     train: TrainConfig = TrainConfig(epochs=300.0, batch_size=1024)
@@ -246,8 +246,8 @@ class ExportConfig:
 class RunConfig:
     """A complete run, from shards to an exported descendant."""
 
-    recipe: str
-    """Name of the recipe that this began as."""
+    recipe: str = free("")
+    """Name of the recipe that this began as; the default run directory is called after it."""
     seed: int = 0
     """Seeds initialisation, order, augmentation and paths."""
     data: DataConfig = DataConfig()
@@ -278,6 +278,11 @@ class RunConfig:
     """Make the stage's artifact again although one is complete."""
     debug: bool = free(False)
     """Show tracebacks of errors that have a sentence."""
+
+    @property
+    def directory(self) -> str:
+        """Where results go."""
+        return self.run_dir or f"runs/{self.recipe}"
 
 
 def flatten(config: Any, *, with_free: bool = True, prefix: str = "") -> dict[str, Any]:

@@ -89,8 +89,11 @@ class PathSpace:
     def __post_init__(self) -> None:
         if self.depth < 2:
             raise UserError(f"model.depth is {self.depth}, but a row needs at least 2 blocks: choose 2 or more.")
-        if list(self.widths) != sorted(self.widths):
-            raise UserError(f"model.rows has widths {list(self.widths)}, but rows go from narrow to wide: reorder.")
+        if not self.widths or list(self.widths) != sorted(set(self.widths)):
+            raise UserError(
+                f"model.rows has widths {list(self.widths)}, but rows go from narrow to wide, each wider than the one "
+                "before: reorder or change them."
+            )
         if self.image_size % self.patch_size:
             raise UserError(
                 f"data.image_size {self.image_size} is no multiple of model.patch_size {self.patch_size}: change one."

@@ -2,12 +2,14 @@
 
 import logging
 import sys
+from pathlib import Path
 
-from lgp_dist.artifacts import RunDirectory, write_json
+from lgp_dist.artifacts import RunDirectory, fingerprint, write_json
+from lgp_dist.checks import check_config
 from lgp_dist.config import STAGES, RunConfig, flatten
+from lgp_dist.data.manifest import ShardManifest
+from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.setup import Workers, check_trackers
-from lgp_dist.errors import UserError
-from lgp_dist.paths import PathSpace
 from lgp_dist.provenance import environment
 from lgp_dist.report.publish import publish
 from lgp_dist.stages import ancestry, descend, distil, evaluate, export, finetune, pool
@@ -30,11 +32,13 @@ RUN = {
 def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     """Runs the named stages, or skips them where their artifact is complete and made with the same settings.
 
-    Raises UserError for whatever a person can put right.
+    Raises UserError for whatever a person can put right; what can be known before the first stage is checked before it.
     """
     check_config(config)
-    directory = RunDirectory.of(config)
+    check_trackers(config.trackers)
     workers = Workers.start(config.engine)
+    directory = RunDirectory(Path(config.directory), sources(config))
+    check_stages(config, stages, directory, workers.world)
     about = environment()
     context = Context(config, directory, workers, about["commit"])
     if workers.is_main:
@@ -45,11 +49,9 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     for stage in stages:
         done = not config.force and directory.is_current(stage, config)
         if workers.agree(done):
-            if workers.is_main:
-                log.info("%s: complete in %s, skipped", stage, directory.root / stage)
+            log.info("%s: complete in %s, skipped", stage, directory.root / stage)
             continue
-        if workers.is_main:
-            log.info("%s: begins on %d process(es), %s", stage, workers.world, workers.device.type)
+        log.info("%s: begins on %d process(es), %s", stage, workers.world, workers.device.type)
         RUN[stage](context)
     if workers.is_main:
         _publish(context)
@@ -57,23 +59,28 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     workers.close()
 
 
-def check_config(config: RunConfig) -> None:
-    """UserError for settings that no later check would name."""
-    space = PathSpace.from_config(config)
-    for index, row in enumerate(config.model.rows):
-        if row.heads < 1 or row.width % row.heads:
-            raise UserError(
-                f"model.rows.{index} has width {row.width} and {row.heads} heads, but heads must divide the "
-                "width: change one of them."
-            )
-    if len(config.data.mean) != config.data.channels or len(config.data.std) != config.data.channels:
-        raise UserError(
-            f"data.mean and data.std have {len(config.data.mean)} and {len(config.data.std)} values, but data.channels "
-            f"is {config.data.channels}: give one value per channel."
-        )
-    if config.export.path:
-        space.by_key(config.export.path)
-    check_trackers(config.trackers)
+def sources(config: RunConfig) -> dict[str, str]:
+    """Fingerprints of shards and weights; UserError where they cannot be read."""
+    manifest = ShardManifest.load(config.data.root)
+    found = {f"data.{split}": manifest.fingerprint(split) for split in (config.data.train_split, config.data.val_split)}
+    if config.ancestry.source == "file":
+        found["ancestry.weights"] = fingerprint(Path(config.ancestry.weights))
+    return found
+
+
+def check_stages(config: RunConfig, stages: tuple[str, ...], directory: RunDirectory, world: int) -> None:
+    """UserError where an artifact was made with other settings, or a batch does not fit ranks and images."""
+    for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
+        if not (config.force and stage in stages):
+            directory.check_settings(stage, config)
+    trains = {"distil": config.distil.train, "finetune": config.finetune.train}
+    if config.ancestry.source == "train":
+        trains["ancestry"] = config.ancestry.train
+    manifest = ShardManifest.load(config.data.root)
+    images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
+    for stage in stages:
+        if stage in trains:
+            check_batch(trains[stage], world, images, f"{stage}.train.")
 
 
 def _log_to(directory: RunDirectory) -> None:

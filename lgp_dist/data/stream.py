@@ -66,7 +66,7 @@ class TrainStream:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank {self.rank} is not in a world of {self.world}")
-        _check_batch(self.train, self.world, len(self.index))
+        check_batch(self.train, self.world, len(self.index))
 
     @property
     def per_rank(self) -> int:
@@ -231,24 +231,27 @@ def _load(items: Items, numbers: range, workers: int) -> Iterator[Batch]:
         yield Batch(*item)
 
 
-def _check_batch(train: TrainConfig, world: int, n: int) -> None:
-    """Raises UserError unless a global batch can be cut into equal parts and an epoch can feed it."""
+def check_batch(train: TrainConfig, world: int, n: int, prefix: str = "") -> None:
+    """Raises UserError unless a global batch can be cut into equal parts and an epoch of n images can feed it.
+
+    prefix: of the keys that the sentence names, such as `finetune.train.`.
+    """
     size, accumulate = train.batch_size, train.accumulate
     for key, value in (("batch_size", size), ("accumulate", accumulate)):
         if value < 1:
-            raise UserError(f"{key} is {value}: set it to 1 or more.")
+            raise UserError(f"{prefix}{key} is {value}: set it to 1 or more.")
     if size > n:
         raise UserError(
-            f"{n} images cannot feed a batch of {size} at world size {world}: set batch_size to {n} or less,"
+            f"{n} images cannot feed a batch of {size} at world size {world}: set {prefix}batch_size to {n} or less,"
             " or use more images."
         )
     mixes = train.mixup > 0 or train.cutmix > 0
     unit = world * accumulate * (2 if mixes else 1)
     if size % unit:
         near = [value for value in (size // unit * unit, size // unit * unit + unit) if 0 < value <= n]
-        fits = f"set batch_size to {' or '.join(map(str, near))}" if near else "use fewer ranks or micro-steps"
+        fits = f"set {prefix}batch_size to {' or '.join(map(str, near))}" if near else "use fewer ranks or micro-steps"
         pairs = ", in even parts because mixup and cutmix pair images" if mixes else ""
         raise UserError(
-            f"batch_size {size} cannot be cut into equal parts for world size {world} and accumulate {accumulate}"
-            f"{pairs}: {fits}."
+            f"{prefix}batch_size {size} cannot be cut into equal parts for world size {world} and accumulate"
+            f" {accumulate}{pairs}: {fits}."
         )

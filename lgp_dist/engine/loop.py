@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lgp_dist.config import TrainConfig
 from lgp_dist.engine.gradients import fill_missing
 from lgp_dist.engine.meters import StepMeter
 from lgp_dist.engine.optim import Decays, build_optimizer, build_schedule, decays_matrix, planned_steps
 from lgp_dist.engine.setup import Trainer, Workers
+from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch, StepContext, Task
 
 Batches = Callable[[int, int], Iterator[Batch]]
@@ -65,6 +68,8 @@ def train(
     finally:
         meter.close()
     trainer.close()
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in task.module.parameters()):
+        raise UserError(f"The last step of stage {stage} made weights infinite: lower its train.lr.")
     return {"steps": steps, "seconds": round(time.monotonic() - began, 3), "images": steps * config.batch_size}
 
 

@@ -1,9 +1,7 @@
 """What a run says while it trains: a line of metrics per step, one progress bar, the log."""
 
-import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,26 +14,9 @@ from tqdm import tqdm
 
 from lgp_dist.engine.setup import Trainer
 from lgp_dist.errors import UserError
+from lgp_dist.metrics import MetricsFile
 
 log = logging.getLogger("lgp")
-
-
-class MetricsFile:
-    """metrics.jsonl of a run directory: one JSON object per optimizer step and stage."""
-
-    def __init__(self, path: Path, stage: str):
-        """Lines of an earlier attempt at the same stage are dropped."""
-        self.path, self.stage = path, stage
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["stage"] != stage]
-            temporary = path.with_suffix(".partial")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, path)
-
-    def append(self, lines: list[dict[str, Any]]) -> None:
-        """Writes finished steps."""
-        with self.path.open("a") as file:
-            file.writelines(json.dumps({"stage": self.stage, **line}) + "\n" for line in lines)
 
 
 class StepMeter:

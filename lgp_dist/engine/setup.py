@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -125,11 +126,16 @@ class Trainer:
 
 
 def check_trackers(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names, where accelerate knows them all."""
+    """The names, where accelerate knows them all and what they need is installed."""
     known = sorted(str(name) for name in LoggerType.list() if name != "all")
+    installed = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in known:
             raise UserError(f"trackers names {name!r}, which accelerate does not know: choose from {', '.join(known)}.")
+        if name not in installed:
+            raise UserError(
+                f"trackers names {name!r}, which is not installed: run `pip install {name}`, or leave it out."
+            )
     return names
 
 

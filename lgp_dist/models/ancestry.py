@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from lgp_dist.errors import UserError
@@ -50,17 +50,40 @@ def timm_ancestry(
         vit = timm.create_model(
             name, pretrained=pretrained, img_size=image_size, in_chans=channels, num_classes=num_classes
         )
+    except TypeError:
+        vit = None
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"timm could not load {name} from the hub ({reason}): connect, or download its safetensors file elsewhere "
             "and pass --ancestry.source file --ancestry.weights FILE."
         ) from None
-    if not isinstance(vit, VisionTransformer) or vit.patch_embed.patch_size != (patch_size, patch_size):
+    if not _is_plain(vit) or vit.patch_embed.patch_size != (patch_size, patch_size):
         raise UserError(
-            f"ancestry.model {name} is not a plain ViT of patch size {patch_size}: choose one, or set model.patch_size."
+            f"ancestry.model {name} is not a plain ViT with one class token and patch size {patch_size}: choose one, "
+            "or set model.patch_size."
         )
     return vit
+
+
+def check_normalisation(vit: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """UserError where pretrained weights expect images normalised otherwise than the run does."""
+    wanted = (tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"]))
+    if wanted != (tuple(mean), tuple(std)):
+        raise UserError(
+            f"The pretrained ancestry expects mean {wanted[0]} and std {wanted[1]}, but data.mean is {mean} and "
+            f"data.std {std}: set data.mean and data.std to what it expects."
+        )
+
+
+def _is_plain(vit: object) -> bool:
+    """Whether blocks can be tapped and tokens compared: timm's ViT and blocks, one class token, no registers."""
+    return (
+        type(vit) is VisionTransformer
+        and all(type(block) is Block for block in vit.blocks)
+        and vit.num_prefix_tokens == 1
+        and vit.cls_token is not None
+    )
 
 
 def load_weights(vit: VisionTransformer, state: dict[str, Tensor], source: str) -> None:

@@ -37,6 +37,8 @@ def from_transpose(transformations: list[nn.Linear]) -> Affine:
 def from_pinv(transformation: nn.Linear, mean: Tensor) -> Affine:
     """The pseudo-inverse of `h @ W + b` with the mean term: bias = mu - (b + mu W) W+.
 
+    It inverts what distillation taught only for `target_norm: none`; normalised targets differ by a scale per token.
+
     transformation: W and b as a Linear from wide to narrow. mean: mu [wide], the ancestry's mean token.
     Computed in float64.
     """

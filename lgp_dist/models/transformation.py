@@ -7,6 +7,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from lgp_dist.config import Levels
+from lgp_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ def levels_of(policy: Levels, ancestry_depth: int, auxiliary_depth: int) -> tupl
     With 12 and 6 blocks, dense gives blocks 4, 8, 12 of the ancestry and 2, 4, 6 of the auxiliary model (from 1).
     """
     count = {"none": 0, "last": 1, "dense": 3}[policy]
+    if min(ancestry_depth, auxiliary_depth) < count:
+        raise UserError(
+            f"levels {policy} needs {count} blocks, but the ancestry has {ancestry_depth} and the row "
+            f"{auxiliary_depth}: choose levels last, or more blocks."
+        )
     return tuple(
         Level(round(ancestry_depth * i / count) - 1, round(auxiliary_depth * i / count) - 1)
         for i in range(1, count + 1)

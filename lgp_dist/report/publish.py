@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lgp_dist.artifacts import Artifact
+from lgp_dist.metrics import read_metrics
 from lgp_dist.report.html import render_report
 from lgp_dist.report.plots import figure_svg, report_figures, save_figure
 from lgp_dist.report.rows import write_atomic
@@ -27,7 +28,7 @@ def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence
     config: flat. artifacts: of the complete stages, in order. Returns the table of paths, empty if none is evaluated.
     """
     by_stage = {artifact.record["stage"]: artifact for artifact in artifacts}
-    metrics = [json.loads(line) for line in _read(root / "metrics.jsonl").splitlines()]
+    metrics = read_metrics(root / "metrics.jsonl")
     rows, before, descendant = [], None, None
     if "evaluate" in by_stage:
         folder = by_stage["evaluate"].folder

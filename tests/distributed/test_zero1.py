@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cases import BATCH, CASES, SEED, STEPS, Case, build, small_data, train_config
+from safetensors.torch import load_file
 
 from lgp_dist.data.stream import TrainStream, open_split
 from lgp_dist.sampling import PathSampler
@@ -60,7 +58,8 @@ def reference(case: Case, world: int) -> dict[str, torch.Tensor]:
     sampler = PathSampler(pool.space.paths, case.policy, SEED)
     matrices = [p for n, p in pool.named_parameters() if p.ndim > 1 and "token" not in n and "pos_embed" not in n]
     others = [p for n, p in pool.named_parameters() if not any(p is m for m in matrices)]
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], weight_decay=0.1, eps=case.eps)
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1, eps=case.eps)
     for step in range(STEPS):
         totals = [torch.zeros_like(parameter) for parameter in pool.parameters()]
         for rank in range(world):

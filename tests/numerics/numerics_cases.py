@@ -41,7 +41,8 @@ def stock_vit(width: int, depth: int, heads: int, drop_path: float = 0.0) -> Vis
         num_heads=heads,
         drop_path_rate=drop_path,
     )
-    return shake(vit).eval()
+    shake(vit)
+    return vit.eval()
 
 
 def stock_rows(space: PathSpace) -> list[VisionTransformer]:
@@ -50,11 +51,10 @@ def stock_rows(space: PathSpace) -> list[VisionTransformer]:
 
 
 @torch.no_grad()
-def shake[M: nn.Module](module: M) -> M:
+def shake(module: nn.Module) -> None:
     """Adds noise to every parameter, so that biases are not zero and norms are not one."""
     for parameter in module.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
-    return module
 
 
 def images(count: int) -> Tensor:
@@ -81,7 +81,7 @@ def capture(vit: VisionTransformer, batch: Tensor) -> Captured:
     """Runs a stock ViT with hooks on all of its blocks and attention modules."""
     seen = Captured(np.empty(0), {}, {}, {})
 
-    def note(store: dict[int, Array], index: int):  # noqa: ANN202
+    def note(store: dict[int, Array], index: int):
         return lambda module, arguments, output: store.__setitem__(index, array(output))
 
     handles = []

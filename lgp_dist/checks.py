@@ -1,0 +1,97 @@
+"""Settings that would train wrongly or fail late, refused before anything starts."""
+
+import math
+
+from lgp_dist.config import RunConfig, flatten
+from lgp_dist.errors import UserError
+from lgp_dist.paths import PathSpace
+
+POSITIVE = math.ulp(0.0)
+"""The smallest float above zero."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "data.image_size": (1, 65536),
+    "data.num_classes": (1, 2**31 - 1),
+    "data.crop_pct": (POSITIVE, 1),
+    "data.augment.hflip": (0, 1),
+    "data.augment.random_erase": (0, 1),
+    "data.augment.color_jitter": (0, math.inf),
+    "data.workers": (0, 1024),
+    "engine.threads": (0, 4096),
+    "model.patch_size": (1, 65536),
+    "model.depth": (2, 4096),
+    "ancestry.width": (1, 2**20),
+    "ancestry.depth": (1, 4096),
+    "ancestry.heads": (1, 2**20),
+    "ancestry.drop_path": (0, 0.999),
+    "distil.alpha": (0, 1),
+    "distil.tau": (POSITIVE, math.inf),
+    "distil.inverse_weight": (0, 1e9),
+    "pool.samples": (1, 2**31 - 1),
+    "pool.ridge": (POSITIVE, 1e9),
+    "finetune.tau": (POSITIVE, math.inf),
+    "finetune.distil_weight": (0, 1e9),
+    "evaluate.batch_size": (1, 2**31 - 1),
+    "budget.max_params": (0, math.inf),
+    "budget.max_flops": (0, math.inf),
+    "budget.max_latency_ms": (0, math.inf),
+    "export.images": (1, 2**31 - 1),
+}
+"""Smallest and largest value of a setting."""
+
+TRAIN_RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (POSITIVE, 1e9),
+    "max_steps": (0, 2**62),
+    "batch_size": (1, 2**31 - 1),
+    "accumulate": (1, 2**31 - 1),
+    "lr": (0, math.inf),
+    "min_lr": (0, math.inf),
+    "warmup_epochs": (0, math.inf),
+    "weight_decay": (0, 1e9),
+    "eps": (POSITIVE, math.inf),
+    "clip_grad": (0, 1e30),
+    "mixup": (0, 1e9),
+    "cutmix": (0, 1e9),
+    "label_smoothing": (0, 1),
+    "log_every": (1, 2**31 - 1),
+}
+"""The same for every stage's `train`."""
+
+ROW_RANGES: dict[str, tuple[float, float]] = {"width": (1, 2**20), "heads": (1, 2**20), "drop_path": (0, 0.999)}
+"""The same for every row."""
+
+
+def check_config(config: RunConfig) -> None:
+    """UserError at the first setting that is out of range or does not fit another."""
+    ranges = dict(RANGES)
+    for stage in ("ancestry", "distil", "finetune"):
+        ranges |= {f"{stage}.train.{name}": limits for name, limits in TRAIN_RANGES.items()}
+    for row in range(len(config.model.rows)):
+        ranges |= {f"model.rows.{row}.{name}": limits for name, limits in ROW_RANGES.items()}
+    values = flatten(config)
+    for key, (low, high) in ranges.items():
+        if not low <= values[key] <= high:
+            allowed = f"above 0 and at most {high:.12g}" if low == POSITIVE else f"from {low:.12g} to {high:.12g}"
+            raise UserError(f"{key} is {values[key]}, but must be {allowed}: choose another value.")
+    _check_shapes(config)
+
+
+def _check_shapes(config: RunConfig) -> None:
+    space = PathSpace.from_config(config)
+    widths = {f"model.rows.{index}": (row.width, row.heads) for index, row in enumerate(config.model.rows)}
+    if config.ancestry.model == "vit":
+        widths["ancestry"] = (config.ancestry.width, config.ancestry.heads)
+    for key, (width, heads) in widths.items():
+        if width % heads:
+            raise UserError(
+                f"{key} has width {width} and {heads} heads, but heads must divide the width: change one of them."
+            )
+    data = config.data
+    if len(data.mean) != data.channels or len(data.std) != data.channels:
+        raise UserError(
+            f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values, but data.channels is "
+            f"{data.channels}: give one value per channel."
+        )
+    if config.export.path:
+        space.by_key(config.export.path)

@@ -1,0 +1,36 @@
+"""metrics.jsonl of a run directory: one JSON object per optimizer step and stage."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; none where it is missing. A line that a kill cut off is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class MetricsFile:
+    """Appends the lines of one stage, in place of those of an earlier attempt at it."""
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage = path, stage
+        self._begun = False
+
+    def append(self, lines: list[dict[str, Any]]) -> None:
+        """Writes finished steps; the first call drops the lines of an earlier attempt."""
+        if not self._begun:
+            temporary = self.path.with_suffix(".partial")
+            kept = [line for line in read_metrics(self.path) if line["stage"] != self.stage]
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, self.path)
+            self._begun = True
+        with self.path.open("a") as file:
+            file.writelines(json.dumps({"stage": self.stage, **line}) + "\n" for line in lines)
