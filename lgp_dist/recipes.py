@@ -25,7 +25,7 @@ def tiny() -> RunConfig:
     Accuracy: see README, measured
     """
     loop = TrainConfig(
-        epochs=20.0, batch_size=128, lr=1e-3, min_lr=1e-5, warmup_epochs=1.0, clip_grad=1.0, log_every=20
+        epochs=20.0, batch_size=128, lr=1e-3, min_lr=1e-5, warmup_epochs=1.0, clip_grad=1.0, log_every=50
     )
     return RunConfig(
         recipe="tiny",

@@ -64,18 +64,23 @@ class StepMeter:
         self.losses, self.lines = [], []
 
     def _show(self) -> None:
-        last = self.lines[-1]
+        last, count = self.lines[-1], len(self.lines)
         times = {name: sum(line[name] for line in self.lines) for name in ("step_time_s", "data_wait_s")}
-        speed = self.images_per_step * len(self.lines) / times["step_time_s"]
+        speed = self.images_per_step * count / times["step_time_s"]
         wait = times["data_wait_s"] / times["step_time_s"]
-        shown = {"loss": f"{last['loss']:.3f}", "img/s": f"{speed:.0f}", "data wait": f"{wait:.0%}"}
+        shown = {
+            "loss": f"{sum(line['loss'] for line in self.lines) / count:.3f}",
+            "img/s": f"{speed:.0f}",
+            "data wait": f"{wait:.0%}",
+        }
         self.bar.set_postfix(shown)
         if self.plain:
             left = (time.monotonic() - self.began) / (last["step"] + 1) * (self.steps - last["step"] - 1)
             parts = "  ".join(f"{name} {value}" for name, value in shown.items())
             log.info("%s  step %d/%d  %s  left %ds", self.stage, last["step"] + 1, self.steps, parts, left)
-        tracked = {name: value for name, value in last.items() if isinstance(value, float)}
-        self.trainer.accelerator.log(tracked, step=last["step"])
+        for line in self.lines:
+            tracked = {name: value for name, value in line.items() if isinstance(value, float)}
+            self.trainer.accelerator.log(tracked, step=line["step"])
 
     def close(self) -> None:
         """Ends the bar."""

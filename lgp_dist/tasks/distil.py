@@ -20,14 +20,14 @@ class DistilTask:
         self.blocks = frozenset(level.ancestry for row in module.rows for level in row.levels)
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """loss (sum over rows) and, per row r, row{r}/cls, pred, block, attention, inverse."""
+        """loss (sum over rows) and, per row r, row{r}/cls, pred and, where it has levels, block, attention, inverse."""
         ancestry_logits, blocks, attentions = self.ancestry(batch.images, self.blocks)
         named: dict[str, Tensor] = {}
         total = batch.images.new_zeros(())
         for row, output in enumerate(module(batch.images, blocks, attentions)):
             parts = row_losses(output, ancestry_logits, batch.targets, self.config)
             total = total + parts.pop("loss")
-            named.update({f"row{row}/{name}": torch.as_tensor(part).detach() for name, part in parts.items()})
+            named.update({f"row{row}/{name}": part.detach() for name, part in parts.items() if torch.is_tensor(part)})
         return {"loss": total, **named}
 
     def labels(self, context: StepContext) -> dict[str, Any]:
