@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from lgp_dist.config import RunConfig, meaning
+from lgp_dist.config import STAGES, RunConfig, meaning
 from lgp_dist.errors import UserError
 
 
@@ -166,6 +166,15 @@ class RunDirectory:
                 )
         artifact.check_files()
         return True
+
+    def consistent(self) -> list[Artifact]:
+        """The complete artifacts, in the order of their stages, that were made from the others that lie here now."""
+        kept: dict[str, Artifact] = {}
+        for stage in STAGES:
+            artifact = self.find(stage)
+            if artifact and all(name in kept and kept[name].id == i for name, i in artifact.record["inputs"].items()):
+                kept[stage] = artifact
+        return list(kept.values())
 
     def require(self, stage: str, config: RunConfig) -> Artifact:
         """The stage's artifact, whole and made with these settings; UserError otherwise."""

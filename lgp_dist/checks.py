@@ -93,5 +93,9 @@ def _check_shapes(config: RunConfig) -> None:
             f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values, but data.channels is "
             f"{data.channels}: give one value per channel."
         )
+    if config.ancestry.source == "file" and not config.ancestry.weights:
+        raise UserError("ancestry.source is file, but ancestry.weights is empty: name a safetensors file.")
+    if config.ancestry.source == "hub" and config.ancestry.model == "vit":
+        raise UserError("ancestry.source is hub, but ancestry.model is vit: name a model of timm, or another source.")
     if config.export.path:
         space.by_key(config.export.path)

@@ -54,7 +54,9 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
         log.info("%s: begins on %d process(es), %s", stage, workers.world, workers.device.type)
         RUN[stage](context)
     if workers.is_main:
-        _publish(context)
+        table = publish(directory.root, config.recipe, flatten(config), directory.consistent())
+        if table and "evaluate" in stages:
+            sys.stdout.write(f"\n{table}\n\nResults: {directory.root}/report.html, paths.csv, pareto.png, export/\n")
     workers.barrier()
     workers.close()
 
@@ -92,12 +94,3 @@ def _log_to(directory: RunDirectory) -> None:
     for handler in (logging.StreamHandler(sys.stderr), logging.FileHandler(directory.root / "log.txt")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
-
-
-def _publish(context: Context) -> None:
-    """Writes tables, plots and report of what is complete, and shows the table."""
-    directory = context.run
-    artifacts = [found for stage in STAGES if (found := directory.find(stage))]
-    table = publish(directory.root, context.config.recipe, flatten(context.config), artifacts)
-    if table:
-        sys.stdout.write(f"\n{table}\n\nResults: {directory.root}/report.html, paths.csv, pareto.png, export/\n")

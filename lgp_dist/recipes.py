@@ -25,7 +25,7 @@ def tiny() -> RunConfig:
     Accuracy: see README, measured
     """
     loop = TrainConfig(
-        epochs=20.0, batch_size=128, lr=1e-3, min_lr=1e-5, warmup_epochs=1.0, clip_grad=1.0, log_every=50
+        epochs=16.0, batch_size=128, lr=1e-3, min_lr=1e-5, warmup_epochs=1.0, clip_grad=1.0, log_every=50
     )
     return RunConfig(
         recipe="tiny",
@@ -58,7 +58,7 @@ def tiny() -> RunConfig:
             train=replace(loop, epochs=24.0, label_smoothing=0.1),
         ),
         distil=DistilConfig(train=loop),
-        finetune=FinetuneConfig(train=replace(loop, epochs=20.0, lr=5e-4)),
+        finetune=FinetuneConfig(train=replace(loop, lr=5e-4)),
         budget=Budget(max_params=400e3),
     )
 

@@ -1,9 +1,12 @@
 """The frozen teacher."""
 
 from collections.abc import Collection
+from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -36,34 +39,41 @@ class Ancestry(nn.Module):
         return forward_with_taps(self.vit, images, blocks)
 
 
-def timm_ancestry(
-    name: str, *, image_size: int, channels: int, num_classes: int, patch_size: int, pretrained: bool
-) -> VisionTransformer:
-    """timm's model of that name for the run's input, with pretrained weights from the hub if asked.
+def timm_ancestry(name: str, *, image_size: int, channels: int, num_classes: int, patch_size: int) -> VisionTransformer:
+    """timm's model of that name for the run's input, with random weights.
 
-    Raises UserError where timm has no such plain ViT, its patch size is another, or the hub cannot be reached.
+    Raises UserError where timm has no such plain ViT, or its patch size is another.
     """
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
         raise UserError(f"ancestry.model is {name!r}, which timm does not have: choose another{_like(near)}.")
     try:
-        vit = timm.create_model(
-            name, pretrained=pretrained, img_size=image_size, in_chans=channels, num_classes=num_classes
-        )
+        vit = timm.create_model(name, img_size=image_size, in_chans=channels, num_classes=num_classes)
     except TypeError:
         vit = None
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"timm could not load {name} from the hub ({reason}): connect, or download its safetensors file elsewhere "
-            "and pass --ancestry.source file --ancestry.weights FILE."
-        ) from None
     if not _is_plain(vit) or vit.patch_embed.patch_size != (patch_size, patch_size):
         raise UserError(
             f"ancestry.model {name} is not a plain ViT with one class token and patch size {patch_size}: choose one, "
             "or set model.patch_size."
         )
     return vit
+
+
+def hub_weights(vit: VisionTransformer) -> Path:
+    """timm's pretrained weights of a model from the hub, as a local safetensors file; no other format is read.
+
+    Raises UserError where timm has none or the hub cannot be reached.
+    """
+    name = vit.pretrained_cfg.get("architecture", "the model")
+    source = vit.pretrained_cfg.get("hf_hub_id")
+    elsewhere = "download its safetensors file and pass --ancestry.source file --ancestry.weights FILE"
+    if not source:
+        raise UserError(f"timm has no pretrained weights of {name} on the hub: {elsewhere}.")
+    try:
+        return Path(hf_hub_download(source, "model.safetensors"))
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{source} could not be fetched from the hub ({reason}): connect, or {elsewhere}.") from None
 
 
 def check_normalisation(vit: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

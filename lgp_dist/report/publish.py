@@ -25,6 +25,8 @@ model = load_descendant(json.load(open(folder + "/config.json")), load_file(fold
 def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence[Artifact]) -> str:
     """Writes paths.json, paths.csv, pareto.png, pareto.svg and report.html into a run directory.
 
+    Tables and plots of an evaluation that is not among the artifacts are removed.
+
     config: flat. artifacts: of the complete stages, in order. Returns the table of paths, empty if none is evaluated.
     """
     by_stage = {artifact.record["stage"]: artifact for artifact in artifacts}
@@ -36,6 +38,9 @@ def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence
         before = json.loads(_read(folder / "before.json") or "null")
         write_paths_json(rows, root / "paths.json")
         write_paths_csv(rows, root / "paths.csv")
+    else:
+        for name in ("paths.json", "paths.csv", "pareto.png", "pareto.svg"):
+            (root / name).unlink(missing_ok=True)
     if "export" in by_stage:
         exported = by_stage["export"]
         descendant = {**exported.facts, "file": str(exported.folder), "load": LOAD.format(folder=exported.folder)}

@@ -5,9 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.artifacts import load_tensors, save_tensors
-from lgp_dist.errors import UserError
-from lgp_dist.models.ancestry import check_normalisation, load_weights
+from lgp_dist.artifacts import load_tensors, save_tensors, sha256
+from lgp_dist.models.ancestry import check_normalisation, hub_weights, load_weights
 from lgp_dist.stages.context import Context, ancestry_vit
 from lgp_dist.tasks.classify import ClassifyTask
 
@@ -20,16 +19,13 @@ def run(context: Context) -> None:
     ancestry = config.ancestry
     facts: dict[str, Any] = {"source": ancestry.source}
     context.seed("ancestry")
-    vit = ancestry_vit(config, pretrained=ancestry.source == "hub")
+    vit = ancestry_vit(config)
     if ancestry.source == "hub":
-        if ancestry.model == "vit":
-            raise UserError(
-                "ancestry.source is hub, but ancestry.model is vit: name a model of timm, or another source."
-            )
         check_normalisation(vit, config.data.mean, config.data.std)
+        weights = hub_weights(vit)
+        load_weights(vit, load_tensors(weights), str(weights))
+        facts |= {"weights": vit.pretrained_cfg["hf_hub_id"], "weights_sha256": sha256(weights)}
     if ancestry.source == "file":
-        if not ancestry.weights:
-            raise UserError("ancestry.source is file, but ancestry.weights is empty: name a safetensors file.")
         load_weights(vit, load_tensors(Path(ancestry.weights)), ancestry.weights)
         facts |= {"weights": ancestry.weights}
     if ancestry.source == "train":

@@ -108,8 +108,8 @@ class Context:
         torch.manual_seed(self.config.seed * 1000 + sum(stage.encode()))
 
 
-def ancestry_vit(config: RunConfig, *, pretrained: bool = False) -> VisionTransformer:
-    """The ancestry's architecture with random weights, or with timm's pretrained ones."""
+def ancestry_vit(config: RunConfig) -> VisionTransformer:
+    """The ancestry's architecture with random weights."""
     data, ancestry = config.data, config.ancestry
     if ancestry.model == "vit":
         return build_vit(
@@ -128,5 +128,4 @@ def ancestry_vit(config: RunConfig, *, pretrained: bool = False) -> VisionTransf
         channels=data.channels,
         num_classes=data.num_classes,
         patch_size=config.model.patch_size,
-        pretrained=pretrained,
     )

@@ -17,7 +17,7 @@ from lgp_dist.models.descendant import load_descendant
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
-SHORT = ["--distil.train.max-steps", str(STEPS), "--finetune.train.max-steps", str(STEPS), "--no-evaluate.before"]
+SHORT = ["--distil.train.max-steps", str(STEPS), "--finetune.train.max-steps", str(STEPS), "--evaluate.no-before"]
 
 
 def lgp(*arguments: str, launched: bool) -> subprocess.CompletedProcess[str]:
