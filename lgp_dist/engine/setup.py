@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, LoggerType
+from accelerate.utils import LoggerType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -46,8 +46,8 @@ class Workers:
             # each rank that is killed.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // launch.local_world))
-        group = {"backend": "gloo" if device_type == "cpu" else "nccl", "timeout": TIMEOUT} if launch.world > 1 else {}
-        state = PartialState(**group)
+        backend = "gloo" if device_type == "cpu" else "nccl"
+        state = PartialState(**({"backend": backend, "timeout": TIMEOUT} if launch.deepspeed else {}))
         return cls(launch, engine, state.process_index, state.num_processes, state.device)
 
     @property
@@ -76,7 +76,7 @@ class Workers:
 
     def close(self) -> None:
         """Leaves the group."""
-        if self.world > 1:
+        if torch.distributed.is_initialized():
             PartialState().destroy_process_group()
 
 
@@ -88,16 +88,14 @@ class Trainer:
         self.workers = workers
         self.clip_grad = train.clip_grad
         plugin = None
-        if workers.launch.deepspeed and workers.world > 1:
+        if workers.launch.deepspeed:
             # The launch file's fields have been read and checked; accelerate refuses them beside a configuration.
             os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
             plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(workers.launch, workers.engine, train, per_rank))
-        backend = [InitProcessGroupKwargs(backend="gloo")] if workers.device.type == "cpu" and workers.world > 1 else []
         self.accelerator = Accelerator(
             mixed_precision="no",
             gradient_accumulation_steps=train.accumulate,
             deepspeed_plugin=plugin,
-            kwargs_handlers=backend,
             log_with=list(check_trackers(trackers)) or None,
             project_dir=str(log_dir),
         )

@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "finetune_worker.py"
 
 
-def launch(folder: Path) -> None:
-    """Runs the worker on two processes through the shipped launch file."""
+def launch(folder: Path, world: int) -> None:
+    """Runs the worker through the shipped launch file on so many processes."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/cpu_2.yaml"]
+    command += ["--num_processes", str(world)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(WORKER), str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -33,7 +34,8 @@ def launch(folder: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero1")
     before = set(os.listdir("/dev/shm"))
-    launch(folder)
+    for world in (1, 2):
+        launch(folder, world)
     assert set(os.listdir("/dev/shm")) <= before, "the run left shared memory behind"
     return folder
 
@@ -90,11 +92,12 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_two_ranks_equal_one_process(results: Path, case: Case) -> None:
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_equal_one_process(results: Path, case: Case, world: int) -> None:
     """fp32 to 1e-6; bf16 computes under autocast with fp32 gradients, so its order of summation is the same too."""
-    expected = reference(case, world=2)
-    for rank in range(2):
-        found = load_file(results / f"{case.name}-rank{rank}-of2.safetensors")
+    expected = reference(case, world)
+    for rank in range(world):
+        found = load_file(results / f"{case.name}-rank{rank}-of{world}.safetensors")
         assert largest_difference(found, expected) <= 1e-6
 
 
