@@ -187,15 +187,15 @@ def _guarded(call: Callable[[], None], debug: bool, run_dir: str = "") -> None:
 
 def _fail(sentence: str, debug: bool) -> None:
     """Says it once: rank 0 at once; another rank waits, and is ended by the launcher if rank 0 has failed too."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(PATIENCE_S)
     if debug:
         traceback.print_exc()
     sys.stderr.write(f"lgp: {sentence}\n" if rank == 0 else f"lgp (rank {rank}): {sentence}\n")
     sys.stderr.flush()
-    if world > 1:
-        os._exit(2)  # without waiting for ranks that will not come
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os._exit(2)  # one of several ranks: without waiting for the others at exit
     sys.exit(2)
 
 
