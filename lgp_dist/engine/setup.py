@@ -42,9 +42,9 @@ class Workers:
         device_type = check_launch(launch, engine, torch.cuda.device_count())
         _quiet()
         if device_type == "cpu":
-            # The shared-memory all-reduce serves inference only, needs a compiler, and leaves 69 MB in /dev/shm for
-            # each rank that is killed.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            # None of DeepSpeed's own operators is used on a CPU. Saying so spares a probe that compiles each of them,
+            # and the shared-memory all-reduce (for inference), which leaves 69 MB in /dev/shm for each rank killed.
+            deepspeed.ops.__compatible_ops__ = {}
             torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // launch.local_world))
         backend = "gloo" if device_type == "cpu" else "nccl"
         state = PartialState(**({"backend": backend, "timeout": TIMEOUT} if launch.deepspeed else {}))
