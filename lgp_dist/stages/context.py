@@ -22,6 +22,7 @@ from lgp_dist.models.vit import build_vit
 from lgp_dist.paths import PathSpace
 from lgp_dist.protocols import Task
 from lgp_dist.provenance import command, versions
+from lgp_dist.sampling import draw_index
 
 Fill = Callable[[Path], dict[str, Any]]
 """Writes a stage's files into a folder and returns what the stage measured."""
@@ -70,6 +71,7 @@ class Context:
         stream = TrainStream(
             open_split(data, data.train_split), data, config, self.config.seed, workers.rank, workers.world
         )
+        self.seed(stage, workers.rank)  # stochastic depth drops other samples on other ranks
         return train(
             task,
             stream.batches,
@@ -103,9 +105,9 @@ class Context:
         pool.load_state_dict(self.require(stage).tensors("pool.safetensors"), strict=True)
         return pool.to(self.workers.device).eval()
 
-    def seed(self, stage: str) -> None:
-        """Seeds initialisation and stochastic depth: the same on every rank, another for each stage."""
-        torch.manual_seed(self.config.seed * 1000 + sum(stage.encode()))
+    def seed(self, stage: str, rank: int = 0) -> None:
+        """Seeds torch: another for each stage; without a rank for what must be the same everywhere (initialisation)."""
+        torch.manual_seed(draw_index(2**63, "torch", self.config.seed, stage, rank))
 
 
 def ancestry_vit(config: RunConfig) -> VisionTransformer:

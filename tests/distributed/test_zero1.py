@@ -17,12 +17,15 @@ from lgp_dist.sampling import PathSampler
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "finetune_worker.py"
+TOPOLOGIES = [(1, 1), (2, 0), (2, 1)]
+"""Processes and ZeRO stage."""
 
 
-def launch(folder: Path, world: int) -> None:
-    """Runs the worker through the shipped launch file on so many processes."""
+def launch(folder: Path, world: int, stage: int) -> None:
+    """Runs the worker through the shipped launch file on so many processes, with that ZeRO stage."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/cpu_2.yaml"]
-    command += ["--num_processes", str(world)]
+    command += ["--num_processes", str(world), "--zero_stage", str(stage)]
+    folder.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(WORKER), str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -34,8 +37,8 @@ def launch(folder: Path, world: int) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero1")
     before = set(os.listdir("/dev/shm"))
-    for world in (1, 2):
-        launch(folder, world)
+    for world, stage in TOPOLOGIES:
+        launch(folder / f"zero{stage}-{world}", world, stage)
     assert set(os.listdir("/dev/shm")) <= before, "the run left shared memory behind"
     return folder
 
@@ -92,12 +95,12 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("world", [1, 2])
-def test_ranks_equal_one_process(results: Path, case: Case, world: int) -> None:
+@pytest.mark.parametrize(("world", "stage"), TOPOLOGIES)
+def test_ranks_equal_one_process(results: Path, case: Case, world: int, stage: int) -> None:
     """fp32 to 1e-6; bf16 computes under autocast with fp32 gradients, so its order of summation is the same too."""
     expected = reference(case, world)
     for rank in range(world):
-        found = load_file(results / f"{case.name}-rank{rank}-of{world}.safetensors")
+        found = load_file(results / f"zero{stage}-{world}" / f"{case.name}-rank{rank}-of{world}.safetensors")
         assert largest_difference(found, expected) <= 1e-6
 
 
