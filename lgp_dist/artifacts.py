@@ -153,19 +153,27 @@ class RunDirectory:
 
     def is_current(self, stage: str, config: RunConfig) -> bool:
         """Whether the stage is complete; UserError where it was made with other settings or from other inputs."""
+        lineage = self._lineage(stage, config)
+        for artifact in lineage.values():
+            artifact.check_files()
+        return bool(lineage)
+
+    def _lineage(self, stage: str, config: RunConfig) -> dict[str, Artifact]:
+        """The stage's artifact and all that it was made from, each once; nothing where it is not complete."""
         artifact = self.find(stage)
         if artifact is None:
-            return False
+            return {}
         self.check_settings(stage, config)
+        found = {stage: artifact}
         for name, made_from in artifact.record["inputs"].items():
             current = self.find(name)
-            if current is None or current.id != made_from or not self.is_current(name, config):
+            if current is None or current.id != made_from:
                 raise UserError(
                     f"{artifact.folder / 'artifact.json'} was made from another {name} than {self.root / name} "
                     "holds now: make it again with --force."
                 )
-        artifact.check_files()
-        return True
+            found |= self._lineage(name, config)
+        return found
 
     def consistent(self) -> list[Artifact]:
         """The complete artifacts, in the order of their stages, that were made from the others that lie here now."""

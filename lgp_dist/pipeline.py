@@ -37,8 +37,10 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     check_config(config)
     check_trackers(config.trackers)
     workers = Workers.start(config.engine)
-    directory = RunDirectory(Path(config.directory), sources(config))
-    check_stages(config, stages, directory, workers.world)
+    manifest = ShardManifest.load(config.data.root)
+    directory = RunDirectory(Path(config.directory), sources(config, manifest))
+    images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
+    check_stages(config, stages, directory, workers.world, images)
     about = environment()
     context = Context(config, directory, workers, about["commit"])
     if workers.is_main:
@@ -61,25 +63,22 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     workers.close()
 
 
-def sources(config: RunConfig) -> dict[str, str]:
+def sources(config: RunConfig, manifest: ShardManifest) -> dict[str, str]:
     """Fingerprints of shards and weights; UserError where they cannot be read."""
-    manifest = ShardManifest.load(config.data.root)
     found = {f"data.{split}": manifest.fingerprint(split) for split in (config.data.train_split, config.data.val_split)}
     if config.ancestry.source == "file":
         found["ancestry.weights"] = fingerprint(Path(config.ancestry.weights))
     return found
 
 
-def check_stages(config: RunConfig, stages: tuple[str, ...], directory: RunDirectory, world: int) -> None:
-    """UserError where an artifact was made with other settings, or a batch does not fit ranks and images."""
+def check_stages(config: RunConfig, stages: tuple[str, ...], directory: RunDirectory, world: int, images: int) -> None:
+    """UserError where an artifact was made with other settings, or a batch does not fit ranks and training images."""
     for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
         if not (config.force and stage in stages):
             directory.check_settings(stage, config)
     trains = {"distil": config.distil.train, "finetune": config.finetune.train}
     if config.ancestry.source == "train":
         trains["ancestry"] = config.ancestry.train
-    manifest = ShardManifest.load(config.data.root)
-    images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
     for stage in stages:
         if stage in trains:
             check_batch(trains[stage], world, images, f"{stage}.train.")
