@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Levels = Literal["none", "last", "dense"]
 StitchInit = Literal["transformation", "transformation_paper", "transformation_pinv", "least_squares", "random"]
 Policy = Literal["independent", "shared"]
@@ -85,8 +85,12 @@ class TrainConfig:
     """Learning rate at the end of the cosine."""
     warmup_epochs: float = 5.0
     """Linear warm-up from min_lr, epochs."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum."""
+    momentum: float = 0.9
+    """SGD's momentum."""
     weight_decay: float = 0.05
-    """AdamW's decay of matrices; vectors, tokens and transformations have none."""
+    """Decay of matrices; vectors, tokens and transformations have none."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     clip_grad: float = 0.0
@@ -106,7 +110,21 @@ class EngineConfig:
     """How the work is computed."""
 
     precision: Precision = "bf16"
-    """bf16 keeps parameters, gradients and optimizer in fp32 and computes under autocast."""
+    """bf16 and fp16 keep parameters, gradients and optimizer in fp32 and compute under autocast; fp16 scales losses."""
+    loss_scale: float = free(2.0**16)
+    """fp16's first loss scale; it halves after an overflow and doubles after 2,000 steps without one."""
+    activation_checkpointing: Literal["auto", "on", "off"] = free("auto")
+    """Compute activations again in backward. auto does so under ZeRO-3 alone, where they would keep whole weights."""
+    compile: str = free("")
+    """torch.compile's backend for every block, such as inductor; empty for none."""
+    offload_optimizer: bool = free(False)
+    """Keep and step the optimizer on the CPU (ZeRO stages 1 to 3)."""
+    reduction: Literal["all", "union"] = free("all")
+    """Gradients that ranks exchange: all; or, once per step, only those that some rank used (ZeRO stages 1 and 2)."""
+    audit: bool = free(True)
+    """Compare order of gradients and schedule over ranks before every optimizer step, and stop at a difference."""
+    audit_weights_every: int = free(500)
+    """Optimizer steps between two comparisons of all weights over ranks, beside the first; 0 for none."""
     device: Literal["auto", "cpu", "cuda"] = free("auto")
     """auto takes the GPU if there is one."""
     threads: int = free(0)
@@ -195,8 +213,26 @@ class PoolConfig:
 
 
 @dataclass(frozen=True)
+class GradientConfig:
+    """What becomes of parameters that not every path of a step has."""
+
+    unused: Literal["skip", "zero"] = "skip"
+    """A parameter that no rank used in a step: skip leaves it and its moments alone, as one process and DDP do; zero
+    gives it a zero gradient, DeepSpeed's habit, so that AdamW decays it and its moments still move it."""
+    average: Literal["all", "users"] = "all"
+    """What a gradient's sum is divided by: all draws of the step, or those whose path has the parameter."""
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Training of all paths."""
+
+    gradients: GradientConfig = GradientConfig()
+    """Parameters that not every path of a step has."""
+    watch_every: int = free(0)
+    """Optimizer steps between two measurements of all paths while training; 0 for none."""
+    watch_images: int = free(1000)
+    """Validation images of such a measurement."""
 
     policy: Policy = "independent"
     """How ranks draw their paths in a step."""

@@ -37,11 +37,28 @@ class StepContext:
     """Number of processes."""
 
 
+@dataclass(frozen=True)
+class Walk:
+    """How the forwards of a module differ. Empty where every forward runs everything."""
+
+    units: tuple[str, ...] = ()
+    """Names of submodules that every forward calls once, in this order; together they hold every parameter. A unit
+    takes a tensor as its first argument and returns one; where a forward has no use for it, it returns that tensor."""
+    parts: tuple[str, ...] = ()
+    """Names of submodules, each a unit or below one, that a forward uses as a whole or not at all."""
+
+
 class Task(Protocol):
     """One forward including its loss; what the engine trains."""
 
     module: nn.Module
     """Everything that is trained, in one module with one forward: what a distributed wrapper sees."""
+    walk: Walk
+    """Which parts of the module a forward may leave out."""
+
+    def used(self, context: StepContext) -> frozenset[str]:
+        """The parts of `walk` that the forward of any rank's step runs. Pure: every rank asks for every rank."""
+        ...
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """Named scalar losses; `loss` is minimised, the others are logged.

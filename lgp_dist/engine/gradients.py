@@ -1,17 +1,115 @@
 """Makes gradients whole on every rank when ranks train different paths.
 
-ZeRO-1 reduces each rank's gradients by position, so a parameter that is missing on one rank would let the ranks add
-gradients of different parameters. With a zero in its place every rank reduces the same sequence; the sum over ranks is
-then what one process would compute that ran all the paths. A parameter that no rank used has a zero gradient, as is
-DeepSpeed's habit: AdamW still applies its decay and its moments.
+A module is walked in one order by every rank (`protocols.Walk`): each unit is called once in every forward, and passes
+its input through where the rank's path has no use for it. On this order stands one contract per engine:
+
+* ZeRO-1, ZeRO-2, DDP and one process: **anchors**. At the entry of a unit stands one node of the autograd graph for
+  each of its parameters, which passes the gradient on and gives a zero to the parameter if the path does not use it.
+  Every parameter then has a gradient on every rank, and gets it when the unit's backward is over, in the order of the
+  chain: by data dependency, not by autograd's queue. ZeRO-2 and DDP reduce buckets in the order of gradients.
+* ZeRO-3: **leaves**. Every unit is a leaf module of DeepSpeed: gathered as a whole when it is called, used or not, and
+  its gradients reduced as a whole when its backward is over, with zeros for what has none. A tick, one number that
+  wants a gradient, is tied to the images: DeepSpeed sees the end of a backward only through the gradient of an input.
+* ZeRO-0: nothing. DeepSpeed reduces all parameters in the module's order, with zeros for what has no gradient.
+* The union, in place of anchors at ZeRO-1 and ZeRO-2: nothing is reduced before the last micro-step's backward; then
+  zeros are filled in for what this rank lacks of the step's union, and the union alone is reduced, in module order.
+
+Models know nothing of this.
 """
 
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
 import torch
-from torch import nn
+from deepspeed.utils import set_z3_leaf_module
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lgp_dist.protocols import Walk
+
+Contract = Literal["anchors", "leaves", "none"]
 
 
-def fill_missing(module: nn.Module) -> None:
-    """Gives every trained parameter a gradient before a backward: zeros where it has none."""
-    for parameter in module.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+class Anchor(torch.autograd.Function):
+    """The identity on tokens, with a parameter as a second input: its gradient waits for this node."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, parameter: Tensor, used: bool) -> Tensor:
+        """tokens: any shape, passed through. used: whether the forward behind this node uses the parameter."""
+        ctx.missing = None if used else (parameter.shape, parameter.dtype, parameter.device)
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """The gradient, and a zero for a parameter that the forward does not use."""
+        if ctx.missing is None:
+            return gradient, None, None
+        shape, dtype, device = ctx.missing
+        return gradient, torch.zeros(shape, dtype=dtype, device=device), None
+
+
+def part_of(name: str, parts: Collection[str]) -> str:
+    """The part that holds a parameter; empty for one that every forward uses."""
+    return next((part for part in parts if name.startswith(part + ".")), "")
+
+
+class Gradients:
+    """The contract of one module and engine, from before DeepSpeed wraps the module until `close`."""
+
+    def __init__(self, module: nn.Module, walk: Walk, contract: Contract):
+        self.module = module
+        self.used: frozenset[str] = frozenset()
+        self.parameters = [
+            (name, parameter, part_of(name, walk.parts))
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+        self._hooks = []
+        self._leaves = [module.get_submodule(name) for name in walk.units] if contract == "leaves" else []
+        for leaf in self._leaves:
+            set_z3_leaf_module(leaf, True)
+        if self._leaves:
+            self._hooks.append(self._leaves[0].register_forward_pre_hook(_tick))
+        if contract == "anchors":
+            for name in walk.units:
+                mine = [(tensor, part) for full, tensor, part in self.parameters if full.startswith(name + ".")]
+                self._hooks.append(module.get_submodule(name).register_forward_pre_hook(self._anchors(mine[::-1])))
+
+    def _anchors(self, parameters: list[tuple[Parameter, str]]) -> Any:
+        def hook(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not torch.is_grad_enabled():
+                return None
+            tokens, *others = arguments
+            for parameter, part in parameters:
+                tokens = Anchor.apply(tokens, parameter, not part or part in self.used)
+            return (tokens, *others)
+
+        return hook
+
+    def weigh(self, factors: Mapping[str, float]) -> None:
+        """From now on multiplies gradients of the parts that `factors` names, which may change from step to step."""
+
+        def scaled(part: str) -> Any:
+            return lambda gradient: gradient * factors[part] if part in factors else gradient
+
+        self._hooks += [tensor.register_hook(scaled(part)) for _, tensor, part in self.parameters if part]
+
+    def fill(self, parts: Collection[str] | None = None) -> None:
+        """Gives parameters without a gradient a zero: all, or those of some parts and of none."""
+        for _, parameter, part in self.parameters:
+            if parameter.grad is None and (parts is None or not part or part in parts):
+                parameter.grad = torch.zeros_like(parameter)
+
+    def close(self) -> None:
+        """Takes every hook and mark off the module."""
+        for hook in self._hooks:
+            hook.remove()
+        for leaf in self._leaves:
+            del leaf._z3_leaf
+
+
+def _tick(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not torch.is_grad_enabled():
+        return None
+    images, *others = arguments
+    return (Anchor.apply(images, images.new_zeros(1, dtype=torch.float32, requires_grad=True), False), *others)

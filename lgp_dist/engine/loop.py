@@ -2,16 +2,17 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lgp_dist.config import TrainConfig
-from lgp_dist.engine.gradients import fill_missing
+from lgp_dist.config import GradientConfig, TrainConfig
 from lgp_dist.engine.meters import StepMeter
 from lgp_dist.engine.optim import Decays, build_optimizer, build_schedule, decays_matrix, planned_steps
-from lgp_dist.engine.setup import Trainer, Workers
+from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.trainer import Trainer, Watch
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch, StepContext, Task
 
@@ -31,40 +32,45 @@ def train(
     trackers: tuple[str, ...] = (),
     tracked_config: dict[str, Any] | None = None,
     decays: Decays = decays_matrix,
+    gradients: GradientConfig = GradientConfig(),  # noqa: B008  frozen
+    watch: Watch | None = None,
+    watch_every: int = 0,
 ) -> dict[str, Any]:
-    """Trains `task.module` in place; afterwards every rank holds the same weights.
+    """Trains `task.module` in place; afterwards every rank holds the same weights, whole.
 
+    watch: called with the wrapped module in eval mode every `watch_every` optimizer steps; what it measures is logged.
     Returns steps, seconds and images of the run.
     """
     steps = planned_steps(config, steps_per_epoch)
-    per_rank = config.batch_size // (workers.world * config.accumulate)
-    trainer = Trainer(workers, config, per_rank, trackers, run_dir / "tracking" / stage)
-    trainer.accelerator.init_trackers(stage, config=_plain(tracked_config or {}))
     task.module.to(workers.device).train()
     task.to(workers.device)
-    optimizer = build_optimizer(task.module, config, decays)
+    optimizer = build_optimizer(task.module, config, decays, task.walk.parts)
     schedule = build_schedule(optimizer, config, steps, steps_per_epoch)
-    module, wrapped_optimizer = trainer.prepare(task.module, optimizer)
+    trainer = Trainer(workers, task, optimizer, config, gradients, trackers, run_dir / "tracking" / stage)
+    trainer.accelerator.init_trackers(stage, config=_plain(tracked_config or {}))
     meter = StepMeter(trainer, run_dir / "metrics.jsonl", stage, steps, config.batch_size, config.log_every)
     stream, began = batches(0, steps), time.monotonic()
     try:
         for step in range(steps):
             schedule.step_update(step)
             losses, wait, start = [], 0.0, time.monotonic()
+            trainer.begin(step)
             for micro in range(config.accumulate):
                 asked = time.monotonic()
                 batch = next(stream).to(workers.device)
                 wait += time.monotonic() - asked
-                context = StepContext(step, micro, workers.rank, workers.world)
-                with trainer.accelerator.accumulate(module):
+                with trainer.micro_step(step, micro) as context:
                     with workers.autocast():
-                        parts = task.losses(module, batch, context)
-                    fill_missing(task.module)
+                        parts = task.losses(trainer.module, batch, context)
                     trainer.backward(parts["loss"])
-                    trainer.step(module, wrapped_optimizer)
                 losses.append({name: part.detach() for name, part in parts.items()})
-            facts = _facts(task, step, config, workers.world, steps_per_epoch, optimizer.param_groups[0]["lr"])
-            meter.add(step, losses, facts, data_wait_s=wait, step_time_s=time.monotonic() - start)
+            trainer.finish(step)
+            spent = time.monotonic() - start
+            due = watch is not None and watch_every and (step + 1) % watch_every == 0
+            fixed = {"epoch": round(step / steps_per_epoch, 4), "lr": optimizer.param_groups[0]["lr"]}
+            fixed |= trainer.measure(watch) if due else {}
+            facts = partial(_facts, task, step, config.accumulate, workers.world, fixed)
+            meter.add(step, losses, facts, data_wait_s=wait, step_time_s=spent)
     finally:
         meter.close()
     trainer.close()
@@ -73,20 +79,14 @@ def train(
     return {"steps": steps, "seconds": round(time.monotonic() - began, 3), "images": steps * config.batch_size}
 
 
-def _facts(
-    task: Task, step: int, config: TrainConfig, world: int, steps_per_epoch: float, lr: float
-) -> Callable[[], dict[str, Any]]:
-    """What a line of metrics says beside losses and times: epoch, rate, and the labels of all ranks and micro-steps."""
-
-    def facts() -> dict[str, Any]:
-        labels: dict[str, list[Any]] = {}
-        for rank in range(world):
-            for micro in range(config.accumulate):
-                for name, value in task.labels(StepContext(step, micro, rank, world)).items():
-                    labels.setdefault(name, []).append(value)
-        return {"epoch": round(step / steps_per_epoch, 4), "lr": lr, **labels}
-
-    return facts
+def _facts(task: Task, step: int, accumulate: int, world: int, fixed: dict[str, Any]) -> dict[str, Any]:
+    """What a line of metrics says beside losses and times: what is given, and labels of all ranks and micro-steps."""
+    labels: dict[str, list[Any]] = {}
+    for rank in range(world):
+        for micro in range(accumulate):
+            for name, value in task.labels(StepContext(step, micro, rank, world)).items():
+                labels.setdefault(name, []).append(value)
+    return {**fixed, "world": world, "accumulate": accumulate, **labels}
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lgp_dist.engine.setup import Trainer
+from lgp_dist.engine.trainer import Trainer
 from lgp_dist.errors import UserError
 from lgp_dist.metrics import MetricsFile
 

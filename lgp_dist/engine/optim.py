@@ -1,13 +1,16 @@
-"""AdamW with DeiT's parameter groups, and timm's cosine schedule in optimizer steps."""
+"""Optimizers with one parameter group per part and decay, the gate before their step, and timm's cosine schedule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
+import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import Parameter
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from lgp_dist.config import TrainConfig
+from lgp_dist.engine.gradients import part_of
 
 Decays = Callable[[str, Parameter], bool]
 
@@ -17,18 +20,75 @@ def decays_matrix(name: str, parameter: Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed"))
 
 
-def build_optimizer(module: nn.Module, train: TrainConfig, decays: Decays = decays_matrix) -> AdamW:
-    """AdamW over all trained parameters in two groups, decayed and not."""
-    groups: dict[bool, list[Parameter]] = {True: [], False: []}
+def build_optimizer(
+    module: nn.Module, train: TrainConfig, decays: Decays = decays_matrix, parts: tuple[str, ...] = ()
+) -> Optimizer:
+    """The optimizer over all trained parameters, in a group for each part, decayed and not.
+
+    parts: names of submodules that a step may leave out as a whole. A group's key `part` names its own, "" for none.
+    """
+    groups: dict[tuple[str, bool], list[Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups[decays(name, parameter)].append(parameter)
+            groups.setdefault((part_of(name, parts), decays(name, parameter)), []).append(parameter)
     settings = [
-        {"params": parameters, "weight_decay": train.weight_decay if decay else 0.0}
-        for decay, parameters in groups.items()
-        if parameters
+        {"params": parameters, "weight_decay": train.weight_decay if decay else 0.0, "part": part}
+        for (part, decay), parameters in groups.items()
     ]
+    if train.optimizer == "sgd":
+        return SGD(settings, lr=train.lr, momentum=train.momentum)
     return AdamW(settings, lr=train.lr, eps=train.eps)
+
+
+class Gate:
+    """Leaves parts out of an optimizer's step: no decay, no update, their moments and step counts as they were.
+
+    Works for whatever tensors stand in the groups when the step comes: parameters, or DeepSpeed's flat partitions.
+    """
+
+    def __init__(self, optimizer: Optimizer):
+        self.active: Collection[str] | None = None
+        """Parts that take part in the next step; None for all."""
+        self.closed = False
+        """Whether the next step leaves out everything."""
+        self._kept: list[tuple[Parameter, torch.Tensor]] = []
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+
+    def _before(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        for group in optimizer.param_groups:
+            idle = group["part"] and self.active is not None and group["part"] not in self.active
+            if idle or self.closed:
+                for parameter in group["params"]:
+                    materialise(optimizer, group, parameter)
+                    if parameter.grad is not None:
+                        self._kept.append((parameter, parameter.grad))
+                        parameter.grad = None
+
+    def _after(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        for parameter, gradient in self._kept:  # offloaded partitions keep their gradient buffer for good
+            parameter.grad = gradient
+        self._kept = []
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def materialise(optimizer: Optimizer, group: dict[str, Any], parameter: Parameter) -> None:
+    """Makes the state that the optimizer would make at the parameter's first step, so that checkpoints have it."""
+    state = optimizer.state[parameter]
+    if state:
+        return
+    if isinstance(optimizer, AdamW):
+        on_device = group.get("fused") or group.get("capturable")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    elif group.get("momentum"):
+        state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def build_schedule(optimizer: Optimizer, train: TrainConfig, steps: int, steps_per_epoch: float) -> CosineLRScheduler:

@@ -1,24 +1,20 @@
-"""Processes, device and precision: the only place that starts accelerate and DeepSpeed."""
+"""Processes and device of a run: how they are started, agree and end."""
 
 import contextlib
 import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
-import deepspeed
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from lgp_dist.config import EngineConfig, TrainConfig
-from lgp_dist.engine.launch import Launch, check_launch, deepspeed_config
+from lgp_dist.config import EngineConfig
+from lgp_dist.engine.defects import spare_probes
+from lgp_dist.engine.launch import Launch, check_launch
 from lgp_dist.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
@@ -42,12 +38,9 @@ class Workers:
         device_type = check_launch(launch, engine, torch.cuda.device_count())
         _quiet()
         if device_type == "cpu":
-            # None of DeepSpeed's own operators is used on a CPU. Saying so spares a probe that compiles each of them,
-            # and the shared-memory all-reduce (for inference), which leaves 69 MB in /dev/shm for each rank killed.
-            deepspeed.ops.__compatible_ops__ = {}
+            spare_probes()
             torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // launch.local_world))
-        backend = "gloo" if device_type == "cpu" else "nccl"
-        state = PartialState(**({"backend": backend, "timeout": TIMEOUT} if launch.deepspeed else {}))
+        state = _join(launch, device_type)
         return cls(launch, engine, state.process_index, state.num_processes, state.device)
 
     @property
@@ -56,8 +49,12 @@ class Workers:
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bf16 computation where the recipe asks for it."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.engine.precision == "bf16")
+        """bf16 or fp16 computation where the recipe asks for it.
+
+        Without a cache of cast weights: a forward uses each of them once, and a cache would keep what ZeRO-3 releases.
+        """
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.engine.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
     def agree(self, value: int) -> int:
         """Rank 0's value, on every rank: decisions about files are made once."""
@@ -69,7 +66,7 @@ class Workers:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, on every rank."""
-        values = values.to(self.device)
+        values = values.to(self.device, copy=True)
         if self.world > 1:
             torch.distributed.all_reduce(values)
         return values
@@ -80,47 +77,12 @@ class Workers:
             PartialState().destroy_process_group()
 
 
-class Trainer:
-    """One model and optimizer, wrapped for these workers: backward, step, tracking."""
-
-    def __init__(self, workers: Workers, train: TrainConfig, per_rank: int, trackers: tuple[str, ...], log_dir: Path):
-        AcceleratorState._reset_state()  # each stage has a DeepSpeed configuration of its own; the group stays
-        self.workers = workers
-        self.clip_grad = train.clip_grad
-        plugin = None
-        if workers.launch.deepspeed:
-            # The launch file's fields have been read and checked; accelerate refuses them beside a configuration.
-            os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-            plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(workers.launch, workers.engine, train, per_rank))
-        self.accelerator = Accelerator(
-            mixed_precision="no",
-            gradient_accumulation_steps=train.accumulate,
-            deepspeed_plugin=plugin,
-            log_with=list(check_trackers(trackers)) or None,
-            project_dir=str(log_dir),
-        )
-        self.deepspeed = plugin is not None
-
-    def prepare(self, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
-        """The wrapped module and optimizer."""
-        return self.accelerator.prepare(module, optimizer)
-
-    def backward(self, loss: Tensor) -> None:
-        """Adds gradients; under DeepSpeed also steps at the end of the accumulation."""
-        self.accelerator.backward(loss)
-
-    def step(self, module: nn.Module, optimizer: Any) -> None:
-        """Clips and steps at the end of the accumulation; under DeepSpeed `backward` has done so."""
-        if self.accelerator.sync_gradients and self.clip_grad and not self.deepspeed:
-            self.accelerator.clip_grad_norm_(module.parameters(), self.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def close(self) -> None:
-        """Ends trackers and frees the engine; the group of processes stays for the next stage."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        self.accelerator.free_memory()
+def _join(launch: Launch, device_type: str) -> PartialState:
+    """The state of the group of processes: of DeepSpeed, of torch's DistributedDataParallel, or of one process."""
+    options = {"backend": "gloo" if device_type == "cpu" else "nccl", "timeout": TIMEOUT}
+    if launch.deepspeed:
+        return PartialState(**options)
+    return PartialState(cpu=device_type == "cpu", **(options if launch.world > 1 else {}))
 
 
 def check_trackers(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -39,6 +39,11 @@ class AuxiliaryRows(nn.Module):
         super().__init__()
         self.rows = nn.ModuleList(rows)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks that are not distilled compute their forward again in backward."""
+        for row in self.rows:
+            row.vit.set_grad_checkpointing(enable)
+
     def forward(
         self, images: Tensor, ancestry_blocks: dict[int, Tensor], ancestry_attentions: dict[int, Tensor]
     ) -> list[dict[str, Tensor | list[tuple[Tensor, Tensor]]]]:

@@ -5,12 +5,21 @@ Each is called once in every forward, and one that is not on the path passes the
 a path and never remembers one.
 """
 
+from collections.abc import Callable
+
+import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lgp_dist.models.stitch import StitchLayer
 from lgp_dist.models.vit import build_vit, classify, embed, split_vit
 from lgp_dist.paths import Path, PathSpace
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Tensor | nn.Module) -> Tensor:
+    """The function's result; in backward it is computed again in place of having kept what it computed on the way."""
+    return checkpoint(function, *arguments, use_reentrant=False) if torch.is_grad_enabled() else function(*arguments)
 
 
 class StemUnit(nn.Module):
@@ -18,11 +27,12 @@ class StemUnit(nn.Module):
 
     def __init__(self, stems: list[VisionTransformer]):
         super().__init__()
-        self.rows = nn.ModuleList(stems)
+        self.rows, self.checkpointed = nn.ModuleList(stems), False
 
     def forward(self, images: Tensor, path: Path) -> Tensor:
         """[B, C, H, W] to [B, N, D of the first row]."""
-        return embed(self.rows[path.first_row], images)
+        row = self.rows[path.first_row]
+        return recomputed(embed, row, images) if self.checkpointed else embed(row, images)
 
 
 class BlockUnit(nn.Module):
@@ -30,11 +40,17 @@ class BlockUnit(nn.Module):
 
     def __init__(self, row: int, index: int, block: Block):
         super().__init__()
-        self.row, self.index, self.block = row, index, block
+        self.row, self.index, self.block, self.checkpointed = row, index, block, False
+
+    def runs(self, path: Path) -> bool:
+        """Whether the path has this block."""
+        return path.has_block(self.row, self.index)
 
     def forward(self, tokens: Tensor, path: Path) -> Tensor:
         """[B, N, D] to the same shape; unchanged where the path does not run this block."""
-        return self.block(tokens) if path.has_block(self.row, self.index) else tokens
+        if not self.runs(path):
+            return tokens
+        return recomputed(self.block, tokens) if self.checkpointed else self.block(tokens)
 
 
 class StitchUnit(nn.Module):
@@ -42,11 +58,17 @@ class StitchUnit(nn.Module):
 
     def __init__(self, index: int, layer: StitchLayer):
         super().__init__()
-        self.index, self.layer = index, layer
+        self.index, self.layer, self.checkpointed = index, layer, False
+
+    def runs(self, path: Path) -> bool:
+        """Whether the path crosses here."""
+        return path.stitch == self.index
 
     def forward(self, tokens: Tensor, path: Path) -> Tensor:
         """[B, N, narrow] to [B, N, wide]; unchanged where the path does not cross here."""
-        return self.layer(tokens) if path.stitch == self.index else tokens
+        if not self.runs(path):
+            return tokens
+        return recomputed(self.layer, tokens) if self.checkpointed else self.layer(tokens)
 
 
 class HeadUnit(nn.Module):
@@ -80,6 +102,28 @@ class LearngenePool(nn.Module):
             for index in range(first, first + space.stitches_per_pair if row + 1 < len(rows) else first):
                 self.units[f"stitch{index}"] = StitchUnit(index, StitchLayer(*space.stitch_widths[index]))
         self.head = HeadUnit(heads)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether every unit but the head computes its forward again in backward, as timm's models name it."""
+        for unit in (self.stem, *self.units.values()):
+            unit.checkpointed = enable
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """Names of the units in the order of the walk: each is called once in every forward, whatever the path."""
+        return ("stem", *(f"units.{name}" for name in self.units), "head")
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the submodules that a path runs as a whole or not at all, in the order of the walk."""
+        rows = range(len(self.space.widths))
+        stems, heads = (tuple(f"{unit}.rows.{row}" for row in rows) for unit in ("stem", "head"))
+        return (*stems, *(f"units.{name}" for name in self.units), *heads)
+
+    def parts_of(self, path: Path) -> frozenset[str]:
+        """Those of `part_names` that a path runs."""
+        ends = {f"stem.rows.{path.first_row}", f"head.rows.{path.last_row}"}
+        return frozenset(ends | {f"units.{name}" for name, unit in self.units.items() if unit.runs(path)})
 
     @classmethod
     def empty(cls, space: PathSpace, heads: tuple[int, ...]) -> "LearngenePool":

@@ -2,8 +2,10 @@
 
 from collections.abc import Collection
 
+import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def build_vit(
@@ -87,6 +89,8 @@ def forward_with_taps(
         if index in blocks:
             tokens, attentions[index] = block_with_attention(block, tokens)
             outputs[index] = tokens
+        elif vit.grad_checkpointing and torch.is_grad_enabled():
+            tokens = checkpoint(block, tokens, use_reentrant=False)
         else:
             tokens = block(tokens)
     return classify(vit, tokens), outputs, attentions

@@ -65,8 +65,10 @@ class Context:
             self.run.write(stage, self.config, inputs, fill, provenance)
         self.workers.barrier()
 
-    def train(self, stage: str, task: Task, config: TrainConfig, decays: Decays = decays_matrix) -> dict[str, Any]:
-        """Trains a task on the training split."""
+    def train(
+        self, stage: str, task: Task, config: TrainConfig, decays: Decays = decays_matrix, **more: Any
+    ) -> dict[str, Any]:
+        """Trains a task on the training split. more: further options of `engine.loop.train`."""
         data, workers = self.config.data, self.workers
         stream = TrainStream(
             open_split(data, data.train_split), data, config, self.config.seed, workers.rank, workers.world
@@ -83,13 +85,14 @@ class Context:
             trackers=self.config.trackers,
             tracked_config=flatten(self.config),
             decays=decays,
+            **more,
         )
 
-    def accuracies(self, forwards: dict[str, Forward]) -> dict[str, tuple[float, float]]:
-        """Top-1 and top-5 on the validation split."""
+    def accuracies(self, forwards: dict[str, Forward], limit: int | None = None) -> dict[str, tuple[float, float]]:
+        """Top-1 and top-5 on the validation split, or on `limit` images of it."""
         data, workers = self.config.data, self.workers
         batches = evaluation_batches(
-            open_split(data, data.val_split), data, self.config.evaluate.batch_size, workers.rank, workers.world
+            open_split(data, data.val_split), data, self.config.evaluate.batch_size, workers.rank, workers.world, limit
         )
         return accuracies(forwards, batches, workers)
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from lgp_dist.config import FinetuneConfig
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.protocols import Batch, StepContext
+from lgp_dist.paths import Path
+from lgp_dist.protocols import Batch, StepContext, Walk
 from lgp_dist.sampling import PathSampler
 from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 
@@ -18,11 +19,20 @@ class FinetuneTask:
 
     def __init__(self, module: LearngenePool, ancestry: Ancestry | None, sampler: PathSampler, config: FinetuneConfig):
         self.module, self.ancestry, self.sampler, self.config = module, ancestry, sampler, config
+        self.walk = Walk(module.unit_names, module.part_names)
+        self._parts = {path: module.parts_of(path) for path in module.space.paths}
+
+    def path(self, context: StepContext) -> Path:
+        """The path of one rank's micro-step."""
+        return self.sampler.draw(context.step, context.micro_step, context.rank, context.world)
+
+    def used(self, context: StepContext) -> frozenset[str]:
+        """The parts on the path of one rank's micro-step."""
+        return self._parts[self.path(context)]
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """loss, cls and, with an ancestry, pred."""
-        path = self.sampler.draw(context.step, context.micro_step, context.rank, context.world)
-        logits = module(batch.images, path).float()  # once, so that both losses' gradients add up in float32
+        logits = module(batch.images, self.path(context)).float()  # cast once: both losses' gradients add up in fp32
         parts = {"cls": cross_entropy(logits, batch.targets)}
         loss = parts["cls"]
         if self.ancestry is not None:
@@ -33,7 +43,7 @@ class FinetuneTask:
 
     def labels(self, context: StepContext) -> dict[str, Any]:
         """The key of this rank's path."""
-        return {"path": self.sampler.draw(context.step, context.micro_step, context.rank, context.world).key}
+        return {"path": self.path(context).key}
 
     def to(self, device: torch.device) -> None:
         """Moves the ancestry."""

@@ -1,0 +1,224 @@
+"""One task on one engine: the only place that starts accelerate's wrapper and DeepSpeed.
+
+A step is `begin`, then for each micro-step a forward of `module` and `backward`, then `finish`. What makes it exact
+with another path on every rank is in `gradients`, `optim.Gate` and `zero`; what watches over it is in `audit`.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lgp_dist.config import EngineConfig, GradientConfig, TrainConfig
+from lgp_dist.engine.audit import Audit
+from lgp_dist.engine.defects import forget_gradients, make_whole
+from lgp_dist.engine.gradients import Contract, Gradients
+from lgp_dist.engine.launch import Launch
+from lgp_dist.engine.optim import Gate
+from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.zero import deepspeed_config
+from lgp_dist.protocols import StepContext, Task
+
+Watch = Callable[[nn.Module], dict[str, float]]
+"""Measures the wrapped module while it trains: as many forwards on every rank."""
+
+
+def contract_of(launch: Launch, engine: EngineConfig) -> Contract:
+    """How this engine is kept exact (engine/gradients.py)."""
+    if launch.deepspeed and launch.zero_stage == 3:
+        return "leaves"
+    return "none" if launch.deepspeed and launch.zero_stage == 0 or engine.reduction == "union" else "anchors"
+
+
+class LossScale:
+    """fp16's factor of the loss: the rule of torch's GradScaler, which itself cannot be used with ZeRO's partitions."""
+
+    def __init__(self, start: float):
+        self.value, self.good = start, 0
+
+    def update(self, overflow: bool) -> None:
+        """Halves after a step whose gradients were not finite; doubles after 2,000 steps on end that were."""
+        self.good = 0 if overflow else self.good + 1
+        if overflow:
+            self.value /= 2
+        elif self.good % 2000 == 0:
+            self.value *= 2
+
+
+class Trainer:
+    """Module and optimizer of a task, wrapped for these workers until `close`."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        task: Task,
+        optimizer: Optimizer,
+        train: TrainConfig,
+        rules: GradientConfig,
+        trackers: tuple[str, ...] = (),
+        log_dir: Path = Path("."),
+    ):
+        self.workers, self.task, self.optimizer, self.train, self.rules = workers, task, optimizer, train, rules
+        launch, engine = workers.launch, workers.engine
+        self.deepspeed, self.stage = launch.deepspeed, launch.zero_stage
+        self.union = engine.reduction == "union"
+        self.whole_weights = self.stage < 3
+        self.gradients = Gradients(task.module, task.walk, contract_of(launch, engine))
+        self.factors: dict[str, float] = {}
+        if rules.average == "users":
+            self.gradients.weigh(self.factors)
+        self.audit = self._audit() if engine.audit else None
+        self.gate = Gate(optimizer)
+        self.scaler = LossScale(engine.loss_scale) if engine.precision == "fp16" else None
+        self.schedule: list[frozenset[str]] = []
+        self._prepare_module(task.module)
+        self.accelerator = self._accelerator(trackers, log_dir)
+        wrapped = (task.module, optimizer) if self.deepspeed else (task.module,)
+        prepared = self.accelerator.prepare(*wrapped)
+        self.module: Any = prepared[0] if self.deepspeed else prepared
+        self._open = contextlib.ExitStack()
+
+    def _accelerator(self, trackers: tuple[str, ...], log_dir: Path) -> Accelerator:
+        AcceleratorState._reset_state()  # each stage has a DeepSpeed configuration of its own; the group stays
+        plugin, workers = None, self.workers
+        if self.deepspeed:
+            # The launch file's fields have been read and checked; accelerate refuses them beside a configuration.
+            os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+            per_rank = self.train.batch_size // (workers.world * self.train.accumulate)
+            launch = workers.launch
+            plugin = DeepSpeedPlugin(
+                hf_ds_config=deepspeed_config(
+                    self.stage, workers.world, workers.engine, self.train, per_rank, launch.file
+                )
+            )
+        return Accelerator(
+            cpu=not self.deepspeed and workers.device.type == "cpu",
+            mixed_precision="no",
+            deepspeed_plugin=plugin,
+            log_with=list(trackers) or None,
+            project_dir=str(log_dir),
+        )
+
+    def _audit(self) -> Audit:
+        ordered = not self.deepspeed or self.stage in (1, 2)
+        return Audit(self.task.module, self.task.walk, world=self.workers.world, gradients=ordered and not self.union)
+
+    def _prepare_module(self, module: nn.Module) -> None:
+        engine = self.workers.engine
+        recompute = engine.activation_checkpointing
+        module.set_grad_checkpointing(recompute == "on" or recompute == "auto" and self.stage == 3)
+        for block in module.modules():
+            if engine.compile and isinstance(block, Block):
+                block.compile(backend=engine.compile, dynamic=False)
+        if engine.precision != "fp32":
+            # Within the module, since DeepSpeed's engine switches off an autocast around its own forward.
+            module.forward = self.workers.autocast()(module.forward)
+
+    def begin(self, step: int) -> None:
+        """Takes in the step's schedule: what all ranks and micro-steps will use."""
+        workers, count = self.workers, self.train.accumulate
+        contexts = [StepContext(step, m, rank, workers.world) for m in range(count) for rank in range(workers.world)]
+        self.schedule = [self.task.used(context) for context in contexts]
+        union = frozenset().union(*self.schedule)
+        self.gate.active = union if self.rules.unused == "skip" else None
+        self.factors.clear()
+        if self.rules.average == "users":
+            uses = {part: sum(part in used for used in self.schedule) for part in union}
+            self.factors.update({part: len(contexts) / number for part, number in uses.items()})
+        if self.scaler is not None and self.deepspeed and self.stage:
+            self.module.optimizer.override_loss_scale(self.scaler.value)
+        if self.union:
+            self.module.set_gradient_accumulation_boundary(True)
+            self._open.enter_context(self.module.coalesce_grad_reduction())
+
+    @contextlib.contextmanager
+    def micro_step(self, step: int, micro: int) -> Iterator[StepContext]:
+        """Around forward and backward of a micro-step; gives its context."""
+        context = StepContext(step, micro, self.workers.rank, self.workers.world)
+        self.gradients.used = self.task.used(context)
+        last = micro + 1 == self.train.accumulate
+        if self.deepspeed:
+            if not self.union:
+                self.module.set_gradient_accumulation_boundary(last)
+            yield context
+        else:
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
+                yield context
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one micro-step's loss, divided by the number of micro-steps."""
+        if self.deepspeed:
+            scaled = loss if self.scaler is None or self.stage else loss * self.scaler.value
+            self.module.backward(scaled)
+        else:
+            scale = 1.0 if self.scaler is None else self.scaler.value
+            (loss * scale / self.train.accumulate).backward()
+
+    def finish(self, step: int) -> None:
+        """Audits, clips and steps."""
+        if self.union:
+            self.gradients.fill(frozenset().union(*self.schedule))
+            self._open.close()
+        if self.audit is not None:
+            self.audit.check(step, self.schedule)
+        if self.deepspeed and self.stage:
+            self.module.step()
+            forget_gradients(self.module)
+            overflow = self.module.optimizer.overflow
+        else:
+            overflow = self._plain_step()
+        if self.scaler is not None:
+            self.scaler.update(overflow)
+        every = self.workers.engine.audit_weights_every
+        if self.audit is not None and every and self.whole_weights and (step == 0 or (step + 1) % every == 0):
+            self.audit.check_weights(step)
+
+    def _plain_step(self) -> bool:
+        """Clip and step where gradients lie whole on every rank; whether they were not finite and it was left out."""
+        parameters = [parameter for _, parameter, _ in self.gradients.parameters]
+        self.gradients.fill()
+        overflow = False
+        if self.scaler is not None:
+            torch._foreach_div_([parameter.grad for parameter in parameters], self.scaler.value)
+            norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+            overflow = not bool(torch.isfinite(norm))
+        self.gate.closed = overflow
+        if self.deepspeed:
+            self.module.step()
+        else:
+            if self.train.clip_grad:
+                nn.utils.clip_grad_norm_(parameters, self.train.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return overflow
+
+    def measure(self, watch: Watch) -> dict[str, float]:
+        """What `watch` measures of the module in eval mode."""
+        self.module.eval()
+        measured = watch(self.module)
+        self.module.train()
+        return measured
+
+    def close(self) -> None:
+        """Ends trackers and engine and leaves a plain module, whole on every rank; the processes stay together."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.deepspeed and self.stage == 3:
+            make_whole(self.task.module)
+        self.accelerator.free_memory()
+        self.gradients.close()
+        self.gate.close()
+        if self.audit is not None:
+            self.audit.close()
+        for block in self.task.module.modules():
+            block._compiled_call_impl = None
+        self.task.module.set_grad_checkpointing(False)
+        vars(self.task.module).pop("forward", None)

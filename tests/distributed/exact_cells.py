@@ -1,0 +1,183 @@
+"""Cells of the table of exactness: what is trained, on which engine and with which settings."""
+
+import random
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any, Literal
+
+import torch
+
+from lgp_dist.config import EngineConfig, FinetuneConfig, GradientConfig, Precision, TrainConfig
+from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.pool import LearngenePool
+from lgp_dist.models.vit import build_vit
+from lgp_dist.paths import PathSpace
+from lgp_dist.protocols import Batch
+from lgp_dist.sampling import PathSampler
+
+Engine = Literal["zero0", "zero1", "zero2", "zero3", "ddp"]
+ENGINES: tuple[Engine, ...] = ("zero0", "zero1", "zero2", "zero3", "ddp")
+
+IMAGE = {"image_size": 14, "patch_size": 7, "channels": 1, "num_classes": 5}
+BATCH = 2
+"""Images of a rank's micro-step."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run."""
+
+    engine: Engine
+    world: int
+    precision: Precision = "fp32"
+    accumulate: int = 1
+    clip: float = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    checkpointed: bool = False
+    unused: Literal["skip", "zero"] = "skip"
+    average: Literal["all", "users"] = "all"
+    reduction: Literal["all", "union"] = "all"
+    offload: bool = False
+    compile: str = ""
+    rows: int = 2
+    steps: int = 4
+    seed: int = 0
+    loss_scale: float = 2.0**16
+    broken: Literal["", "contract", "order", "schedule", "weights"] = ""
+    """What the worker breaks, to see that it is noticed."""
+    audit: bool = True
+    """Whether the smoke alarm is on."""
+
+    @property
+    def name(self) -> str:
+        """The cell in a few words, unique."""
+        words = [self.engine, f"{self.world} ranks", self.precision, f"x{self.accumulate}", f"clip {self.clip}"]
+        words += [self.optimizer, self.unused, f"seed {self.seed}"]
+        words += [f"average {self.average}"] * (self.average != "all") + ["union"] * (self.reduction == "union")
+        words += ["checkpointed"] * self.checkpointed + ["offload"] * self.offload + [self.compile] * bool(self.compile)
+        words += [f"loss scale {self.loss_scale:g}"] * (self.loss_scale != 2.0**16)
+        words += [f"broken {self.broken}", f"audit {self.audit}"] * bool(self.broken)
+        words += [f"{self.rows} rows"] * (self.rows != 2) + [f"{self.steps} steps"] * (self.steps != 4)
+        return ", ".join(words)
+
+    @property
+    def meaning(self) -> "Cell":
+        """The cell without what must not matter: the reference is the same for all engines."""
+        return replace(self, engine="ddp", checkpointed=False, reduction="all", offload=False, compile="")
+
+    def engine_config(self) -> EngineConfig:
+        """Settings of the engine."""
+        return EngineConfig(
+            precision=self.precision,
+            device="cpu",
+            threads=1,
+            activation_checkpointing="on" if self.checkpointed else "off",
+            compile=self.compile,
+            offload_optimizer=self.offload,
+            reduction=self.reduction,
+            audit=self.audit,
+            audit_weights_every=2,
+            loss_scale=self.loss_scale,
+        )
+
+    def train_config(self) -> TrainConfig:
+        """A large constant rate, so that an error shows, and an epsilon at which AdamW does not turn rounding of a
+        gradient that is zero in exact arithmetic (the attention's key bias) into a step of full size."""
+        rate = 0.1 if self.optimizer == "sgd" else 1e-2
+        return TrainConfig(
+            epochs=1.0,
+            batch_size=BATCH * self.world * self.accumulate,
+            accumulate=self.accumulate,
+            lr=rate,
+            min_lr=rate,
+            warmup_epochs=0.0,
+            optimizer=self.optimizer,
+            momentum=0.9,
+            weight_decay=0.1,
+            eps=1e-3,
+            clip_grad=self.clip,
+            log_every=100,
+        )
+
+    def finetune_config(self) -> FinetuneConfig:
+        """What becomes of parameters that not every path has."""
+        return FinetuneConfig(gradients=GradientConfig(self.unused, self.average))
+
+    def build(self) -> tuple[LearngenePool, Ancestry, PathSampler]:
+        """A pool of rows of six blocks (18 paths with two rows), an ancestry and the schedule; the same everywhere."""
+        torch.manual_seed(1)
+        space = PathSpace((8, 16, 24)[: self.rows], 6 if self.rows == 2 else 3, **IMAGE)
+        pool = LearngenePool.empty(space, (1, 2, 3)[: self.rows])
+        vit = build_vit(image_size=14, patch_size=7, channels=1, num_classes=5, width=8, depth=1, heads=1)
+        return pool, Ancestry(vit), PathSampler(space.paths, "independent", self.seed)
+
+    def batch(self, step: int, micro: int, rank: int) -> Batch:
+        """Random images and labels of one rank's micro-step."""
+        generator = torch.Generator().manual_seed(((self.seed * 997 + step) * 31 + micro) * 31 + rank)
+        images = torch.randn(BATCH, 1, 14, 14, generator=generator)
+        return Batch(images, torch.randint(5, (BATCH,), generator=generator), torch.ones(BATCH))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def table(worlds: tuple[int, ...] = (2, 4)) -> list[Cell]:
+    """Every engine x precision x accumulation x clipping x optimizer x activation checkpointing."""
+    settings = product(worlds, ENGINES, ("fp32", "bf16"), (1, 2), (0.0, 0.5), ("sgd", "adamw"), (False, True))
+    return [
+        Cell(engine, world, precision, accumulate, clip, optimizer, checkpointed)
+        for world, engine, precision, accumulate, clip, optimizer, checkpointed in settings
+    ]
+
+
+def extras() -> list[Cell]:
+    """What the table leaves out: fp16, other rules for unused parameters, three rows, offload, union, compilation."""
+    cells = []
+    for engine in ENGINES:
+        base = Cell(engine, 2, accumulate=2, clip=0.5)
+        cells += [
+            replace(base, precision="fp16", loss_scale=2.0**22),
+            replace(base, unused="zero"),
+            replace(base, average="users"),
+            replace(base, rows=3, steps=6),
+            replace(base, compile="aot_eager", checkpointed=True),
+        ]
+        if engine in ("zero1", "zero2"):
+            cells += [replace(base, reduction="union", unused=unused) for unused in ("skip", "zero")]
+        if engine in ("zero1", "zero2", "zero3"):
+            cells.append(replace(base, offload=True))
+    return cells
+
+
+def sample() -> list[Cell]:
+    """A part of both that every push runs: each engine with three rows of the table on 2 ranks and one on 4."""
+    cells = extras()
+    for engine in ENGINES:
+        cells += [
+            Cell(engine, 2, optimizer="sgd"),
+            Cell(engine, 2, precision="bf16", accumulate=2, clip=0.5, checkpointed=True),
+            Cell(engine, 2, clip=0.5, seed=1),
+            Cell(engine, 4, precision="bf16", clip=0.5),
+        ]
+    return cells
+
+
+def schedules(count: int, seed: int = 0) -> list[Cell]:
+    """Random schedules of paths, each on an engine and with settings drawn at random."""
+    draw = random.Random(seed)
+    return [
+        Cell(
+            draw.choice(ENGINES),
+            draw.choice((2, 2, 2, 4)),
+            draw.choice(("fp32", "bf16")),
+            draw.choice((1, 2)),
+            draw.choice((0.0, 0.5)),
+            draw.choice(("sgd", "adamw")),
+            draw.choice((False, True)),
+            unused=draw.choice(("skip", "skip", "zero")),
+            steps=3,
+            seed=1000 + index,
+        )
+        for index in range(count)
+    ]

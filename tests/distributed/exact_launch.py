@@ -1,0 +1,61 @@
+"""Runs cells through `accelerate launch` and compares them with the reference."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from exact_cells import Cell
+from exact_reference import reference
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+TOLERANCE = 1e-6
+
+
+def command(world: int, deepspeed: bool) -> list[str]:
+    """`accelerate launch` with the shipped file on so many processes."""
+    file = "cpu_2.yaml" if deepspeed else "cpu_2_ddp.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch_configs/{file}"]
+    return [*launch, "--num_processes", str(world)]
+
+
+def start(cells: Sequence[Cell], folder: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Trains cells of one world size, all of DeepSpeed or all of DDP, in one launch."""
+    folder.mkdir(parents=True)
+    (folder / "cells.json").write_text(json.dumps([cell.as_dict() for cell in cells]))
+    worker = [str(HERE / "exact_worker.py"), str(folder / "cells.json"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    call = command(cells[0].world, cells[0].engine != "ddp")
+    with subprocess.Popen(
+        [*call, *worker], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+            out, err = process.communicate()
+    return subprocess.CompletedProcess(call, process.returncode, out, err)
+
+
+def difference(cell: Cell, folder: Path, index: int) -> float:
+    """The largest difference of any parameter between a cell's run and its reference; infinite without a run."""
+    if not (folder / f"{index}.safetensors").exists():
+        return math.inf
+    found, expected = load_file(folder / f"{index}.safetensors"), reference(cell.meaning)
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
+
+
+def groups(cells: Iterable[Cell]) -> dict[tuple[int, bool], list[Cell]]:
+    """Cells that can share a launch: those of one world size, with DeepSpeed or without."""
+    found: dict[tuple[int, bool], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.world, cell.engine != "ddp"), []).append(cell)
+    return found

@@ -1,0 +1,86 @@
+"""What one process computes that runs every rank's path in turn: written with torch alone, no engine of the project."""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from exact_cells import Cell
+from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@lru_cache(maxsize=64)
+def reference(cell: Cell) -> dict[str, Tensor]:
+    """The weights after the last step. Gradients are summed over micro-steps first, then over ranks, as ranks do."""
+    torch.set_num_threads(1)
+    pool, ancestry, sampler = cell.build()
+    parameters = list(pool.parameters())
+    optimizer = build_optimizer(cell, pool)
+    scale = cell.loss_scale if cell.precision == "fp16" else 1.0
+    for step in range(cell.steps):
+        totals: list[Tensor | None] = [None] * len(parameters)
+        uses = [0] * len(parameters)
+        for rank in range(cell.world):
+            pool.zero_grad()
+            for micro in range(cell.accumulate):
+                batch = cell.batch(step, micro, rank)
+                path = sampler.draw(step, micro, rank, cell.world)
+                before = [parameter.grad for parameter in parameters]
+                for parameter in parameters:
+                    parameter.grad = None
+                with torch.autocast("cpu", DTYPES[cell.precision], enabled=cell.precision != "fp32"):
+                    logits, target = pool(batch.images, path).float(), ancestry(batch.images)[0].float()
+                loss = F.cross_entropy(logits, batch.targets)
+                loss = loss - (target.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+                (loss * scale / cell.accumulate).backward()
+                for index, (parameter, old) in enumerate(zip(parameters, before, strict=True)):
+                    uses[index] += parameter.grad is not None
+                    if parameter.grad is None or old is None:
+                        parameter.grad = old if parameter.grad is None else parameter.grad
+                    else:
+                        parameter.grad = old + parameter.grad
+            for index, parameter in enumerate(parameters):
+                if parameter.grad is not None:
+                    share = parameter.grad / cell.world
+                    totals[index] = share if totals[index] is None else totals[index] + share
+        scale = apply(cell, optimizer, parameters, totals, uses, scale)
+    return {name: value.detach() for name, value in pool.state_dict().items()}
+
+
+def build_optimizer(cell: Cell, pool: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or SGD with decay on matrices, not on vectors, class token and position embedding."""
+    named = list(pool.named_parameters())
+    matrices = [p for n, p in named if p.ndim > 1 and "cls_token" not in n and "pos_embed" not in n]
+    others = [p for _, p in named if not any(p is matrix for matrix in matrices)]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    if cell.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
+
+
+def apply(
+    cell: Cell,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    totals: list[Tensor | None],
+    uses: list[int],
+    scale: float,
+) -> float:
+    """Clips and steps; with fp16 leaves out a step whose gradients are not finite and halves the scale it returns."""
+    draws = cell.world * cell.accumulate
+    for parameter, total, count in zip(parameters, totals, uses, strict=True):
+        if total is None:
+            parameter.grad = torch.zeros_like(parameter) if cell.unused == "zero" else None
+            continue
+        parameter.grad = total / scale
+        if cell.average == "users":
+            parameter.grad = parameter.grad * (draws / count)
+    present = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not math.isfinite(sum(float(gradient.abs().sum()) for gradient in present)):
+        return scale / 2
+    if cell.clip:
+        nn.utils.clip_grad_norm_(parameters, cell.clip)
+    optimizer.step()
+    return scale

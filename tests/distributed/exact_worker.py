@@ -1,0 +1,123 @@
+"""Run by `accelerate launch`: trains cells with the project's loop and writes their weights.
+
+Arguments: a JSON list of cells, and the output folder. Per cell one safetensors file, and one JSON file with what every
+path gives on the wrapped module after the last step and, under ZeRO-3, what was gathered on the way.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from exact_cells import Cell
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lgp_dist.engine import trainer
+from lgp_dist.engine.audit import bits
+from lgp_dist.engine.defects import gathered
+from lgp_dist.engine.loop import train
+from lgp_dist.engine.setup import Workers
+from lgp_dist.models.pool import LearngenePool
+from lgp_dist.protocols import Batch
+from lgp_dist.tasks.finetune import FinetuneTask
+
+
+class Gathered:
+    """Looks at what ZeRO-3 holds gathered whenever a unit's forward ends and its backward begins."""
+
+    def __init__(self, pool: LearngenePool):
+        self.pool, self.units, self.elements = pool, 0, 0
+        for name in pool.unit_names:
+            pool.get_submodule(name).register_forward_hook(self._hook)
+
+    def _hook(self, unit: nn.Module, arguments: Any, output: Tensor) -> None:
+        self.look()
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self.look())
+
+    def look(self) -> None:
+        found = gathered(self.pool)
+        units = {next(unit for unit in self.pool.unit_names if name.startswith(unit + ".")) for name in found}
+        self.units = max(self.units, len(units))
+        self.elements = max(self.elements, sum(parameter.ds_numel for parameter in found.values()))
+
+
+class Backwards(trainer.Gradients):
+    """Gradients of a unit in the opposite order."""
+
+    def _anchors(self, parameters: list[Any]) -> Any:
+        return super()._anchors(parameters[::-1])
+
+
+def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
+    """Trains one cell; ranks compare their weights, rank 0 writes them."""
+    launch = started.launch
+    if cell.engine != "ddp":
+        launch = replace(launch, zero_stage=int(cell.engine[-1]))
+    assert launch.deepspeed == (cell.engine != "ddp") and launch.world == cell.world
+    workers = replace(started, launch=launch, engine=cell.engine_config())
+    pool, ancestry, sampler = cell.build()
+    if cell.broken == "schedule" and workers.rank:
+        sampler = replace(sampler, seed=cell.seed + 1)
+    contract_of, gradients = trainer.contract_of, trainer.Gradients
+    if cell.broken == "contract":
+        trainer.contract_of = lambda *_: "none"
+    if cell.broken == "order" and workers.rank:
+        trainer.Gradients = Backwards
+    largest = max(sum(p.numel() for p in pool.get_submodule(name).parameters()) for name in pool.unit_names)
+    held, answers = Gathered(pool), []
+
+    def batches(start: int, steps: int) -> Iterator[Batch]:
+        for step in range(start, start + steps):
+            if cell.broken == "weights" and workers.rank:  # one bit of one weight
+                pool.head.rows[1].head.bias.data.view(torch.int32)[0] ^= 1
+            for micro in range(cell.accumulate):
+                yield cell.batch(step, micro, workers.rank)
+
+    def watch(module: nn.Module) -> dict[str, float]:
+        images = cell.batch(cell.steps, 0, 0).images
+        with torch.no_grad(), workers.autocast():
+            found = {path.key: float(module(images, path).float().square().sum()) for path in pool.space.paths}
+        answers.append(found)
+        return found
+
+    done = train(
+        FinetuneTask(pool, ancestry, sampler, cell.finetune_config()),
+        batches,
+        cell.train_config(),
+        workers,
+        stage=f"cell{index}",
+        steps_per_epoch=cell.steps,
+        run_dir=folder,
+        gradients=cell.finetune_config().gradients,
+        watch=watch,
+        watch_every=cell.steps,
+    )
+    trainer.contract_of, trainer.Gradients = contract_of, gradients
+    assert done["steps"] == cell.steps
+    state = {name: value.detach().clone() for name, value in pool.state_dict().items()}
+    mine = torch.stack([bits(value) for value in state.values()])
+    assert torch.equal(workers.sum(mine), mine * workers.world), f"{cell.name}: ranks end with different weights"
+    if workers.is_main:
+        save_file(state, folder / f"{index}.safetensors")
+        facts = {"answers": answers[-1], "units": held.units, "elements": held.elements, "largest": largest}
+        (folder / f"{index}.json").write_text(json.dumps(facts))
+
+
+def main() -> None:
+    cells = [Cell(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
+    folder = Path(sys.argv[2])
+    workers = Workers.start(cells[0].engine_config())
+    torch.set_num_threads(1)
+    for index, cell in enumerate(cells):
+        run(cell, workers, folder, index)
+    workers.barrier()
+    workers.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Ranks on paths of their own against one process that runs all paths in turn: ZeRO 0 to 3 and DDP.
+
+This is a sample of the table; `scripts/prove_exact` runs all of it.
+"""
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from exact_cells import ENGINES, Cell, sample
+from exact_launch import TOLERANCE, difference, groups, start
+from exact_reference import reference
+
+CELLS = sample()
+BROKEN = [Cell(engine, 2, broken="contract", audit=False) for engine in ("zero1", "zero2", "zero3")]
+SILENT = Cell("zero2", 2, broken="order", audit=False)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, tuple[Path, int]]:
+    """Folder and number of every cell's run."""
+    root, found = tmp_path_factory.mktemp("exact"), {}
+    before = set(os.listdir("/dev/shm"))
+    for (world, deepspeed), cells in groups(CELLS).items():
+        folder = root / f"{world}-{deepspeed}"
+        done = start(cells, folder)
+        assert done.returncode == 0, done.stderr[-6000:]
+        found |= {cell: (folder, index) for index, cell in enumerate(cells)}
+    assert set(os.listdir("/dev/shm")) <= before, "a run left shared memory behind"
+    return found
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_ranks_equal_one_process(results: dict[Cell, tuple[Path, int]], cell: Cell) -> None:
+    """fp32 and, since parameters, gradients and sums are fp32 in every precision, bf16 and fp16 to 1e-6."""
+    assert difference(cell, *results[cell]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_path_can_be_measured_on_the_wrapped_module(results: dict[Cell, tuple[Path, int]], engine: str) -> None:
+    """Also under ZeRO-3, where a forward gathers: what each path gives equals a plain pool with the final weights."""
+    cell = Cell(engine, 2, optimizer="sgd")
+    folder, index = results[cell]
+    answers = json.loads((folder / f"{index}.json").read_text())["answers"]
+    pool, _, _ = cell.build()
+    pool.load_state_dict(reference(cell.meaning))
+    images = cell.batch(cell.steps, 0, 0).images
+    assert len(answers) == 18
+    with torch.no_grad():
+        for path in pool.space.paths:
+            assert answers[path.key] == pytest.approx(float(pool(images, path).square().sum()), rel=1e-5)
+
+
+def test_zero3_holds_one_unit_at_a_time(results: dict[Cell, tuple[Path, int]]) -> None:
+    """At most two were promised; nothing is prefetched, so it is one."""
+    folder, index = results[Cell("zero3", 2, precision="bf16", accumulate=2, clip=0.5, checkpointed=True)]
+    facts = json.loads((folder / f"{index}.json").read_text())
+    assert facts["units"] == 1
+    assert 0 < facts["elements"] <= facts["largest"]
+    folder, index = results[Cell("zero2", 2, optimizer="sgd")]
+    assert json.loads((folder / f"{index}.json").read_text())["units"] == 0
+
+
+def test_the_comparison_is_not_empty() -> None:
+    """Ranks differ in their paths, paths of L, L + 1 and L + 2 blocks are among them, and every setting matters."""
+    lengths, different = set(), 0
+    for cell in CELLS:
+        pool, _, sampler = cell.build()
+        for step in range(cell.steps):
+            drawn = [
+                sampler.draw(step, micro, rank, cell.world)
+                for micro in range(cell.accumulate)
+                for rank in range(cell.world)
+            ]
+            different += len(set(drawn)) > 1
+            if cell.rows == 2:
+                lengths |= {sum(part.stop - part.start for part in path.segments) for path in drawn}
+    assert lengths == {6, 7, 8}
+    assert different > 0.9 * sum(cell.steps for cell in CELLS)
+    base = Cell("ddp", 2, accumulate=2, clip=0.5)
+    others = [
+        replace(base, precision="bf16"),
+        replace(base, clip=0.0),
+        replace(base, unused="zero"),
+        replace(base, average="users"),
+        replace(base, seed=7),
+    ]
+    for other in others:
+        left, right = reference(base), reference(other)
+        assert max(float((left[name] - right[name]).abs().max()) for name in left) > 100 * TOLERANCE, other.name
+
+
+def test_fp16_meets_overflow() -> None:
+    """The cells of fp16 start from a scale at which the first steps overflow and are left out."""
+    cell = next(cell for cell in CELLS if cell.precision == "fp16")
+    high, low = reference(cell.meaning), reference(replace(cell, loss_scale=2.0**10).meaning)
+    assert max(float((high[name] - low[name]).abs().max()) for name in low) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("cell", BROKEN, ids=lambda cell: cell.engine)
+def test_without_the_contract_it_is_wrong(tmp_path: Path, cell: Cell) -> None:
+    """A test of the test: with anchors and leaves switched off, ranks fail, hang or end with other weights."""
+    done = start([cell], tmp_path / "run", timeout=90)
+    assert done.returncode != 0 or difference(cell, tmp_path / "run", 0) > 100 * TOLERANCE
+
+
+def test_zero2_mixes_gradients_without_a_word(tmp_path: Path) -> None:
+    """Why there is an alarm: one rank's gradients in another order, and the run ends well with wrong weights."""
+    done = start([SILENT], tmp_path / "run", timeout=90)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert difference(SILENT, tmp_path / "run", 0) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        (
+            replace(SILENT, audit=True),
+            r"Ranks went apart in step 0: event \d+ is \S+ on rank 1 and \S+ on rank 0",
+        ),
+        (
+            Cell("zero1", 2, broken="schedule"),
+            "Ranks went apart in step 0: rank 1 has another schedule of paths than rank 0",
+        ),
+        (
+            Cell("zero0", 2, broken="weights"),
+            "After step 0 rank 1 has other weights than rank 0, first in head.rows.1.head.bias",
+        ),
+    ],
+    ids=["order", "schedule", "weights"],
+)
+def test_the_alarm_stops_the_run_and_names_the_difference(tmp_path: Path, cell: Cell, sentence: str) -> None:
+    """Before the step is applied."""
+    done = start([cell], tmp_path / "run", timeout=90)
+    assert done.returncode != 0
+    assert re.search(sentence, done.stderr), done.stderr[-3000:]
