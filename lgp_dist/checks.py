@@ -20,7 +20,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.workers": (0, 1024),
     "engine.threads": (0, 4096),
     "engine.audit_weights_every": (0, 2**62),
-    "engine.loss_scale": (1, 2**40),
+    "engine.fp16_scale": (1, 2**40),
     "model.patch_size": (1, 65536),
     "model.depth": (2, 4096),
     "ancestry.width": (1, 2**20),

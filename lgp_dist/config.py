@@ -111,7 +111,7 @@ class EngineConfig:
 
     precision: Precision = "bf16"
     """bf16 and fp16 keep parameters, gradients and optimizer in fp32 and compute under autocast; fp16 scales losses."""
-    loss_scale: float = free(2.0**16)
+    fp16_scale: float = free(2.0**16)
     """fp16's first loss scale; it halves after an overflow and doubles after 2,000 steps without one."""
     activation_checkpointing: Literal["auto", "on", "off"] = free("auto")
     """Compute activations again in backward. auto does so under ZeRO-3 alone, where they would keep whole weights."""

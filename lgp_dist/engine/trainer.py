@@ -77,7 +77,7 @@ class Trainer:
             self.gradients.weigh(self.factors)
         self.audit = self._audit() if engine.audit else None
         self.gate = Gate(optimizer)
-        self.scaler = LossScale(engine.loss_scale) if engine.precision == "fp16" else None
+        self.scaler = LossScale(engine.fp16_scale) if engine.precision == "fp16" else None
         self.schedule: list[frozenset[str]] = []
         self._prepare_module(task.module)
         self.accelerator = self._accelerator(trackers, log_dir)

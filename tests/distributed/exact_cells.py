@@ -77,7 +77,7 @@ class Cell:
             reduction=self.reduction,
             audit=self.audit,
             audit_weights_every=2,
-            loss_scale=self.loss_scale,
+            fp16_scale=self.loss_scale,
         )
 
     def train_config(self) -> TrainConfig:

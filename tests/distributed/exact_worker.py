@@ -73,8 +73,8 @@ def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
         for step in range(start, start + steps):
-            if cell.broken == "weights" and workers.rank:  # one bit of one weight
-                pool.head.rows[1].head.bias.data.view(torch.int32)[0] ^= 1
+            if cell.broken == "weights" and workers.rank:
+                pool.head.rows[1].head.bias.data[0] += 1e-3
             for micro in range(cell.accumulate):
                 yield cell.batch(step, micro, workers.rank)
 

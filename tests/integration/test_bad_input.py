@@ -270,15 +270,23 @@ def test_launch_that_names_gpus_without_gpu(lgp: Lgp, place: Path, monkeypatch: 
     assert not Path("run").exists()
 
 
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
 @pytest.mark.parametrize(
     ("environment", "pieces"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ["zero_stage 2", "to 1"]),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["zero_stage 3", "to 1"]),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "4"},
+            ["zero_stage 4", "0, 1, 2 and 3"],
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"},
+            ["ds.json", "cannot be read"],
+        ),
         ({"ACCELERATE_USE_FSDP": "true"}, ["use_fsdp=true"]),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ["mixed_precision fp16", "engine.precision"]),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, ["gradient_accumulation_steps=4"]),
-        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, ["2 processes", "DEEPSPEED"]),
     ],
 )
 def test_launch_that_is_not_supported(

@@ -1,4 +1,4 @@
-"""Configurations: what belongs to the meaning of a run, the recipes' settings, and what a launch file may ask for."""
+"""Configurations: what belongs to the meaning of a run, and the recipes' settings."""
 
 import dataclasses
 import json
@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from lgp_dist.config import STAGES, EngineConfig, RunConfig, TrainConfig, flatten, meaning
-from lgp_dist.engine.launch import Launch, check_launch, deepspeed_config
-from lgp_dist.errors import UserError
+from lgp_dist.config import STAGES, RunConfig, flatten, meaning
 from lgp_dist.recipes import RECIPES, pool12, pool18, tiny
 
 FREE = {
@@ -17,6 +15,15 @@ FREE = {
     "log_every",
     "device",
     "threads",
+    "fp16_scale",
+    "activation_checkpointing",
+    "compile",
+    "offload_optimizer",
+    "reduction",
+    "audit",
+    "audit_weights_every",
+    "watch_every",
+    "watch_images",
     "run_dir",
     "trackers",
     "force",
@@ -26,7 +33,6 @@ FREE = {
     "recipe",
 }
 """Names of fields that may differ between runs of one meaning."""
-DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
 FIRST_STAGE = {
     "data.augment.hflip": "ancestry",
     "seed": "ancestry",
@@ -153,145 +159,3 @@ def test_recipes_say_how_to_run_them(name: str) -> None:
     for start in ("Command: ", "Time: ", "Accuracy: "):
         assert len([line for line in lines if line.startswith(start) and len(line) > len(start)]) == 1
     assert all(row.width % row.heads == 0 for row in config.model.rows)
-
-
-def launch(world: int = 1, **environment: str) -> Launch:
-    """What a launcher's environment says; field names without accelerate's prefix for short."""
-    names = {name if name.isupper() else f"ACCELERATE_{name.upper()}": value for name, value in environment.items()}
-    return Launch.from_environment({"WORLD_SIZE": str(world), **names})
-
-
-def test_launch_without_a_launcher() -> None:
-    """An empty environment is one process on the CPU or the one GPU, without DeepSpeed."""
-    found = Launch.from_environment({})
-    assert (found.world, found.local_world, found.deepspeed, found.precision) == (1, 1, False, "no")
-    assert (found.gpu_ids, found.unsupported) == (None, ())
-    assert check_launch(found, EngineConfig(), 0) == "cpu"
-    assert check_launch(found, EngineConfig(), 1) == "cuda"
-
-
-def test_launch_reads_the_environment() -> None:
-    """World, local world, DeepSpeed and its stage, precision and visible GPUs."""
-    found = launch(
-        8, **DEEPSPEED, LOCAL_WORLD_SIZE="4", ACCELERATE_MIXED_PRECISION="bf16", CUDA_VISIBLE_DEVICES="0,1,2,3"
-    )
-    assert found == Launch(8, 4, True, 1, "bf16", "0,1,2,3", ())
-    assert launch(8).local_world == 8
-    assert launch(8, deepspeed_zero_stage="3").zero_stage == 3
-
-
-NEUTRAL = {
-    "gradient_accumulation_steps": "1",
-    "gradient_clipping": "none",
-    "deepspeed_offload_optimizer_device": "none",
-    "deepspeed_offload_param_device": "none",
-    "deepspeed_config_file": "none",
-    "use_fsdp": "false",
-}
-
-
-@pytest.mark.parametrize(
-    ("world", "gpus", "environment", "engine"),
-    [
-        (2, 0, {**DEEPSPEED, "CUDA_VISIBLE_DEVICES": ""}, EngineConfig(device="cpu")),
-        (2, 0, {**DEEPSPEED, "deepspeed_zero_stage": "0"}, EngineConfig()),
-        (2, 2, {**DEEPSPEED, "CUDA_VISIBLE_DEVICES": "0,1"}, EngineConfig(device="cuda")),
-        (16, 8, {**DEEPSPEED, "LOCAL_WORLD_SIZE": "8"}, EngineConfig()),
-        (1, 0, {"ACCELERATE_MIXED_PRECISION": "bf16"}, EngineConfig(precision="bf16")),
-        (1, 0, {"ACCELERATE_MIXED_PRECISION": "no"}, EngineConfig(precision="bf16")),
-        (1, 0, {"CUDA_VISIBLE_DEVICES": "-1"}, EngineConfig()),
-        (1, 0, NEUTRAL, EngineConfig()),
-        (1, 0, {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}, EngineConfig()),
-    ],
-)
-def test_launch_that_fits(world: int, gpus: int, environment: dict[str, str], engine: EngineConfig) -> None:
-    """Requests that recipe and machine meet: the device is the GPU where there is one."""
-    assert check_launch(launch(world, **environment), engine, gpus) == ("cuda" if gpus else "cpu")
-
-
-REFUSALS: dict[str, tuple[int, int, dict[str, str], EngineConfig, tuple[str, ...]]] = {
-    "stage 2": (2, 0, {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, EngineConfig(), ("zero_stage 2", "to 1")),
-    "stage 3": (2, 0, {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, EngineConfig(), ("zero_stage 3", "to 1")),
-    "no deepspeed": (4, 4, {}, EngineConfig(), ("4 processes", "without DeepSpeed", "launch_configs/")),
-    "fp16": (
-        1,
-        1,
-        {"mixed_precision": "fp16"},
-        EngineConfig(precision="bf16"),
-        ("mixed_precision fp16", "engine.precision bf16"),
-    ),
-    "fp8": (1, 1, {"mixed_precision": "fp8"}, EngineConfig(precision="fp32"), ("mixed_precision fp8", "fp32")),
-    "precision": (
-        1,
-        0,
-        {"mixed_precision": "bf16"},
-        EngineConfig(precision="fp32"),
-        ("mixed_precision bf16", "engine.precision fp32", "--engine.precision"),
-    ),
-    "gpu ids": (1, 0, {"CUDA_VISIBLE_DEVICES": "0,1"}, EngineConfig(), ("GPUs 0,1", "none that torch can use")),
-    "gpu device": (1, 0, {}, EngineConfig(device="cuda"), ("engine.device cuda", "--engine.device cpu")),
-    "cpu device": (1, 1, {}, EngineConfig(device="cpu"), ("engine.device cpu", "a GPU is visible")),
-    "too many": (4, 2, DEEPSPEED, EngineConfig(), ("4 processes", "2 GPU(s)", "one process per GPU")),
-    "too many here": (
-        16,
-        4,
-        {**DEEPSPEED, "LOCAL_WORLD_SIZE": "8"},
-        EngineConfig(),
-        ("8 processes", "4 GPU(s)", "launch_configs/cpu_2.yaml"),
-    ),
-    "config file": (1, 0, {"deepspeed_config_file": "z.json"}, EngineConfig(), ("deepspeed_config_file=z.json",)),
-    "offload": (
-        1,
-        0,
-        {"deepspeed_offload_optimizer_device": "cpu", "deepspeed_offload_param_device": "nvme"},
-        EngineConfig(),
-        ("offload_optimizer_device=cpu", "offload_param_device=nvme"),
-    ),
-    "accumulation": (
-        1,
-        0,
-        {"gradient_accumulation_steps": "4"},
-        EngineConfig(),
-        ("gradient_accumulation_steps=4", "the recipe's fields"),
-    ),
-    "clipping": (1, 0, {"gradient_clipping": "1.0"}, EngineConfig(), ("gradient_clipping=1.0", "recipe owns")),
-    "fsdp": (1, 0, {"use_fsdp": "true"}, EngineConfig(), ("use_fsdp=true",)),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_launch_that_does_not_fit_is_a_sentence(name: str) -> None:
-    """Each refusal names the setting and its value, and says what to do, in one sentence."""
-    world, gpus, environment, engine, words = REFUSALS[name]
-    with pytest.raises(UserError) as caught:
-        check_launch(launch(world, **environment), engine, gpus)
-    text = str(caught.value)
-    assert all(word in text for word in words), text
-    assert text.endswith(".") and "\n" not in text and ": " in text
-
-
-@pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("per_rank", "accumulate", "world"), [(32, 2, 2), (1, 1, 1), (8, 4, 64)])
-def test_deepspeed_config(stage: int, precision: Any, per_rank: int, accumulate: int, world: int) -> None:
-    """DeepSpeed's batch identity holds, clipping is named, communication stays fp32 and in one order."""
-    asked = launch(world, **{**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)})
-    train = TrainConfig(accumulate=accumulate, clip_grad=0.0)
-    found = deepspeed_config(asked, EngineConfig(precision=precision), train, per_rank)
-    assert found["train_micro_batch_size_per_gpu"] == per_rank
-    assert found["gradient_accumulation_steps"] == accumulate
-    assert found["train_batch_size"] == per_rank * accumulate * world
-    assert found["gradient_clipping"] == 0.0
-    assert found["zero_optimization"]["stage"] == stage
-    assert found["zero_optimization"]["overlap_comm"] is False
-    assert "fp16" not in found and "bf16" not in found
-    expected = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    assert found.get("torch_autocast") == (expected if precision == "bf16" else None)
-    assert found == json.loads(json.dumps(found))
-
-
-@pytest.mark.parametrize("clip", [0.0, 1.0, 5.0])
-def test_deepspeed_clips_as_the_recipe_says(clip: float) -> None:
-    """The recipe's largest norm is always written down, also when it is 0 for none."""
-    found = deepspeed_config(launch(2, **DEEPSPEED), EngineConfig(), TrainConfig(clip_grad=clip), 8)
-    assert found["gradient_clipping"] == clip

@@ -1,0 +1,275 @@
+"""What a launch file and a DeepSpeed file may ask for, and DeepSpeed's configuration that comes of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lgp_dist.config import EngineConfig, TrainConfig
+from lgp_dist.engine.launch import Launch, check_launch
+from lgp_dist.engine.zero import deepspeed_config
+from lgp_dist.errors import UserError
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
+
+
+def launch(world: int = 1, **environment: str) -> Launch:
+    """What a launcher's environment says; field names without accelerate's prefix for short."""
+    names = {name if name.isupper() else f"ACCELERATE_{name.upper()}": value for name, value in environment.items()}
+    return Launch.from_environment({"WORLD_SIZE": str(world), **names})
+
+
+def test_launch_without_a_launcher() -> None:
+    """An empty environment is one process on the CPU or the one GPU, without DeepSpeed."""
+    found = Launch.from_environment({})
+    assert (found.world, found.local_world, found.deepspeed, found.precision) == (1, 1, False, "no")
+    assert (found.gpu_ids, found.unsupported) == (None, ())
+    assert check_launch(found, EngineConfig(), 0) == "cpu"
+    assert check_launch(found, EngineConfig(), 1) == "cuda"
+
+
+def test_launch_reads_the_environment() -> None:
+    """World, local world, DeepSpeed and its stage, precision and visible GPUs."""
+    found = launch(
+        8, **DEEPSPEED, LOCAL_WORLD_SIZE="4", ACCELERATE_MIXED_PRECISION="bf16", CUDA_VISIBLE_DEVICES="0,1,2,3"
+    )
+    assert found == Launch(8, 4, True, 1, "bf16", "0,1,2,3", ())
+    assert launch(8).local_world == 8
+    assert launch(8, use_deepspeed="true", deepspeed_zero_stage="3").zero_stage == 3
+    assert launch(8, deepspeed_zero_stage="3").zero_stage == 0, "without DeepSpeed there is no stage"
+
+
+NEUTRAL = {
+    "gradient_accumulation_steps": "1",
+    "gradient_clipping": "none",
+    "deepspeed_offload_optimizer_device": "none",
+    "deepspeed_offload_param_device": "none",
+    "deepspeed_config_file": "none",
+    "use_fsdp": "false",
+}
+
+
+@pytest.mark.parametrize(
+    ("world", "gpus", "environment", "engine"),
+    [
+        (2, 0, {**DEEPSPEED, "CUDA_VISIBLE_DEVICES": ""}, EngineConfig(device="cpu")),
+        (2, 0, {**DEEPSPEED, "deepspeed_zero_stage": "0"}, EngineConfig()),
+        (2, 2, {**DEEPSPEED, "CUDA_VISIBLE_DEVICES": "0,1"}, EngineConfig(device="cuda")),
+        (16, 8, {**DEEPSPEED, "LOCAL_WORLD_SIZE": "8"}, EngineConfig()),
+        (2, 0, {**DEEPSPEED, "deepspeed_zero_stage": "2"}, EngineConfig(offload_optimizer=True)),
+        (2, 2, {**DEEPSPEED, "deepspeed_zero_stage": "3"}, EngineConfig(precision="fp16")),
+        (4, 4, {}, EngineConfig()),
+        (1, 0, {"ACCELERATE_MIXED_PRECISION": "bf16"}, EngineConfig(precision="bf16")),
+        (1, 0, {"ACCELERATE_MIXED_PRECISION": "no"}, EngineConfig(precision="bf16")),
+        (1, 0, {"CUDA_VISIBLE_DEVICES": "-1"}, EngineConfig()),
+        (1, 0, NEUTRAL, EngineConfig()),
+        (1, 0, {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}, EngineConfig()),
+    ],
+)
+def test_launch_that_fits(world: int, gpus: int, environment: dict[str, str], engine: EngineConfig) -> None:
+    """Requests that recipe and machine meet: the device is the GPU where there is one."""
+    assert check_launch(launch(world, **environment), engine, gpus) == ("cuda" if gpus else "cpu")
+
+
+REFUSALS: dict[str, tuple[int, int, dict[str, str], EngineConfig, tuple[str, ...]]] = {
+    "stage 4": (
+        2,
+        0,
+        {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "4"},
+        EngineConfig(),
+        ("zero_stage 4", "0, 1, 2"),
+    ),
+    "offload at stage 0": (
+        2,
+        0,
+        {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
+        EngineConfig(offload_optimizer=True),
+        ("engine.offload_optimizer", "stage 0", "take stage 1, 2 or 3"),
+    ),
+    "union at stage 3": (
+        2,
+        0,
+        {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+        EngineConfig(reduction="union"),
+        ("engine.reduction is union", "--engine.reduction all"),
+    ),
+    "union with offload": (
+        2,
+        0,
+        DEEPSPEED,
+        EngineConfig(reduction="union", offload_optimizer=True),
+        ("engine.reduction is union", "offload_optimizer"),
+    ),
+    "offload without deepspeed": (
+        2,
+        2,
+        {},
+        EngineConfig(offload_optimizer=True),
+        ("offload_optimizer", "no DeepSpeed"),
+    ),
+    "union without deepspeed": (1, 0, {}, EngineConfig(reduction="union"), ("reduction is union", "DEEPSPEED")),
+    "fp16": (
+        1,
+        1,
+        {"mixed_precision": "fp16"},
+        EngineConfig(precision="bf16"),
+        ("mixed_precision fp16", "engine.precision bf16"),
+    ),
+    "fp8": (1, 1, {"mixed_precision": "fp8"}, EngineConfig(precision="fp32"), ("mixed_precision fp8", "fp32")),
+    "precision": (
+        1,
+        0,
+        {"mixed_precision": "bf16"},
+        EngineConfig(precision="fp32"),
+        ("mixed_precision bf16", "engine.precision fp32", "--engine.precision"),
+    ),
+    "gpu ids": (1, 0, {"CUDA_VISIBLE_DEVICES": "0,1"}, EngineConfig(), ("GPUs 0,1", "none that torch can use")),
+    "gpu device": (1, 0, {}, EngineConfig(device="cuda"), ("engine.device cuda", "--engine.device cpu")),
+    "cpu device": (1, 1, DEEPSPEED, EngineConfig(device="cpu"), ("engine.device cpu", "a GPU is visible")),
+    "too many": (4, 2, DEEPSPEED, EngineConfig(), ("4 processes", "2 GPU(s)", "one process per GPU")),
+    "too many here": (
+        16,
+        4,
+        {**DEEPSPEED, "LOCAL_WORLD_SIZE": "8"},
+        EngineConfig(),
+        ("8 processes", "4 GPU(s)", "launch_configs/cpu_2.yaml"),
+    ),
+    "offload": (
+        1,
+        0,
+        {"deepspeed_offload_optimizer_device": "cpu", "deepspeed_offload_param_device": "nvme"},
+        EngineConfig(),
+        ("offload_optimizer_device=cpu", "offload_param_device=nvme"),
+    ),
+    "accumulation": (
+        1,
+        0,
+        {"gradient_accumulation_steps": "4"},
+        EngineConfig(),
+        ("gradient_accumulation_steps=4", "the recipe's fields"),
+    ),
+    "clipping": (1, 0, {"gradient_clipping": "1.0"}, EngineConfig(), ("gradient_clipping=1.0", "recipe owns")),
+    "fsdp": (1, 0, {"use_fsdp": "true"}, EngineConfig(), ("use_fsdp=true",)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_launch_that_does_not_fit_is_a_sentence(name: str) -> None:
+    """Each refusal names the setting and its value, and says what to do, in one sentence."""
+    world, gpus, environment, engine, words = REFUSALS[name]
+    with pytest.raises(UserError) as caught:
+        check_launch(launch(world, **environment), engine, gpus)
+    text = str(caught.value)
+    assert all(word in text for word in words), text
+    assert text.endswith(".") and "\n" not in text and ": " in text
+
+
+def test_without_deepspeed_the_recipe_may_ask_for_the_cpu() -> None:
+    """DeepSpeed takes the GPU where there is one; DDP and a single process do as they are told."""
+    assert check_launch(launch(2), EngineConfig(device="cpu"), 4) == "cpu"
+    assert check_launch(launch(1), EngineConfig(device="cpu"), 1) == "cpu"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("per_rank", "accumulate", "world"), [(32, 2, 2), (1, 1, 1), (8, 4, 64)])
+def test_deepspeed_config(stage: int, precision: Any, per_rank: int, accumulate: int, world: int) -> None:
+    """DeepSpeed's batch identity holds, clipping is named, communication stays fp32 and in one order."""
+    train = TrainConfig(accumulate=accumulate, clip_grad=0.0)
+    found = deepspeed_config(stage, world, EngineConfig(precision=precision), train, per_rank, {})
+    assert found["train_micro_batch_size_per_gpu"] == per_rank
+    assert found["gradient_accumulation_steps"] == accumulate
+    assert found["train_batch_size"] == per_rank * accumulate * world
+    assert found["gradient_clipping"] == 0.0
+    assert found["zero_optimization"]["stage"] == stage
+    assert found["zero_optimization"]["overlap_comm"] is False
+    assert not {"fp16", "bf16", "torch_autocast", "communication_data_type"} & set(found)
+    assert found == json.loads(json.dumps(found))
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0, 5.0])
+def test_deepspeed_clips_as_the_recipe_says(clip: float) -> None:
+    """The recipe's largest norm is always written down, also when it is 0 for none."""
+    found = deepspeed_config(1, 2, EngineConfig(), TrainConfig(clip_grad=clip), 8, {})
+    assert found["gradient_clipping"] == clip
+
+
+def deepspeed_file(folder: Path, settings: Any) -> dict[str, str]:
+    """An environment that names a DeepSpeed file of these settings."""
+    path = folder / "ds.json"
+    path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "deepspeed_config_file": str(path)}
+
+
+def test_a_deepspeed_file_adds_what_does_not_change_the_result(tmp_path: Path) -> None:
+    """Its stage holds, its buckets go through, `auto` and switched-off settings say nothing, ours win the rest."""
+    settings = {
+        "train_batch_size": "auto",
+        "bf16": {},
+        "wall_clock_breakdown": True,
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": 1000,
+            "overlap_comm": True,
+            "round_robin_gradients": False,
+            "offload_optimizer": "auto",
+        },
+    }
+    found = launch(2, **deepspeed_file(tmp_path, settings))
+    assert found.zero_stage == 2
+    assert check_launch(found, EngineConfig(), 0) == "cpu"
+    config = deepspeed_config(2, 2, EngineConfig(), TrainConfig(), 8, found.file)
+    assert config["zero_optimization"] == {
+        "stage": 2,
+        "overlap_comm": True,
+        "round_robin_gradients": False,
+        "reduce_bucket_size": 1000,
+    }
+    assert config["wall_clock_breakdown"] is True and config["train_batch_size"] == 16
+
+
+FILE_REFUSALS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "round robin": ({"zero_optimization": {"round_robin_gradients": True}}, ("round_robin_gradients", "leave it out")),
+    "reentrant": (
+        {"activation_checkpointing": {"partition_activations": True}},
+        ("activation_checkpointing", "reentrant", "--engine.activation-checkpointing on"),
+    ),
+    "bf16 sums": ({"communication_data_type": "bfp16"}, ("communication_data_type", '"bfp16"', "fp32")),
+    "quantized": ({"zero_optimization": {"zero_quantized_gradients": True}}, ("zero_quantized_gradients", "rounded")),
+    "hpz": (
+        {"zero_optimization": {"zero_hpz_partition_size": 2}},
+        ("zero_hpz_partition_size", "not known"),
+    ),
+    "clipping": ({"gradient_clipping": 1.0}, ("gradient_clipping", "train.clip_grad")),
+    "precision": ({"bf16": {"enabled": True}}, ("bf16", "engine.precision")),
+    "optimizer": ({"optimizer": {"type": "Adam"}}, ("optimizer", "train.optimizer")),
+    "unknown": ({"zenflow": {"topk_ratio": 0.1}}, ("zenflow", "not known to be exact")),
+    "no object": ([1], ("holds no object",)),
+    "no section": ({"zero_optimization": 2}, ("zero_optimization 2",)),
+    "no json": ("{", ("cannot be read",)),
+}
+
+
+@pytest.mark.parametrize("name", FILE_REFUSALS)
+def test_a_deepspeed_file_that_is_refused(tmp_path: Path, name: str) -> None:
+    """One sentence names file and setting and says what to choose instead."""
+    settings, words = FILE_REFUSALS[name]
+    with pytest.raises(UserError) as caught:
+        launch(2, **deepspeed_file(tmp_path, settings))
+    text = str(caught.value)
+    assert all(word in text for word in ("ds.json", *words)), text
+    assert text.endswith(".") and "\n" not in text
+
+
+def test_a_deepspeed_file_that_is_missing(tmp_path: Path) -> None:
+    missing = {"ACCELERATE_USE_DEEPSPEED": "true", "deepspeed_config_file": str(tmp_path / "none.json")}
+    with pytest.raises(UserError, match="none.json cannot be read"):
+        launch(2, **missing)
+
+
+def test_overlap_at_stage_1_is_refused(tmp_path: Path) -> None:
+    """There DeepSpeed would reduce gradients in the order in which they come."""
+    file = deepspeed_file(tmp_path, {"zero_optimization": {"stage": 1, "overlap_comm": True}})
+    with pytest.raises(UserError, match="overlap_comm with zero_stage 1"):
+        check_launch(launch(2, **file), EngineConfig(), 0)
