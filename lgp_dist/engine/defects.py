@@ -27,13 +27,45 @@ def forget_gradients(engine: Any) -> None:
     never cleared, so a parameter that is not reduced in a step is updated with its last gradient, on one process too.
     """
     optimizer = engine.optimizer
-    for name in ("grad_partitions_flat_buffer",):
-        if isinstance(buffer := getattr(optimizer, name, None), Tensor):
-            buffer.zero_()
-    if getattr(optimizer, "cpu_offload", False):
-        for partition in optimizer.single_partition_of_fp32_groups:
-            if partition.grad is not None:
-                partition.grad.zero_()
+    if isinstance(buffer := getattr(optimizer, "grad_partitions_flat_buffer", None), Tensor):
+        buffer.zero_()
+    if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            for partition in getattr(optimizer, name, ()):
+                if partition.grad is not None:
+                    partition.grad.zero_()
+
+
+class GroupSettings:
+    """What ZeRO-3 loses of an optimizer in a universal checkpoint: settings and step count of each parameter group.
+
+    DeepSpeed gives every group those of group 0 when it loads one. Has `state_dict` and `load_state_dict`, so it can be
+    given to `accelerator.register_for_checkpointing`, which loads it after the engine.
+    """
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+
+    def _partitions(self) -> list[tuple[int, Tensor]]:
+        optimizer = self.engine.optimizer
+        flat = optimizer.fp32_partitioned_groups_flat
+        return [(optimizer.sub_group_to_group_id[index], partition) for index, partition in enumerate(flat)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings of every group without its parameters, and its number of steps."""
+        base = self.engine.optimizer.optimizer
+        steps = {group: float(base.state[flat].get("step", 0.0)) for group, flat in self._partitions()}
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in base.param_groups]
+        return {"groups": groups, "steps": [steps[index] for index in range(len(groups))]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts them back."""
+        base = self.engine.optimizer.optimizer
+        for group, settings in zip(base.param_groups, state["groups"], strict=True):
+            group.update(settings)
+        for group, flat in self._partitions():
+            if "step" in base.state[flat]:
+                base.state[flat]["step"] = torch.tensor(state["steps"][group])
 
 
 def gathered(module: nn.Module) -> dict[str, Tensor]:
