@@ -32,6 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "pool.ridge": (POSITIVE, 1e9),
     "finetune.tau": (POSITIVE, math.inf),
     "finetune.distil_weight": (0, 1e9),
+    "finetune.row_weight": (1e-3, 1e3),
     "evaluate.batch_size": (1, 2**31 - 1),
     "budget.max_params": (0, math.inf),
     "budget.max_flops": (0, math.inf),
@@ -99,3 +100,15 @@ def _check_shapes(config: RunConfig) -> None:
         raise UserError("ancestry.source is hub, but ancestry.model is vit: name a model of timm, or another source.")
     if config.export.path:
         space.by_key(config.export.path)
+    _check_only(config.finetune.only, space)
+
+
+def _check_only(only: tuple[str, ...], space: PathSpace) -> None:
+    known = {path.key for path in space.paths}
+    for key in only:
+        if key not in known:
+            raise UserError(
+                f"finetune.only names {key!r}, which the pool does not have: `lgp paths` lists its {len(known)} keys."
+            )
+        if only.count(key) > 1:
+            raise UserError(f"finetune.only names {key!r} {only.count(key)} times: name each path once.")

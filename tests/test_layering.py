@@ -10,7 +10,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 BASE = {"config", "paths", "protocols", "errors"}
-LEVELS_0_TO_2 = BASE | {"recipes", "sampling", "artifacts", "metrics", "provenance", "checks", "data", "models"}
+SAMPLING = {"dealing", "costs", "sampling", "ledger"}
+LEVELS_0_TO_2 = BASE | SAMPLING | {"recipes", "artifacts", "metrics", "provenance", "checks", "data", "models"}
 ALLOWED = {
     "config": {"errors"},
     "errors": set(),
@@ -20,7 +21,10 @@ ALLOWED = {
     "metrics": set(),
     "checks": BASE,
     "recipes": BASE,
-    "sampling": BASE,
+    "dealing": set(),
+    "costs": {"paths", "errors"},
+    "sampling": BASE | {"dealing", "costs"},
+    "ledger": set(),
     "artifacts": BASE,
     "data": {"config", "protocols", "errors"},
     "models": {"config", "paths", "errors"},
@@ -52,7 +56,10 @@ NO_TORCH = {
     "errors",
     "paths",
     "recipes",
+    "dealing",
+    "costs",
     "sampling",
+    "ledger",
     "provenance",
     "cli",
     "__main__",
