@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths import PathSpace
 
@@ -53,3 +54,22 @@ def _seconds(file: Path, key: str, value: Any) -> float:
             "measure again with `lgp bench paths RECIPE --out FILE`."
         )
     return float(value)
+
+
+PLAIN = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
+"""Width and depth of the sizes in timm's names of plain ViTs."""
+
+
+def ancestry_forward(config: RunConfig) -> float | None:
+    """FLOPs of the ancestry's forward of one image, 0 where it does not run; None where its size is not known."""
+    if not config.finetune.distil_weight:
+        return 0.0
+    ancestry, data = config.ancestry, config.data
+    if ancestry.model == "vit":
+        size = (ancestry.width, ancestry.depth)
+    else:
+        size = next((PLAIN[part] for part in ancestry.model.split("_") if part in PLAIN), None)
+    if size is None:
+        return None
+    alone = PathSpace(size[:1], size[1], data.image_size, config.model.patch_size, data.channels, data.num_classes)
+    return float(alone.cost(alone.paths[0]).flops)

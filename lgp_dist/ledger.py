@@ -25,7 +25,8 @@ def build_ledger(lines: Sequence[Mapping[str, Any]], shares: Shares, clump: Clum
 
     Each path has key, draws, share and expected_share (of all draws), ranks (draws of each rank), last_step (None where
     it never came) and behind: whether it came less often than chance explains, by SIGMAS of independent draws of
-    `clump` slots each, or never where NEVER such draws were expected. Lines that name an unknown path raise ValueError.
+    `clump` slots each, or never where NEVER such draws were expected. A path that `shares` does not know has an
+    expected share of 0.
     """
     latest = {line["step"]: line for line in lines}
     counts: dict[str, Counter[int]] = {}
@@ -44,8 +45,7 @@ def build_ledger(lines: Sequence[Mapping[str, Any]], shares: Shares, clump: Clum
             variance[key] += steps * slots * clump(world) * share * (1 - share)
             chances[key] += steps * slots * share / clump(world)
     keys = list(shares(max((world for world, _ in sizes), default=1)))
-    if unknown := counts.keys() - set(keys):
-        raise ValueError(f"the metrics name paths that are not trained: {sorted(unknown)}")
+    keys += sorted(counts.keys() - set(keys))
     draws = sum(slots * steps for (_, slots), steps in sizes.items())
     ranks = max((world for world, _ in sizes), default=0)
     paths = []

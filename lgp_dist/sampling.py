@@ -146,7 +146,7 @@ class PathSampler:
                 raise UserError(
                     f"finetune.sandwich cannot hold with finetune.policy balanced, {world} ranks and "
                     f"finetune.train.accumulate {self.accumulate}, as the ranks' work would differ: make accumulate "
-                    "even (and rows two), or choose policy spread."
+                    "even, or larger, or choose policy spread."
                 )
 
     @cached_property

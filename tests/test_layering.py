@@ -22,7 +22,7 @@ ALLOWED = {
     "checks": BASE,
     "recipes": BASE,
     "dealing": set(),
-    "costs": {"paths", "errors"},
+    "costs": {"config", "paths", "errors"},
     "sampling": BASE | {"dealing", "costs"},
     "ledger": set(),
     "artifacts": BASE,
@@ -33,7 +33,8 @@ ALLOWED = {
     "report": {"artifacts", "errors", "metrics"},
     "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report"},
     "pipeline": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
-    "cli": {"config", "paths", "errors", "recipes", "pipeline", "data"},
+    "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
+    "cli": {"config", "paths", "errors", "recipes", "pipeline", "data", "bench"},
     "__main__": {"cli"},
     "__init__": set(),
 }
