@@ -132,7 +132,7 @@ class BenchSampler:
     """Work, coverage and shares of each policy, by arithmetic."""
 
     recipe: str = "pool12"
-    """Name of a recipe."""
+    """Name of a recipe, or several, separated by commas."""
     ranks: str = "1,2,8,64,1024"
     """Numbers of ranks, separated by commas."""
     micro_steps: str = "1,2,4"

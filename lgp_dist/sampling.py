@@ -80,7 +80,7 @@ class PathSampler:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is outside a world of {world}")
         if self.policy in ("independent", "shared") and not self.sandwich:
-            return self.paths[self._alone(step, micro_step, rank, self._whole_weights)]
+            return self.paths[self._alone(step, micro_step, rank, self._ends)]
         if not 0 <= micro_step < self.accumulate:
             raise ValueError(f"micro-step {micro_step} is outside a step of {self.accumulate}")
         return self.plan(step, world)[micro_step][rank]
@@ -162,6 +162,10 @@ class PathSampler:
     def _whole_weights(self) -> tuple[int, ...]:
         return _whole(self.weights or (1,) * len(self.paths))
 
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        return tuple(running_sums(self._whole_weights))
+
     def _slots(self, world: int) -> int:
         """Places of a step that are filled one by one."""
         return self.accumulate * (1 if self.policy == "shared" else world)
@@ -172,23 +176,22 @@ class PathSampler:
             return self._whole_weights
         return _guaranteed(self._whole_weights, self._rows, self._slots(world))
 
-    def _alone(self, step: int, micro_step: int, rank: int, weights: tuple[int, ...]) -> int:
-        """One rank's own draw."""
+    def _alone(self, step: int, micro_step: int, rank: int, ends: tuple[int, ...]) -> int:
+        """One rank's own draw, by running sums of weights."""
         who = "all" if self.policy == "shared" else rank
-        ends = _ends(weights)
         return bisect_right(ends, draw_index(ends[-1], "path", self.seed, step, micro_step, who))
 
     def _alone_schedule(self, step: int, world: int) -> list[list[int]]:
         """Of `independent` and `shared`: rows that must come take random slots, the other slots are drawn."""
-        weights, fixed = self._whole_weights, {}
+        ends, fixed = self._ends, {}
         if self.sandwich:
             slots = self._slots(world)
-            weights = _without(self._step_weights(world), self._rows, slots)
+            ends = tuple(running_sums(_without(self._step_weights(world), self._rows, slots)))
             fixed = dict(zip(draw_order(slots, "sandwich", self.seed, step), self._rows, strict=False))
         width = 1 if self.policy == "shared" else world
         filled = [
             [
-                fixed[slot] if (slot := micro * width + rank) in fixed else self._alone(step, micro, rank, weights)
+                fixed[slot] if (slot := micro * width + rank) in fixed else self._alone(step, micro, rank, ends)
                 for rank in range(width)
             ]
             for micro in range(self.accumulate)
@@ -247,11 +250,6 @@ def _whole(weights: Sequence[int | Fraction]) -> tuple[int, ...]:
     common = lcm(*(Fraction(weight).denominator for weight in weights))
     scaled = [int(weight * common) for weight in weights]
     return tuple(weight // gcd(*scaled) for weight in scaled)
-
-
-@lru_cache(maxsize=16)
-def _ends(weights: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(running_sums(weights))
 
 
 @lru_cache(maxsize=16)

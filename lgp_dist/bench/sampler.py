@@ -36,25 +36,28 @@ def parse_policies(text: str) -> tuple[str, ...]:
 
 
 def bench_sampler(
-    recipe: str,
+    recipes: str,
     ranks: Sequence[int],
     micro_steps: Sequence[int],
     policies: Sequence[str],
     steps: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """One object of `measure` for each policy, number of micro-steps and number of ranks.
+    """One object of `measure` for each recipe, policy, number of micro-steps and number of ranks.
 
-    steps: sampled for each object; 0 for enough. UserError where the recipe is unknown or steps or seed are below 0.
+    recipes: names, separated by commas. steps: sampled for each object; 0 for enough. UserError where a recipe is
+    unknown, or steps or seed are below 0.
     """
-    if recipe not in RECIPES:
-        raise UserError(f"--recipe is {recipe!r}, which is none: choose from {', '.join(RECIPES)}.")
+    names = tuple(dict.fromkeys(name.strip() for name in recipes.split(",")))
+    for name in names:
+        if name not in RECIPES:
+            raise UserError(f"--recipe names {name!r}, which is none: choose from {', '.join(RECIPES)}.")
     for option, value in (("--steps", steps), ("--seed", seed)):
         if value < 0:
             raise UserError(f"{option} is {value}, but must be 0 or more: choose another value.")
-    config = replace(RECIPES[recipe](), seed=seed)
     return [
-        {"recipe": recipe, **measure(with_policy(config, policy, micros), world, steps)}
+        {"recipe": name, **measure(with_policy(replace(RECIPES[name](), seed=seed), policy, micros), world, steps)}
+        for name in names
         for policy in policies
         for micros in micro_steps
         for world in ranks
@@ -151,6 +154,7 @@ def _interval(found: Sequence[int], slots: int, clump: int, wide: float) -> tupl
 
 
 COLUMNS = {
+    "recipe": "recipe",
     "policy": "policy",
     "ranks": "ranks",
     "micro_steps": "micro",
@@ -170,10 +174,7 @@ def sampler_table(rows: Sequence[dict[str, Any]]) -> str:
     cells = [list(COLUMNS.values())]
     cells += [["-" if row[name] is None else str(row[name]) for name in COLUMNS] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
-    lines = [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in cells
-    ]
-    return "\n".join(lines)
+    pads = [str.ljust, str.ljust, *[str.rjust] * (len(COLUMNS) - 2)]
+    return "\n".join(
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)) for line in cells
+    )
