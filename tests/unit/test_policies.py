@@ -84,6 +84,22 @@ def test_plans_are_pure(policy: str, sandwich: bool) -> None:
         assert [list(row) for row in plan] == drawn
 
 
+def test_the_last_plans_are_remembered() -> None:
+    """Every rank's draw of a step comes from one plan, and a long run keeps a few of them only."""
+    sampler = make("balanced", 2)
+    assert sampler.plan(0, 4) is sampler.plan(0, 4)
+    plans = [sampler.plan(step, 4) for step in range(50)]
+    assert sampler.plan(49, 4) is plans[49] and sampler.plan(0, 4) is not plans[0] and sampler.plan(0, 4) == plans[0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_pool_of_one_path(policy: str) -> None:
+    """A single path is drawn everywhere, whatever the policy."""
+    sampler = PathSampler(POOL12.paths[:1], policy, 0, 3, (2.0,))
+    assert {path for row in sampler.plan(4, 5) for path in row} == {POOL12.paths[0]}
+    assert sampler.shares(5) == {POOL12.paths[0]: 1.0}
+
+
 PRINT = """
 import sys; from lgp_dist.paths import PathSpace; from lgp_dist.sampling import PathSampler
 space = PathSpace((192, 768), 6); costs = tuple(float(space.cost(path).flops) for path in space.paths)
