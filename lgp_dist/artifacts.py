@@ -32,12 +32,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, kind: str = "safetensors") -> str:
     """sha256 of a file that a person named; UserError where it cannot be read."""
     try:
         return sha256(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a safetensors file that can.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a {kind} file that can.") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -104,11 +104,16 @@ class RunDirectory:
 
     root: Path
     sources: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of what the run reads from elsewhere (shards, weights), compared like settings."""
+    """Fingerprints of what the run reads from elsewhere (shards, weights), compared like settings.
+
+    Those of `data` count for every stage, others from the stage on that their name begins with."""
 
     def meaning(self, config: RunConfig, stage: str) -> dict[str, Any]:
         """Settings and sources that the stage's artifact depends on."""
-        return meaning(config, stage) | self.sources
+        earlier = STAGES[: STAGES.index(stage) + 1]
+        owners = {name: name.split(".")[0] for name in self.sources}
+        counts = {name: value for name, value in self.sources.items() if owners[name] in {"data", *earlier}}
+        return meaning(config, stage) | counts
 
     def check_writable(self) -> None:
         """UserError where the folder cannot be made or written to."""

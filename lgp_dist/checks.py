@@ -36,6 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "finetune.distil_weight": (0, 1e9),
     "finetune.watch_every": (0, 2**62),
     "finetune.watch_images": (1, 2**31 - 1),
+    "finetune.row_weight": (1e-3, 1e3),
     "evaluate.batch_size": (1, 2**31 - 1),
     "budget.max_params": (0, math.inf),
     "budget.max_flops": (0, math.inf),
@@ -104,3 +105,15 @@ def _check_shapes(config: RunConfig) -> None:
         raise UserError("ancestry.source is hub, but ancestry.model is vit: name a model of timm, or another source.")
     if config.export.path:
         space.by_key(config.export.path)
+    _check_only(config.finetune.only, space)
+
+
+def _check_only(only: tuple[str, ...], space: PathSpace) -> None:
+    known = {path.key for path in space.paths}
+    for key in only:
+        if key not in known:
+            raise UserError(
+                f"finetune.only names {key!r}, which the pool does not have: `lgp paths` lists its {len(known)} keys."
+            )
+        if only.count(key) > 1:
+            raise UserError(f"finetune.only names {key!r} {only.count(key)} times: name each path once.")

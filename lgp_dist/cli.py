@@ -127,6 +127,53 @@ def shards(action: ShardsAction) -> None:
     _guarded(lambda: _shards(action), debug=False)
 
 
+@dataclass(frozen=True)
+class BenchSampler:
+    """Work, coverage and shares of each policy, by arithmetic."""
+
+    recipe: str = "pool12"
+    """Name of a recipe, or several, separated by commas."""
+    ranks: str = "1,2,8,64,1024"
+    """Numbers of ranks, separated by commas."""
+    micro_steps: str = "1,2,4"
+    """Numbers of micro-steps of a step, separated by commas."""
+    policies: str = ""
+    """Policies, separated by commas; empty for all."""
+    steps: int = 0
+    """Steps to look at; 0 for as many as 60,000 draws need, from 200 to 4,000."""
+    seed: int = 0
+    """Of the schedule."""
+    json: bool = False
+    """Print a list of objects."""
+
+
+@dataclass(frozen=True)
+class BenchPaths:
+    """Measure seconds of every path on this machine, for --finetune.costs."""
+
+    recipe: Recipe
+    out: Path
+    """File to write."""
+    batch: int = 0
+    """Images of a micro-step; 0 for the recipe's, on one rank."""
+    repeats: int = 5
+    """Rounds over all paths; the median counts."""
+
+
+BenchAction = Annotated[
+    Annotated[BenchSampler, tyro.conf.subcommand("sampler", prefix_name=False)]
+    | Annotated[BenchPaths, tyro.conf.subcommand("paths", prefix_name=False)],
+    tyro.conf.arg(name=""),
+]
+
+
+@app.command
+def bench(action: BenchAction) -> None:
+    """Measure policies (by arithmetic) and paths (by the clock)."""
+    debug = isinstance(action, BenchPaths) and action.recipe.debug
+    _guarded(lambda: _bench(action), debug=debug)
+
+
 def _run(config: RunConfig, stages: tuple[str, ...]) -> None:
     from lgp_dist.pipeline import run_stages  # torch, timm and deepspeed: 15 s that `lgp --help` must not wait for
 
@@ -163,6 +210,25 @@ def _shards(action: Build | Index | Verify) -> None:
         raise UserError(f"{action.root} has {len(problems)} problem(s): {listed}.")
     else:
         sys.stdout.write(f"{action.root}: every shard and image is whole\n")
+
+
+def _bench(action: BenchSampler | BenchPaths) -> None:
+    if isinstance(action, BenchPaths):
+        from lgp_dist.bench.paths import bench_paths, say  # torch and timm, as above
+
+        say(bench_paths(action.recipe, action.out, action.batch, action.repeats), action.out)
+        return
+    from lgp_dist.bench import sampler
+
+    rows = sampler.bench_sampler(
+        action.recipe,
+        sampler.parse_numbers("--ranks", action.ranks),
+        sampler.parse_numbers("--micro-steps", action.micro_steps),
+        sampler.parse_policies(action.policies),
+        action.steps,
+        action.seed,
+    )
+    sys.stdout.write((json.dumps(rows, indent=2) if action.json else sampler.sampler_table(rows)) + "\n")
 
 
 def _guarded(call: Callable[[], None], debug: bool, run_dir: str = "") -> None:

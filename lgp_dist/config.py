@@ -12,7 +12,7 @@ from typing import Any, Literal
 Precision = Literal["fp32", "bf16", "fp16"]
 Levels = Literal["none", "last", "dense"]
 StitchInit = Literal["transformation", "transformation_paper", "transformation_pinv", "least_squares", "random"]
-Policy = Literal["independent", "shared"]
+Policy = Literal["independent", "shared", "spread", "balanced"]
 LossScale = Literal["sample", "paper"]
 
 
@@ -235,7 +235,17 @@ class FinetuneConfig:
     """Validation images of such a measurement."""
 
     policy: Policy = "independent"
-    """How ranks draw their paths in a step."""
+    """How ranks draw their paths in a step: each alone; all the same; as many different paths as a step has room for;
+    or these with equal work for all ranks, so that none waits."""
+    row_weight: float = 1.0
+    """How often a row alone is drawn, relative to a stitched path."""
+    sandwich: bool = False
+    """Every step holds each row alone at least once; ranks times micro-steps must leave room for stitched paths."""
+    only: tuple[str, ...] = ()
+    """Keys of the paths to train, as `lgp paths` lists them; empty for all."""
+    costs: str = free("")
+    """File of `lgp bench paths` with each path's seconds, for `balanced`; empty for FLOPs. Its content belongs to a
+    run's meaning."""
     tau: float = 1.0
     """Temperature of the soft cross-entropy to the ancestry."""
     distil_weight: float = 1.0

@@ -10,8 +10,10 @@ from lgp_dist.config import STAGES, RunConfig, flatten
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.setup import Workers, check_trackers
+from lgp_dist.paths import PathSpace
 from lgp_dist.provenance import environment
 from lgp_dist.report.publish import publish
+from lgp_dist.sampling import PathSampler
 from lgp_dist.stages import ancestry, descend, distil, evaluate, export, finetune, pool
 from lgp_dist.stages.context import Context
 
@@ -64,15 +66,17 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
 
 
 def sources(config: RunConfig, manifest: ShardManifest) -> dict[str, str]:
-    """Fingerprints of shards and weights; UserError where they cannot be read."""
+    """Fingerprints of shards, weights and costs; UserError where they cannot be read."""
     found = {f"data.{split}": manifest.fingerprint(split) for split in (config.data.train_split, config.data.val_split)}
     if config.ancestry.source == "file":
         found["ancestry.weights"] = fingerprint(Path(config.ancestry.weights))
+    if config.finetune.costs:
+        found["finetune.costs"] = fingerprint(Path(config.finetune.costs), "JSON")
     return found
 
 
 def check_stages(config: RunConfig, stages: tuple[str, ...], directory: RunDirectory, world: int, images: int) -> None:
-    """UserError where an artifact was made with other settings, or a batch does not fit ranks and training images."""
+    """UserError where an artifact was made with other settings, or batch or schedule do not fit ranks and images."""
     for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
         if not (config.force and stage in stages):
             directory.check_settings(stage, config)
@@ -82,6 +86,8 @@ def check_stages(config: RunConfig, stages: tuple[str, ...], directory: RunDirec
     for stage in stages:
         if stage in trains:
             check_batch(trains[stage], world, images, f"{stage}.train.")
+    if "finetune" in stages:
+        PathSampler.from_config(config, PathSpace.from_config(config)).check(world)
 
 
 def _log_to(directory: RunDirectory) -> None:

@@ -10,7 +10,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 BASE = {"config", "paths", "protocols", "errors"}
-LEVELS_0_TO_2 = BASE | {"recipes", "sampling", "artifacts", "metrics", "provenance", "checks", "data", "models"}
+SAMPLING = {"dealing", "costs", "sampling", "ledger"}
+LEVELS_0_TO_2 = BASE | SAMPLING | {"recipes", "artifacts", "metrics", "provenance", "checks", "data", "models"}
 ALLOWED = {
     "config": {"errors"},
     "errors": set(),
@@ -20,7 +21,10 @@ ALLOWED = {
     "metrics": set(),
     "checks": BASE,
     "recipes": BASE,
-    "sampling": BASE,
+    "dealing": set(),
+    "costs": {"config", "paths", "errors"},
+    "sampling": BASE | {"dealing", "costs"},
+    "ledger": set(),
     "artifacts": BASE,
     "data": {"config", "protocols", "errors"},
     "models": {"config", "paths", "errors"},
@@ -29,7 +33,8 @@ ALLOWED = {
     "report": {"artifacts", "errors", "metrics"},
     "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report"},
     "pipeline": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
-    "cli": {"config", "paths", "errors", "recipes", "pipeline", "data"},
+    "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
+    "cli": {"config", "paths", "errors", "recipes", "pipeline", "data", "bench"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -52,7 +57,10 @@ NO_TORCH = {
     "errors",
     "paths",
     "recipes",
+    "dealing",
+    "costs",
     "sampling",
+    "ledger",
     "provenance",
     "cli",
     "__main__",

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
+from lgp_dist.report.draws import draws_section
 from lgp_dist.report.page import CSS, SCRIPT
 from lgp_dist.report.pareto import pareto_front
 from lgp_dist.report.plots import stage_lines
@@ -36,13 +37,15 @@ def render_report(
     descendant: Mapping[str, Any] | None,
     figures: Mapping[str, str],
     before: Sequence[Row] | None = None,
+    ledger: Mapping[str, Any] | None = None,
 ) -> str:
     """The whole report as HTML text. All data is escaped; the figures are trusted to be ours.
 
     rows, before: evaluated paths after and before fine-tuning. metrics: lines of metrics.jsonl. config: flat, with
     dotted keys. artifacts: what each stage left, with stage, id, created (text or seconds since 1970), seconds,
     command and whatever else. descendant: the chosen path, with key and any of params, flops, top1, top5, budget,
-    file and load (code to load it, shown as it is). figures: SVG text by the names of `plots.report_figures`.
+    file and load (code to load it, shown as it is). figures: SVG text by the names of `plots.report_figures`. ledger:
+    as `ledger.build_ledger` makes it.
     Whatever is missing or empty leaves its section out or says so.
     """
     sections = [
@@ -51,6 +54,7 @@ def render_report(
         ("paths", "All paths", _paths(rows, before or [], descendant)),
         ("descendant", "Descendant", _descendant(descendant)),
         ("training", "Training", _training(metrics, figures)),
+        ("draws", "Draws of each path", draws_section(ledger)),
         ("provenance", "Provenance", _provenance(artifacts)),
         ("environment", "Environment", _pairs(environment)),
         ("config", "Configuration", _config(config)),

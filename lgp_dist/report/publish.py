@@ -31,7 +31,7 @@ def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence
     """
     by_stage = {artifact.record["stage"]: artifact for artifact in artifacts}
     metrics = read_metrics(root / "metrics.jsonl")
-    rows, before, descendant = [], None, None
+    rows, before, descendant, ledger = [], None, None, None
     if "evaluate" in by_stage:
         folder = by_stage["evaluate"].folder
         rows = json.loads(_read(folder / "paths.json"))
@@ -41,6 +41,8 @@ def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence
     else:
         for name in ("paths.json", "paths.csv", "pareto.png", "pareto.svg"):
             (root / name).unlink(missing_ok=True)
+    if "finetune" in by_stage:
+        ledger = json.loads(_read(by_stage["finetune"].folder / "ledger.json") or "null")
     if "export" in by_stage:
         exported = by_stage["export"]
         descendant = {**exported.facts, "file": str(exported.folder), "load": LOAD.format(folder=exported.folder)}
@@ -57,6 +59,7 @@ def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence
         descendant=descendant,
         figures={name: figure_svg(figure) for name, figure in figures.items()},
         before=before,
+        ledger=ledger,
     )
     write_atomic(root / "report.html", page.encode())
     return paths_table(rows) if rows else ""

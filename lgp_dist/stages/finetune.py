@@ -1,5 +1,6 @@
 """Stage finetune: all paths of the pool, each rank on its own."""
 
+import logging
 import time
 from functools import partial
 from pathlib import Path
@@ -7,20 +8,24 @@ from typing import Any
 
 from torch import nn
 
-from lgp_dist.artifacts import save_tensors
+from lgp_dist.artifacts import save_tensors, write_json
+from lgp_dist.ledger import behind, build_ledger
+from lgp_dist.metrics import read_metrics
 from lgp_dist.sampling import PathSampler
 from lgp_dist.stages.context import Context
 from lgp_dist.tasks.finetune import FinetuneTask
 
+log = logging.getLogger("lgp")
+
 
 def run(context: Context) -> None:
-    """Writes finetune/pool.safetensors."""
+    """Writes finetune/pool.safetensors and finetune/ledger.json."""
     began, config = time.monotonic(), context.config.finetune
     inputs = [context.require("ancestry"), context.require("pool")]
     ancestry = context.load_ancestry() if config.distil_weight else None
     pool = context.load_pool("pool")
     context.seed("finetune")
-    sampler = PathSampler(context.space.paths, config.policy, context.config.seed)
+    sampler = PathSampler.from_config(context.config, context.space)
     training = context.train(
         "finetune",
         FinetuneTask(pool, ancestry, sampler, config),
@@ -32,7 +37,11 @@ def run(context: Context) -> None:
 
     def fill(folder: Path) -> dict[str, Any]:
         save_tensors(folder / "pool.safetensors", pool.state_dict())
-        return {"training": training, "policy": config.policy}
+        ledger = draws_of(context.run.root / "metrics.jsonl", sampler)
+        write_json(folder / "ledger.json", ledger)
+        if late := behind(ledger):
+            log.warning("finetune: %d path(s) were drawn less often than expected: %s", len(late), ", ".join(late))
+        return {"training": training, "policy": config.policy, "behind": late}
 
     context.write("finetune", inputs, fill, time.monotonic() - began)
 
@@ -42,3 +51,13 @@ def measure(context: Context, pool: nn.Module) -> dict[str, float]:
     forwards = {path.key: partial(pool, path=path) for path in context.space.paths}
     found = context.accuracies(forwards, context.config.finetune.watch_images)
     return {f"top1/{key}": top1 for key, (top1, _) in found.items()}
+
+
+def draws_of(metrics: Path, sampler: PathSampler) -> dict[str, Any]:
+    """The ledger of the stage's lines in a metrics file."""
+    lines = [line for line in read_metrics(metrics) if line["stage"] == "finetune"]
+
+    def shares(world: int) -> dict[str, float]:
+        return {path.key: share for path, share in sampler.shares(world).items()}
+
+    return build_ledger(lines, shares, sampler.clump, sampler.accumulate)

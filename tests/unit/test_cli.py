@@ -24,7 +24,7 @@ def test_help_answers_at_once_and_without_torch() -> None:
     took = time.monotonic() - began
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
     assert "tyro" in imported and not imported & HEAVY
-    assert all(name in done.stdout for name in (*STAGES, "run", "paths", "shards"))
+    assert all(name in done.stdout for name in (*STAGES, "run", "paths", "shards", "bench"))
     assert took < 2
 
 
@@ -42,6 +42,12 @@ def test_every_stage_takes_every_recipe(lgp: Lgp, stage: str) -> None:
         shown = lgp(stage, name, "--help")
         assert shown.status == 0 and "--distil.alpha" in shown.out and "--run-dir" in shown.out
         assert (recipe.__doc__ or "").split(".")[0][:40] in " ".join(shown.out.split())
+
+
+@pytest.mark.parametrize("action", ["sampler", "paths"])
+def test_bench_has_its_actions(lgp: Lgp, action: str) -> None:
+    shown = lgp("bench", action, "--help")
+    assert shown.status == 0 and f"bench {action}" in shown.out
 
 
 @pytest.mark.parametrize("action", ["build", "index", "verify"])

@@ -30,6 +30,7 @@ FREE = {
     "debug",
     "root",
     "weights",
+    "costs",
     "recipe",
 }
 """Names of fields that may differ between runs of one meaning."""

@@ -1,0 +1,133 @@
+"""Seconds that each path takes on this machine, for `finetune.costs`."""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from lgp_dist.checks import check_config
+from lgp_dist.config import RunConfig
+from lgp_dist.errors import UserError
+from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.pool import LearngenePool
+from lgp_dist.paths import PathSpace
+from lgp_dist.provenance import environment
+from lgp_dist.report.rows import write_atomic
+from lgp_dist.stages.context import ancestry_vit
+
+WARM_UP = 1
+"""Rounds over all paths before the first that counts."""
+
+
+def bench_paths(config: RunConfig, out: Path, batch: int = 0, repeats: int = 5) -> dict[str, Any]:
+    """Measures every path of a recipe's pool and writes the table that `finetune.costs` reads.
+
+    costs: seconds of forward and backward of one micro-step for each path, the median of `repeats` rounds over all
+    paths, so that a slow moment of the machine meets all of them; spread: (slowest - fastest) / median of the same.
+    ancestry: seconds of the ancestry's forward, null where it does not run. Weights and images are random.
+    batch: images of a micro-step; 0 for the recipe's batch size over its micro-steps, one rank. UserError where a
+    setting is out of range, the device is missing or the file cannot be written.
+    """
+    check_config(config)
+    train = config.finetune.train
+    for option, value, least in (("--batch", batch, 0), ("--repeats", repeats, 1)):
+        if value < least:
+            raise UserError(f"{option} is {value}, but must be {least} or more: choose another value.")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file in it.")
+    space, device = PathSpace.from_config(config), _device(config)
+    images = batch or max(1, train.batch_size // train.accumulate)
+    calls = _calls(config, space, device, images)
+    seconds: dict[str, list[float]] = {key: [] for key in calls}
+    for turn in range(WARM_UP + repeats):
+        for key, call in calls.items():
+            taken = _timed(call, device)
+            if turn >= WARM_UP:
+                seconds[key].append(taken)
+    middle = {key: median(values) for key, values in seconds.items()}
+    spread = {key: round((max(values) - min(values)) / middle[key], 4) for key, values in seconds.items()}
+    ancestry = middle.pop("ancestry", None)
+    about = environment()
+    machine = about["machine"] | {
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+    table = {
+        "recipe": config.recipe,
+        "precision": config.engine.precision,
+        "batch": images,
+        "repeats": repeats,
+        "costs": {path.key: middle[path.key] for path in space.paths},
+        "ancestry": ancestry,
+        "spread": spread,
+        **about,
+        "machine": machine,
+    }
+    write_atomic(out, (json.dumps(table, indent=2) + "\n").encode())
+    return table
+
+
+def _device(config: RunConfig) -> torch.device:
+    wanted, there = config.engine.device, torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UserError("engine.device is cuda, but this machine shows no GPU: pass --engine.device cpu.")
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
+def _calls(config: RunConfig, space: PathSpace, device: torch.device, batch: int) -> dict[str, Callable[[], None]]:
+    """What is timed: a forward and backward of each path, by its key, and the ancestry's forward."""
+    torch.manual_seed(config.seed)
+    pool = LearngenePool.empty(space, tuple(row.heads for row in config.model.rows)).to(device).train()
+    images = torch.randn(batch, space.channels, space.image_size, space.image_size, device=device)
+    targets = torch.randint(space.num_classes, (batch,), device=device)
+    bf16 = config.engine.precision == "bf16"
+
+    def path_call(path: Any) -> Callable[[], None]:
+        def call() -> None:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                logits = pool(images, path)
+            cross_entropy(logits.float(), targets).backward()
+            pool.zero_grad(set_to_none=True)
+
+        return call
+
+    calls = {path.key: path_call(path) for path in space.paths}
+    if config.finetune.distil_weight:
+        ancestry = Ancestry(ancestry_vit(config)).to(device)
+
+        def ancestry_call() -> None:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                ancestry(images)
+
+        calls["ancestry"] = ancestry_call
+    return calls
+
+
+def _timed(call: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call, waiting for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def say(table: dict[str, Any], out: Path) -> None:
+    """One line on what was measured."""
+    costs = table["costs"].values()
+    sys.stdout.write(
+        f"{len(costs)} paths of {table['recipe']} on {table['machine']['device']}, batch {table['batch']}: "
+        f"{1000 * min(costs):.2f} to {1000 * max(costs):.2f} ms; written to {out}\n"
+    )

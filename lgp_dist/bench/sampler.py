@@ -1,0 +1,180 @@
+"""What each policy costs and covers, by arithmetic over the schedule: no tensor, no clock, equal on every machine."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import NormalDist, fmean, pvariance
+from typing import Any, get_args
+
+from lgp_dist.config import Policy, RunConfig
+from lgp_dist.costs import ancestry_forward, path_costs
+from lgp_dist.errors import UserError
+from lgp_dist.paths import PathSpace
+from lgp_dist.recipes import RECIPES
+from lgp_dist.sampling import PathSampler
+
+POLICIES: tuple[str, ...] = get_args(Policy)
+DRAWS, FEWEST_STEPS, MOST_STEPS = 60_000, 200, 4_000
+"""Without a number of steps: as many as give so many draws, within these limits."""
+CONFIDENCE = 0.95
+
+
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 to 65536, separated by commas, each once; UserError where the option's text holds others."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and 1 <= int(part) <= 65536 for part in parts):
+        raise UserError(f"{option} is {text!r}, but must be whole numbers from 1 to 65536: write them like 1,2,8.")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def parse_policies(text: str) -> tuple[str, ...]:
+    """Policies separated by commas, empty for all; UserError for others."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(","))) if text else POLICIES
+    for name in names:
+        if name not in POLICIES:
+            raise UserError(f"--policies names {name!r}, which is none: choose from {', '.join(POLICIES)}.")
+    return names
+
+
+def bench_sampler(
+    recipes: str,
+    ranks: Sequence[int],
+    micro_steps: Sequence[int],
+    policies: Sequence[str],
+    steps: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """One object of `measure` for each recipe, policy, number of micro-steps and number of ranks.
+
+    recipes: names, separated by commas. steps: sampled for each object; 0 for enough. UserError where a recipe is
+    unknown, or steps or seed are below 0.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in recipes.split(",")))
+    for name in names:
+        if name not in RECIPES:
+            raise UserError(f"--recipe names {name!r}, which is none: choose from {', '.join(RECIPES)}.")
+    for option, value in (("--steps", steps), ("--seed", seed)):
+        if value < 0:
+            raise UserError(f"{option} is {value}, but must be 0 or more: choose another value.")
+    return [
+        {"recipe": name, **measure(with_policy(replace(RECIPES[name](), seed=seed), policy, micros), world, steps)}
+        for name in names
+        for policy in policies
+        for micros in micro_steps
+        for world in ranks
+    ]
+
+
+def with_policy(config: RunConfig, policy: Any, accumulate: int) -> RunConfig:
+    """The same run with another policy and number of micro-steps."""
+    finetune = config.finetune
+    train = replace(finetune.train, accumulate=accumulate)
+    return replace(config, finetune=replace(finetune, policy=policy, train=train))
+
+
+def measure(config: RunConfig, world: int, steps: int = 0) -> dict[str, Any]:
+    """What the schedule of a run's first steps does on so many ranks.
+
+    efficiency: summed cost of an average rank over that of each step's busiest rank, each added up over the steps: the
+    share of machine time that is work where ranks wait for each other once in a step. A path's cost is 3 x its FLOPs.
+    efficiency_with_ancestry: the ancestry's forward added to each micro-step; null where its size is not known.
+    coverage: share of the pool's paths that a step trains; blocks: share of its blocks; means over steps.
+    share_min, share_max: share of all draws of the path that came least and most often, compared to its expected share
+    (share_min_expected, share_max_expected). share_min_ci and share_max_ci are Wilson's intervals with as many
+    independent draws as the variation between steps amounts to, wide enough that those of all paths together hold the
+    expected shares with probability 0.95 (about; less where a path is expected fewer than ten times by itself).
+    """
+    space = PathSpace.from_config(config)
+    sampler = PathSampler.from_config(config, space)
+    sampler.check(world)
+    slots = world * sampler.accumulate
+    steps = steps or min(MOST_STEPS, max(FEWEST_STEPS, DRAWS // slots))
+    table = path_costs(space, config.finetune.costs)
+    costs = [table[path.key] for path in sampler.paths]
+    blocks = [_blocks(path, space.depth) for path in sampler.paths]
+    all_blocks = len(frozenset().union(*blocks))
+    counts: list[list[int]] = [[] for _ in costs]
+    mean = slowest = covered = trained = 0.0
+    for step in range(steps):
+        schedule = sampler.schedule(step, world)
+        work = [sum(costs[index] for index in hand) for hand in zip(*schedule, strict=True)]
+        mean, slowest = mean + sum(work) / world, slowest + max(work)
+        drawn = [index for row in schedule for index in row]
+        seen = set(drawn)
+        covered += len(seen) / len(costs)
+        trained += len(frozenset().union(*(blocks[index] for index in seen))) / all_blocks
+        for index, found in enumerate(counts):
+            found.append(drawn.count(index) if index in seen else 0)
+    ancestry = ancestry_forward(config)
+    extra = None if ancestry is None else steps * sampler.accumulate * ancestry
+    return {
+        "policy": sampler.policy,
+        "ranks": world,
+        "micro_steps": sampler.accumulate,
+        "steps": steps,
+        "seed": sampler.seed,
+        "efficiency": round(mean / slowest, 4),
+        "efficiency_with_ancestry": None if extra is None else round((mean + extra) / (slowest + extra), 4),
+        "coverage": round(covered / steps, 4),
+        "blocks": round(trained / steps, 4),
+        **_shares(counts, list(sampler.shares(world).values()), slots, sampler.clump(world)),
+    }
+
+
+def _blocks(path: Any, depth: int) -> frozenset[tuple[int, int]]:
+    return frozenset(
+        (part.row, block) for part in path.segments for block in range(depth) if path.has_block(part.row, block)
+    )
+
+
+def _shares(counts: Sequence[Sequence[int]], expected: Sequence[float], slots: int, clump: int) -> dict[str, Any]:
+    """The shares that are farthest below and above what is expected, with their intervals."""
+    wide = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / (2 * len(counts)))
+    shares = [fmean(found) / slots for found in counts]
+    order = sorted(range(len(counts)), key=lambda index: shares[index] / expected[index])
+    result: dict[str, Any] = {}
+    for name, index in (("share_min", order[0]), ("share_max", order[-1])):
+        result[name] = round(shares[index], 6)
+        result[f"{name}_expected"] = round(expected[index], 6)
+        result[f"{name}_ci"] = [round(end, 6) for end in _interval(counts[index], slots, clump, wide)]
+    return result
+
+
+def _interval(found: Sequence[int], slots: int, clump: int, wide: float) -> tuple[float, float]:
+    """Wilson's interval of a share, from a path's draws in each step of so many slots; `wide` standard deviations."""
+    share, variance = fmean(found) / slots, pvariance(found) / slots**2
+    if variance:
+        draws = max(1.0, len(found) * share * (1 - share) / variance)
+    elif share:
+        return share, share  # as often in every step
+    else:
+        draws = len(found) * slots / clump
+    middle = (share + wide**2 / (2 * draws)) / (1 + wide**2 / draws)
+    half = wide / (1 + wide**2 / draws) * (share * (1 - share) / draws + (wide / (2 * draws)) ** 2) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+COLUMNS = {
+    "recipe": "recipe",
+    "policy": "policy",
+    "ranks": "ranks",
+    "micro_steps": "micro",
+    "steps": "steps",
+    "efficiency": "efficiency",
+    "efficiency_with_ancestry": "+ ancestry",
+    "coverage": "coverage",
+    "blocks": "blocks",
+    "share_min": "least share",
+    "share_max": "most",
+}
+"""Fields of the text table and their headings."""
+
+
+def sampler_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The objects of `bench_sampler` as text."""
+    cells = [list(COLUMNS.values())]
+    cells += [["-" if row[name] is None else str(row[name]) for name in COLUMNS] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
+    pads = [str.ljust, str.ljust, *[str.rjust] * (len(COLUMNS) - 2)]
+    return "\n".join(
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)) for line in cells
+    )

@@ -1,0 +1,75 @@
+"""What a path costs in training: by arithmetic, or as `lgp bench paths` measured it on a machine."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lgp_dist.config import RunConfig
+from lgp_dist.errors import UserError
+from lgp_dist.paths import PathSpace
+
+TRAINING = 3
+"""Forward and backward cost of a path over its forward: the backward computes twice as much."""
+
+
+def path_costs(space: PathSpace, file: str = "") -> dict[str, float]:
+    """Forward and backward cost of every path by its key.
+
+    3 x its FLOPs (multiply-adds of an image), or the seconds in `file`. The ancestry's forward, which costs the same on
+    every rank, is left out: work that is equal without it is more so with it. UserError where the file cannot be used.
+    """
+    if not file:
+        return {path.key: float(TRAINING * space.cost(path).flops) for path in space.paths}
+    table = read_costs(Path(file))
+    missing = [path.key for path in space.paths if path.key not in table]
+    if missing:
+        raise UserError(
+            f"finetune.costs {file} has no cost of {missing[0]!r} and lacks {len(missing)} of {len(space.paths)} "
+            "paths: measure this pool with `lgp bench paths RECIPE --out FILE`."
+        )
+    return {path.key: table[path.key] for path in space.paths}
+
+
+def read_costs(file: Path) -> dict[str, float]:
+    """The seconds in a file of `lgp bench paths`, by the key of the path; UserError where it is none."""
+    again = "make it with `lgp bench paths RECIPE --out FILE`"
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"finetune.costs {file} cannot be read ({error.strerror}): name a file that can.") from None
+    except ValueError as error:
+        raise UserError(f"finetune.costs {file} is not valid JSON ({error}): {again}.") from None
+    costs = content.get("costs") if isinstance(content, dict) else None
+    if not isinstance(costs, dict):
+        raise UserError(f"finetune.costs {file} has no object `costs` of keys and seconds: {again}.")
+    return {key: _seconds(file, key, value) for key, value in costs.items()}
+
+
+def _seconds(file: Path, key: str, value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:
+        raise UserError(
+            f"finetune.costs {file} says costs.{key} is {value!r}, but must be a finite number of seconds above 0: "
+            "measure again with `lgp bench paths RECIPE --out FILE`."
+        )
+    return float(value)
+
+
+PLAIN = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
+"""Width and depth of the sizes in timm's names of plain ViTs."""
+
+
+def ancestry_forward(config: RunConfig) -> float | None:
+    """FLOPs of the ancestry's forward of one image, 0 where it does not run; None where its size is not known."""
+    if not config.finetune.distil_weight:
+        return 0.0
+    ancestry, data = config.ancestry, config.data
+    if ancestry.model == "vit":
+        size = (ancestry.width, ancestry.depth)
+    else:
+        size = next((PLAIN[part] for part in ancestry.model.split("_") if part in PLAIN), None)
+    if size is None:
+        return None
+    alone = PathSpace(size[:1], size[1], data.image_size, config.model.patch_size, data.channels, data.num_classes)
+    return float(alone.cost(alone.paths[0]).flops)
