@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -139,6 +139,8 @@ class BenchSampler:
     """Numbers of micro-steps of a step, separated by commas."""
     policies: str = ""
     """Policies, separated by commas; empty for all."""
+    meet: Literal["step", "micro_step"] = "step"
+    """Where ranks wait for each other, as --finetune.meet."""
     steps: int = 0
     """Steps to look at; 0 for as many as 60,000 draws need, from 200 to 4,000."""
     seed: int = 0
@@ -227,6 +229,7 @@ def _bench(action: BenchSampler | BenchPaths) -> None:
         sampler.parse_policies(action.policies),
         action.steps,
         action.seed,
+        action.meet,
     )
     sys.stdout.write((json.dumps(rows, indent=2) if action.json else sampler.sampler_table(rows)) + "\n")
 

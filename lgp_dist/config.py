@@ -237,6 +237,9 @@ class FinetuneConfig:
     policy: Policy = "independent"
     """How ranks draw their paths in a step: each alone; all the same; as many different paths as a step has room for;
     or these with equal work for all ranks, so that none waits."""
+    meet: Literal["step", "micro_step"] = "step"
+    """Where ranks wait for each other, for `balanced`: step for ZeRO-0, ZeRO-1 and DDP, which exchange gradients once
+    in an optimizer step; micro_step for ZeRO-2 and ZeRO-3, which do so in every micro-step."""
     row_weight: float = 1.0
     """How often a row alone is drawn, relative to a stitched path."""
     sandwich: bool = False

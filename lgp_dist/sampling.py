@@ -7,6 +7,7 @@ from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate as running_sums
 from math import gcd, lcm
+from typing import Literal
 
 from lgp_dist.config import Policy, RunConfig
 from lgp_dist.costs import path_costs
@@ -44,6 +45,8 @@ class PathSampler:
     """Of each path, in any unit; only `balanced` needs them."""
     weights: tuple[int | Fraction, ...] = ()
     """Of each path, how often it comes compared to others; empty for equal shares."""
+    meet: Literal["step", "micro_step"] = "step"
+    """Where ranks wait for each other: under `balanced` each micro-step of micro_step is dealt as if it were alone."""
     sandwich: bool = False
     """Whether every step holds each row alone at least once; see `shares`."""
 
@@ -69,6 +72,7 @@ class PathSampler:
             finetune.train.accumulate,
             tuple(costs[path.key] for path in paths),
             () if row_weight == 1 else weights,
+            finetune.meet,
             finetune.sandwich,
         )
 
@@ -124,7 +128,7 @@ class PathSampler:
         if self.policy != "balanced" or world == 1:
             return 1
         decks = self._decks(world)
-        both = 2 if self.accumulate > 1 else 1
+        both = 2 if self.accumulate > 1 and self.meet == "step" else 1
         return both if all(len(deck.bands) == 1 for deck, rounds in decks if rounds) else both * world
 
     def check(self, world: int) -> None:
@@ -202,7 +206,7 @@ class PathSampler:
         """What `balanced` deals: (pairs, rounds of them), (single paths, rounds of them); the first has rounds."""
         weights = self._step_weights(world)
         single, pair = _both_decks(weights, self.costs)
-        if self.accumulate == 1 or pair.reach < single.reach:
+        if self.accumulate == 1 or self.meet == "micro_step" or pair.reach < single.reach:
             return (single, self.accumulate), (pair, 0)
         return (pair, self.accumulate // 2), (single, self.accumulate % 2)
 
@@ -215,6 +219,9 @@ class PathSampler:
                 dealt = deck.hands(rounds, world, "balanced", self.seed, step, number, first=first)
                 for hand, more in zip(hands, dealt, strict=True):
                     hand.extend(more)
+        if self.meet == "micro_step":  # hands hold the same bands at the same places, and keep them so
+            order = draw_order(self.accumulate, "order", self.seed, step)
+            return [[hand[place] for place in order] for hand in hands]
         slots = draw_order(world * self.accumulate, "order", self.seed, step)
         ordered = []
         for rank, hand in enumerate(hands):

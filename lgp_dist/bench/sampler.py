@@ -42,11 +42,12 @@ def bench_sampler(
     policies: Sequence[str],
     steps: int,
     seed: int,
+    meet: Any = "step",
 ) -> list[dict[str, Any]]:
     """One object of `measure` for each recipe, policy, number of micro-steps and number of ranks.
 
-    recipes: names, separated by commas. steps: sampled for each object; 0 for enough. UserError where a recipe is
-    unknown, or steps or seed are below 0.
+    recipes: names, separated by commas. steps: sampled for each object; 0 for enough. meet: as `finetune.meet`.
+    UserError where a recipe is unknown, or steps or seed are below 0.
     """
     names = tuple(dict.fromkeys(name.strip() for name in recipes.split(",")))
     for name in names:
@@ -56,7 +57,10 @@ def bench_sampler(
         if value < 0:
             raise UserError(f"{option} is {value}, but must be 0 or more: choose another value.")
     return [
-        {"recipe": name, **measure(with_policy(replace(RECIPES[name](), seed=seed), policy, micros), world, steps)}
+        {
+            "recipe": name,
+            **measure(with_policy(replace(RECIPES[name](), seed=seed), policy, micros, meet), world, steps),
+        }
         for name in names
         for policy in policies
         for micros in micro_steps
@@ -64,11 +68,11 @@ def bench_sampler(
     ]
 
 
-def with_policy(config: RunConfig, policy: Any, accumulate: int) -> RunConfig:
-    """The same run with another policy and number of micro-steps."""
+def with_policy(config: RunConfig, policy: Any, accumulate: int, meet: Any = "step") -> RunConfig:
+    """The same run with another policy, number of micro-steps and place where ranks meet."""
     finetune = config.finetune
     train = replace(finetune.train, accumulate=accumulate)
-    return replace(config, finetune=replace(finetune, policy=policy, train=train))
+    return replace(config, finetune=replace(finetune, policy=policy, meet=meet, train=train))
 
 
 def measure(config: RunConfig, world: int, steps: int = 0) -> dict[str, Any]:
@@ -76,6 +80,7 @@ def measure(config: RunConfig, world: int, steps: int = 0) -> dict[str, Any]:
 
     efficiency: summed cost of an average rank over that of each step's busiest rank, each added up over the steps: the
     share of machine time that is work where ranks wait for each other once in a step. A path's cost is 3 x its FLOPs.
+    efficiency_micro_step: the same where ranks wait for each other in every micro-step (ZeRO-2 and ZeRO-3).
     efficiency_with_ancestry: the ancestry's forward added to each micro-step; null where its size is not known.
     coverage: share of the pool's paths that a step trains; blocks: share of its blocks; means over steps.
     share_min, share_max: share of all draws of the path that came least and most often, compared to its expected share
@@ -93,11 +98,12 @@ def measure(config: RunConfig, world: int, steps: int = 0) -> dict[str, Any]:
     blocks = [_blocks(path, space.depth) for path in sampler.paths]
     all_blocks = len(frozenset().union(*blocks))
     counts: list[list[int]] = [[] for _ in costs]
-    mean = slowest = covered = trained = 0.0
+    mean = slowest = slowest_micro = covered = trained = 0.0
     for step in range(steps):
         schedule = sampler.schedule(step, world)
         work = [sum(costs[index] for index in hand) for hand in zip(*schedule, strict=True)]
         mean, slowest = mean + sum(work) / world, slowest + max(work)
+        slowest_micro += sum(max(costs[index] for index in row) for row in schedule)
         drawn = [index for row in schedule for index in row]
         seen = set(drawn)
         covered += len(seen) / len(costs)
@@ -108,11 +114,13 @@ def measure(config: RunConfig, world: int, steps: int = 0) -> dict[str, Any]:
     extra = None if ancestry is None else steps * sampler.accumulate * ancestry
     return {
         "policy": sampler.policy,
+        "meet": sampler.meet,
         "ranks": world,
         "micro_steps": sampler.accumulate,
         "steps": steps,
         "seed": sampler.seed,
         "efficiency": round(mean / slowest, 4),
+        "efficiency_micro_step": round(mean / slowest_micro, 4),
         "efficiency_with_ancestry": None if extra is None else round((mean + extra) / (slowest + extra), 4),
         "coverage": round(covered / steps, 4),
         "blocks": round(trained / steps, 4),
@@ -161,6 +169,7 @@ COLUMNS = {
     "steps": "steps",
     "efficiency": "efficiency",
     "efficiency_with_ancestry": "+ ancestry",
+    "efficiency_micro_step": "each micro",
     "coverage": "coverage",
     "blocks": "blocks",
     "share_min": "least share",

@@ -26,6 +26,8 @@ def run(context: Context) -> None:
     pool = context.load_pool("pool")
     context.seed("finetune")
     sampler = PathSampler.from_config(context.config, context.space)
+    if config.policy == "balanced" and config.meet == "step" and meets_in_micro_steps(context):
+        log.warning("finetune: under this engine ranks wait in every micro-step; --finetune.meet micro_step saves time")
     training = context.train(
         "finetune",
         FinetuneTask(pool, ancestry, sampler, config),
@@ -44,6 +46,13 @@ def run(context: Context) -> None:
         return {"training": training, "policy": config.policy, "behind": late}
 
     context.write("finetune", inputs, fill, time.monotonic() - began)
+
+
+def meets_in_micro_steps(context: Context) -> bool:
+    """Whether ranks exchange gradients several times in an optimizer step."""
+    workers, train = context.workers, context.config.finetune.train
+    reduces = workers.launch.zero_stage >= 2 and workers.engine.reduction == "all"
+    return workers.world > 1 and train.accumulate > 1 and reduces
 
 
 def measure(context: Context, pool: nn.Module) -> dict[str, float]:

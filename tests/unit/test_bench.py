@@ -14,8 +14,8 @@ from lgp_dist.recipes import pool12, tiny
 from lgp_dist.sampling import PathSampler
 
 ROOT = Path(__file__).parents[2]
-FIELDS = ["recipe", "policy", "ranks", "micro_steps", "steps", "seed", "efficiency", "efficiency_with_ancestry"]
-FIELDS += ["coverage", "blocks"]
+FIELDS = ["recipe", "policy", "meet", "ranks", "micro_steps", "steps", "seed", "efficiency", "efficiency_micro_step"]
+FIELDS += ["efficiency_with_ancestry", "coverage", "blocks"]
 FIELDS += [f"{share}{more}" for share in ("share_min", "share_max") for more in ("", "_expected", "_ci")]
 
 

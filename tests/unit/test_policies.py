@@ -172,17 +172,20 @@ SETTINGS = [
     (policy, micros, setting) for policy in POLICIES for micros in (1, 2, 3) for setting in ("equal", "weights")
 ]
 SETTINGS += [("independent", 1, "sandwich"), ("independent", 3, "sandwich"), ("shared", 3, "sandwich")]
-SETTINGS += [("spread", 1, "sandwich"), ("spread", 3, "sandwich"), ("balanced", 4, "sandwich")]
+SETTINGS += [("spread", 1, "sandwich"), ("spread", 3, "sandwich"), ("balanced", 4, "sandwich"), ("balanced", 3, "meet")]
 
 
 @pytest.mark.parametrize(("policy", "accumulate", "setting"), SETTINGS)
 def test_long_run_shares(policy: str, accumulate: int, setting: str) -> None:
     """Every path has its share in every single slot of a step, and so on every rank and over all."""
-    more = {"equal": {}, "weights": {"weights": rows_first(Fraction(5, 2))}, "sandwich": {"sandwich": True}}[setting]
+    more = {"equal": {}, "weights": {"weights": rows_first(Fraction(5, 2))}, "sandwich": {"sandwich": True}}.get(
+        setting, {}
+    )
+    more = {"meet": "micro_step"} if setting == "meet" else more
     sampler, world, steps = make(policy, accumulate, seed=3, **more), 3, 2500
     sampler.check(world)
     slots = accumulate * (1 if policy == "shared" else world)
-    row = {"equal": 1 / 18, "weights": 2.5 / 21, "sandwich": max(1 / slots, 1 / 18)}[setting]
+    row = {"weights": 2.5 / 21, "sandwich": max(1 / slots, 1 / 18)}.get(setting, 1 / 18)
     shares = {path: row if path.stitch is None else (1 - 2 * row) / 16 for path in sampler.paths}
     assert sampler.shares(world) == pytest.approx(shares)
     plans = [sampler.plan(step, world) for step in range(steps)]
@@ -232,6 +235,24 @@ def test_balanced_work_is_equal(pool: str, accumulate: int, world: int) -> None:
     """At least 0.97 of the ranks' time is work, counting the path's cost alone."""
     sampler = make("balanced", accumulate, pool)
     assert efficiency(sampler, world, 12 if world == 1024 else 120) >= 0.97
+
+
+@pytest.mark.parametrize("pool", ["pool12", "pool18"])
+@pytest.mark.parametrize("world", [2, 64])
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_balanced_work_is_equal_in_every_micro_step(pool: str, accumulate: int, world: int) -> None:
+    """Where ranks meet in every micro-step (ZeRO-2, ZeRO-3); pairs, which meet once in a step, are far from it."""
+
+    def each_micro_step(meet: str) -> float:
+        sampler, mean, slowest = make("balanced", accumulate, pool, meet=meet), 0.0, 0.0
+        for step in range(200):
+            for row in sampler.schedule(step, world):
+                work = [sampler.costs[index] for index in row]
+                mean, slowest = mean + sum(work) / world, slowest + max(work)
+        return mean / slowest
+
+    assert each_micro_step("micro_step") >= 0.97
+    assert each_micro_step("step") < 0.9
 
 
 @pytest.mark.parametrize(("pool", "known"), [("pool12", 0.60), ("pool18", 0.58)])
