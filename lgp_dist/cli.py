@@ -162,17 +162,31 @@ class BenchPaths:
     """Rounds over all paths; the median counts."""
 
 
+@dataclass(frozen=True)
+class BenchEngine:
+    """Time, bytes and memory of a step on this launch's engine: one shared path against a path for every rank."""
+
+    recipe: Recipe
+    out: Path
+    """File to write: a JSON list of objects."""
+    rounds: int = 5
+    """Rounds over the policies; the median counts."""
+    steps: int = 24
+    """Optimizer steps of each policy in a round."""
+
+
 BenchAction = Annotated[
     Annotated[BenchSampler, tyro.conf.subcommand("sampler", prefix_name=False)]
-    | Annotated[BenchPaths, tyro.conf.subcommand("paths", prefix_name=False)],
+    | Annotated[BenchPaths, tyro.conf.subcommand("paths", prefix_name=False)]
+    | Annotated[BenchEngine, tyro.conf.subcommand("engine", prefix_name=False)],
     tyro.conf.arg(name=""),
 ]
 
 
 @app.command
 def bench(action: BenchAction) -> None:
-    """Measure policies (by arithmetic) and paths (by the clock)."""
-    debug = isinstance(action, BenchPaths) and action.recipe.debug
+    """Measure policies (by arithmetic), paths and engines (by the clock)."""
+    debug = not isinstance(action, BenchSampler) and action.recipe.debug
     _guarded(lambda: _bench(action), debug=debug)
 
 
@@ -214,7 +228,14 @@ def _shards(action: Build | Index | Verify) -> None:
         sys.stdout.write(f"{action.root}: every shard and image is whole\n")
 
 
-def _bench(action: BenchSampler | BenchPaths) -> None:
+def _bench(action: BenchSampler | BenchPaths | BenchEngine) -> None:
+    if isinstance(action, BenchEngine):
+        from lgp_dist.bench.engine import bench_engine, engine_table  # torch, timm and deepspeed, as above
+
+        rows = bench_engine(action.recipe, action.out, action.rounds, action.steps)
+        if os.environ.get("RANK", "0") == "0":
+            sys.stdout.write(engine_table(rows) + "\n")
+        return
     if isinstance(action, BenchPaths):
         from lgp_dist.bench.paths import bench_paths, say  # torch and timm, as above
 

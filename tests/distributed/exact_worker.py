@@ -14,36 +14,15 @@ from typing import Any
 import torch
 from exact_cells import Cell
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lgp_dist.engine import trainer
 from lgp_dist.engine.audit import bits
-from lgp_dist.engine.defects import gathered
 from lgp_dist.engine.loop import train
+from lgp_dist.engine.probe import Gathered
 from lgp_dist.engine.setup import Workers
-from lgp_dist.models.pool import LearngenePool
 from lgp_dist.protocols import Batch
 from lgp_dist.tasks.finetune import FinetuneTask
-
-
-class Gathered:
-    """Looks at what ZeRO-3 holds gathered whenever a unit's forward ends and its backward begins."""
-
-    def __init__(self, pool: LearngenePool):
-        self.pool, self.units, self.elements = pool, 0, 0
-        for name in pool.unit_names:
-            pool.get_submodule(name).register_forward_hook(self._hook)
-
-    def _hook(self, unit: nn.Module, arguments: Any, output: Tensor) -> None:
-        self.look()
-        if output.requires_grad:
-            output.register_hook(lambda gradient: self.look())
-
-    def look(self) -> None:
-        found = gathered(self.pool)
-        units = {next(unit for unit in self.pool.unit_names if name.startswith(unit + ".")) for name in found}
-        self.units = max(self.units, len(units))
-        self.elements = max(self.elements, sum(parameter.ds_numel for parameter in found.values()))
 
 
 class Backwards(trainer.Gradients):
@@ -69,7 +48,7 @@ def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
     if cell.broken == "order" and workers.rank:
         trainer.Gradients = Backwards
     largest = max(sum(p.numel() for p in pool.get_submodule(name).parameters()) for name in pool.unit_names)
-    held, answers = Gathered(pool), []
+    held, answers = Gathered(pool, pool.unit_names), []
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
         for step in range(start, start + steps):

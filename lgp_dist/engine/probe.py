@@ -1,0 +1,87 @@
+"""What an engine costs beside time: bytes that ranks exchange, peak memory, weights that ZeRO-3 holds gathered."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from lgp_dist.engine.defects import gathered
+
+
+class Traffic:
+    """Bytes that this rank gives to collective operations while `counting`, by operation."""
+
+    def __init__(self, module: Any):
+        """module: as `Trainer.module`, before its first backward."""
+        self.bytes: dict[str, int] = {}
+        self._on = False
+        if isinstance(module, DistributedDataParallel):
+            module.register_comm_hook(None, self._reduce)
+
+    def _reduce(self, state: Any, bucket: Any) -> Any:
+        if self._on:
+            self.bytes["all_reduce"] = self.bytes.get("all_reduce", 0) + bucket.buffer().nbytes
+        return allreduce_hook(state, bucket)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[dict[str, int]]:
+        """Counts within the context; makes DeepSpeed's operations wait, so nothing is timed at the same time."""
+        logger = deepspeed.comm.comm.comms_logger
+        logger.reset_data()
+        self.bytes, self._on = {}, True
+        logger.enabled = logger.prof_all = True
+        try:
+            yield self.bytes
+        finally:
+            logger.enabled = logger.prof_all = self._on = False
+            for name in logger.get_operation_names():
+                sizes = logger.get_raw_data()[name].items()
+                self.bytes[name] = self.bytes.get(name, 0) + sum(int(size) * facts[0] for size, facts in sizes)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forgets the peak so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory since `reset_peak`: of torch's tensors on a GPU, of the whole process on a CPU (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+class Gathered:
+    """The most units and elements that ZeRO-3 held gathered when a unit's forward ended or its backward began."""
+
+    def __init__(self, module: nn.Module, units: tuple[str, ...]):
+        """To be made before DeepSpeed wraps the module, so that its hooks run after these."""
+        self.module, self.names = module, units
+        self.units, self.elements = 0, 0
+        self._hooks = [module.get_submodule(name).register_forward_hook(self._hook) for name in units]
+
+    def _hook(self, unit: nn.Module, arguments: Any, output: Tensor) -> None:
+        self._look()
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self._look())
+
+    def _look(self) -> None:
+        found = gathered(self.module)
+        units = {next(unit for unit in self.names if name.startswith(unit + ".")) for name in found}
+        self.units = max(self.units, len(units))
+        self.elements = max(self.elements, sum(parameter.ds_numel for parameter in found.values()))
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
