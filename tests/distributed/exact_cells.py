@@ -71,7 +71,7 @@ class Cell:
             precision=self.precision,
             device="cpu",
             threads=1,
-            activation_checkpointing="on" if self.checkpointed else "off",
+            activation_checkpointing=("auto" if self.engine == "zero3" else "on") if self.checkpointed else "off",
             compile=self.compile,
             offload_optimizer=self.offload,
             reduction=self.reduction,
@@ -137,7 +137,7 @@ def extras() -> list[Cell]:
     for engine in ENGINES:
         base = Cell(engine, 2, accumulate=2, clip=0.5)
         cells += [
-            replace(base, precision="fp16", loss_scale=2.0**22),
+            replace(base, precision="fp16", loss_scale=2.0**14, steps=5),
             replace(base, unused="zero"),
             replace(base, average="users"),
             replace(base, rows=3, steps=6),

@@ -12,8 +12,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @lru_cache(maxsize=64)
-def reference(cell: Cell) -> dict[str, Tensor]:
-    """The weights after the last step. Gradients are summed over micro-steps first, then over ranks, as ranks do."""
+def reference(cell: Cell, nudge: int = 0) -> dict[str, Tensor]:
+    """The weights after the last step. Gradients are summed over micro-steps first, then over ranks, as ranks do.
+
+    nudge: where it is not 0, the seed with which every weight is moved after each step to a float beside it.
+    """
+    generator = torch.Generator().manual_seed(nudge)
     torch.set_num_threads(1)
     pool, ancestry, sampler = cell.build()
     parameters = list(pool.parameters())
@@ -46,6 +50,9 @@ def reference(cell: Cell) -> dict[str, Tensor]:
                     share = parameter.grad / cell.world
                     totals[index] = share if totals[index] is None else totals[index] + share
         scale = apply(cell, optimizer, parameters, totals, uses, scale)
+        for parameter in parameters if nudge else ():
+            up = torch.rand(parameter.shape, generator=generator) < 0.5
+            parameter.data = torch.nextafter(parameter.data, torch.where(up, math.inf, -math.inf))
     return {name: value.detach() for name, value in pool.state_dict().items()}
 
 

@@ -14,15 +14,34 @@ from typing import Any
 import torch
 from exact_cells import Cell
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lgp_dist.engine import trainer
 from lgp_dist.engine.audit import bits
+from lgp_dist.engine.defects import gathered
 from lgp_dist.engine.loop import train
 from lgp_dist.engine.probe import Gathered
 from lgp_dist.engine.setup import Workers
-from lgp_dist.protocols import Batch
+from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.tasks.finetune import FinetuneTask
+
+
+class Watched(FinetuneTask):
+    """Notes the units of which autograd keeps a gathered weight from forward to backward."""
+
+    kept: frozenset[str] = frozenset()
+
+    def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        with torch.autograd.graph.saved_tensors_hooks(self._look, lambda tensor: tensor):
+            return super().losses(module, batch, context)
+
+    def _look(self, tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        for name, weight in gathered(self.module).items():
+            if weight.untyped_storage().data_ptr() == place:
+                unit = next(unit for unit in self.walk.units if name.startswith(unit + "."))
+                self.kept |= {unit}
+        return tensor
 
 
 class Backwards(trainer.Gradients):
@@ -64,8 +83,9 @@ def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
         answers.append(found)
         return found
 
+    task = Watched(pool, ancestry, sampler, cell.finetune_config())
     done = train(
-        FinetuneTask(pool, ancestry, sampler, cell.finetune_config()),
+        task,
         batches,
         cell.train_config(),
         workers,
@@ -84,6 +104,7 @@ def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
     if workers.is_main:
         save_file(state, folder / f"{index}.safetensors")
         facts = {"answers": answers[-1], "units": held.units, "elements": held.elements, "largest": largest}
+        facts["kept"] = sorted(task.kept)
         (folder / f"{index}.json").write_text(json.dumps(facts))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact_cells import ENGINES, Cell, sample
-from exact_launch import TOLERANCE, difference, groups, start
+from exact_launch import TOLERANCE, allowed, difference, groups, start
 from exact_reference import reference
 
 CELLS = sample()
@@ -36,8 +36,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, tuple[Path, 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_ranks_equal_one_process(results: dict[Cell, tuple[Path, int]], cell: Cell) -> None:
-    """fp32 and, since parameters, gradients and sums are fp32 in every precision, bf16 and fp16 to 1e-6."""
-    assert difference(cell, *results[cell]) <= TOLERANCE
+    """fp32 to 1e-6; so too bf16 and fp16, unless the reference is less sure of itself."""
+    found = difference(cell, *results[cell])
+    assert found <= TOLERANCE or found <= allowed(cell)
+
+
+def test_what_is_allowed_is_rounding() -> None:
+    """bf16 has 8 bits: what a last bit of fp32 turns into stays far below what another path or rule makes."""
+    cell = Cell("zero3", 2, precision="bf16", accumulate=2, clip=0.5)
+    assert TOLERANCE < allowed(cell) < 1e-3
+    assert allowed(replace(cell, precision="fp32")) == TOLERANCE
+    other = reference(replace(cell, unused="zero").meaning)
+    assert max(float((other[name] - value).abs().max()) for name, value in reference(cell.meaning).items()) > 1e-2
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -63,6 +73,18 @@ def test_zero3_holds_one_unit_at_a_time(results: dict[Cell, tuple[Path, int]]) -
     assert 0 < facts["elements"] <= facts["largest"]
     folder, index = results[Cell("zero2", 2, optimizer="sgd")]
     assert json.loads((folder / f"{index}.json").read_text())["units"] == 0
+
+
+def test_activation_checkpointing_lets_go_of_gathered_weights(results: dict[Cell, tuple[Path, int]]) -> None:
+    """Why it is on by default under ZeRO-3: without it autograd keeps each weight that a path used until backward."""
+
+    def kept(cell: Cell) -> list[str]:
+        folder, index = results[cell]
+        return json.loads((folder / f"{index}.json").read_text())["kept"]
+
+    assert kept(Cell("zero3", 2, precision="bf16", accumulate=2, clip=0.5, checkpointed=True)) == ["head"]
+    assert set(kept(Cell("zero3", 2, compile="aot_eager", checkpointed=True, accumulate=2, clip=0.5))) <= {"head"}
+    assert len(kept(Cell("zero3", 2, optimizer="sgd"))) > 6
 
 
 def test_the_comparison_is_not_empty() -> None:
@@ -95,10 +117,11 @@ def test_the_comparison_is_not_empty() -> None:
 
 
 def test_fp16_meets_overflow() -> None:
-    """The cells of fp16 start from a scale at which the first steps overflow and are left out."""
+    """The cells of fp16 start from a scale at which some steps overflow and are left out, and others are not."""
     cell = next(cell for cell in CELLS if cell.precision == "fp16")
-    high, low = reference(cell.meaning), reference(replace(cell, loss_scale=2.0**10).meaning)
-    assert max(float((high[name] - low[name]).abs().max()) for name in low) > 100 * TOLERANCE
+    none, some, all_out = (reference(replace(cell, loss_scale=2.0**power).meaning) for power in (10, 14, 24))
+    assert max(float((some[name] - none[name]).abs().max()) for name in some) > 100 * TOLERANCE
+    assert max(float((some[name] - all_out[name]).abs().max()) for name in some) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("cell", BROKEN, ids=lambda cell: cell.engine)

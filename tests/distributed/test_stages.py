@@ -1,0 +1,61 @@
+"""All stages through the command line on two processes: every engine makes the same models."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from exact_launch import ROOT, command
+from run_helpers import SMALL
+from safetensors.torch import load_file
+
+ENGINES = ("zero1", "zero2", "zero3", "ddp")
+EPS = [f"--{stage}.train.eps=1e-3" for stage in ("distil", "finetune")]
+"""With AdamW's default, rounding of a gradient that is zero in exact arithmetic would become a step of full size."""
+WATCH = ["--finetune.watch-every=2", "--finetune.watch-images=8", "--finetune.policy=spread"]
+
+
+@pytest.fixture(scope="module")
+def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run directories by engine."""
+    found = {}
+    for engine in ENGINES:
+        place = tmp_path_factory.mktemp(engine) / "place"
+        shutil.copytree(inputs, place)
+        launch = command(2, deepspeed=engine != "ddp")
+        launch[launch.index("--config_file") + 1] = str(ROOT / launch[launch.index("--config_file") + 1])
+        stage = [] if engine == "ddp" else ["--zero_stage", engine[-1]]
+        done = subprocess.run(
+            [*launch, *stage, "-m", "lgp_dist", "run", *SMALL, *EPS, *WATCH, "--engine.device=cpu"],
+            cwd=place,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[engine] = place / "run"
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+@pytest.mark.parametrize("file", ["distil/rows.safetensors", "finetune/pool.safetensors"])
+def test_engines_make_the_same_weights(runs: dict[str, Path], engine: str, file: str) -> None:
+    """Distillation trains everything on every rank, fine-tuning a path for each."""
+    left, right = load_file(runs["zero1"] / file), load_file(runs[engine] / file)
+    assert left.keys() == right.keys()
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) <= 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_paths_are_measured_while_they_train(runs: dict[str, Path], engine: str) -> None:
+    """Under ZeRO-3 too: all 18 of them, as many forwards on both ranks; the last line has what every rank drew."""
+    lines = [json.loads(line) for line in (runs[engine] / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["stage"] == "finetune"][-1]
+    measured = {name: value for name, value in last.items() if name.startswith("top1/")}
+    assert len(measured) == 18 and all(0 <= value <= 100 for value in measured.values())
+    assert last["world"] == 2 and len(last["path"]) == 2
+    ledger = json.loads((runs[engine] / "finetune" / "ledger.json").read_text())
+    assert ledger["draws"] == 4 and ledger["ranks"] == 2
