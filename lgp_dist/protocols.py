@@ -52,7 +52,8 @@ class Task(Protocol):
     """One forward including its loss; what the engine trains."""
 
     module: nn.Module
-    """Everything that is trained, in one module with one forward: what a distributed wrapper sees."""
+    """Everything that is trained, in one module with one forward: what a distributed wrapper sees. Like timm's models
+    it has `set_grad_checkpointing(enable)`."""
     walk: Walk
     """Which parts of the module a forward may leave out."""
 

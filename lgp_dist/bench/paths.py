@@ -90,11 +90,11 @@ def _calls(config: RunConfig, space: PathSpace, device: torch.device, batch: int
     pool = LearngenePool.empty(space, tuple(row.heads for row in config.model.rows)).to(device).train()
     images = torch.randn(batch, space.channels, space.image_size, space.image_size, device=device)
     targets = torch.randint(space.num_classes, (batch,), device=device)
-    bf16 = config.engine.precision == "bf16"
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
 
     def path_call(path: Any) -> Callable[[], None]:
         def call() -> None:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = pool(images, path)
             cross_entropy(logits.float(), targets).backward()
             pool.zero_grad(set_to_none=True)
@@ -106,7 +106,7 @@ def _calls(config: RunConfig, space: PathSpace, device: torch.device, batch: int
         ancestry = Ancestry(ancestry_vit(config)).to(device)
 
         def ancestry_call() -> None:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 ancestry(images)
 
         calls["ancestry"] = ancestry_call

@@ -36,6 +36,7 @@ class Workers:
         """Joins the other ranks; UserError where launch, recipe and machine do not fit together."""
         launch = Launch.from_environment(os.environ)
         device_type = check_launch(launch, engine, torch.cuda.device_count())
+        check_backend(engine.compile)
         _quiet()
         if device_type == "cpu":
             spare_probes()
@@ -75,6 +76,13 @@ class Workers:
         """Leaves the group."""
         if torch.distributed.is_initialized():
             PartialState().destroy_process_group()
+
+
+def check_backend(name: str) -> None:
+    """UserError where torch.compile has no such backend."""
+    known = torch.compiler.list_backends(exclude_tags=())
+    if name and name not in known:
+        raise UserError(f"engine.compile names {name!r}, which torch.compile does not have: choose {', '.join(known)}.")
 
 
 def _join(launch: Launch, device_type: str) -> PartialState:

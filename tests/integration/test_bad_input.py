@@ -273,6 +273,10 @@ def test_launch_that_names_gpus_without_gpu(lgp: Lgp, place: Path, monkeypatch: 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
 
 
+def test_backend_of_compile_that_does_not_exist(lgp: Lgp, place: Path) -> None:
+    has(refused(lgp, "distil", "--engine.compile=fast"), "engine.compile", "'fast'", "inductor")
+
+
 @pytest.mark.parametrize(
     ("environment", "pieces"),
     [
