@@ -27,7 +27,7 @@ from lgp_dist.tasks.finetune import FinetuneTask
 
 POLICIES = ("shared", "independent", "balanced")
 """What is compared: all ranks on one path, each on its own, and that with equal work."""
-COUNTED = 4
+COUNTED = 8
 """Steps of each policy whose bytes are counted and whose memory is looked at."""
 
 
@@ -38,7 +38,7 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
     policy: engine, ranks, micro_steps, ms (of an optimizer step: median over rounds), spread ((most - least) / median),
     gflops (mean of a rank's paths in a step, an image's forward), ms_per_work (ms over gflops: what it takes to train
     the same work), bytes (that a rank gives to collectives in a step, by operation), bytes_unused (of the gradients of
-    parameters that no rank used: a mean over steps), peak_mb (largest over ranks) and, under ZeRO-3, the most units and
+    parameters that no rank used, in the same steps), peak_mb (largest over ranks) and, under ZeRO-3, the most units and
     elements gathered at once, and the elements of the largest unit.
     """
     check_config(config)
@@ -154,7 +154,7 @@ class _Bench:
             "ms_per_work": round(ms / work, 2),
             "bytes": {name: size // COUNTED for name, size in sorted(sent.items())},
             "bytes_weights": 4 * sum(self.units.values()),
-            "bytes_unused": round(fmean(map(self._unused, steps))),
+            "bytes_unused": round(fmean(map(self._unused, range(COUNTED)))),
             "peak_mb": round(float(self.workers.sum(peak).max()), 1),
         }
         if launch.deepspeed and launch.zero_stage == 3:

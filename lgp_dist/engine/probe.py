@@ -24,7 +24,7 @@ class Traffic:
         if isinstance(module, DistributedDataParallel):
             module.register_comm_hook(None, self._reduce)
 
-    def _reduce(self, state: Any, bucket: Any) -> Any:
+    def _reduce(self, state: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
         if self._on:
             self.bytes["all_reduce"] = self.bytes.get("all_reduce", 0) + bucket.buffer().nbytes
         return allreduce_hook(state, bucket)
