@@ -35,7 +35,8 @@ def image_folder(root: Path, progress: Callable[[str], None] = print) -> Source:
     items = {split: _labelled(folder, labels, progress) for split, folder in splits.items()}
     if not any(items.values()):
         raise UserError(f"The class folders of {root} hold no jpg, jpeg, png or webp file: name another --source.")
-    return Source(_plain(root.resolve().name), items, tuple(classes))
+    names = tuple(name.encode("utf-8", "replace").decode() for name in classes)
+    return Source(_plain(root.resolve().name), items, names)
 
 
 def kaggle(root: Path, progress: Callable[[str], None] = print) -> Source:
@@ -81,11 +82,12 @@ def _files(folder: str, prefix: str) -> Iterator[tuple[str, str, int]]:
         if entry.name.startswith("."):
             continue
         name = f"{prefix}{entry.name}"
-        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
-            if not entry.is_symlink():  # a linked folder could lead back here
-                yield from _files(entry.path, f"{name}/")
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(entry.path, f"{name}/")
         elif entry.is_file():
             yield name, entry.path, entry.stat().st_size
+        else:
+            yield f"{name}/", entry.path, 0  # a linked folder could lead back here; it is counted as left out
 
 
 def _labelled(folder: Path, labels: dict[str, int], progress: Callable[[str], None]) -> list[Item]:
@@ -93,12 +95,12 @@ def _labelled(folder: Path, labels: dict[str, int], progress: Callable[[str], No
     found, left_out = [], 0
     for name in _folders(folder):
         for inner, path, size in _files(os.path.realpath(folder / name), f"{name}/"):
-            if Path(inner).suffix.lower() in IMAGE_SUFFIXES:
+            if os.path.splitext(inner)[1].lower() in IMAGE_SUFFIXES:
                 found.append((inner, labels[name], path, size))
             else:
                 left_out += 1
     if left_out:
-        progress(f"{folder}: left out {left_out} files that are no jpg, jpeg, png or webp")
+        progress(f"{folder}: left out {left_out} that are no jpg, jpeg, png or webp file")
     keys = unique_keys(os.path.splitext(inner)[0] for inner, *_ in found)
     return [Item(key, label, path, 0, size) for key, (_, label, path, size) in zip(keys, found, strict=True)]
 

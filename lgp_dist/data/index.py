@@ -25,7 +25,7 @@ COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.
 """Arrays of a sidecar and their types."""
 MORE_COLUMNS = {"width": np.int32, "height": np.int32, "crc": np.int64}
 """Arrays since format 2."""
-_SHARD_NAME = re.compile(r"(?:.*-)?(train|val|validation|test)-\d+\.tar")
+SHARD_NAME = re.compile(r"(.*-)?(train|val|validation|test)-\d+\.tar")
 """timm's naming: imagenet1k-train-0000.tar belongs to split train."""
 
 
@@ -162,9 +162,9 @@ def find_shards(root: Path, progress: Callable[[str], None]) -> dict[str, list[P
         raise UserError(f"There is no folder {root}: name the folder that holds the tars.")
     found: dict[str, list[Path]] = {}
     for path in sorted(root.glob("*.tar")):
-        match = _SHARD_NAME.fullmatch(path.name)
+        match = SHARD_NAME.fullmatch(path.name)
         if match:
-            found.setdefault(match[1], []).append(path)
+            found.setdefault(match[2], []).append(path)
         else:
             progress(f"{path.name}: left out, its name does not end in -train-NUMBER.tar or the like")
     if not found:

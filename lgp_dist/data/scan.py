@@ -14,7 +14,8 @@ from lgp_dist.data.tar import TarError, Window, read_at, walk
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 JSON_LABELS = ("label", "cls")
 """Fields of a .json that may hold the class number where there is no .cls."""
-MAX_JSON = 1 << 20
+MAX_JSON, MAX_IMAGE = 1 << 20, 1 << 26
+"""Bytes of a .json that is read, and of an image that is read whole where its first bytes do not say its size."""
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 """Key and extension, cut as webdataset cuts them: at the first dot of the last part."""
 _META = re.compile(r"__[^/]*__($|/)")
@@ -119,8 +120,8 @@ def _add(parts: _Parts, extension: str, window: Window, offset: int, size: int) 
     """Notes a file of a sample."""
     if extension in IMAGE_EXTENSIONS:
         width, height = dimensions(window.read(offset, min(size, HEAD)))
-        if not width and size > HEAD:
-            width, height = dimensions(window.read(offset, min(size, 1 << 20)))
+        if not width and HEAD < size <= MAX_IMAGE:
+            width, height = dimensions(window.read(offset, size))
         parts.images.append((offset, size, width, height))
     elif extension == "cls":
         parts.labels.append(window.read(offset, min(size, 64)))

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lgp_dist.data.index import ShardIndex, find_shards, read_sidecar
+from lgp_dist.data.folders import SPLIT_FOLDERS
+from lgp_dist.data.index import SHARD_NAME, ShardIndex, find_shards, read_sidecar
 from lgp_dist.data.manifest import MANIFEST_NAME, ShardManifest
 from lgp_dist.data.scan import scan_shard
-from lgp_dist.data.source import Item, Source, unique_keys
+from lgp_dist.data.source import Item, Source, unique_keys, want_folder
 from lgp_dist.errors import UserError
 
 
@@ -17,7 +18,8 @@ def web_dataset(root: Path, progress: Callable[[str], None] = print) -> Source:
     """The samples of all shards of a folder; images and labels, not the other files of a sample.
 
     With a manifest: its splits, class names, source and licence, from its indexes where they fit. Without one: the
-    tars that `lgp shards index` would find. Raises UserError at the first shard with a problem.
+    tars that `lgp shards index` would find, or those in folders train, val, validation and test, or else all tars,
+    as split train. Raises UserError at the first shard with a problem.
     """
     if (root / MANIFEST_NAME).is_file():
         manifest = ShardManifest.load(root)
@@ -27,15 +29,31 @@ def web_dataset(root: Path, progress: Callable[[str], None] = print) -> Source:
         first = next((entry.name for entries in manifest.splits.values() for entry in entries), "")
         source = Source("", splits, manifest.classes, manifest.source, manifest.licence)
     else:
-        found = find_shards(root, progress)
+        found = _tars(root, progress)
         first = next(path.name for paths in found.values() for path in paths)
         source = Source("", {split: _scanned(split, paths) for split, paths in found.items()})
     if not any(source.splits.values()):
         raise UserError(f"{root} has no samples: name another folder.")
-    name = Path(first).name.rsplit("-", 2)[0].removesuffix(".tar")
+    match = SHARD_NAME.fullmatch(Path(first).name)
+    name = (match[1] or "").rstrip("-") if match else ""
     licence = root / "LICENSE"
     texts = {"LICENSE": licence.read_text(encoding="utf-8", errors="replace")} if licence.is_file() else {}
-    return replace(source, name=name if "-" in first else "images", texts=texts)
+    return replace(source, name=name or "images", texts=texts)
+
+
+def _tars(root: Path, progress: Callable[[str], None]) -> dict[str, list[Path]]:
+    """Tars of each split."""
+    want_folder(root)
+    folders = {
+        SPLIT_FOLDERS[name]: sorted((root / name).glob("*.tar")) for name in SPLIT_FOLDERS if (root / name).is_dir()
+    }
+    plain = sorted(root.glob("*.tar"))
+    if any(folders.values()) and not plain:
+        return {split: paths for split, paths in folders.items() if paths}
+    if not plain or any(SHARD_NAME.fullmatch(path.name) for path in plain):
+        return find_shards(root, progress)
+    progress(f"{root}: all {len(plain)} tars are taken as split train, as no name says another")
+    return {"train": plain}
 
 
 def _stored(manifest: ShardManifest, split: str) -> list[Item]:

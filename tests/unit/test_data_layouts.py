@@ -152,6 +152,39 @@ def test_two_builds_of_one_folder(tmp_path: Path) -> None:
     build_shards("kaggle", made.root, tmp_path / "out", BuildOptions(workers=1), quiet)
 
 
+def test_tars_in_folders_and_tars_without_a_split(tmp_path: Path) -> None:
+    made = web_shards(tmp_path / "source")
+    folders, plain = tmp_path / "folders", tmp_path / "plain"
+    plain.mkdir()
+    for split, folder in (("train", "train"), ("validation", "val")):
+        (folders / folder).mkdir(parents=True)
+        for number, path in enumerate(sorted(made.root.glob(f"*-{split}-*.tar"))):
+            shutil.copy(path, folders / folder / f"{number:06d}.tar")
+            shutil.copy(path, plain / f"{split}{number}.tar")
+    lines: list[str] = []
+    for root, wanted in ((folders, {"train": 15, "validation": 9}), (plain, {"train": 24})):
+        manifest = build_shards(
+            "webdataset", root, tmp_path / f"{root.name}_out", BuildOptions(workers=1), lines.append
+        )
+        assert {s: sum(e.samples for e in entries) for s, entries in manifest.splits.items()} == wanted
+        assert all(entry.name.startswith("images-") for entries in manifest.splits.values() for entry in entries)
+    assert any("taken as split train" in line for line in lines)
+    assert len(ShardIndex.load(manifest, "train", 3)) == len({*ShardIndex.load(manifest, "train", 3).keys.tolist()})
+
+
+def test_folders_leave_out_what_is_no_image_and_say_so(tmp_path: Path) -> None:
+    made = imagefolder(tmp_path / "source")
+    (made.root / "train" / "ant" / "loop").symlink_to(made.root / "train")
+    (made.root / "val" / "linked").symlink_to(made.root / "train" / "ant", target_is_directory=True)
+    (made.root / "train" / "ant" / "0.png").write_bytes(image(77, "PNG"))
+    lines: list[str] = []
+    manifest = build_shards("imagefolder", made.root, tmp_path / "out", BuildOptions(workers=1), lines.append)
+    assert any(f"{made.root / 'train'}: left out 2 that" in line for line in lines)
+    assert manifest.classes == ("ant", "bee b", "linked", "wespe_ü")
+    keys = ShardIndex.load(manifest, "train", 4).keys.tolist()
+    assert {"ant/0", "ant/0-2"} <= set(keys) and len(keys) == 13
+
+
 def test_short_side(tmp_path: Path) -> None:
     """Against Pillow: large images become JPEGs of the short side, small ones keep their bytes, grey stays grey."""
     root = tmp_path / "source"
