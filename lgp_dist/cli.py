@@ -266,7 +266,7 @@ def _shards(action: Build | Index | Verify | Show | Reshard) -> None:
         if action.sheet:
             show.contact_sheet(manifest, action.split, action.sheet, action.images, action.seed)
     else:
-        problems = verify.verify_shards(action.root, workers=action.workers or os.cpu_count() or 1)
+        problems = verify.verify_shards(action.root, workers=action.workers or len(os.sched_getaffinity(0)))
         if action.out:
             verify.write_problems(problems, action.out)
         if problems:

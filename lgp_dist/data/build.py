@@ -238,7 +238,7 @@ def _write(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) ->
         done[name] = made
         bar.update()
 
-    with bar, ThreadPoolExecutor(options.workers or os.cpu_count() or 1) as pool:
+    with bar, ThreadPoolExecutor(options.workers or len(os.sched_getaffinity(0))) as pool:
         tasks = [pool.submit(task, name) for name in plan if name not in done]
         try:
             for made in as_completed(tasks):

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lgp_dist.data.decode import ShardFiles, decode_image
-from lgp_dist.data.index import ShardIndex, join_samples, out_of_range, read_sidecar, sidecar_path
+from lgp_dist.data.index import SHARD_NAME, ShardIndex, join_samples, out_of_range, read_sidecar, sidecar_path
 from lgp_dist.data.info import INFO_NAME
 from lgp_dist.data.manifest import ShardEntry, ShardManifest
 from lgp_dist.data.scan import Sample, hash_shard, scan_shard, shown_key
@@ -26,7 +26,8 @@ class Problem:
     key: str
     """Of the sample; empty where it is the shard itself."""
     reason: str
-    """missing, size, hash, structure, count, sample, lost, changed, extra, twice, label, image, index or info."""
+    """missing, size, hash, structure, count, sample, lost, changed, extra, twice, label, image, index, unlisted
+    or info."""
     sentence: str
     """The same for a person, and what to do."""
 
@@ -68,7 +69,7 @@ def verify_shards(
         problems += _twice(manifest, split, reads)
         if all(read.whole for read in reads) and (problem := _index_problem(manifest, split, stored, reads)):
             problems.append(problem)
-    return problems + _info_problem(manifest)
+    return [*problems, *_unlisted(manifest), *_info_problem(manifest)]
 
 
 def summary(root: str | Path, problems: list[Problem]) -> str:
@@ -192,6 +193,15 @@ def _index_problem(
             return None
     sentence = f"{path} does not agree with the shards: delete it and run `lgp shards index {manifest.root}`."
     return Problem(path.name, "", "index", sentence)
+
+
+def _unlisted(manifest: ShardManifest) -> Iterator[Problem]:
+    """Shards in the folder that no split of the manifest names, so that nobody reads them."""
+    listed = {entry.name for entries in manifest.splits.values() for entry in entries}
+    for path in sorted(manifest.root.glob("*.tar")):
+        if path.name not in listed and SHARD_NAME.fullmatch(path.name):
+            sentence = f"Shard {path} is not in the manifest: run `lgp shards index {manifest.root}`, or remove it."
+            yield Problem(path.name, "", "unlisted", sentence)
 
 
 def _info_problem(manifest: ShardManifest) -> list[Problem]:

@@ -7,6 +7,8 @@ bytes at the places of the index, as our own reader takes them.
 import io
 import os
 import random
+import shutil
+import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,3 +237,23 @@ def test_names_of_all_kinds_agree_with_tarfile(form: int, tmp_path: Path) -> Non
         wanted = [(member.offset_data, member.size) for member in tar if member.name.endswith("png")]
     assert [(sample.offset, sample.size) for sample in samples] == wanted
     assert np.unique([sample.width for sample in samples]).tolist() == [20]
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar command")
+@pytest.mark.parametrize("form", ["v7", "oldgnu", "gnu", "ustar", "posix"])
+def test_tars_of_the_tar_command(form: str, tmp_path: Path) -> None:
+    """As people make them: a folder with sub-folders, names over 100 bytes where the format can hold them."""
+    long = "n" * (60 if form == "v7" else 120)
+    names = ["a", "sub.d/b", *([] if form in ("v7", "ustar") else [f"{long}/{long}/c"]), f"sub.d/{long[:90]}"]
+    for number, name in enumerate(names):
+        path = tmp_path / "in" / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image(number))
+        (path.parent / f"{path.name[:-4]}.cls").write_text(str(number))
+    files = [f"{name}.{ending}" for name in names for ending in ("jpg", "cls")]
+    options = [f"--format={form}", "-cf", str(tmp_path / SHARD), "-C", str(tmp_path / "in")]
+    subprocess.run(["tar", *options, *files], check=True)
+    samples, flaws = scan_shard(tmp_path / SHARD)
+    assert flaws == [] and [(sample.key, sample.label) for sample in samples] == [(n, i) for i, n in enumerate(names)]
+    content = (tmp_path / SHARD).read_bytes()
+    assert all(content[s.offset : s.offset + s.size] == image(i) for i, s in enumerate(samples))

@@ -244,6 +244,8 @@ def test_verify_names_every_problem(tmp_path: Path) -> None:
     changed = bytearray((root / "x-train-3.tar").read_bytes())
     changed[600] ^= 1
     (root / "x-train-3.tar").write_bytes(changed)
+    shutil.copy(root / "x-train-0.tar", root / "x-train-6.tar")
+    (root / "_info.json").write_text("{}")
     size = manifest.entries("train")[1].bytes
     wanted = [
         ("x-train-1.tar", "", "missing", (f"{root}/x-train-1.tar is missing", str(size))),
@@ -258,6 +260,8 @@ def test_verify_names_every_problem(tmp_path: Path) -> None:
         ("x-train-4.tar", "m", "image", ("x-train-4.tar, sample m", "cannot be decoded", "no image")),
         ("x-train-5.tar", "a0", "twice", ("sample a0", "x-train-0.tar has too")),
         ("x-train-5.tar", "b0", "twice", ("sample b0", "x-train-0.tar has too")),
+        ("x-train-6.tar", "", "unlisted", (f"{root}/x-train-6.tar is not in the manifest",)),
+        ("_info.json", "", "info", (f"{root}/_info.json does not agree",)),
     ]
     for workers in (1, 2):
         found = verify_shards(root, workers=workers)
@@ -265,7 +269,7 @@ def test_verify_names_every_problem(tmp_path: Path) -> None:
         for problem, (*_, pieces) in zip(found, wanted, strict=True):
             assert all(piece in problem.sentence for piece in pieces), problem
     text = summary(root, found)
-    assert "has 12 problem(s), with 7 bad sample(s) in 5 file(s)" in text and "\n" not in text and ".;" not in text
+    assert "has 14 problem(s), with 7 bad sample(s) in 7 file(s)" in text and "\n" not in text and ".;" not in text
     write_problems(found, tmp_path / "bad.json")
     assert json.loads((tmp_path / "bad.json").read_text())[5]["key"] == "a3"
 
