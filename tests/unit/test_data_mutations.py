@@ -146,15 +146,18 @@ def check(case: Case, seed: int) -> tuple[set[str], list[Problem]]:
     return lost, problems
 
 
-def run(case: Case, seeds: range) -> None:
-    counted = 0
+def run(case: Case, seeds: range) -> str:
+    counted = tars = named = 0
     try:
         for seed in seeds:
-            counted += len(check(case, seed)[0])
+            lost, problems = check(case, seed)
+            counted, tars = counted + len(lost), tars + bool(lost)
+            named += len({problem.key for problem in problems} & case.truth.keys())
     finally:
         case.path.write_bytes(case.content)
     assert counted > len(seeds)
     assert verify_shards(case.root) == []
+    return f"{len(seeds)} tars, {tars} of which lose samples for some reader: {counted} samples, {named} named"
 
 
 def test_mutated_tars(case: Case) -> None:
@@ -164,7 +167,7 @@ def test_mutated_tars(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif("LGP_MUTATIONS" not in os.environ, reason="set LGP_MUTATIONS=10000 for the long run")
 def test_many_mutated_tars(case: Case) -> None:
-    run(case, range(1000, 1000 + COUNT))
+    print(run(case, range(1000, 1000 + COUNT)))
 
 
 @pytest.mark.parametrize("seed", range(0, 400, 10))
@@ -185,6 +188,23 @@ def test_mutated_tar_without_manifest(case: Case, seed: int, tmp_path: Path) -> 
         assert content[sample.offset : sample.offset + sample.size] == read[sample.key][1]
         assert sample.label == int(read[sample.key][0])
     assert manifest.entries("train")[0].samples == len(samples)
+
+
+@pytest.mark.parametrize("kind", ["header zeroed", "two tars in one", "cut after a sample", "no end mark"])
+def test_silent_ends_are_refused_without_manifest(case: Case, kind: str, tmp_path: Path) -> None:
+    """tarfile, and so webdataset, stops here without a word."""
+    start = case.starts["s05"][0]
+    whole = case.content
+    content = {
+        "header zeroed": whole[:start] + bytes(512) + whole[start + 512 :],
+        "two tars in one": whole + whole,
+        "cut after a sample": whole[:start],
+        "no end mark": whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512),
+    }[kind]
+    assert 0 < len(by_tarfile(content)) <= SAMPLES
+    (tmp_path / SHARD).write_bytes(content)
+    with pytest.raises(UserError, match="damaged or cut off"):
+        index_shards(tmp_path, quiet)
 
 
 def test_without_an_index_the_shard_is_named_and_counted(case: Case, tmp_path: Path) -> None:
