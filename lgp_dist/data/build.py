@@ -1,143 +1,283 @@
-"""Builds the sample shards from Debian's package of Fashion-MNIST."""
+"""Builds shards from a source: shuffled once, in parallel, and after a kill from where it stopped."""
 
-import gzip
-import io
+import fcntl
+import hashlib
+import json
 import os
 import shutil
-import struct
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from webdataset import TarWriter
+from tqdm import tqdm
 
-from lgp_dist.data.index import index_shards
-from lgp_dist.data.manifest import ShardManifest, write_file
-from lgp_dist.data.order import position_to_sample
+from lgp_dist.data.fashion import DEFAULT_SOURCE, fashion_mnist
+from lgp_dist.data.folders import image_folder, kaggle
+from lgp_dist.data.imagenet import official
+from lgp_dist.data.index import IndexedShard, write_indexes
+from lgp_dist.data.manifest import ShardEntry, ShardManifest, write_file
+from lgp_dist.data.order import stream_key
+from lgp_dist.data.parquet import parquet
+from lgp_dist.data.pixels import check_shrink
+from lgp_dist.data.scan import Sample
+from lgp_dist.data.source import Item, Source
+from lgp_dist.data.tars import web_dataset
+from lgp_dist.data.write import write_shard
 from lgp_dist.errors import UserError
 
-DEFAULT_SOURCE = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts the idx files."""
-CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
-LICENCE = """\
-The MIT License (MIT)
-
-Copyright (c) 2017 Zalando SE, https://tech.zalando.com
-
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
-rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
-persons to whom the Software is furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
-Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
-WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
-OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
-_SPLITS = (("train", "train", "{:04d}"), ("test", "t10k", "{:02d}"))
-"""Split, prefix of its idx files, form of the shard number."""
+LAYOUTS = ("imagefolder", "imagenet", "kaggle", "parquet", "webdataset", "fashion-mnist")
+"""What `open_source` knows."""
 
 
-def build_fashion_mnist(
-    source: Path,
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a source becomes shards."""
+
+    train: int = 0
+    """Images of split train, equally many of each class (to one); 0 for all."""
+    test: int = 0
+    """Images of every other split; 0 for all."""
+    per_shard: int = 1000
+    """Samples in a shard."""
+    shards: int = 0
+    """Shards of the largest split, the others in proportion; 0 to go by per_shard."""
+    shard_mb: int = 0
+    """Megabytes (10^6 bytes) of images in a shard, at most, where more than one fits; 0 to go by per_shard."""
+    short_side: int = 0
+    """Images with a longer short side become JPEGs with this one, pixels; 0 keeps all bytes."""
+    quality: int = 90
+    """Of these JPEGs."""
+    seed: int = 0
+    """Of the shuffle."""
+    workers: int = 0
+    """Threads; 0 for one per core. Does not change a byte."""
+
+
+def open_source(layout: str, root: Path | None, spool: Path, progress: Callable[[str], None]) -> Source:
+    """The source of a layout; raises UserError if it is unknown or does not fit the folder.
+
+    spool: folder for images that must be unpacked first.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"shards build knows no data set {layout!r}: name {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}.")
+    if layout == "fashion-mnist":
+        return fashion_mnist(root or DEFAULT_SOURCE, spool)
+    if root is None:
+        raise UserError(f"shards build {layout} has no --source: set it to the folder of the data set.")
+    root = Path(os.path.abspath(root))
+    if layout == "parquet":
+        return parquet(root, spool, progress)
+    if layout == "imagenet":
+        return official(root)
+    return {"imagefolder": image_folder, "kaggle": kaggle, "webdataset": web_dataset}[layout](root, progress)
+
+
+def build_shards(
+    layout: str,
+    root: Path | None,
     out: Path,
-    train: int | None = None,
-    test: int | None = None,
-    per_shard: int = 1000,
-    seed: int = 0,
+    options: BuildOptions | None = None,
     progress: Callable[[str], None] = print,
 ) -> ShardManifest:
-    """Writes Fashion-MNIST as shards of grey PNGs with manifest, sidecars and LICENSE; returns the manifest.
+    """Writes the shards of a data set with manifest, _info.json and indexes to the folder `out`; returns the manifest.
 
-    train, test: images of each split, None for all; they are shuffled once and the classes are equally frequent, to
-    one image. A key such as train-00042 names the image's place in the idx file. The same arguments give the same
-    bytes (with the same zlib). `out` must not exist or be empty, and is there complete or not at all.
+    The same source and options give the same bytes, with any number of workers and after any kill: a build works in
+    `.OUT.partial` beside `out` and goes on from the shards it finds there. `out` must not exist or be empty, and is
+    there complete or not at all. Raises UserError for what a person can put right.
     """
-    source, out = Path(source), Path(out)
+    options, out = options or BuildOptions(), Path(out)
+    _check(options, out)
+    if layout not in LAYOUTS:
+        open_source(layout, root, out, progress)
+    partial = out.parent / f".{out.name}.partial"
+    fresh = not partial.exists()
+    planned = False
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with _alone(partial):
+            source = open_source(layout, root, partial / "spool", progress)
+            plan = {name: items for split in source.splits for name, items in _plan(source, split, options).items()}
+            _remember(partial, plan, options)
+            planned = True
+            done = _write(partial, plan, options)
+            _finish(partial, out, source, done)
+    finally:
+        if fresh and not planned:
+            shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    return ShardManifest.load(out)
+
+
+def _check(options: BuildOptions, out: Path) -> None:
+    """Raises UserError for options out of range and a folder that is taken."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: name another folder with --out, or remove it first.")
-    if per_shard < 1:
-        raise UserError(f"per_shard is {per_shard}: set it to 1 or more images in a shard.")
-    wanted = {"train": train, "test": test}
-    loaded = {split: _read_split(source, prefix) for split, prefix, _ in _SPLITS}
-    chosen = {split: _choose(split, loaded[split][1], wanted[split], seed) for split in wanted}
-    partial = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    partial.mkdir(parents=True)
-    try:
-        for split, _, form in _SPLITS:
-            images, labels = loaded[split]
-            for number, start in enumerate(range(0, len(chosen[split]), per_shard)):
-                path = partial / f"fashion-mnist-{split}-{form.format(number)}.tar"
-                _write_shard(path, split, chosen[split][start : start + per_shard], images, labels)
-        ShardManifest(partial, CLASSES, {}, "https://github.com/zalandoresearch/fashion-mnist", "MIT").write()
-        manifest = index_shards(partial, progress)
-        write_file(partial / "LICENSE", LICENCE.encode())
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return ShardManifest(out, manifest.classes, manifest.splits, manifest.source, manifest.licence)
-
-
-def _read_split(source: Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images [n, 28, 28] and labels [n] of a split."""
-    images = _read_idx(source / f"{prefix}-images-idx3-ubyte.gz", 3)
-    labels = _read_idx(source / f"{prefix}-labels-idx1-ubyte.gz", 1)
-    if len(images) != len(labels):
-        raise UserError(f"{source} has {len(images)} images but {len(labels)} labels of {prefix}: install it again.")
-    return images, labels
-
-
-def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """The array of an idx file of unsigned bytes; raises UserError if it is missing or something else."""
-    if not path.is_file():
+    check_shrink(options.short_side, options.quality)
+    for name, least in (("per_shard", 1), ("shards", 0), ("shard_mb", 0), ("train", 0), ("test", 0), ("workers", 0)):
+        if getattr(options, name) < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is {getattr(options, name)}: set it to {least} or more.")
+    if options.shards and options.shard_mb:
         raise UserError(
-            f"{path} does not exist: install Debian's package dataset-fashion-mnist, or name the folder of the four"
-            " idx .gz files with --source."
+            f"--shards {options.shards} and --shard-mb {options.shard_mb} exclude each other: set one to 0."
         )
-    try:
-        content = gzip.decompress(path.read_bytes())
-        zero, kind, found, *shape = struct.unpack_from(f">HBB{dimensions}I", content)
-        array = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
+    if options.short_side and options.shard_mb:
         raise UserError(
-            f"{path} cannot be read as an idx file ({error}): install dataset-fashion-mnist again."
-        ) from error
-    if (zero, kind, found) != (0, 8, dimensions):
-        raise UserError(
-            f"{path} is no idx file of bytes in {dimensions} dimensions: install dataset-fashion-mnist again."
+            f"--shard-mb {options.shard_mb} counts bytes that --short-side {options.short_side} changes:"
+            " set --per-shard or --shards in its place."
         )
-    return array
 
 
-def _choose(split: str, labels: NDArray[np.uint8], count: int | None, seed: int) -> NDArray[np.int64]:
-    """`count` places in the idx file, shuffled, with equally many of each class (to one)."""
-    count = len(labels) if count is None else count
-    if not 0 < count <= len(labels):
-        raise UserError(f"{count} images of split {split} were asked for: set --{split} to 1 .. {len(labels)}.")
-    order = position_to_sample(seed, 0, len(labels))
-    turn = np.empty(len(order), dtype=np.int64)
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Keeps a second build out of the folder; the lock ends with the process."""
+    with open(partial / "lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{partial} is in use by another build: wait for its end, or name another --out."
+            ) from error
+        yield
+
+
+def choose(split: str, labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """`count` places (0: all), shuffled, with equally many of each class (to one) as far as there are as many."""
+    total = len(labels)
+    if count > total:
+        flag = "--train" if split == "train" else "--test"
+        raise UserError(f"{count} images of split {split} were asked for: set {flag} to 1 .. {total}.")
+    raw = np.random.Philox(key=stream_key("order", seed, 0)).random_raw(total)
+    order = np.argsort(raw, kind="stable")
+    if not count:
+        return order
+    turn = np.empty(total, dtype=np.int64)
     for label in np.unique(labels):
         places = np.flatnonzero(labels[order] == label)
         turn[places] = np.arange(len(places))
     return order[np.sort(np.argsort(turn, kind="stable")[:count])]
 
 
-def _write_shard(
-    path: Path, split: str, places: NDArray[np.int64], images: NDArray[np.uint8], labels: NDArray[np.uint8]
-) -> None:
-    """One tar of PNG and cls, with nothing in it that changes between builds."""
-    with (
-        open(path, "wb") as stream,
-        TarWriter(stream, user="lgp", group="lgp", mode=0o644, mtime=0, compress=False, encoder=False) as tar,
-    ):
-        for place in places.tolist():
-            buffer = io.BytesIO()
-            Image.fromarray(images[place]).save(buffer, format="PNG", optimize=True)
-            sample = {"__key__": f"{split}-{place:05d}", "cls": str(labels[place]).encode(), "png": buffer.getvalue()}
-            tar.write(sample)
+def _plan(source: Source, split: str, options: BuildOptions) -> dict[str, list[Item]]:
+    """Name of each shard of a split and its items in order."""
+    items = source.splits[split]
+    labels = np.array([item.label for item in items], dtype=np.int64)
+    if len(labels) and (labels.min() < 0 or (source.classes and labels.max() >= len(source.classes))):
+        bad = next(item for item in items if not 0 <= item.label < (len(source.classes) or item.label + 1))
+        raise UserError(
+            f"Image {bad.key} of {bad.path} has label {bad.label}, which is none of the {len(source.classes)} classes:"
+            " correct the source."
+        )
+    order = choose(split, labels, options.train if split == "train" else options.test, options.seed)
+    chosen = [items[place] for place in order.tolist()]
+    ends = _ends(chosen, max(map(len, source.splits.values())), options)
+    digits = max(4 if split == "train" else 2, len(str(max(len(ends) - 1, 0))))
+    names = [f"{source.name}-{split}-{number:0{digits}d}.tar" for number in range(len(ends))]
+    return {name: chosen[first:last] for name, first, last in zip(names, [0, *ends[:-1]], ends, strict=True)}
+
+
+def _ends(items: list[Item], largest: int, options: BuildOptions) -> list[int]:
+    """Where each shard ends."""
+    count = len(items)
+    if options.shards:
+        number = min(max(1, round(options.shards * count / max(largest, 1))), count)
+        return [(place + 1) * count // number for place in range(number)]
+    if not options.shard_mb:
+        return [min(start + options.per_shard, count) for start in range(0, count, options.per_shard)]
+    ends, held = [], 0
+    for place, item in enumerate(items):
+        if held and held + item.size > options.shard_mb * 1_000_000:
+            ends.append(place)
+            held = 0
+        held += item.size
+    return [*ends, count] if count else []
+
+
+def _remember(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) -> None:
+    """Notes what is built in the folder; raises UserError if it has begun something else."""
+    digest = hashlib.sha256()
+    for name, items in plan.items():
+        digest.update(json.dumps([name, [[i.key, i.label, i.path, i.offset, i.size] for i in items]]).encode())
+    settings = {"short_side": options.short_side, "quality": options.quality if options.short_side else 0}
+    wanted = {"items": digest.hexdigest(), **settings}
+    path = partial / "plan.json"
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            stored = None
+        if stored != wanted:
+            raise UserError(
+                f"{partial} holds a build that was interrupted and had another source or other options:"
+                " repeat that one, or remove the folder."
+            )
+    else:
+        write_file(path, json.dumps(wanted).encode())
+
+
+def _write(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) -> dict[str, IndexedShard]:
+    """Writes the shards that are not there yet; returns all by name."""
+    folder, records = partial / "shards", partial / "records"
+    for path in (folder, records):
+        path.mkdir(exist_ok=True)
+    done: dict[str, IndexedShard] = {}
+    for name in plan:
+        found = _recorded(folder / name, records / f"{name}.json")
+        if found:
+            done[name] = found
+    bar = tqdm(total=len(plan), initial=len(done), desc="build", unit="shard", disable=None)
+
+    def task(name: str) -> None:
+        made = write_shard(folder / name, plan[name], options.short_side, options.quality)
+        row = {**asdict(made.entry), "samples": [[*_row(s), c] for s, c in zip(made.samples, made.sums, strict=True)]}
+        write_file(records / f"{name}.json", json.dumps(row).encode())
+        done[name] = made
+        bar.update()
+
+    with bar, ThreadPoolExecutor(options.workers or len(os.sched_getaffinity(0))) as pool:
+        tasks = [pool.submit(task, name) for name in plan if name not in done]
+        try:
+            for made in as_completed(tasks):
+                made.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return {name: done[name] for name in plan}
+
+
+def _row(sample: Sample) -> list[str | int]:
+    """A sample for a record."""
+    return [sample.key, sample.offset, sample.size, sample.label, sample.width, sample.height]
+
+
+def _recorded(path: Path, record: Path) -> IndexedShard | None:
+    """A shard that an earlier run has completed, or None."""
+    try:
+        stored = json.loads(record.read_text(encoding="utf-8"))
+        if path.stat().st_size != stored["bytes"]:
+            return None
+        samples = tuple(Sample(*row[:-1]) for row in stored["samples"])
+        entry = ShardEntry(stored["name"], len(samples), stored["bytes"], stored["sha256"])
+        return IndexedShard(entry, samples, tuple(row[-1] for row in stored["samples"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _finish(partial: Path, out: Path, source: Source, done: dict[str, IndexedShard]) -> None:
+    """Writes what belongs beside the shards and gives the folder its name."""
+    folder = partial / "shards"
+    indexed: dict[str, list[IndexedShard]] = {}
+    for name, shard in done.items():
+        indexed.setdefault(name.rsplit("-", 2)[1], []).append(shard)
+    for path in folder.iterdir():
+        if path.name not in done:
+            path.unlink()
+    splits = {split: tuple(shard.entry for shard in indexed[split]) for split in sorted(indexed)}
+    manifest = ShardManifest(folder, source.classes, splits, source.origin, source.licence)
+    for name, text in source.texts.items():
+        write_file(folder / name, text.encode())
+    write_indexes(manifest, indexed)
+    os.replace(folder, out)

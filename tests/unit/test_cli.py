@@ -50,7 +50,7 @@ def test_bench_has_its_actions(lgp: Lgp, action: str) -> None:
     assert shown.status == 0 and f"bench {action}" in shown.out
 
 
-@pytest.mark.parametrize("action", ["build", "index", "verify"])
+@pytest.mark.parametrize("action", ["build", "index", "verify", "show", "reshard"])
 def test_shards_has_its_actions(lgp: Lgp, action: str) -> None:
     shown = lgp("shards", action, "--help")
     assert shown.status == 0 and f"shards {action}" in shown.out

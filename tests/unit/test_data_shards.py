@@ -3,8 +3,10 @@
 import gzip
 import io
 import json
+import shutil
 import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from lgp_dist.data.build import CLASSES, DEFAULT_SOURCE, build_fashion_mnist
-from lgp_dist.data.index import ShardIndex, index_shards, read_image, sidecar_path, verify_shards
+from lgp_dist.data.build import BuildOptions, build_shards
+from lgp_dist.data.fashion import CLASSES, DEFAULT_SOURCE
+from lgp_dist.data.index import ShardIndex, index_shards, read_image, sidecar_path
 from lgp_dist.data.manifest import ShardManifest
+from lgp_dist.data.verify import summary, verify_shards, write_problems
 from lgp_dist.errors import UserError
 
 SAMPLE = Path(__file__).parents[2] / "shards" / "sample"
@@ -22,6 +26,10 @@ SAMPLE = Path(__file__).parents[2] / "shards" / "sample"
 
 def quiet(line: str) -> None:
     """No progress."""
+
+
+def build(source: Path, out: Path, **options: int) -> ShardManifest:
+    return build_shards("fashion-mnist", source, out, BuildOptions(**options, workers=1), quiet)
 
 
 def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:
@@ -116,7 +124,7 @@ def test_sample_pixels_equal_the_original() -> None:
 def test_build_reads_back_by_webdataset(tmp_path: Path) -> None:
     source, out = tmp_path / "idx", tmp_path / "out" / "shards"
     idx_files(source)
-    manifest = build_fashion_mnist(source, out, train=95, test=None, per_shard=40, progress=quiet)
+    manifest = build(source, out, train=95, per_shard=40)
     assert [entry.samples for entry in manifest.entries("train")] == [40, 40, 15]
     assert manifest == ShardManifest.load(out)
     assert manifest.entries("train")[0].name == "fashion-mnist-train-0000.tar"
@@ -139,9 +147,9 @@ def test_build_gives_the_same_bytes(tmp_path: Path) -> None:
     source = tmp_path / "idx"
     idx_files(source)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        build_fashion_mnist(source, tmp_path / name, per_shard=100, seed=seed, progress=quiet)
+        build(source, tmp_path / name, per_shard=100, seed=seed)
     contents = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "abc"]
-    assert contents[0] == contents[1] and len(contents[0]) == 7
+    assert contents[0] == contents[1] and len(contents[0]) == 8
     assert contents[0]["fashion-mnist-train-0000.tar"] != contents[2]["fashion-mnist-train-0000.tar"]
 
 
@@ -150,18 +158,18 @@ def test_build_refuses(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="idx/train-images-idx3-ubyte.gz does not exist: install.*dataset-fashion-mnist"
     ):
-        build_fashion_mnist(source, tmp_path / "out", progress=quiet)
+        build(source, tmp_path / "out")
     idx_files(source)
     with pytest.raises(UserError, match=r"--train to 1 \.\. 200"):
-        build_fashion_mnist(source, tmp_path / "out", train=201, progress=quiet)
+        build(source, tmp_path / "out", train=201)
     (source / "t10k-labels-idx1-ubyte.gz").write_bytes(b"no gzip")
     with pytest.raises(UserError, match="t10k-labels-idx1-ubyte.gz cannot be read as an idx file"):
-        build_fashion_mnist(source, tmp_path / "out", progress=quiet)
+        build(source, tmp_path / "out")
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="full exists and is not empty"):
-        build_fashion_mnist(source, full, progress=quiet)
+        build(source, full)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "idx"]
 
 
@@ -204,7 +212,7 @@ def test_sidecar_is_used_only_if_it_fits(tmp_path: Path) -> None:
 
     swapped = 2 - arrays["label"]
     assert label_with(label=swapped) == swapped.tolist() != truth.label.tolist()  # it is really read
-    assert any("index-train.npz does not agree" in line for line in verify_shards(root))
+    assert any("index-train.npz does not agree" in line.sentence for line in verify_shards(root))
     assert label_with(label=swapped, fingerprint="0" * 64) == truth.label.tolist()
     assert label_with(label=swapped, offset=arrays["offset"] + 10**9) == truth.label.tolist()
     assert label_with(label=swapped[:-1]) == truth.label.tolist()
@@ -220,10 +228,13 @@ def test_verify_names_every_problem(tmp_path: Path) -> None:
     root = tmp_path / "shards"
     root.mkdir()
     image = encoded(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8))
-    good = [("a.png", image), ("a.cls", b"0"), ("b.png", image), ("b.cls", b"1")]
     for number in range(4):
-        write_tar(root / f"x-train-{number}.tar", good)
+        names = [f"a{number}", f"b{number}"]
+        write_tar(
+            root / f"x-train-{number}.tar", [(f"{k}.{e}", c) for k in names for e, c in (("png", image), ("cls", b"1"))]
+        )
     write_tar(root / "x-train-4.tar", [("k.png", image[:-30]), ("k.cls", b"7"), ("m.png", b"zip"), ("m.cls", b"-1")])
+    shutil.copy(root / "x-train-0.tar", root / "x-train-5.tar")
     manifest = index_shards(root, quiet)
     stored = json.loads((root / "manifest.json").read_text())
     stored["classes"] = ["zero", "one"]
@@ -233,21 +244,61 @@ def test_verify_names_every_problem(tmp_path: Path) -> None:
     changed = bytearray((root / "x-train-3.tar").read_bytes())
     changed[600] ^= 1
     (root / "x-train-3.tar").write_bytes(changed)
-    text = verify_shards(root)
+    shutil.copy(root / "x-train-0.tar", root / "x-train-6.tar")
+    (root / "_info.json").write_text("{}")
     size = manifest.entries("train")[1].bytes
-    for place, pieces in enumerate(
-        [
-            ("x-train-1.tar is missing", str(size)),
-            ("x-train-2.tar", f"has {size - 100} bytes", f"wants {size}"),
-            ("x-train-3.tar has another sha256",),
-            ("x-train-4.tar, sample k", "label is 7", "0 .. 1"),
-            ("x-train-4.tar, sample k", "cannot be decoded", "truncated"),
-            ("x-train-4.tar, sample m", "label is -1"),
-            ("x-train-4.tar, sample m", "cannot be decoded", "no image"),
-        ]
-    ):
-        assert all(piece in text[place] for piece in pieces), (text[place], pieces)
-    assert not any("sample a" in line or "x-train-0" in line for line in text)
+    wanted = [
+        ("x-train-1.tar", "", "missing", (f"{root}/x-train-1.tar is missing", str(size))),
+        ("x-train-1.tar", "a1", "lost", ("sample a1", "lost")),
+        ("x-train-1.tar", "b1", "lost", ("sample b1", "lost")),
+        ("x-train-2.tar", "", "size", (f"has {size - 100} bytes", f"wants {size}")),
+        ("x-train-3.tar", "", "hash", ("x-train-3.tar has another sha256",)),
+        ("x-train-3.tar", "a3", "changed", ("sample a3", "other bytes")),
+        ("x-train-4.tar", "k", "label", ("x-train-4.tar, sample k", "label is 7", "0 .. 1")),
+        ("x-train-4.tar", "k", "image", ("x-train-4.tar, sample k", "cannot be decoded", "truncated")),
+        ("x-train-4.tar", "m", "label", ("x-train-4.tar, sample m", "label is -1")),
+        ("x-train-4.tar", "m", "image", ("x-train-4.tar, sample m", "cannot be decoded", "no image")),
+        ("x-train-5.tar", "a0", "twice", ("sample a0", "x-train-0.tar has too")),
+        ("x-train-5.tar", "b0", "twice", ("sample b0", "x-train-0.tar has too")),
+        ("x-train-6.tar", "", "unlisted", (f"{root}/x-train-6.tar is not in the manifest",)),
+        ("_info.json", "", "info", (f"{root}/_info.json does not agree",)),
+    ]
+    for workers in (1, 2):
+        found = verify_shards(root, workers=workers)
+        assert [(p.shard, p.key, p.reason) for p in found] == [row[:3] for row in wanted]
+        for problem, (*_, pieces) in zip(found, wanted, strict=True):
+            assert all(piece in problem.sentence for piece in pieces), problem
+    text = summary(root, found)
+    assert "has 14 problem(s), with 7 bad sample(s) in 7 file(s)" in text and "\n" not in text and ".;" not in text
+    write_problems(found, tmp_path / "bad.json")
+    assert json.loads((tmp_path / "bad.json").read_text())[5]["key"] == "a3"
+
+
+def test_an_index_of_format_1_is_still_read(tmp_path: Path) -> None:
+    root = tmp_path / "imagenet"
+    foreign_shards(root)
+    manifest = index_shards(root, quiet)
+    path = sidecar_path(root, "train")
+    arrays = dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
+    old = {name: arrays[name] for name in ("fingerprint", "shard", "offset", "size", "label", "keys")}
+    old["label"] = 2 - old["label"]
+    np.savez(path, format=np.int64(1), **old)
+    index = ShardIndex.load(manifest, "train", 3)
+    assert index.label.tolist() == old["label"].tolist() and index.width.tolist() == [0] * 10
+    assert index.crc.tolist() == [-1] * 10
+    old["label"] = 2 - old["label"]
+    np.savez(path, format=np.int64(1), **old)
+    assert verify_shards(root) == []
+
+
+def test_index_has_sizes_and_sums(tmp_path: Path) -> None:
+    root = tmp_path / "imagenet"
+    pixels = foreign_shards(root)
+    index = ShardIndex.load(index_shards(root, quiet), "train", 3)
+    for i, key in enumerate(index.keys.tolist()):
+        content = index.files.read(int(index.shard[i]), int(index.offset[i]), int(index.size[i]))
+        assert index.crc[i] == zlib.crc32(content)
+        assert (index.height[i], index.width[i]) == pixels[key].shape[:2]
 
 
 def test_fingerprint_follows_names_and_hashes() -> None:
