@@ -266,6 +266,11 @@ def _read_sidecar(manifest: ShardManifest, split: str) -> ShardIndex | None:
     return _index(manifest, split, shard, offset, size, label, keys)
 
 
+def sidecar_fits(manifest: ShardManifest, split: str) -> bool:
+    """Whether root/index-SPLIT.npz is there and belongs to the manifest."""
+    return _read_sidecar(manifest, split) is not None
+
+
 def _same(left: ShardIndex, right: ShardIndex) -> bool:
     """Whether two indexes agree in every sample."""
     names = ("shard", "offset", "size", "label", "keys")
