@@ -8,7 +8,7 @@ from lgp_dist.artifacts import RunDirectory, fingerprint, write_json
 from lgp_dist.checks import check_config
 from lgp_dist.config import STAGES, RunConfig, flatten
 from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.data.sources import local_root
+from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.setup import Workers, check_trackers
 from lgp_dist.paths import PathSpace

@@ -1,6 +1,7 @@
 """A local web server that misbehaves in a named way: http://127.0.0.1:PORT/FAULT/FILE. all-FAULT hurts all files."""
 
 import contextlib
+import json
 import re
 import threading
 import time
@@ -32,11 +33,11 @@ class FaultServer:
 
 
 @contextlib.contextmanager
-def serve(folder: Path) -> Iterator[FaultServer]:
-    """The server, in threads of this process, until the end of the block."""
+def serve(folder: Path, *, hub: bool = False) -> Iterator[FaultServer]:
+    """The server, in threads of this process, until the end of the block. hub: speaks as the hub of data sets does."""
     facts = FaultServer(folder)
 
-    class Handler(_Handler):
+    class Handler(_Hub if hub else _Handler):
         server_facts = facts
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -77,17 +78,18 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self.good(content, start)
 
+    def end_headers(self) -> None:
+        self.send_header("Connection", "close")
+        super().end_headers()
+
     def say(self, status: int, content: bytes, length: int | None = -1, kind: str = "application/x-tar") -> None:
         """One answer. length: what the header says; -1 for the truth, None for no header."""
         self.send_response(status)
         self.send_header("Content-Type", kind)
         if length is not None:
             self.send_header("Content-Length", str(len(content) if length < 0 else length))
-        else:
-            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(content)
-        self.close_connection = True
 
     def good(self, content: bytes, start: int, send: int | None = None) -> None:
         """A right answer to a request from byte `start` on, of which only `send` bytes go out."""
@@ -99,7 +101,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content[start:end])
         self.wfile.flush()
-        self.close_connection = True
 
     def do_404(self, content: bytes, start: int, count: int) -> None:
         self.say(404, b"gone")
@@ -198,3 +199,31 @@ class _Handler(BaseHTTPRequestHandler):
         damaged = bytearray(content)
         damaged[len(content) // 2] ^= 1
         self.good(bytes(damaged), start)
+
+
+class _Hub(_Handler):
+    """As much of the hub's interface as reading the files of the data set me/set takes."""
+
+    def do_GET(self) -> None:
+        files = {path.name: path for path in self.server_facts.folder.iterdir()}
+        if "/resolve/" in self.path:
+            name = self.path.rsplit("/", 1)[1]
+            content = files[name].read_bytes()
+            found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"])
+            first, last = int(found[1]), int(found[2])
+            self.server_facts.asked.append((f"to {last}", name, first))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            self.send_header("Content-Length", str(last + 1 - first))
+            self.end_headers()
+            self.wfile.write(content[first : last + 1])
+        elif "/tree/" in self.path:
+            sizes = {name: path.stat().st_size for name, path in files.items()}
+            tree = [
+                {"type": "file", "path": f"d/{name}", "size": size, "oid": "a" * 40} for name, size in sizes.items()
+            ]
+            self.say(200, json.dumps(tree).encode(), kind="application/json")
+        elif self.path.startswith("/api/datasets/me/set"):
+            self.say(200, json.dumps({"id": "me/set", "sha": "b" * 40}).encode(), kind="application/json")
+        else:
+            self.say(404, b"{}")

@@ -83,7 +83,7 @@ def fetch(remote: Remote, wanted: Wanted, part: Path, patience: Patience) -> int
             if isinstance(trouble, Missing):
                 raise _NotThere(f"{sentence}: {trouble.todo}.") from trouble
             if trouble.final or failures > patience.retries:
-                tries = "" if trouble.final else f", after {failures} tries"
+                tries = "" if trouble.final or failures == 1 else f", after {failures} tries"
                 raise UserError(f"{sentence}{tries}: {trouble.todo}.") from trouble
             log.warning("%s, try %d of %d follows", sentence, failures + 1, patience.retries + 1)
             time.sleep(patience.wait(failures))
@@ -121,13 +121,15 @@ def _attempt(remote: Remote, wanted: Wanted, part: Path, have: int, timeout_s: f
         items = _in_time(pump, timeout_s)
         start = next(items)
         assert isinstance(start, Start)
+        _judge(wanted, start)
         head = b""
         for item in items:
             head += item  # type: ignore[operator]  # only the first item is a Start
             if len(head) >= HEAD:
                 break
         came.append(len(head))
-        _judge(wanted, start, head)
+        if start.offset == 0 and head.lstrip()[:16].lower().startswith(WEB_PAGE):
+            raise _web_page()
         try:
             with open(part, "r+b" if start.offset else "wb") as file:
                 file.truncate(start.offset)
@@ -149,12 +151,14 @@ def _attempt(remote: Remote, wanted: Wanted, part: Path, have: int, timeout_s: f
         raise cut()
 
 
-def _judge(wanted: Wanted, start: Start, head: bytes) -> None:
-    """Raises Trouble where the answer cannot be the file, before anything is written."""
-    if start.offset == 0 and head.lstrip()[:16].lower().startswith(WEB_PAGE):
-        raise Trouble("is a web page, not the file", "set data.root to the folder that holds the files", final=True)
+def _judge(wanted: Wanted, start: Start) -> None:
+    """Raises Trouble where the answer cannot be the file by what its headers say; the bytes may still be cut off."""
     if wanted.size is not None and start.total is not None and start.total != wanted.size:
-        raise _other_size(start.total, wanted.size)
+        raise _web_page() if start.web_page else _other_size(start.total, wanted.size)
+
+
+def _web_page() -> Trouble:
+    return Trouble("is a web page, not the file", "set data.root to the folder that holds the files", final=True)
 
 
 def _other_size(found: int | str, wanted: int) -> Trouble:

@@ -56,7 +56,7 @@ class ShardIndex:
         Raises UserError for a sample without image or label, a key that comes twice, a label outside
         0 .. num_classes - 1 and a split without samples. Does not check the shards' sizes: see ShardManifest.check.
         """
-        index = _read_sidecar(manifest, split) or _scan(manifest, split)
+        index = read_sidecar(manifest, split) or _scan(manifest, split)
         if not len(index):
             raise UserError(
                 f"Split '{split}' of {manifest.root} has no samples: add its shards and run"
@@ -122,7 +122,7 @@ def verify_shards(root: str | Path, progress: Callable[[str], None] = lambda lin
             problems += found
             scans.append(samples)
             progress(f"{entry.name}: {len(samples)} samples, {len(found)} problems")
-        stored = _read_sidecar(manifest, split)
+        stored = read_sidecar(manifest, split)
         exists = sidecar_path(manifest.root, split).exists()
         if exists and (stored is None or not _same(stored, _join(manifest, split, scans))):
             problems.append(
@@ -244,7 +244,7 @@ def _write_sidecar(manifest: ShardManifest, split: str, index: ShardIndex) -> No
     write_file(sidecar_path(manifest.root, split), buffer.getvalue())
 
 
-def _read_sidecar(manifest: ShardManifest, split: str) -> ShardIndex | None:
+def read_sidecar(manifest: ShardManifest, split: str) -> ShardIndex | None:
     """Index from the sidecar, or None if there is none, it is of other shards, or it cannot be right."""
     fingerprint, entries = manifest.fingerprint(split), manifest.entries(split)
     try:
@@ -264,11 +264,6 @@ def _read_sidecar(manifest: ShardManifest, split: str) -> ShardIndex | None:
     if not bool(((offset >= 0) & (size >= 0) & (offset + size <= ends)).all()):
         return None
     return _index(manifest, split, shard, offset, size, label, keys)
-
-
-def sidecar_fits(manifest: ShardManifest, split: str) -> bool:
-    """Whether root/index-SPLIT.npz is there and belongs to the manifest."""
-    return _read_sidecar(manifest, split) is not None
 
 
 def _same(left: ShardIndex, right: ShardIndex) -> bool:

@@ -52,6 +52,8 @@ class Start:
     """Where it begins: 0 although more was asked for, if it knows no ranges."""
     total: int | None
     """Bytes of the whole file, where it says."""
+    web_page: bool = False
+    """Whether it calls the file one."""
 
 
 def local_path(root: str) -> Path | None:
@@ -115,6 +117,7 @@ class Remote:
     def _stream(self, url: str, offset: int) -> Iterator[Start | bytes]:
         """One GET, from `offset` on where the server knows ranges."""
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
+        # Block size 0 makes it a stream; with a size, whichever, fsspec does not ask for one first.
         with self._files().open(url, block_size=0, size=1, headers=headers) as stream:
             answer = stream.r
             length = answer.headers.get("Content-Length", "")
@@ -124,17 +127,19 @@ class Remote:
                     raise Trouble("answered with another range than asked", "look at the server", spoiled=True)
                 yield Start(offset, None if said[2] == "*" else int(said[2]))
             else:
-                yield Start(0, int(length) if length.isdigit() else None)
+                kind = answer.headers.get("Content-Type", "")
+                yield Start(0, int(length) if length.isdigit() else None, web_page=kind.startswith("text/html"))
             while content := stream.read(READ):
                 yield content
 
     def _pieces(self, url: str, offset: int) -> Iterator[Start | bytes]:
         """Ranges of PIECE bytes, one after the other."""
         files = self._files()
+        exactly = {"cache_type": "none"} if self.scheme == "hf" else {}  # it would read 5 MiB ahead of each piece
         total = int(files.info(url)["size"])
         yield Start(min(offset, total), total)
         for start in range(offset, total, PIECE):
-            yield files.cat_file(url, start=start, end=min(start + PIECE, total))
+            yield files.cat_file(url, start=start, end=min(start + PIECE, total), **exactly)
 
     def _files(self) -> Any:
         """fsspec's file system for this process; raises UserError where its package is missing."""

@@ -22,7 +22,7 @@ from lgp_dist.data.decode import ShardFiles
 from lgp_dist.data.index import ShardIndex, read_image
 from lgp_dist.data.manifest import MANIFEST_NAME, ShardManifest
 from lgp_dist.data.order import position_to_sample, stream_key
-from lgp_dist.data.sources import open_source
+from lgp_dist.data.roots import open_root
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch
 
@@ -38,16 +38,16 @@ class Items(Protocol):
 
 def open_split(data: DataConfig, split: str) -> ShardIndex:
     """The index of a split of data.root, after all checks that need no decoding; raises UserError at the first."""
-    source = open_source(data)
-    manifest = ShardManifest.load(source.folder)
-    source.open_index(manifest, split)
+    root = open_root(data)
+    manifest = ShardManifest.load(root.folder)
+    root.open_index(manifest, split)
     if manifest.classes and len(manifest.classes) != data.num_classes:
         raise UserError(
             f"{manifest.root / MANIFEST_NAME} has {len(manifest.classes)} classes but data.num_classes is"
             f" {data.num_classes}: set data.num_classes to {len(manifest.classes)}, or data.root to other shards."
         )
     index = ShardIndex.load(manifest, split, data.num_classes)
-    return replace(index, files=ShardFiles(index.files.paths, source.open))
+    return replace(index, files=ShardFiles(index.files.paths, root.open))
 
 
 @dataclass(frozen=True, eq=False)

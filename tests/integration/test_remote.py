@@ -13,7 +13,7 @@ from lgp_dist.config import DataConfig
 from lgp_dist.data.cache import ShardCache
 from lgp_dist.data.index import ShardIndex
 from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.data.sources import open_source
+from lgp_dist.data.roots import open_root
 from lgp_dist.data.stream import open_split
 from lgp_dist.errors import UserError
 
@@ -121,11 +121,11 @@ def test_index_that_is_missing_or_does_not_belong(server: FaultServer) -> None:
 
 def test_small_files_lie_beside_each_other(server: FaultServer) -> None:
     (server.folder / "_info.json").write_text('{"splits": {}}')
-    source = open_source(data_of(server, "fine"))
-    assert isinstance(source.cache, ShardCache)
-    assert (source.folder / "_info.json").read_bytes() == (server.folder / "_info.json").read_bytes()
-    assert (source.folder / "manifest.json").read_bytes() == (server.folder / "manifest.json").read_bytes()
-    assert not source.fetch_small("not_there.json")
+    root = open_root(data_of(server, "fine"))
+    assert isinstance(root.cache, ShardCache)
+    assert (root.folder / "_info.json").read_bytes() == (server.folder / "_info.json").read_bytes()
+    assert (root.folder / "manifest.json").read_bytes() == (server.folder / "manifest.json").read_bytes()
+    assert not root.fetch_small("not_there.json")
 
 
 def test_new_version_of_the_shards_is_another_folder(server: FaultServer) -> None:

@@ -25,7 +25,7 @@ from lgp_dist.data import remote
 from lgp_dist.data.cache import ShardCache
 from lgp_dist.data.fetch import Patience
 from lgp_dist.data.manifest import ShardEntry
-from lgp_dist.data.sources import open_source
+from lgp_dist.data.roots import open_root
 from lgp_dist.errors import UserError
 
 SIZE = 300_000
@@ -187,7 +187,7 @@ def test_cache_that_cannot_be_written(server: FaultServer, tmp_path: Path) -> No
     assert str(tmp_path / "file") in text and "data.cache" in text
 
 
-# Processes
+# Other processes
 
 CHILD = """
 import json, sys
@@ -201,12 +201,23 @@ print(cache.path(json.loads(entry)[0]), cache.bytes)
 """
 
 
-def child(root: str, folder: Path, number: int = 0) -> subprocess.Popen[str]:
-    """A process that asks for a shard."""
-    entry = json.dumps(list(vars(ENTRIES[number]).values()))
-    command = [sys.executable, "-c", CHILD, root, str(folder), entry]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+def child(root: str, folder: Path, name: str = NAMES[0], limit: str = "", **variables: str) -> subprocess.Popen[str]:
+    """A process that asks for a shard. limit: of the shell, such as `ulimit -f 100`."""
+    entry = json.dumps([name, 1, SIZE, ENTRIES[0].sha256 if name == NAMES[0] else "0" * 64])
+    command = [
+        "bash",
+        "-c",
+        f'{limit or ":"}; exec "$@"',
+        "child",
+        sys.executable,
+        "-c",
+        CHILD,
+        root,
+        str(folder),
+        entry,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_processes_of_a_node_fetch_a_shard_once(server: FaultServer, tmp_path: Path) -> None:
@@ -231,6 +242,15 @@ def test_killed_process_leaves_no_lock_and_nothing_half_written(server: FaultSer
     assert cache_of(server.root("fine"), tmp_path).path(NAMES[0]).read_bytes() == content_of(0)
     assert server.asked[-1][2] == begun, "the next process goes on where the killed one was"
     assert whole(tmp_path) == {NAMES[0]} and not part.exists()
+
+
+def test_full_disk(server: FaultServer, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it; what has come is continued when there is room."""
+    process = child(server.root("fine"), tmp_path, limit="ulimit -f 100")
+    said = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert "UserError" in said and str(tmp_path) in said and "cannot be written to" in said and "data.cache" in said
+    assert whole(tmp_path) == set()
+    assert cache_of(server.root("fine"), tmp_path).path(NAMES[0]).read_bytes() == content_of(0)
 
 
 def test_forked_process_uses_the_cache(server: FaultServer, tmp_path: Path) -> None:
@@ -384,6 +404,17 @@ def test_other_file_systems_are_read_in_pieces(tmp_path: Path, monkeypatch: pyte
     assert "does not exist" in sentence(lambda: cache.path(NAMES[4]))
 
 
+def test_hub(folder: Path, tmp_path: Path) -> None:
+    """Through huggingface_hub, which reads HF_ENDPOINT when it is imported: in a process of its own."""
+    with serve(folder, hub=True) as hub:
+        at = f"http://127.0.0.1:{hub.port}"
+        for name, piece in ((NAMES[0], str(SIZE)), ("other.tar", "hf://datasets/me/set/d/other.tar does not exist")):
+            process = child("hf://datasets/me/set/d", tmp_path, name=name, HF_ENDPOINT=at, HF_HOME=str(tmp_path / "hf"))
+            assert piece in "".join(process.communicate(timeout=60))
+        assert hub.asked == [(f"to {SIZE - 1}", NAMES[0], 0)], "exactly the shard, in one piece"
+    assert whole(tmp_path) == {NAMES[0]}
+
+
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
 def test_package_that_is_missing(tmp_path: Path, scheme: str, package: str) -> None:
     if importlib.util.find_spec(package):
@@ -413,7 +444,7 @@ def test_package_that_is_missing(tmp_path: Path, scheme: str, package: str) -> N
 def test_root_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str) -> None:
     monkeypatch.chdir(tmp_path)
     for text in (
-        sentence(lambda: open_source(DataConfig(root=root, cache=str(tmp_path / "cache")))),
+        sentence(lambda: open_root(DataConfig(root=root, cache=str(tmp_path / "cache")))),
         sentence(lambda: ShardCache(root, tmp_path / "cache", 10**9)),
     ):
         assert "data.root" in text and "refused" in text and "https://" in text

@@ -10,7 +10,7 @@ from pathlib import Path
 from lgp_dist.config import DataConfig
 from lgp_dist.data.cache import ShardCache, locked, make_folders
 from lgp_dist.data.fetch import Patience, Wanted, digest, fetch, fetch_optional
-from lgp_dist.data.index import sidecar_fits, sidecar_path
+from lgp_dist.data.index import read_sidecar, sidecar_path
 from lgp_dist.data.manifest import MANIFEST_NAME, ShardEntry, ShardManifest
 from lgp_dist.data.remote import Remote, local_path
 from lgp_dist.errors import UserError
@@ -19,7 +19,7 @@ INFO_NAME = "_info.json"
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Root:
     """An opened root."""
 
     folder: Path
@@ -31,14 +31,17 @@ class Source:
     patience: Patience = Patience()
     """For small files."""
 
-    def fetch_small(self, name: str) -> bool:
-        """Brings a small file of the root into `folder` if it is not there; whether it is there then."""
+    def fetch_small(self, name: str, sha256: str = "") -> bool:
+        """Brings a small file of the root into `folder` if it is not there; whether it is there then.
+
+        sha256: its hash, where something names it.
+        """
         target, part = self.folder / name, self.folder / f".{name}.part"
         if self.remote is None:
             return target.is_file()
         with locked(self.folder / ".lock"):
             if not target.exists():
-                if fetch_optional(self.remote, Wanted(name), part, self.patience) is None:
+                if fetch_optional(self.remote, Wanted(name, sha256=sha256), part, self.patience) is None:
                     return False
                 os.replace(part, target)
         return True
@@ -52,10 +55,10 @@ class Source:
             return manifest.check(split)
         manifest.entries(split)
         name = sidecar_path(self.folder, split).name
-        if self.fetch_small(name) and not sidecar_fits(manifest, split):
+        if self.fetch_small(name) and read_sidecar(manifest, split) is None:
             (self.folder / name).unlink()  # it may have come from an older upload
             self.fetch_small(name)
-        if not sidecar_fits(manifest, split):
+        if read_sidecar(manifest, split) is None:
             (self.folder / name).unlink(missing_ok=True)
             raise UserError(
                 f"{self.remote.url(name)} is missing or does not belong to {MANIFEST_NAME}: run `lgp shards index` on"
@@ -69,18 +72,18 @@ class Source:
         return self.cache.open(path.relative_to(self.folder).as_posix())
 
 
-def open_source(data: DataConfig) -> Source:
+def open_root(data: DataConfig) -> Root:
     """Opens data.root; fetches the manifest of a remote one, once in this process. Raises UserError if it cannot."""
     local = local_path(data.root)
     if local is not None:
-        return Source(local, None)
+        return Root(local, None)
     folder = Path(data.cache).expanduser() if data.cache else default_folder()
     return _open_remote(data.root, folder, data.cache_bytes, Patience(data.timeout_s, data.retries))
 
 
 def local_root(data: DataConfig) -> Path:
     """The folder that holds manifest.json of data.root: the root itself, or the place in the cache of a remote one."""
-    return open_source(data).folder
+    return open_root(data).folder
 
 
 def default_folder() -> Path:
@@ -89,7 +92,7 @@ def default_folder() -> Path:
 
 
 @lru_cache(maxsize=16)
-def _open_remote(root: str, folder: Path, limit_bytes: int, patience: Patience) -> Source:
+def _open_remote(root: str, folder: Path, limit_bytes: int, patience: Patience) -> Root:
     """Kept, so that all splits and stages of a process see one version of the manifest and share one cache."""
     remote, roots = Remote(root, patience.timeout_s), folder / "roots"
     make_folders(roots)
@@ -105,6 +108,6 @@ def _open_remote(root: str, folder: Path, limit_bytes: int, patience: Patience) 
         make_folders(version)
         os.replace(part, version / MANIFEST_NAME)
     shards: dict[str, ShardEntry] = {entry.name: entry for split in manifest.splits.values() for entry in split}
-    source = Source(version, ShardCache(root, folder, limit_bytes, shards, patience), remote, patience)
-    source.fetch_small(INFO_NAME)
-    return source
+    opened = Root(version, ShardCache(root, folder, limit_bytes, shards, patience), remote, patience)
+    opened.fetch_small(INFO_NAME)
+    return opened
