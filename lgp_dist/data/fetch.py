@@ -132,7 +132,6 @@ def _attempt(remote: Remote, wanted: Wanted, part: Path, have: int, timeout_s: f
             raise _web_page()
         try:
             with open(part, "r+b" if start.offset else "wb") as file:
-                file.truncate(start.offset)
                 file.seek(start.offset)
                 file.write(head)
                 for item in items:

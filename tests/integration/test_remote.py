@@ -116,6 +116,8 @@ def test_index_that_is_missing_or_does_not_belong(server: FaultServer) -> None:
     index.write_bytes(good)
     here = ShardIndex.load(ShardManifest.load(server.folder), "train", 10)
     assert open_split(data, "train").keys.tolist() == here.keys.tolist()
+    (open_root(data).folder / "index-train.npz").write_bytes(good[:100])
+    assert open_split(data, "train").keys.tolist() == here.keys.tolist(), "damaged in the cache, good at the root"
     assert server.count(TRAIN) == 0, "no shard is fetched before one of its samples is read"
 
 
