@@ -42,7 +42,8 @@ class DataConfig:
     """What is read, and how an image becomes a tensor."""
 
     root: str = free("shards/imagenet")
-    """Folder that holds manifest.json and the tars; what it holds belongs to a run's meaning, not where it lies."""
+    """Folder that holds manifest.json and the tars, or its http(s)://, s3://, gs:// or hf:// address; what it holds
+    belongs to a run's meaning, not where it lies."""
     train_split: str = "train"
     """Split to train on."""
     val_split: str = "validation"
@@ -65,6 +66,14 @@ class DataConfig:
     """Training augmentation."""
     workers: int = free(8)
     """Decoding processes per rank; 0 decodes in the training process."""
+    cache: str = free("")
+    """Folder on a disk of this node for shards of a remote root; empty for $XDG_CACHE_HOME/lgp or ~/.cache/lgp."""
+    cache_bytes: int = free(200_000_000_000)
+    """Bytes that all shards in the cache may take; what was not asked for the longest is removed."""
+    timeout_s: float = free(60.0)
+    """Seconds in which a remote root must send 64 KiB, or the rest of a file; if not, the transfer has stalled."""
+    retries: int = free(5)
+    """Further tries after a transfer that failed in a way that may pass."""
 
 
 @dataclass(frozen=True)

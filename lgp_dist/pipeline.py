@@ -8,6 +8,7 @@ from lgp_dist.artifacts import RunDirectory, fingerprint, write_json
 from lgp_dist.checks import check_config
 from lgp_dist.config import STAGES, RunConfig, flatten
 from lgp_dist.data.manifest import ShardManifest
+from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.setup import Workers, check_trackers
 from lgp_dist.paths import PathSpace
@@ -39,7 +40,7 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     check_config(config)
     check_trackers(config.trackers)
     workers = Workers.start(config.engine)
-    manifest = ShardManifest.load(config.data.root)
+    manifest = ShardManifest.load(local_root(config.data))
     directory = RunDirectory(Path(config.directory), sources(config, manifest))
     images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
     check_stages(config, stages, directory, workers.world, images)

@@ -45,6 +45,8 @@ ONLY_IN = {
     "deepspeed": {"engine"},
     "torch.distributed": {"engine"},
     "webdataset": {"data"},
+    "fsspec": {"data"},
+    "aiohttp": {"data"},
     "tyro": {"cli"},
     "matplotlib": {"report"},
 }

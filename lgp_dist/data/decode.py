@@ -3,7 +3,7 @@
 import io
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ OPEN_FILES = 64
 """Shards that a process keeps open."""
 
 
+def open_file(path: Path) -> int:
+    """Handle to read a file; raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 class ShardFiles:
     """Reads ranges of bytes from shards, which it opens at first use and keeps open, the latest OPEN_FILES of them.
 
@@ -25,8 +30,9 @@ class ShardFiles:
     other; a pickled copy (spawn) starts with no open file. Not for several threads at once.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
+    def __init__(self, paths: Sequence[Path], opener: Callable[[Path], int] = open_file) -> None:
+        """opener: gives a handle to read a path; it may fetch the file first."""
+        self.paths, self.opener = tuple(paths), opener
         self._handles: OrderedDict[int, int] = OrderedDict()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
@@ -62,11 +68,11 @@ class ShardFiles:
         else:
             if len(self._handles) >= OPEN_FILES:
                 os.close(self._handles.popitem(last=False)[1])
-            self._handles[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            self._handles[shard] = self.opener(self.paths[shard])
         return self._handles[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "_handles": OrderedDict()}
+        return {**vars(self), "_handles": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()

@@ -6,7 +6,7 @@ and the start of the next. Nothing is skipped on resume, and world size and work
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 
 from lgp_dist.config import DataConfig, TrainConfig
 from lgp_dist.data.augment import Mixer, Transform, eval_transform, sample_rng, train_transform
+from lgp_dist.data.decode import ShardFiles
 from lgp_dist.data.index import ShardIndex, read_image
 from lgp_dist.data.manifest import MANIFEST_NAME, ShardManifest
 from lgp_dist.data.order import position_to_sample, stream_key
+from lgp_dist.data.roots import open_root
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch
 
@@ -36,14 +38,16 @@ class Items(Protocol):
 
 def open_split(data: DataConfig, split: str) -> ShardIndex:
     """The index of a split of data.root, after all checks that need no decoding; raises UserError at the first."""
-    manifest = ShardManifest.load(data.root)
-    manifest.check(split)
+    root = open_root(data)
+    manifest = ShardManifest.load(root.folder)
+    root.open_index(manifest, split)
     if manifest.classes and len(manifest.classes) != data.num_classes:
         raise UserError(
             f"{manifest.root / MANIFEST_NAME} has {len(manifest.classes)} classes but data.num_classes is"
             f" {data.num_classes}: set data.num_classes to {len(manifest.classes)}, or data.root to other shards."
         )
-    return ShardIndex.load(manifest, split, data.num_classes)
+    index = ShardIndex.load(manifest, split, data.num_classes)
+    return replace(index, files=ShardFiles(index.files.paths, root.open))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,10 @@ from lgp_dist.recipes import RECIPES, pool12, pool18, tiny
 
 FREE = {
     "workers",
+    "cache",
+    "cache_bytes",
+    "timeout_s",
+    "retries",
     "log_every",
     "device",
     "threads",

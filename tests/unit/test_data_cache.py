@@ -1,0 +1,465 @@
+"""Shards from elsewhere: every fault of a server has one outcome, and what lies in the cache is always whole."""
+
+import copy
+import fcntl
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from fault_server import FaultServer, serve
+
+from lgp_dist.config import DataConfig
+from lgp_dist.data import remote
+from lgp_dist.data.cache import ShardCache
+from lgp_dist.data.fetch import Patience
+from lgp_dist.data.manifest import ShardEntry
+from lgp_dist.data.roots import open_root
+from lgp_dist.errors import UserError
+
+SIZE = 300_000
+QUICK = Patience(timeout_s=0.4, retries=1, backoff_s=0.01)
+CALM = Patience(timeout_s=30.0, retries=3, backoff_s=0.01)
+NAMES = tuple(f"mine-train-{number}.tar" for number in range(5))
+
+
+def content_of(number: int) -> bytes:
+    return np.random.default_rng(number).bytes(SIZE)
+
+
+ENTRIES = tuple(
+    ShardEntry(name, 1, SIZE, hashlib.sha256(content_of(number)).hexdigest()) for number, name in enumerate(NAMES)
+)
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five files of SIZE random bytes; the cache never looks into a shard."""
+    made = tmp_path_factory.mktemp("served")
+    for number, name in enumerate(NAMES):
+        (made / name).write_bytes(content_of(number))
+    return made
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[FaultServer]:
+    with serve(folder) as facts:
+        yield facts
+
+
+def cache_of(root: str, folder: Path, shards: int = 100, patience: Patience = CALM) -> ShardCache:
+    """A cache with room for so many shards."""
+    return ShardCache(root, folder, shards * SIZE, ENTRIES, patience)
+
+
+def sentence(call: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert text.endswith(".") and "\n" not in text
+    return text
+
+
+def whole(folder: Path) -> set[str]:
+    """Names of the shards that are in the cache, each of which must have its right bytes."""
+    names = {entry.sha256: entry.name for entry in ENTRIES}
+    found = {path for path in (folder / "shards").iterdir() if path.suffix != ".part"}
+    for path in found:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+    return {names[path.name] for path in found}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for something that must come."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come")
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "pieces", "requests"),
+    [
+        ("404", ["does not exist (404)", "data.root"], 1),
+        ("403", ["may not be read (403)", "right to read"], 1),
+        ("503", ["status 503", "after 2 tries"], 2),
+        ("cut", ["cut off", "after 2 tries", "data.retries"], 2),
+        ("no-answer", ["cut off", "after 2 tries"], 4),  # aiohttp asks again at once, once
+        ("stall", ["stalled", "after 2 tries", "data.timeout_s"], 2),
+        ("stall-first", ["stalled", "after 2 tries"], 2),
+        ("drip", ["stalled", "after 2 tries"], 2),
+        ("longer", [f"has {SIZE + 4} bytes", f"wants {SIZE}"], 1),
+        ("shorter", [f"has {SIZE - 100} bytes", f"wants {SIZE}"], 1),
+        ("lies", [f"has {SIZE + 100} bytes", f"wants {SIZE}"], 1),
+        ("unsaid-short", ["cut off", "after 2 tries"], 2),
+        ("unsaid-longer", ["has more bytes", f"wants {SIZE}"], 1),
+        ("page", ["web page", "data.root"], 1),
+        ("page-of-right-size", ["web page", "data.root"], 1),
+        ("flipped", ["another sha256", "manifest"], 1),
+    ],
+)
+def test_fault_has_one_outcome(
+    server: FaultServer, tmp_path: Path, fault: str, pieces: list[str], requests: int
+) -> None:
+    """Three times: the same sentence after the same requests; and no shard in the cache."""
+    said = set()
+    for attempt in range(3):
+        cache = cache_of(server.root(fault), tmp_path / str(attempt), patience=QUICK)
+        said.add(sentence(lambda cache=cache: cache.path(NAMES[0])))
+        assert not whole(cache.folder) and cache.misses == 1 and cache.hits == 0
+    assert len(said) == 1
+    text = said.pop()
+    assert all(piece in text for piece in [f"{server.root(fault)}/{NAMES[0]} ", *pieces]), text
+    if fault not in ("cut", "unsaid-short"):  # there a try may see more of what was sent than the one before
+        assert server.count(NAMES[0]) == 3 * requests
+
+
+@pytest.mark.parametrize("fault", ["fine", "503-twice", "cut-once", "cut-often", "stall-once", "no-range", "unsaid"])
+def test_fault_that_passes(server: FaultServer, tmp_path: Path, fault: str) -> None:
+    """A try that came further does not count against data.retries: `cut-often` needs three."""
+    patience = Patience(timeout_s=1.0, retries=2 if fault == "503-twice" else 1, backoff_s=0.01)
+    cache = cache_of(server.root(fault), tmp_path, patience=patience)
+    assert cache.path(NAMES[1]).read_bytes() == content_of(1)
+    assert cache.path(NAMES[1]).read_bytes() == content_of(1)
+    assert (cache.hits, cache.misses) == (1, 1) and cache.bytes >= SIZE
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == [ENTRIES[1].sha256]
+
+
+def test_range_goes_on_where_it_stalled(server: FaultServer, tmp_path: Path) -> None:
+    cache = cache_of(server.root("stall-once"), tmp_path, patience=Patience(1.0, 1, 0.01))
+    assert cache.path(NAMES[0]).read_bytes() == content_of(0)
+    assert [start for *_, start in server.asked] == [0, SIZE // 2] and cache.bytes == SIZE
+
+
+def test_answer_of_another_range_is_not_used(server: FaultServer, tmp_path: Path) -> None:
+    cache = cache_of(server.root("other-range"), tmp_path, patience=Patience(1.0, 2, 0.01))
+    assert cache.path(NAMES[0]).read_bytes() == content_of(0)
+    assert [start for *_, start in server.asked] == [0, SIZE // 2, 0]
+
+
+def test_no_server(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        root = f"http://127.0.0.1:{taken.getsockname()[1]}/x"
+        text = sentence(lambda: cache_of(root, tmp_path, patience=QUICK).path(NAMES[0]))
+    assert f"{root}/{NAMES[0]} cannot be reached" in text and "after 2 tries" in text
+
+
+def test_part_of_another_file_is_dropped(server: FaultServer, tmp_path: Path) -> None:
+    """What an earlier process left need not be of this shard: the hash tells, and the shard is fetched anew."""
+    cache = cache_of(server.root("fine"), tmp_path)
+    part = tmp_path / "shards" / f"{ENTRIES[0].sha256}.{SIZE}.part"
+    for left in (SIZE - 1000, SIZE, SIZE + 1000):
+        part.write_bytes(content_of(3).ljust(left)[:left])
+        assert cache.path(NAMES[0]).read_bytes() == content_of(0)
+        (tmp_path / "shards" / ENTRIES[0].sha256).unlink()
+    assert [start for *_, start in server.asked] == [SIZE - 1000, 0, 0, 0]
+
+
+def test_shard_of_wrong_size_in_the_cache_is_fetched_again(server: FaultServer, tmp_path: Path) -> None:
+    cache = cache_of(server.root("fine"), tmp_path)
+    os.truncate(cache.path(NAMES[0]), 10)
+    assert cache.path(NAMES[0]).read_bytes() == content_of(0) and cache.misses == 2
+
+
+def test_cache_that_cannot_be_written(server: FaultServer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    text = sentence(lambda: cache_of(server.root("fine"), tmp_path / "file"))
+    assert str(tmp_path / "file") in text and "data.cache" in text
+
+
+# Other processes
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from lgp_dist.data import remote
+from lgp_dist.data.cache import ShardCache
+from lgp_dist.data.fetch import Patience
+from lgp_dist.data.manifest import ShardEntry
+remote.PIECE = 100_000
+root, folder, entry = sys.argv[1:]
+cache = ShardCache(root, Path(folder), 10**9, [ShardEntry(*json.loads(entry))], Patience(60.0, 0))
+print(cache.path(json.loads(entry)[0]), cache.bytes)
+"""
+
+
+def child(root: str, folder: Path, name: str = NAMES[0], limit: str = "", **variables: str) -> subprocess.Popen[str]:
+    """A process that asks for a shard. limit: of the shell, such as `ulimit -f 100`."""
+    entry = json.dumps([name, 1, SIZE, ENTRIES[0].sha256 if name == NAMES[0] else "0" * 64])
+    command = [
+        "bash",
+        "-c",
+        f'{limit or ":"}; exec "$@"',
+        "child",
+        sys.executable,
+        "-c",
+        CHILD,
+        root,
+        str(folder),
+        entry,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_processes_of_a_node_fetch_a_shard_once(server: FaultServer, tmp_path: Path) -> None:
+    children = [child(server.root("slow"), tmp_path) for _ in range(3)]
+    said = [process.communicate(timeout=120)[0].split() for process in children]
+    assert all(process.returncode == 0 for process in children)
+    assert {path for path, _ in said} == {str(tmp_path / "shards" / ENTRIES[0].sha256)}
+    assert sorted(int(moved) for _, moved in said) == [0, 0, SIZE]
+    assert server.count(NAMES[0]) == 1 and whole(tmp_path) == {NAMES[0]}
+
+
+def test_killed_process_leaves_no_lock_and_nothing_half_written(server: FaultServer, tmp_path: Path) -> None:
+    process = child(server.root("stall"), tmp_path)
+    part = tmp_path / "shards" / f"{ENTRIES[0].sha256}.{SIZE}.part"
+    until(lambda: part.exists() and part.stat().st_size > 0)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    begun = part.stat().st_size
+    assert whole(tmp_path) == set()
+    with open(tmp_path / "locks" / ENTRIES[0].sha256) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert cache_of(server.root("fine"), tmp_path).path(NAMES[0]).read_bytes() == content_of(0)
+    assert server.asked[-1][2] == begun, "the next process goes on where the killed one was"
+    assert whole(tmp_path) == {NAMES[0]} and not part.exists()
+
+
+def test_full_disk(server: FaultServer, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it; what has come is continued when there is room."""
+    process = child(server.root("fine"), tmp_path, limit="ulimit -f 100")
+    said = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert "UserError" in said and str(tmp_path) in said and "cannot be written to" in said and "data.cache" in said
+    assert whole(tmp_path) == set()
+    assert cache_of(server.root("fine"), tmp_path).path(NAMES[0]).read_bytes() == content_of(0)
+
+
+def test_forked_process_uses_the_cache(server: FaultServer, tmp_path: Path) -> None:
+    """A DataLoader's workers are forked after the parent has used the network."""
+    cache = cache_of(server.root("fine"), tmp_path)
+    cache.path(NAMES[0])
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=lambda: answers.put((cache.path(NAMES[1]).stat().st_size, cache.misses)))
+    process.start()
+    assert answers.get(timeout=60) == (SIZE, 1)
+    process.join(timeout=60)
+    assert process.exitcode == 0 and cache.path(NAMES[1]).read_bytes() == content_of(1)
+
+
+def test_copy_of_a_cache_works(server: FaultServer, tmp_path: Path) -> None:
+    """A spawned worker gets what __getstate__ gives."""
+    cache = cache_of(server.root("fine"), tmp_path)
+    cache.path(NAMES[0])
+    other = copy.copy(cache)
+    assert other.misses == 0 and other.path(NAMES[1]).read_bytes() == content_of(1)
+
+
+# What is kept
+
+
+def aged(cache: ShardCache, *numbers: int) -> None:
+    """Makes these shards look as asked for long ago, the first the longest."""
+    for place, number in enumerate(numbers):
+        os.utime(cache.folder / "shards" / ENTRIES[number].sha256, (1000 + place, 1000 + place))
+
+
+def test_what_was_not_asked_for_the_longest_goes_first(server: FaultServer, tmp_path: Path) -> None:
+    cache = cache_of(server.root("fine"), tmp_path, shards=3)
+    for number in range(3):
+        cache.path(NAMES[number])
+    aged(cache, 0, 1, 2)
+    cache.path(NAMES[0])
+    cache.path(NAMES[3])
+    assert whole(tmp_path) == {NAMES[0], NAMES[2], NAMES[3]}
+    cache.path(NAMES[4])
+    assert whole(tmp_path) == {NAMES[0], NAMES[3], NAMES[4]}
+    assert not list((tmp_path / "shards").glob("*.part"))
+
+
+def test_open_shard_stays(server: FaultServer, tmp_path: Path) -> None:
+    """Whoever has it open: the lock is seen across caches of one folder, as it is across processes."""
+    cache, other = (cache_of(server.root("fine"), tmp_path, shards=2) for _ in range(2))
+    handle = cache.open(NAMES[0])
+    cache.path(NAMES[1])
+    aged(cache, 0, 1)
+    other.path(NAMES[2])
+    assert whole(tmp_path) == {NAMES[0], NAMES[2]}
+    assert os.pread(handle, SIZE, 0) == content_of(0)
+    os.close(handle)
+    other.path(NAMES[3])
+    assert NAMES[0] not in whole(tmp_path)
+
+
+def test_all_in_use_grows_above_the_limit(
+    server: FaultServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = cache_of(server.root("fine"), tmp_path, shards=2)
+    handles = [cache.open(name) for name in NAMES[:4]]
+    assert whole(tmp_path) == set(NAMES[:4])
+    assert [os.pread(handle, SIZE, 0) for handle in handles] == [content_of(number) for number in range(4)]
+    assert sum("data.cache_bytes" in record.getMessage() for record in caplog.records) == 1
+    for handle in handles:
+        os.close(handle)
+    cache.path(NAMES[4])
+    assert len(whole(tmp_path)) == 2
+
+
+def test_part_that_nobody_fetches_goes(server: FaultServer, tmp_path: Path) -> None:
+    cache = cache_of(server.root("fine"), tmp_path, shards=2)
+    cache.path(NAMES[0])
+    part = tmp_path / "shards" / f"{'0' * 64}.{SIZE}.part"
+    part.write_bytes(b"left")
+    os.utime(part, (10, 10))
+    cache.path(NAMES[1])
+    assert not part.exists() and whole(tmp_path) == {NAMES[0], NAMES[1]}
+
+
+def test_limit_below_a_shard(server: FaultServer, tmp_path: Path) -> None:
+    text = sentence(lambda: ShardCache(server.root("fine"), tmp_path, SIZE - 1, ENTRIES))
+    assert f"data.cache_bytes is {SIZE - 1}" in text and NAMES[0] in text and str(SIZE) in text
+
+
+def test_prefetch_in_the_known_order(server: FaultServer, tmp_path: Path) -> None:
+    cache = cache_of(server.root("fine"), tmp_path)
+    order = [NAMES[number] for number in (3, 1, 4)]
+    cache.prefetch(order)
+    until(lambda: whole(tmp_path) == set(order))
+    assert [name for _, name, _ in server.asked] == order
+    assert cache.path(order[0]).read_bytes() == content_of(3)
+    assert (cache.hits, cache.misses) == (1, 0)
+
+
+def test_prefetch_waits_for_room(server: FaultServer, tmp_path: Path) -> None:
+    """It never throws out what it fetched before and is still wanted; the next announcement lets it go on."""
+    cache = cache_of(server.root("fine"), tmp_path, shards=2)
+    cache.prefetch(NAMES[:4])
+    until(lambda: whole(tmp_path) == set(NAMES[:2]))
+    time.sleep(1.2)  # two looks for room
+    assert whole(tmp_path) == set(NAMES[:2]) and len(server.asked) == 2
+    cache.prefetch(NAMES[1:3])
+    until(lambda: whole(tmp_path) == set(NAMES[1:3]))
+    assert cache.path(NAMES[4]).read_bytes() == content_of(4), "what is asked for is fetched in any case"
+    cache.close()
+
+
+def test_prefetch_that_fails_is_met_again(
+    server: FaultServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = cache_of(server.root("404"), tmp_path)
+    cache.prefetch(NAMES[:1])
+    until(lambda: any("404" in record.getMessage() for record in caplog.records))
+    assert "does not exist (404)" in sentence(lambda: cache.path(NAMES[0]))
+
+
+# Schemes
+
+
+def test_local_roots_are_not_copied(folder: Path, tmp_path: Path) -> None:
+    for root in (str(folder), f"file://{folder}", f"file://localhost{folder}"):
+        cache = ShardCache(root, tmp_path / "cache", 1, ENTRIES)
+        cache.prefetch(NAMES)
+        assert cache.path(NAMES[0]) == folder / NAMES[0]
+        handle = cache.open(NAMES[0])
+        assert os.pread(handle, 10, 0) == content_of(0)[:10]
+        os.close(handle)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_other_file_systems_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec's store in memory stands for s3, gs and hf, which are read by the same calls."""
+    monkeypatch.setattr(remote, "PIECE", 70_000)
+    store = fsspec.filesystem("memory")
+    store.pipe({f"/place/{name}": content_of(number) for number, name in enumerate(NAMES[:2])})
+    store.pipe(f"/place/{NAMES[2]}", content_of(2)[:-1])
+    store.pipe(f"/place/{NAMES[3]}", content_of(4))
+    cache = cache_of("memory://place", tmp_path, patience=QUICK)
+    assert [cache.path(name).read_bytes() for name in NAMES[:2]] == [content_of(0), content_of(1)]
+    part = tmp_path / "shards" / f"{ENTRIES[1].sha256}.{SIZE}.part"
+    cache.path(NAMES[1]).rename(part)
+    os.truncate(part, 100_001)
+    before = cache.bytes
+    assert cache.path(NAMES[1]).read_bytes() == content_of(1) and cache.bytes - before == SIZE - 100_001
+    assert f"memory://place/{NAMES[2]} has {SIZE - 1} bytes" in sentence(lambda: cache.path(NAMES[2]))
+    assert "another sha256" in sentence(lambda: cache.path(NAMES[3]))
+    assert "does not exist" in sentence(lambda: cache.path(NAMES[4]))
+
+
+def test_hub(folder: Path, tmp_path: Path) -> None:
+    """Through huggingface_hub, which reads HF_ENDPOINT when it is imported: in a process of its own."""
+    with serve(folder, hub=True) as hub:
+        at = f"http://127.0.0.1:{hub.port}"
+        for name, piece in ((NAMES[0], str(SIZE)), ("other.tar", "hf://datasets/me/set/d/other.tar does not exist")):
+            process = child("hf://datasets/me/set/d", tmp_path, name=name, HF_ENDPOINT=at, HF_HOME=str(tmp_path / "hf"))
+            assert piece in "".join(process.communicate(timeout=60))
+        pieces = [(f"to {start + 99_999}", NAMES[0], start) for start in range(0, SIZE, 100_000)]
+        assert hub.asked == pieces, "no byte twice"
+    assert whole(tmp_path) == {NAMES[0]}
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_package_that_is_missing(tmp_path: Path, scheme: str, package: str) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    text = sentence(lambda: cache_of(f"{scheme}://bucket/shards", tmp_path).path(NAMES[0]))
+    assert f"{scheme}://bucket/shards" in text and f"pip install {package}" in text
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        "pipe:touch ran; cat x",
+        "PIPE:touch ran",
+        "pipe://touch ran",
+        "ssh://host/x",
+        "sftp://host/x",
+        "simplecache::http://127.0.0.1/x",
+        "filecache::pipe:touch ran",
+        "reference://x",
+        "local:x",
+        "github://a:b@/x",
+        "s3:bucket",
+        "http:127.0.0.1/x",
+        "file://elsewhere/x",
+    ],
+)
+def test_root_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in (
+        sentence(lambda: open_root(DataConfig(root=root, cache=str(tmp_path / "cache")))),
+        sentence(lambda: ShardCache(root, tmp_path / "cache", 10**9)),
+    ):
+        assert "data.root" in text and "refused" in text and "https://" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("root", ["https://me:secret@host/x", "https://host/x?sig=secret", "s3://secret@b/x#secret"])
+def test_root_with_a_secret_is_refused_and_not_repeated(tmp_path: Path, root: str) -> None:
+    text = sentence(lambda: ShardCache(root, tmp_path, 10**9))
+    assert "secret" not in text and "netrc" in text
+
+
+def test_root_without_a_server(tmp_path: Path) -> None:
+    assert "names no server" in sentence(lambda: ShardCache("s3:///x", tmp_path, 10**9))
