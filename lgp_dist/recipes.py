@@ -39,7 +39,7 @@ def tiny() -> RunConfig:
             std=(0.3527,),
             crop_pct=1.0,
             augment=AugmentConfig(crop_scale=(0.8, 1.0)),
-            workers=0,
+            threads=0,
         ),
         model=ModelConfig(
             patch_size=7,

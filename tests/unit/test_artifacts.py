@@ -134,7 +134,7 @@ FREE = {
     "force": True,
     "debug": True,
     "trackers": (),
-    "data.workers": 5,
+    "data.threads": 5,
     "engine.threads": 3,
     "engine.device": "cpu",
     "distil.train.log_every": 1,
