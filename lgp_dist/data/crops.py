@@ -63,7 +63,11 @@ class Crop:
         """A random crop of pixels [H, W, C], resized into out [1, C, size, size] uint8. draws: for `random_box`."""
         height, width, _ = pixels.shape
         left, top, w, h = random_box(width, height, self.scale, draws)
-        self._resize(pixels[top : top + h, left : left + w], (self.size, self.size), out)
+        self.fit(pixels[top : top + h, left : left + w], out)
+
+    def fit(self, pixels: NDArray[np.uint8], out: Tensor) -> None:
+        """All of pixels [h, w, C], resized into out [1, C, size, size] uint8."""
+        self._resize(pixels, (self.size, self.size), out)
 
     def centre(self, pixels: NDArray[np.uint8], out: Tensor) -> None:
         """timm's evaluation: the short side resized to size / pct, then the middle, into out [1, C, size, size]."""
@@ -74,7 +78,7 @@ class Crop:
         else:
             h, w = int(short * height / width), short
         if (h, w) == (self.size, self.size):
-            self._resize(pixels, (h, w), out)
+            self.fit(pixels, out)
             return
         whole = torch.empty((1, h, w, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
         self._resize(pixels, (h, w), whole)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from lgp_dist.data.crops import DRAWS, Crop
 from lgp_dist.data.decode import BadImage, ShardFiles, decode_pixels
 from lgp_dist.data.draws import Keys, uniforms
 from lgp_dist.data.index import ShardIndex
+from lgp_dist.data.regions import RegionDecoder
 from lgp_dist.errors import UserError
 
 AHEAD = 2
@@ -82,6 +84,7 @@ class Loader:
         """
         if self.data.threads < 0:
             raise UserError(f"data.threads is {self.data.threads}: set it to 0 or to a number of threads.")
+        _ = self.crop, self.regions  # made once, before threads ask for them
         if self.data.threads:
             yield from self._ahead(plans)
             return
@@ -126,7 +129,7 @@ class Loader:
 
     def _read(self, job: _Job, places: range) -> None:
         """Reads some places of a job."""
-        plan, crop, channels = job.plan, Crop.of(self.data), self.data.channels
+        plan = job.plan
         images = job.buffer.permute(0, 3, 1, 2)
         rows = None if plan.keys is None else uniforms(plan.keys[places.start : places.stop], DRAWS).tolist()
         for number, place in enumerate(places):
@@ -136,20 +139,30 @@ class Loader:
                 continue
             for candidate in self._candidates(sample, plan.keys is not None):
                 try:
-                    pixels = decode_pixels(self._content(candidate), channels, self.index.describe(candidate))
+                    self._decode(candidate, rows and rows[number], out)
                 except BadImage as error:
                     job.bad.setdefault(place, error)
                     if not self.data.max_bad:
                         raise
                     continue
-                if rows is None:
-                    crop.centre(pixels, out)
-                else:
-                    crop.random(pixels, rows[number], out)
                 job.samples[place] = candidate
                 break
             else:
                 self._give_up(job, place, out)
+
+    def _decode(self, sample: int, draws: list[float] | None, out: Tensor) -> None:
+        """One image into out [1, C, S, S]; draws: of its random crop, None for the centre."""
+        content = self._content(sample)
+        if draws is not None and self.regions is not None:
+            part = self.regions.crop(content, self.crop, draws)
+            if part is not None:
+                self.crop.fit(part, out)
+                return
+        pixels = decode_pixels(content, self.data.channels, self.index.describe(sample))
+        if draws is None:
+            self.crop.centre(pixels, out)
+        else:
+            self.crop.random(pixels, draws, out)
 
     def _give_up(self, job: _Job, place: int, out: Tensor) -> None:
         """No candidate was good."""
@@ -169,6 +182,16 @@ class Loader:
     def _content(self, sample: int) -> bytes:
         index, files = self.index, self.files
         return files.read(int(index.shard[sample]), int(index.offset[sample]), int(index.size[sample]))
+
+    @cached_property
+    def crop(self) -> Crop:
+        """From image to input."""
+        return Crop.of(self.data)
+
+    @cached_property
+    def regions(self) -> RegionDecoder | None:
+        """The decoder of crops, where the configuration asks for it."""
+        return RegionDecoder() if self.data.decoder == "nvimgcodec" and self.data.channels == 3 else None
 
     @property
     def files(self) -> ShardFiles:

@@ -17,6 +17,7 @@ from run_helpers import SMALL, Lgp, break_images, has, index_of, overwrite, refu
 
 from lgp_dist.data.index import index_shards
 from lgp_dist.data.order import position_to_sample
+from lgp_dist.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -120,6 +121,20 @@ def test_image_that_does_not_decode(lgp: Lgp, finished_place: Path, stage: str, 
     break_images(split, [sample])
     sentence = refused(lgp, stage, "--force", begun=True)
     has(sentence, f"shards/{index.shards[0]}", str(index.keys[sample]), "decode", "lgp shards verify")
+
+
+def test_bad_images_within_the_limit(lgp: Lgp, finished_place: Path) -> None:
+    """The stage completes; log and metrics say what was replaced."""
+    index, samples = index_of("train"), position_to_sample(0, 0, 64)[[1, 2, 9]].tolist()
+    break_images("train", samples)
+    result = lgp("distil", *SMALL, "--force", "--data.max-bad=3", "--data.threads=2")
+    assert result.status == 0
+    for sample in samples:
+        has(Path("run/log.txt").read_text(), f"bad sample: {index.describe(sample)}: its bytes are no image")
+    lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "distil"]
+    assert [line["bad_samples"] for line in lines] == [2, 1]
+    sentence = refused(lgp, "distil", "--force", "--data.max-bad=2", begun=True)
+    has(sentence, "3 images of epoch 0 are bad", "data.max_bad allows 2", str(index.keys[samples[2]]))
 
 
 def test_failed_training_keeps_the_metrics_of_the_complete_artifact(lgp: Lgp, finished_place: Path) -> None:

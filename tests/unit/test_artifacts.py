@@ -135,6 +135,7 @@ FREE = {
     "debug": True,
     "trackers": (),
     "data.threads": 5,
+    "data.max_bad": 7,
     "engine.threads": 3,
     "engine.device": "cpu",
     "distil.train.log_every": 1,

@@ -1,6 +1,5 @@
 """Crops, operations and mixing against timm, torchvision and Pillow with the same numbers."""
 
-import io
 import math
 import random
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import timm.data.auto_augment as timm_ops
 import torch
+from data_helpers import jpeg, keys_for, photograph
 from PIL import Image
 from timm.data import create_transform
 from timm.data.mixup import mixup_target, rand_bbox
@@ -28,32 +28,6 @@ from lgp_dist.recipes import RECIPES
 CPU = torch.device("cpu")
 GREY = DataConfig(image_size=28, channels=1, mean=(0.3,), std=(0.4,), crop_pct=1.0)
 FILL = torch.tensor([124.0, 116.0, 104.0])
-
-
-def keys_for(count: int, purpose: str = "test", epoch: int = 0) -> np.ndarray:
-    return sample_keys(purpose, 0, np.full(count, epoch), np.arange(count))
-
-
-def photograph(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth shapes with edges and a little noise: what a JPEG is made for."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width] / max(width, height)
-    image = np.zeros((height, width, 3))
-    for _ in range(12):
-        a, b, c, d = rng.normal(size=4) * 6
-        wave = np.sin(a * x + b * y + c) + 0.3 * np.sin(5 * a * x * y + d)
-        image += wave[..., None] * rng.uniform(5, 25, 3)
-        image += ((x - rng.random()) ** 2 + (y - rng.random()) ** 2 < rng.random() ** 2 / 8)[..., None] * rng.normal(
-            0, 40, 3
-        )
-    image += 118 + rng.normal(0, 2, image.shape)
-    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
-
-
-def jpeg(image: Image.Image, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **{"quality": 95, **options})
-    return buffer.getvalue()
 
 
 # Numbers
