@@ -160,16 +160,39 @@ class BenchPaths:
     """Rounds over all paths; the median counts."""
 
 
+@dataclass(frozen=True)
+class BenchData:
+    """Images per CPU second of this loader and of others, on generated photographs."""
+
+    folder: Path
+    """Folder of the photographs' shards; --photos makes it."""
+    photos: str = ""
+    """Folders with photographs to make them from, separated by commas; empty if --folder has them already."""
+    samples: int = 4000
+    """Images to make."""
+    loaders: str = ""
+    """Loaders, separated by commas; empty for all that are installed."""
+    threads: int = 2
+    """Threads or worker processes."""
+    batch: int = 128
+    """Images of a batch."""
+    repeats: int = 3
+    """Rounds over all loaders; the median counts."""
+    json: bool = False
+    """Print a list of objects."""
+
+
 BenchAction = Annotated[
     Annotated[BenchSampler, tyro.conf.subcommand("sampler", prefix_name=False)]
-    | Annotated[BenchPaths, tyro.conf.subcommand("paths", prefix_name=False)],
+    | Annotated[BenchPaths, tyro.conf.subcommand("paths", prefix_name=False)]
+    | Annotated[BenchData, tyro.conf.subcommand("data", prefix_name=False)],
     tyro.conf.arg(name=""),
 ]
 
 
 @app.command
 def bench(action: BenchAction) -> None:
-    """Measure policies (by arithmetic) and paths (by the clock)."""
+    """Measure policies (by arithmetic), paths and loaders (by the clock)."""
     debug = isinstance(action, BenchPaths) and action.recipe.debug
     _guarded(lambda: _bench(action), debug=debug)
 
@@ -212,7 +235,10 @@ def _shards(action: Build | Index | Verify) -> None:
         sys.stdout.write(f"{action.root}: every shard and image is whole\n")
 
 
-def _bench(action: BenchSampler | BenchPaths) -> None:
+def _bench(action: BenchSampler | BenchPaths | BenchData) -> None:
+    if isinstance(action, BenchData):
+        _bench_data(action)
+        return
     if isinstance(action, BenchPaths):
         from lgp_dist.bench.paths import bench_paths, say  # torch and timm, as above
 
@@ -229,6 +255,22 @@ def _bench(action: BenchSampler | BenchPaths) -> None:
         action.seed,
     )
     sys.stdout.write((json.dumps(rows, indent=2) if action.json else sampler.sampler_table(rows)) + "\n")
+
+
+def _bench_data(action: BenchData) -> None:
+    from lgp_dist.bench.data import bench_data, data_table  # torch and timm, as above
+
+    rows = bench_data(
+        action.folder,
+        [Path(part) for part in action.photos.split(",") if part],
+        action.samples,
+        [part.strip() for part in action.loaders.split(",") if part],
+        action.threads,
+        action.batch,
+        action.repeats,
+        lambda line: sys.stderr.write(line + "\n") and None,
+    )
+    sys.stdout.write((json.dumps(rows, indent=2) if action.json else data_table(rows)) + "\n")
 
 
 def _guarded(call: Callable[[], None], debug: bool, run_dir: str = "") -> None:

@@ -44,7 +44,7 @@ ONLY_IN = {
     "accelerate": {"engine"},
     "deepspeed": {"engine"},
     "torch.distributed": {"engine"},
-    "webdataset": {"data"},
+    "webdataset": {"data", "bench"},
     "tyro": {"cli"},
     "matplotlib": {"report"},
 }
