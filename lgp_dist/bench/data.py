@@ -68,9 +68,12 @@ def bench_data(
     chosen = _check(loaders, samples, threads, batch, repeats)
     if photos:
         make_photographs(photos, folder, samples, max(1, min(8, samples // batch)), progress)
+    elif not all((folder / variant).is_dir() for variant in VARIANTS):
+        raise UserError(f"--folder {folder} has no photographs: make them with --photos FOLDER_OF_PHOTOGRAPHS.")
     about, rows = environment(), []
+    sizes = {variant: _sizes(folder / variant) for variant in VARIANTS}
     for variant in VARIANTS:
-        rates, sizes = _rates(folder / variant, chosen, threads, batch, repeats, progress), _sizes(folder / variant)
+        rates = _rates(folder / variant, chosen, threads, batch, repeats, progress)
         middle = {loader: median(values) for loader, values in rates.items()}
         for loader in chosen:
             rows.append(
@@ -81,7 +84,7 @@ def bench_data(
                     "ratio": round(middle[loader] / middle[BASE], 3) if BASE in middle else None,
                     "spread": round((max(rates[loader]) - min(rates[loader])) / middle[loader], 4),
                     "share_of_decoder": _share(loader, middle),
-                    **sizes,
+                    **sizes[variant],
                     "threads": threads,
                     "batch": batch,
                     "repeats": repeats,

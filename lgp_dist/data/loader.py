@@ -141,9 +141,10 @@ class Loader:
                 try:
                     self._decode(candidate, rows and rows[number], out)
                 except BadImage as error:
-                    job.bad.setdefault(place, error)
+                    named = BadImage(self.index.describe(candidate), error.reason)
+                    job.bad.setdefault(place, named)
                     if not self.data.max_bad:
-                        raise
+                        raise named from error
                     continue
                 job.samples[place] = candidate
                 break
@@ -158,7 +159,7 @@ class Loader:
             if part is not None:
                 self.crop.fit(part, out)
                 return
-        pixels = decode_pixels(content, self.data.channels, self.index.describe(sample))
+        pixels = decode_pixels(content, self.data.channels, "")
         if draws is None:
             self.crop.centre(pixels, out)
         else:
