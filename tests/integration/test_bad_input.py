@@ -333,6 +333,30 @@ def processes_with(mark: str) -> list[int]:
     return found
 
 
+def launched(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`lgp ARGUMENTS` on two processes."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "launch_configs/cpu_2.yaml"]
+    return subprocess.run(
+        [*launch, "-m", "lgp_dist", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_bad_images_of_all_ranks_count(finished_place: Path) -> None:
+    """Two on each rank: neither alone has more than three, together they have; metrics count those of both."""
+    break_images("train", position_to_sample(0, 0, 64)[[0, 1, 2, 11]].tolist())
+    done = launched("distil", *SMALL, "--force", "--data.max-bad=4")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "distil"]
+    assert [line["bad_samples"] for line in lines] == [3, 1]
+    done = launched("distil", *SMALL, "--force", "--data.max-bad=3")
+    assert done.returncode != 0 and "4 images of epoch 0 are bad, and data.max_bad allows 3" in done.stderr
+
+
 @pytest.mark.parametrize("positions", [range(64), range(1, 8, 2)], ids=["both ranks fail", "rank 1 fails"])
 def test_launch_ends_when_an_image_is_broken(finished_place: Path, positions: range) -> None:
     """With batch 8, the odd positions are those of rank 1 in the first step."""
@@ -343,15 +367,7 @@ def test_launch_ends_when_an_image_is_broken(finished_place: Path, positions: ra
         uuid.uuid4().hex,
         time.time(),
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "launch_configs/cpu_2.yaml"]
-    done = subprocess.run(
-        [*launch, "-m", "lgp_dist", "distil", *SMALL, "--force"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "LGP_TEST_MARK": mark},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = launched("distil", *SMALL, "--force", LGP_TEST_MARK=mark)
     assert done.returncode != 0 and time.time() - began < 60
     sentences = [line for line in done.stderr.splitlines() if re.match(r"lgp( \(rank 1\))?: ", line)]
     assert len(sentences) == 1 and "cannot be decoded" in sentences[0] and sentences[0].endswith("."), done.stderr
