@@ -41,6 +41,8 @@ class Plan:
     """[B] for the random crop; None for the centre crop of evaluation."""
     epoch: int = 0
     """To which its bad samples count."""
+    replaces: bool = True
+    """Whether a neighbour stands in for a bad sample; else zeros do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ class Loader:
     def load(self, plans: Iterable[Plan]) -> Iterator[Loaded]:
         """The plans in order, read by data.threads threads (0: in this one, when asked).
 
-        A bad sample is replaced: in training by the next good one of its shard, in a circle; in evaluation by zeros.
+        A bad sample is replaced: by the next good one of its shard, in a circle, or by zeros where the plan says so.
         With data.max_bad 0 it raises BadImage. Raises UserError for a shard that cannot be read, and where none of the
         next NEIGHBOURS samples is good. Errors come when their batch is asked for.
         """
@@ -137,7 +139,7 @@ class Loader:
             if sample < 0:
                 out.zero_()
                 continue
-            for candidate in self._candidates(sample, plan.keys is not None):
+            for candidate in self._candidates(sample, plan.replaces):
                 try:
                     self._decode(candidate, rows and rows[number], out)
                 except BadImage as error:
@@ -167,14 +169,14 @@ class Loader:
 
     def _give_up(self, job: _Job, place: int, out: Tensor) -> None:
         """No candidate was good."""
-        if job.plan.keys is not None:
+        if job.plan.replaces:
             raise UserError(f"{str(job.bad[place]).removesuffix('.')}; neither can any of the samples after it.")
         out.zero_()
         job.samples[place] = -1
 
-    def _candidates(self, sample: int, training: bool) -> list[int]:
+    def _candidates(self, sample: int, replaces: bool) -> list[int]:
         """The sample and what may stand in for it: the next ones of its shard, in a circle."""
-        if not (training and self.data.max_bad):
+        if not (replaces and self.data.max_bad):
             return [sample]
         first, last = np.searchsorted(self.index.shard, [self.index.shard[sample], self.index.shard[sample] + 1])
         count = int(last - first)

@@ -207,7 +207,7 @@ def evaluation_batches(
     table = np.full(rounds * world * size, -1, dtype=np.int64)
     table[:count] = samples
     mine = table.reshape(rounds, world, size)[:, rank]
-    yield from _clean(index, data, (Plan(row) for row in mine), device)
+    yield from _clean(index, data, (Plan(row, replaces=False) for row in mine), device)
 
 
 def clean_batches(
@@ -215,7 +215,7 @@ def clean_batches(
 ) -> Iterator[Batch]:
     """The first `count` samples (or all, if there are fewer) of epoch 0's order, not augmented; for one rank.
 
-    The last batch may be smaller than batch_size.
+    The last batch may be smaller than batch_size. A bad sample is replaced as in training.
     """
     order = order_of(index, data, seed).samples(np.arange(min(count, len(index)), dtype=np.int64))
     rows = (order[start : start + batch_size] for start in range(0, len(order), batch_size))

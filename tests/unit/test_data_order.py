@@ -166,6 +166,14 @@ def test_pixels_and_targets_do_not_depend_on_ranks_and_threads(mixup: float) -> 
         )
 
 
+@pytest.mark.parametrize("world", [2, 8, 16])
+def test_pixels_of_sixteen_ranks(world: int) -> None:
+    whole, found = sequence(1, 0, 0.0, 16, 5), sequence(world, 1, 0.0, 16, 5)
+    assert all(
+        torch.equal(a, b) for left, right in zip(whole, found, strict=True) for a, b in zip(left, right, strict=True)
+    )
+
+
 def test_pixels_do_not_depend_on_the_batch_size() -> None:
     one, other = sequence(1, 0, 0.8, 12, 4), sequence(2, 2, 0.8, 24, 2)
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one, other, strict=True))

@@ -313,6 +313,15 @@ def test_bad_samples_of_evaluation_do_not_count(tmp_path: Path, threads: int) ->
         list(evaluation_batches(index, dataclasses.replace(data, max_bad=1), 5, 0, 1))
 
 
+def test_bad_samples_of_clean_batches_are_replaced(tmp_path: Path) -> None:
+    index, data = broken(tmp_path, [3, 20]), dataclasses.replace(DATA, max_bad=2)
+    batches = list(clean_batches(index, data, 24, 24, seed=3))
+    place = position_to_sample(3, 0, 24).tolist().index
+    assert all(batches[0].weight == 1) and batches[0].facts["bad_samples"] == 2
+    for bad, good in ((3, 4), (20, 21)):
+        assert torch.equal(batches[0].images[place(bad)], batches[0].images[place(good)])
+
+
 # Threads
 
 
