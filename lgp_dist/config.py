@@ -1,6 +1,6 @@
 """Every number a person may choose, as frozen dataclasses with units in the field docs.
 
-A field whose metadata holds ``free`` may differ between runs without changing what is computed (workers, logging,
+A field whose metadata holds ``free`` may differ between runs without changing what is computed (threads, logging,
 the run directory); all others belong to the meaning of a run and are compared before an artifact is used again.
 """
 
@@ -23,7 +23,7 @@ def free(default: Any) -> Any:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Training augmentation, applied by timm's transforms with a generator per sample."""
+    """Training augmentation as timm's; crops while decoding, the rest on the device, each drawn for every sample."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop, as a share of the image."""
@@ -64,8 +64,14 @@ class DataConfig:
     """Share of the resized image that the evaluation's centre crop keeps."""
     augment: AugmentConfig = AugmentConfig()
     """Training augmentation."""
-    workers: int = free(8)
-    """Decoding processes per rank; 0 decodes in the training process."""
+    window: int = 256
+    """Shards that are shuffled together; about so many are in use at a time."""
+    decoder: Literal["simplejpeg", "nvimgcodec"] = free("simplejpeg")
+    """Of JPEGs in training: libjpeg-turbo, or the extra nvimgcodec, which decodes only what a crop needs."""
+    max_bad: int = free(0)
+    """Images of an epoch, over all ranks, that may be bad; each is replaced and named, and one more stops the run."""
+    threads: int = free(8)
+    """Decoding threads per rank; 0 decodes in the training thread."""
     cache: str = free("")
     """Folder on a disk of this node for shards of a remote root; empty for $XDG_CACHE_HOME/lgp or ~/.cache/lgp."""
     cache_bytes: int = free(200_000_000_000)

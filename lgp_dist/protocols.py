@@ -1,6 +1,7 @@
 """The contract between data, tasks and engine."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +18,13 @@ class Batch:
     """[B] int64 labels, or [B, classes] float32 after mixup or smoothing."""
     weight: Tensor
     """[B] float32: 1, or 0 for a sample that only fills up an evaluation batch."""
+    facts: Mapping[str, int] = field(default_factory=dict)
+    """Counts about this batch on this rank; every training batch of a run has the same names."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device, copied without blocking where memory is pinned."""
-        return Batch(*(part.to(device, non_blocking=True) for part in (self.images, self.targets, self.weight)))
+        parts = (part.to(device, non_blocking=True) for part in (self.images, self.targets, self.weight))
+        return Batch(*parts, self.facts)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,13 @@ from lgp_dist.config import (
     TrainConfig,
 )
 
+DEIT_AUGMENT = AugmentConfig(color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.25)
+"""The published augmentation of DeiT and of SN-Net's DeiT experiments (both without repeated augmentation here). As in
+timm, colour jitter gives way to an automatic augmentation."""
+
+DEIT_MIX = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
+"""The mixing of the same recipes, for a TrainConfig."""
+
 
 def tiny() -> RunConfig:
     """The quickstart: Fashion-MNIST at 28 x 28, 17 tokens, rows of 6 blocks and widths 32 and 96.
@@ -39,7 +46,7 @@ def tiny() -> RunConfig:
             std=(0.3527,),
             crop_pct=1.0,
             augment=AugmentConfig(crop_scale=(0.8, 1.0)),
-            workers=0,
+            threads=0,
         ),
         model=ModelConfig(
             patch_size=7,
@@ -73,11 +80,9 @@ def pool12() -> RunConfig:
     loop = TrainConfig(epochs=100.0, batch_size=128, lr=5e-4, warmup_epochs=5.0, log_every=50)
     return RunConfig(
         recipe="pool12",
-        data=DataConfig(
-            augment=AugmentConfig(color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.25),
-        ),
+        data=DataConfig(augment=DEIT_AUGMENT),
         engine=EngineConfig(precision="bf16", device="cuda"),
-        distil=DistilConfig(train=replace(loop, mixup=0.8, cutmix=1.0, label_smoothing=0.1)),
+        distil=DistilConfig(train=replace(loop, **DEIT_MIX)),
         finetune=FinetuneConfig(train=replace(loop, epochs=50.0)),
         budget=Budget(max_params=20e6),
     )

@@ -44,7 +44,7 @@ ONLY_IN = {
     "accelerate": {"engine"},
     "deepspeed": {"engine"},
     "torch.distributed": {"engine"},
-    "webdataset": {"data"},
+    "webdataset": {"data", "bench"},
     "fsspec": {"data"},
     "aiohttp": {"data"},
     "tyro": {"cli"},

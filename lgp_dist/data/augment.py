@@ -1,126 +1,106 @@
-"""Augmentation and mixing whose randomness depends on sample and position only."""
+"""From uint8 pixels to normalised images on the device. All that is drawn is keyed by (seed, epoch, sample)."""
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import Mixup, create_transform
-from timm.data.mixup import one_hot
 from torch import Tensor
 
-from lgp_dist.config import DataConfig, TrainConfig
-from lgp_dist.data.order import stream_key
+from lgp_dist.config import DataConfig
+from lgp_dist.data.draws import Keys, Numbers, device_normals, uniforms
+from lgp_dist.data.randaugment import RandAugment, colour_jitter
 from lgp_dist.errors import UserError
 
-Transform = Callable[[Image.Image], Tensor]
-"""From a PIL image to [C, H, W] float32, normalised."""
+ERASE_AREA, ERASE_RATIO, ERASE_TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
+"""timm's rectangle: share of the image, height by width, and how often one that does not fit is drawn again."""
 
 
-def train_transform(data: DataConfig) -> Transform:
-    """timm's training transform; draws from the global generators: call it inside sample_rng.
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Augmentation and normalisation of a configuration. Raises UserError when made for values that cannot be."""
 
-    Raises UserError for constants that do not fit the channels and for an augmentation that timm does not know.
-    """
-    _check(data)
-    augment = data.augment
-    try:
-        return create_transform(
-            input_size=data.image_size,
-            is_training=True,
-            scale=augment.crop_scale,
-            hflip=augment.hflip,
-            color_jitter=augment.color_jitter or None,
-            auto_augment=augment.auto_augment or None,
-            interpolation=data.interpolation,
-            mean=data.mean,
-            std=data.std,
-            re_prob=augment.random_erase,
-            re_mode="pixel",
-        )
-    except (AssertionError, ValueError, KeyError) as error:
-        raise UserError(
-            f"timm cannot make the augmentation data.augment.auto_augment '{augment.auto_augment}' ({error}): use a"
-            " name such as rand-m9-mstd0.5-inc1, or leave it empty."
-        ) from error
+    data: DataConfig
+    device: torch.device
 
+    def __post_init__(self) -> None:
+        check_data(self.data)
+        _ = self.policy  # says at once what is wrong with its name
 
-def eval_transform(data: DataConfig) -> Transform:
-    """timm's evaluation transform: resize, centre crop, normalise. Draws nothing."""
-    _check(data)
-    return create_transform(
-        input_size=data.image_size,
-        is_training=False,
-        interpolation=data.interpolation,
-        mean=data.mean,
-        std=data.std,
-        crop_pct=data.crop_pct,
-    )
+    @cached_property
+    def policy(self) -> RandAugment | None:
+        """RandAugment, where the configuration names one."""
+        name = self.data.augment.auto_augment
+        return RandAugment.parse(name) if name else None
 
+    @cached_property
+    def _constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Factor and offset that normalise 0 .. 255, and the mean colour, [C] each."""
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.data.mean, self.data.std))
+        parts = (1 / (255 * std), mean / std, (255 * mean).round())
+        return tuple(part.float().to(self.device) for part in parts)  # type: ignore[return-value]
 
-def sample_rng(seed: int, epoch: int, sample: int) -> AbstractContextManager[None]:
-    """Inside, Python's, numpy's and torch's global CPU generators give numbers that depend on the arguments only.
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images [B, C, S, S] of 0 .. 255 as contiguous float32 with the configured mean and deviation."""
+        factor, offset, _ = self._constants
+        values = images.to(torch.float32, memory_format=torch.contiguous_format)
+        return values.mul_(factor.view(1, -1, 1, 1)).sub_(offset.view(1, -1, 1, 1))
 
-    On exit all three go on as if nothing had happened.
-    """
-    return _seeded(stream_key("augment", seed, epoch, sample))
+    def augment(self, images: Tensor, keys: Keys) -> Tensor:
+        """Flip, RandAugment or colour jitter, normalisation, erasing, each with its own numbers for each sample.
 
-
-@contextmanager
-def _seeded(key: int) -> Iterator[None]:
-    """The global CPU generators, seeded by a key of up to 128 bits; their states come back on exit."""
-    words = np.array([(key >> shift) & 0xFFFFFFFF for shift in (0, 32, 64, 96)], dtype=np.uint32)
-    python, legacy, generator = random.getstate(), np.random.get_state(), torch.default_generator
-    state = generator.get_state()
-    try:
-        random.seed(key)
-        np.random.seed(words)
-        generator.manual_seed(key & (2**63 - 1))
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
-        generator.set_state(state)
-
-
-class Mixer:
-    """timm's Mixup, CutMix and label smoothing for a batch; mixes each image with its mirror place in the batch."""
-
-    def __init__(self, train: TrainConfig, num_classes: int) -> None:
-        self.mixes = train.mixup > 0 or train.cutmix > 0
-        self.smoothing = train.label_smoothing
-        self.num_classes = num_classes
-        self._mixup = Mixup(
-            mixup_alpha=train.mixup,
-            cutmix_alpha=train.cutmix,
-            label_smoothing=train.label_smoothing,
-            num_classes=num_classes,
-        )
-
-    def __call__(self, images: Tensor, targets: Tensor, key: int) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] float32, which may be overwritten, and labels [B] int64 to images and targets.
-
-        Targets are [B, classes] float32; with no mixing and no smoothing they are the labels unchanged. The draw
-        depends on `key` only. Raises UserError for an odd B with mixing.
+        images: [B, C, S, S] uint8, which may be overwritten. keys: [B]. Returns float32.
         """
-        if self.mixes:
-            if len(images) % 2:
-                raise UserError(
-                    f"A micro-batch of {len(images)} images is odd, which mixup and cutmix cannot pair:"
-                    " set batch_size to an even number per rank and micro-step, or both to 0."
-                )
-            with _seeded(key):
-                return self._mixup(images, targets)
-        if self.smoothing > 0:
-            off = self.smoothing / self.num_classes
-            return images, one_hot(targets, self.num_classes, on_value=1.0 - self.smoothing + off, off_value=off)
-        return images, targets
+        augment = self.data.augment
+        draws = uniforms(keys, 1 + 3 * ERASE_TRIES + 1)
+        if augment.hflip:
+            flip = torch.from_numpy(draws[:, 0] < augment.hflip).to(self.device)
+            images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+        if self.policy:
+            images = self.policy(images, keys ^ np.uint64(1), self._constants[2])
+        elif augment.color_jitter:
+            images = colour_jitter(images, augment.color_jitter, keys ^ np.uint64(2))
+        values = self.normalise(images)
+        if augment.random_erase:
+            self._erase(values, keys ^ np.uint64(3), draws[:, 1:])
+        return values
+
+    def _erase(self, images: Tensor, keys: Keys, draws: Numbers) -> None:
+        """timm's RandomErasing of mode pixel: a rectangle of normal noise."""
+        chosen = np.flatnonzero(draws[:, 0] < self.data.augment.random_erase)
+        if not len(chosen):
+            return
+        channels, height, width = images.shape[1:]
+        boxes = [erase_box(height, width, draws[place, 1:].tolist()) for place in chosen]
+        top, left, h, w = (torch.tensor(column, device=self.device).view(-1, 1, 1, 1) for column in zip(*boxes))  # noqa: B905
+        rows = torch.arange(height, device=self.device).view(1, 1, -1, 1)
+        columns = torch.arange(width, device=self.device).view(1, 1, 1, -1)
+        inside = (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w)
+        bits = torch.from_numpy(keys[chosen].view(np.int64)).to(self.device)
+        noise = device_normals(bits, channels * height * width).view(-1, channels, height, width)
+        where = torch.from_numpy(chosen).to(self.device)
+        images[where] = torch.where(inside, noise, images[where])
 
 
-def _check(data: DataConfig) -> None:
-    """Raises UserError for values that timm would take and turn into wrong pixels or an obscure error."""
+def erase_box(height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of timm's random rectangle; empty where none of the tries fits.
+
+    draws: 3 * ERASE_TRIES numbers; three of each try: area, ratio, and place (its two halves of 26 bits).
+    """
+    low, high = math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1])
+    for area, ratio, place in zip(draws[::3], draws[1::3], draws[2::3], strict=True):
+        target = (ERASE_AREA[0] + (ERASE_AREA[1] - ERASE_AREA[0]) * area) * height * width
+        aspect = math.exp(low + (high - low) * ratio)
+        h, w = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if h < height and w < width:
+            first = place * (height - h + 1)
+            return int(first), int((first % 1.0) * (width - w + 1)), h, w
+    return 0, 0, 0, 0
+
+
+def check_data(data: DataConfig) -> None:
+    """Raises UserError for values that would become wrong pixels or an obscure error."""
     if data.channels not in (1, 3):
         raise UserError(f"data.channels is {data.channels}, which no image has: set it to 1 (grey) or 3 (RGB).")
     for key, values in (("mean", data.mean), ("std", data.std)):

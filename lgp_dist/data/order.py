@@ -1,9 +1,17 @@
-"""Orders and keys as pure functions of numbers: the same on every rank, worker, machine and version of a library."""
+"""Orders and keys as pure functions of numbers: the same on every rank, thread, machine and version of a library."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lgp_dist.errors import UserError
+
+LANES = 64
+"""Parts of an epoch that run side by side; with as many ranks as divide them, a shard is read by few ranks."""
 
 
 def stream_key(purpose: str, *numbers: int) -> int:
@@ -12,11 +20,168 @@ def stream_key(purpose: str, *numbers: int) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
-def position_to_sample(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order of an epoch: element i is the sample at position i of that epoch; a permutation of range(n).
+def permutation(n: int, purpose: str, *numbers: int) -> NDArray[np.int64]:
+    """A permutation of range(n) for one use of randomness.
 
-    It sorts n raw 64-bit outputs of the counter-based generator Philox, keyed by (seed, epoch). numpy promises these
-    outputs for all its versions (but not what Generator.permutation does with them), so the order never changes.
+    It sorts n raw 64-bit outputs of the counter-based generator Philox. numpy promises these outputs for all its
+    versions (but not what Generator.permutation does with them), so the order never changes.
     """
-    raw = np.random.Philox(key=stream_key("order", seed, epoch)).random_raw(n)
+    raw = np.random.Philox(key=stream_key(purpose, *numbers)).random_raw(n)
     return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
+
+
+def position_to_sample(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
+    """The order of an epoch where all shards are in one window: element i is the sample at position i."""
+    return permutation(n, "order", seed, epoch)
+
+
+@dataclass(frozen=True)
+class DataCursor:
+    """Where a training stream stands: its whole state, the same on every rank, at any world size and batch size."""
+
+    position: int
+    """Samples that the optimizer has consumed since the start of the run."""
+    fingerprint: str
+    """Of the index and of the rule of the order: see `SampleOrder.fingerprint`."""
+
+    def check(self, fingerprint: str, place: str) -> None:
+        """Raises UserError unless the position is one of these shards. place: names them, for the sentence."""
+        if self.position < 0:
+            raise UserError(f"The data position {self.position} is below 0: resume from another checkpoint.")
+        if self.fingerprint != fingerprint:
+            raise UserError(
+                f"The data position {self.position} belongs to other shards or another data.window ({self.fingerprint})"
+                f" than {place} ({fingerprint}): set data.root and data.window as they were, or begin a new run."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class SampleOrder:
+    """From position to sample. Position p, counted from the start of the run, belongs to epoch p // n.
+
+    With at most `window` shards an epoch is one permutation. With more, shards are permuted, their samples in this
+    sequence cut into LANES lanes (position p is of lane p % LANES) and each lane into windows, and samples are
+    permuted within their window. About `window` shards are then in use at a time, and memory is of that size.
+    Not for several threads at once.
+    """
+
+    sizes: tuple[int, ...]
+    """Samples of each shard; samples are numbered shard by shard."""
+    seed: int
+    """Of the run."""
+    window: int
+    """Shards that are mixed at a time, 1 or more."""
+
+    @cached_property
+    def n(self) -> int:
+        """Samples of an epoch."""
+        return sum(self.sizes)
+
+    @property
+    def whole(self) -> bool:
+        """Whether one window holds all shards."""
+        return len(self.sizes) <= self.window
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of this order: 1 where one window holds all shards."""
+        return 1 if self.whole else min(LANES, self.window)
+
+    def samples(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sample at each position; positions [k], 0 or more, in any order."""
+        found = np.empty(len(positions), dtype=np.int64)
+        epochs = positions // self.n
+        groups = epochs * self.lanes + positions % self.lanes
+        for group in np.unique(groups).tolist():
+            mine = np.flatnonzero(groups == group)
+            found[mine] = self._of_lane(group // self.lanes, group % self.lanes, positions[mine])
+        return found
+
+    def _of_lane(self, epoch: int, lane: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Samples at positions that are all of one epoch and lane."""
+        if self.whole:
+            order = self._cached(epoch, 0, 0, partial(position_to_sample, self.seed, epoch, self.n))
+            return order[positions - epoch * self.n]
+        first = epoch * self.n + (lane - epoch * self.n) % self.lanes
+        places = (positions - first) // self.lanes
+        begin, end = self._lane(epoch, lane)
+        count = self._windows(end - begin)
+        found = np.empty(len(places), dtype=np.int64)
+        edges = (end - begin) * np.arange(count + 1, dtype=np.int64) // count
+        numbers = np.searchsorted(edges, places, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            inside = numbers == number
+            low, high = begin + int(edges[number]), begin + int(edges[number + 1])
+            order = self._cached(epoch, lane, number, partial(self._window, epoch, lane, number, low, high))
+            found[inside] = order[places[inside] - int(edges[number])]
+        return found
+
+    def _lane(self, epoch: int, lane: int) -> tuple[int, int]:
+        """First and last + 1 place of a lane in the sequence of permuted shards."""
+        lengths = [self._length(epoch, other) for other in range(lane + 1)]
+        return sum(lengths[:-1]), sum(lengths)
+
+    def _length(self, epoch: int, lane: int) -> int:
+        """Positions of an epoch that are of one lane."""
+        start = epoch * self.n
+        return (start + self.n - lane - 1) // self.lanes - (start - lane - 1) // self.lanes
+
+    def _windows(self, length: int) -> int:
+        """Windows of a lane of so many samples."""
+        return max(1, round(length * len(self.sizes) * self.lanes / (self.window * max(self.n, 1))))
+
+    def _window(self, epoch: int, lane: int, number: int, low: int, high: int) -> NDArray[np.int64]:
+        """Samples of one window in their order; low, high: places in the sequence of permuted shards."""
+        order, ends = self._shards(epoch)
+        places = low + permutation(high - low, "window", self.seed, epoch, lane, number)
+        rank = np.searchsorted(ends, places, side="right")
+        shard = order[rank]
+        return self._starts[shard] + places - (ends[rank] - self._sizes[shard])
+
+    def _shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Order of the shards in an epoch, and where each ends in their sequence."""
+        if epoch not in self._shard_orders:
+            while len(self._shard_orders) > 1:
+                self._shard_orders.pop(next(iter(self._shard_orders)))
+            order = permutation(len(self.sizes), "shards", self.seed, epoch)
+            self._shard_orders[epoch] = order, np.cumsum(self._sizes[order])
+        return self._shard_orders[epoch]
+
+    def _cached(self, epoch: int, lane: int, number: int, make: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
+        """The order of a window; the latest window of each lane and of two epochs is kept."""
+        kept = self._orders.get((epoch % 2, lane))
+        if kept is None or kept[0] != (epoch, number):
+            kept = ((epoch, number), make())
+            self._orders[epoch % 2, lane] = kept
+        return kept[1]
+
+    @cached_property
+    def _orders(self) -> dict[tuple[int, int], tuple[tuple[int, int], NDArray[np.int64]]]:
+        return {}
+
+    @cached_property
+    def _shard_orders(self) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        return {}
+
+    @cached_property
+    def _sizes(self) -> NDArray[np.int64]:
+        return np.array(self.sizes, dtype=np.int64)
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.cumsum(self._sizes) - self._sizes
+
+
+def shuffle_quality(order: SampleOrder, batch: int, batches: int = 32) -> float:
+    """Mean number of distinct shards in a batch, over batches evenly spread over epoch 0.
+
+    1,024 shards and batches of 1,024: 647 for a full permutation, 64 for a window of 64 shards.
+    """
+    ends = np.cumsum(np.array(order.sizes, dtype=np.int64))
+    whole = max(1, order.n // batch)
+    firsts = np.unique(np.arange(min(batches, whole)) * whole // min(batches, whole)) * batch
+    found = [
+        len(np.unique(np.searchsorted(ends, order.samples(np.arange(first, first + batch)), side="right")))
+        for first in firsts.tolist()
+    ]
+    return float(np.mean(found))

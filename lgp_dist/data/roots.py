@@ -3,12 +3,14 @@
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from lgp_dist.config import DataConfig
 from lgp_dist.data.cache import ShardCache, locked, make_folders
+from lgp_dist.data.decode import Folder, Source
 from lgp_dist.data.fetch import Patience, Wanted, digest, fetch, fetch_optional
 from lgp_dist.data.index import read_sidecar, sidecar_path
 from lgp_dist.data.manifest import MANIFEST_NAME, ShardEntry, ShardManifest
@@ -30,6 +32,16 @@ class Root:
     """Where small files come from; None for a local root."""
     patience: Patience = Patience()
     """For small files."""
+
+    @property
+    def fetches(self) -> bool:
+        """Whether shards may have to be fetched."""
+        return self.cache is not None
+
+    @property
+    def source(self) -> Source:
+        """What opens the shards."""
+        return Folder() if self.cache is None else self
 
     def fetch_small(self, name: str, sha256: str = "") -> bool:
         """Brings a small file of the root into `folder` if it is not there; whether it is there then.
@@ -67,9 +79,18 @@ class Root:
 
     def open(self, path: Path) -> int:
         """Handle to read a shard; path: where the manifest has it, inside `folder`. Raises UserError or OSError."""
-        if self.cache is None:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        assert self.cache is not None, "shards of a local root are opened in their folder"
         return self.cache.open(path.relative_to(self.folder).as_posix())
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Fetches these shards in this order in the background, in place of those that were named before."""
+        assert self.cache is not None
+        self.cache.prefetch(names)
+
+    def counts(self) -> dict[str, int]:
+        """Shards that were here when they were opened, those that were waited for, and bytes that were fetched."""
+        assert self.cache is not None
+        return {"cache_hits": self.cache.hits, "cache_misses": self.cache.misses, "cache_bytes": self.cache.bytes}
 
 
 def open_root(data: DataConfig) -> Root:

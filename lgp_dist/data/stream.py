@@ -1,39 +1,37 @@
 """Batches for one rank: training in an order that is a pure function of (seed, position), evaluation and clean images.
 
-The state of a training stream is one number: position p, counted in samples from the start of the run, is sample
-position_to_sample(seed, p // n, n)[p % n]. Epochs follow each other without a gap, so a batch may hold the end of one
-and the start of the next. Nothing is skipped on resume, and world size and workers do not enter.
+The state of a training stream is one number: the position, counted in samples from the start of the run. Position p is
+sample `SampleOrder.samples(p)` in epoch p // n. Epochs follow each other without a gap, so a batch may hold the end of
+one and the start of the next. Nothing is skipped on resume, and world size and threads do not enter.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from hashlib import blake2b
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lgp_dist.config import DataConfig, TrainConfig
-from lgp_dist.data.augment import Mixer, Transform, eval_transform, sample_rng, train_transform
+from lgp_dist.data.augment import Pixels
+from lgp_dist.data.bad import BadSamples
 from lgp_dist.data.decode import ShardFiles
-from lgp_dist.data.index import ShardIndex, read_image
+from lgp_dist.data.draws import sample_keys
+from lgp_dist.data.index import ShardIndex
+from lgp_dist.data.loader import Loaded, Loader, Plan
 from lgp_dist.data.manifest import MANIFEST_NAME, ShardManifest
-from lgp_dist.data.order import position_to_sample, stream_key
+from lgp_dist.data.mixing import Mixer
+from lgp_dist.data.order import LANES, DataCursor, SampleOrder
 from lgp_dist.data.roots import open_root
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch
 
-Parts = tuple[Tensor, Tensor, Tensor]
-"""Images, targets and weight of a Batch."""
-
-
-class Items(Protocol):
-    """Micro-batches by number, as pure functions of it."""
-
-    def __getitem__(self, number: int) -> Parts: ...
+CPU = torch.device("cpu")
+LOOK = 64
+"""Optimizer steps after which a remote source is told again what the next two times as many will read."""
 
 
 def open_split(data: DataConfig, split: str) -> ShardIndex:
@@ -47,7 +45,23 @@ def open_split(data: DataConfig, split: str) -> ShardIndex:
             f" {data.num_classes}: set data.num_classes to {len(manifest.classes)}, or data.root to other shards."
         )
     index = ShardIndex.load(manifest, split, data.num_classes)
-    return replace(index, files=ShardFiles(index.files.paths, root.open))
+    return replace(index, files=ShardFiles(index.files.paths, root.source))
+
+
+def order_of(index: ShardIndex, data: DataConfig, seed: int) -> SampleOrder:
+    """The order of a split; raises UserError for a window that is none."""
+    if data.window < 1:
+        raise UserError(f"data.window is {data.window}: set it to 1 or more shards.")
+    return SampleOrder(tuple(np.bincount(index.shard, minlength=len(index.shards)).tolist()), seed, data.window)
+
+
+def fingerprint_of(index: ShardIndex, data: DataConfig) -> str:
+    """Stands for what an order is made of: every sample's place, size, key and label, and the rule's constants."""
+    digest = blake2b(f"order 1/{LANES}/{data.window}/{'/'.join(index.shards)}".encode(), digest_size=12)
+    for array in (index.shard, index.offset, index.size, index.label):
+        digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+    digest.update("/".join(index.keys.tolist()).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +80,18 @@ class TrainStream:
     """This process, 0 .. world - 1."""
     world: int
     """Number of processes."""
+    device: torch.device = CPU
+    """Where batches are augmented and given."""
+    origin: int = 0
+    """Position of step 0: see `at`."""
+    bad: BadSamples = field(init=False)
+    """Bad samples so far."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank {self.rank} is not in a world of {self.world}")
         check_batch(self.train, self.world, len(self.index))
+        object.__setattr__(self, "bad", BadSamples(self.data.max_bad))
 
     @property
     def per_rank(self) -> int:
@@ -82,35 +103,115 @@ class TrainStream:
         """Optimizer steps of a pass over the split; need not be whole."""
         return len(self.index) / self.train.batch_size
 
+    @cached_property
+    def order(self) -> SampleOrder:
+        """From position to sample."""
+        return order_of(self.index, self.data, self.seed)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the index and the rule of the order."""
+        return fingerprint_of(self.index, self.data)
+
+    def cursor(self, step: int) -> DataCursor:
+        """The state after `step` optimizer steps: the same on every rank."""
+        return DataCursor(self.origin + step * self.train.batch_size, self.fingerprint)
+
+    def at(self, cursor: DataCursor) -> "TrainStream":
+        """This stream with its step 0 at a cursor, whatever world and batch size the cursor was made with.
+
+        Raises UserError for a cursor of other shards.
+        """
+        cursor.check(self.fingerprint, f"those of {self.index.root}")
+        return replace(self, origin=cursor.position)
+
     def positions(self, step: int, micro: int) -> NDArray[np.int64]:
         """Positions [per_rank] of this rank's images, in the order of its batch.
 
-        Step s has positions s * batch_size to (s + 1) * batch_size; micro-steps and in them ranks take theirs in turn.
+        Step s has positions s * batch_size to (s + 1) * batch_size after the origin, and each micro-step its part of
+        them. Ranks take turns in it, with pairs where samples mix with their neighbours: so a rank stays on the same
+        lanes of the order, and with them on few shards, where the world size (twice that for pairs) divides the lanes.
         """
-        start = step * self.train.batch_size + (micro * self.world + self.rank) * self.per_rank
-        return np.arange(start, start + self.per_rank, dtype=np.int64)
+        turn = 2 if self.train.mixup > 0 or self.train.cutmix > 0 else 1
+        start = self.origin + step * self.train.batch_size + micro * self.world * self.per_rank
+        turns = np.arange(self.per_rank // turn, dtype=np.int64) * self.world + self.rank
+        return (start + turns[:, None] * turn + np.arange(turn, dtype=np.int64)).ravel()
+
+    def shards_ahead(self, step: int, steps: int) -> list[str]:
+        """Names of the shards that this rank reads in some steps, in the order of their first use."""
+        found: dict[str, None] = {}
+        for number in range(step * self.train.accumulate, (step + steps) * self.train.accumulate):
+            samples = self.order.samples(self.positions(*divmod(number, self.train.accumulate)))
+            found |= dict.fromkeys(self.index.shards[shard] for shard in self.index.shard[samples].tolist())
+        return list(found)
 
     def batches(self, start_step: int, steps: int) -> Iterator[Batch]:
         """steps * accumulate batches, from optimizer step `start_step` on, those of a step one after the other.
 
-        Raises UserError for an image that cannot be read or decoded, with any number of workers.
+        Their facts hold `bad_samples`, the number of images that stand in for bad ones, and what the source of the
+        shards counted since the last. Raises UserError for a shard that cannot be read, and above data.max_bad for an
+        image, with any number of threads.
         """
-        items = _TrainItems(self, train_transform(self.data), Mixer(self.train, self.data.num_classes))
+        source, before = self.index.files.source, self.index.files.source.counts()
+        pixels = Pixels(self.data, self.device)
+        mixer = Mixer(self.train, self.data.num_classes)
         accumulate = self.train.accumulate
-        yield from _load(items, range(start_step * accumulate, (start_step + steps) * accumulate), self.data.workers)
+        numbers = range(start_step * accumulate, (start_step + steps) * accumulate)
+        for loaded in Loader(self.index, self.data, self.device).load(self._plans(numbers)):
+            self.bad.note(self.index, loaded.plan.epoch, loaded.bad)
+            keys = loaded.plan.keys
+            assert keys is not None
+            labels = torch.from_numpy(self.index.label[loaded.samples]).to(self.device)
+            images, targets = mixer(pixels.augment(loaded.images, keys ^ np.uint64(4)), labels, keys ^ np.uint64(8))
+            now = source.counts()
+            facts = {"bad_samples": len(loaded.bad)} | {name: value - before[name] for name, value in now.items()}
+            before = now
+            yield Batch(images, targets, torch.ones(len(labels), device=self.device), facts)
 
     def __call__(self, start_step: int, steps: int) -> Iterator[Batch]:
         """The same as `batches`."""
         return self.batches(start_step, steps)
 
+    def check_bad(self, lines: Sequence[Mapping[str, int]]) -> None:
+        """Raises UserError where the bad samples of all ranks in an epoch are more than data.max_bad.
+
+        lines: `step` and `bad_samples`, summed over ranks, of each optimizer step; the same on every rank.
+        """
+        self.bad.check_all({line["step"]: line["bad_samples"] for line in lines}, self._epoch)
+
+    def _epoch(self, step: int) -> int:
+        """The epoch in which a step begins."""
+        return (self.origin + step * self.train.batch_size) // len(self.index)
+
+    def _plans(self, numbers: range) -> Iterator[Plan]:
+        """What is to be read for each micro-batch of the run."""
+        source, last = self.index.files.source, 0
+        for number in numbers:
+            step, micro = divmod(number, self.train.accumulate)
+            if source.fetches and step >= last:
+                end = -(-numbers.stop // self.train.accumulate)
+                source.prefetch(self.shards_ahead(step, min(2 * LOOK, end - step)))
+                last = step + LOOK
+            positions = self.positions(step, micro)
+            samples = self.order.samples(positions)
+            keys = sample_keys("augment", self.seed, positions // len(self.index), samples)
+            yield Plan(samples, keys, self._epoch(step))
+
 
 def evaluation_batches(
-    index: ShardIndex, data: DataConfig, batch_size: int, rank: int, world: int, limit: int | None = None
+    index: ShardIndex,
+    data: DataConfig,
+    batch_size: int,
+    rank: int,
+    world: int,
+    limit: int | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """This rank's batches of a split; over all ranks every sample comes once with weight 1.
 
     All batches of all ranks have one size, at most batch_size, and all ranks have as many; what is left over is
-    filled with zero images of label 0 and weight 0. limit: only so many samples, evenly spread over the split.
+    filled with zero images of label 0 and weight 0, and so is the place of a bad sample: up to data.max_bad of them on
+    a rank, then UserError. limit: only so many samples, evenly spread over the split.
     """
     if batch_size < 1:
         raise UserError(f"The evaluation's batch_size is {batch_size}: set evaluate.batch_size to 1 or more.")
@@ -121,118 +222,36 @@ def evaluation_batches(
     table = np.full(rounds * world * size, -1, dtype=np.int64)
     table[:count] = samples
     mine = table.reshape(rounds, world, size)[:, rank]
-    yield from _load(_CleanItems(index, data, eval_transform(data), tuple(mine)), range(rounds), data.workers)
+    yield from _clean(index, data, (Plan(row, replaces=False) for row in mine), device)
 
 
-def clean_batches(index: ShardIndex, data: DataConfig, count: int, batch_size: int, seed: int) -> Iterator[Batch]:
+def clean_batches(
+    index: ShardIndex, data: DataConfig, count: int, batch_size: int, seed: int, device: torch.device = CPU
+) -> Iterator[Batch]:
     """The first `count` samples (or all, if there are fewer) of epoch 0's order, not augmented; for one rank.
 
-    The last batch may be smaller than batch_size.
+    The last batch may be smaller than batch_size. A bad sample is replaced as in training.
     """
-    order = position_to_sample(seed, 0, len(index))[:count]
-    rows = tuple(order[start : start + batch_size] for start in range(0, len(order), batch_size))
-    yield from _load(_CleanItems(index, data, eval_transform(data), rows), range(len(rows)), data.workers)
+    order = order_of(index, data, seed).samples(np.arange(min(count, len(index)), dtype=np.int64))
+    rows = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    yield from _clean(index, data, map(Plan, rows), device)
 
 
-@dataclass(frozen=True, eq=False)
-class _TrainItems:
-    """Micro-batch k of the run, for one rank: step k // accumulate, micro-step k % accumulate."""
-
-    stream: TrainStream
-    transform: Transform
-    mixer: Mixer
-
-    def __getitem__(self, number: int) -> Parts:
-        stream = self.stream
-        positions = stream.positions(*divmod(number, stream.train.accumulate))
-        images, labels = [], []
-        for position in positions.tolist():
-            epoch, place = divmod(position, len(stream.index))
-            sample = int(self._order(epoch)[place])
-            image = read_image(stream.index, sample, stream.data.channels)
-            with sample_rng(stream.seed, epoch, sample):
-                images.append(self.transform(image))
-            labels.append(int(stream.index.label[sample]))
-        key = stream_key("mix", stream.seed, int(positions[0]))
-        mixed, targets = self.mixer(torch.stack(images), torch.tensor(labels), key)
-        return mixed, targets, torch.ones(len(labels))
-
-    @cached_property
-    def _orders(self) -> dict[int, NDArray[np.int64]]:
-        """Orders of the epochs that were needed last, at most two: a batch is no larger than an epoch."""
-        return {}
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        """Order of an epoch, computed at most once for neighbouring batches."""
-        if epoch not in self._orders:
-            while len(self._orders) > 1:
-                self._orders.pop(next(iter(self._orders)))
-            self._orders[epoch] = position_to_sample(self.stream.seed, epoch, len(self.stream.index))
-        return self._orders[epoch]
+def _clean(index: ShardIndex, data: DataConfig, plans: Iterable[Plan], device: torch.device) -> Iterator[Batch]:
+    """Batches of given samples without augmentation."""
+    pixels, bad = Pixels(data, device), BadSamples(data.max_bad)
+    for loaded in Loader(index, data, device).load(plans):
+        bad.note(index, 0, loaded.bad)
+        images, labels, weight = _finish(index, pixels, loaded, device)
+        yield Batch(images, labels, weight, {"bad_samples": len(loaded.bad)})
 
 
-@dataclass(frozen=True, eq=False)
-class _CleanItems:
-    """Batches of given samples without augmentation; sample -1 is a filler."""
-
-    index: ShardIndex
-    data: DataConfig
-    transform: Transform
-    rows: Sequence[NDArray[np.int64]]
-
-    def __getitem__(self, number: int) -> Parts:
-        row = self.rows[number]
-        images = torch.zeros(len(row), self.data.channels, self.data.image_size, self.data.image_size)
-        labels, weight = torch.zeros(len(row), dtype=torch.int64), torch.zeros(len(row))
-        for place, sample in enumerate(row.tolist()):
-            if sample >= 0:
-                images[place] = self.transform(read_image(self.index, sample, self.data.channels))
-                labels[place], weight[place] = int(self.index.label[sample]), 1.0
-        return images, labels, weight
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A UserError on its way out of a worker: torch would wrap the error itself and add a traceback to its text."""
-
-    sentence: str
-
-
-@dataclass(frozen=True, eq=False)
-class _Guarded:
-    """Items that return a _Failure where they would raise UserError."""
-
-    items: Items
-
-    def __getitem__(self, number: int) -> Parts | _Failure:
-        try:
-            return self.items[number]
-        except UserError as error:
-            return _Failure(str(error))
-
-
-def _unchanged(item: Any) -> Any:
-    """No collation: an item is a batch already."""
-    return item
-
-
-def _load(items: Items, numbers: range, workers: int) -> Iterator[Batch]:
-    """The numbered items in order, made by `workers` processes (0: in this one), in pinned memory if there is CUDA."""
-    if workers < 0:
-        raise UserError(f"data.workers is {workers}: set it to 0 or to a number of processes.")
-    loader = DataLoader(
-        _Guarded(items),  # type: ignore[arg-type]  # torch asks only for __getitem__
-        sampler=numbers,
-        batch_size=None,
-        num_workers=min(workers, len(numbers)),
-        collate_fn=_unchanged,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its base seed is not used; taking it from here leaves the global one alone
-    )
-    for item in loader:
-        if isinstance(item, _Failure):
-            raise UserError(item.sentence)
-        yield Batch(*item)
+def _finish(index: ShardIndex, pixels: Pixels, loaded: Loaded, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and weights; zeros where there is no sample."""
+    there = loaded.samples >= 0
+    weight = torch.from_numpy(there.astype(np.float32)).to(device)
+    labels = torch.from_numpy(np.where(there, index.label[loaded.samples], 0).astype(np.int64)).to(device)
+    return pixels.normalise(loaded.images) * weight.view(-1, 1, 1, 1), labels, weight
 
 
 def check_batch(train: TrainConfig, world: int, n: int, prefix: str = "") -> None:

@@ -1,6 +1,7 @@
 """The one training loop."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,10 +36,12 @@ def train(
     gradients: GradientConfig = GradientConfig(),  # noqa: B008  frozen
     watch: Watch | None = None,
     watch_every: int = 0,
+    check: Callable[[list[dict[str, Any]]], None] = lambda lines: None,
 ) -> dict[str, Any]:
     """Trains `task.module` in place; afterwards every rank holds the same weights, whole.
 
     watch: called with the wrapped module in eval mode every `watch_every` optimizer steps; what it measures is logged.
+    check: called on every rank with finished lines of metrics, which hold batches' facts summed over ranks; may raise.
     Returns steps, seconds and images of the run.
     """
     steps = planned_steps(config, steps_per_epoch)
@@ -48,17 +51,18 @@ def train(
     schedule = build_schedule(optimizer, config, steps, steps_per_epoch)
     trainer = Trainer(workers, task, optimizer, config, gradients, trackers, run_dir / "tracking" / stage)
     trainer.accelerator.init_trackers(stage, config=_plain(tracked_config or {}))
-    meter = StepMeter(trainer, run_dir / "metrics.jsonl", stage, steps, config.batch_size, config.log_every)
+    meter = StepMeter(trainer, run_dir / "metrics.jsonl", stage, steps, config.batch_size, config.log_every, check)
     stream, began = batches(0, steps), time.monotonic()
     try:
         for step in range(steps):
             schedule.step_update(step)
-            losses, wait, start = [], 0.0, time.monotonic()
+            losses, counts, wait, start = [], Counter[str](), 0.0, time.monotonic()
             trainer.begin(step)
             for micro in range(config.accumulate):
                 asked = time.monotonic()
                 batch = next(stream).to(workers.device)
                 wait += time.monotonic() - asked
+                counts.update(batch.facts)
                 with trainer.micro_step(step, micro) as context:
                     with workers.autocast():
                         parts = task.losses(trainer.module, batch, context)
@@ -70,7 +74,7 @@ def train(
             fixed = {"epoch": round(step / steps_per_epoch, 4), "lr": optimizer.param_groups[0]["lr"]}
             fixed |= trainer.measure(watch) if due else {}
             facts = partial(_facts, task, step, config.accumulate, workers.world, fixed)
-            meter.add(step, losses, facts, data_wait_s=wait, step_time_s=spent)
+            meter.add(step, losses, facts, counts, data_wait_s=wait, step_time_s=spent)
     finally:
         meter.close()
     trainer.close()

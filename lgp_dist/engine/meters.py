@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,21 @@ log = logging.getLogger("lgp")
 class StepMeter:
     """Collects steps without waiting for the device, and writes them every few steps.
 
-    Losses are means over ranks and micro-steps; images/s counts all ranks; times are of this rank.
+    Losses are means over ranks and micro-steps; images/s and counts are of all ranks; times are of this rank.
     """
 
-    def __init__(self, trainer: Trainer, metrics: Path, stage: str, steps: int, images_per_step: int, every: int):
+    def __init__(
+        self,
+        trainer: Trainer,
+        metrics: Path,
+        stage: str,
+        steps: int,
+        images_per_step: int,
+        every: int,
+        check: Callable[[list[dict[str, Any]]], None],
+    ):
+        self.check, self.counts = check, list[Mapping[str, int]]()
+        self.totals: dict[str, int] = {}
         self.trainer, self.every, self.images_per_step = trainer, max(1, every), images_per_step
         self.main = trainer.workers.is_main
         self.file = MetricsFile(metrics, stage) if self.main else None
@@ -37,8 +48,16 @@ class StepMeter:
         self.plain = self.main and not terminal
         self.stage = stage
 
-    def add(self, step: int, losses: list[dict[str, Tensor]], facts: Callable[[], dict[str, Any]], **times: float):
-        """Takes one optimizer step: losses of its micro-steps, further facts of the line, times in seconds."""
+    def add(
+        self,
+        step: int,
+        losses: list[dict[str, Tensor]],
+        facts: Callable[[], dict[str, Any]],
+        counts: Mapping[str, int],
+        **times: float,
+    ):
+        """Takes one optimizer step: losses of its micro-steps, facts of its line, counts of this rank, seconds."""
+        self.counts.append(dict(counts))
         self.losses.append({name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]})
         speed = self.images_per_step / max(times["step_time_s"], 1e-9)
         rounded = {name: round(value, 6) for name, value in times.items()}
@@ -58,10 +77,23 @@ class StepMeter:
                 raise UserError(
                     f"The loss became {line['loss']} at step {line['step']} of stage {self.stage}: lower its train.lr."
                 )
+        self._count()
         if self.main:
             self.file.append(self.lines)
             self._show()
-        self.losses, self.lines = [], []
+        done, self.losses, self.lines, self.counts = self.lines, [], [], []
+        self.check(done)
+
+    def _count(self) -> None:
+        """Sums counts over ranks into the lines."""
+        names = sorted(self.counts[0])
+        if not names:
+            return
+        rows = torch.tensor([[float(part[name]) for name in names] for part in self.counts])
+        for line, row in zip(self.lines, self.trainer.workers.sum(rows).tolist(), strict=True):
+            line.update(zip(names, map(int, row), strict=True))
+        for name in names:
+            self.totals[name] = self.totals.get(name, 0) + sum(line[name] for line in self.lines)
 
     def _show(self) -> None:
         last, count = self.lines[-1], len(self.lines)
@@ -72,6 +104,7 @@ class StepMeter:
             "loss": f"{sum(line['loss'] for line in self.lines) / count:.3f}",
             "img/s": f"{speed:.0f}",
             "data wait": f"{wait:.0%}",
+            **{name.replace("_", " "): str(total) for name, total in self.totals.items() if total},
         }
         self.bar.set_postfix(shown)
         if self.plain:

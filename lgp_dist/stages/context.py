@@ -71,7 +71,13 @@ class Context:
         """Trains a task on the training split. more: further options of `engine.loop.train`."""
         data, workers = self.config.data, self.workers
         stream = TrainStream(
-            open_split(data, data.train_split), data, config, self.config.seed, workers.rank, workers.world
+            open_split(data, data.train_split),
+            data,
+            config,
+            self.config.seed,
+            workers.rank,
+            workers.world,
+            workers.device,
         )
         self.seed(stage, workers.rank)  # stochastic depth drops other samples on other ranks
         return train(
@@ -85,6 +91,7 @@ class Context:
             trackers=self.config.trackers,
             tracked_config=flatten(self.config),
             decays=decays,
+            check=stream.check_bad,
             **more,
         )
 
@@ -92,7 +99,13 @@ class Context:
         """Top-1 and top-5 on the validation split, or on `limit` images of it."""
         data, workers = self.config.data, self.workers
         batches = evaluation_batches(
-            open_split(data, data.val_split), data, self.config.evaluate.batch_size, workers.rank, workers.world, limit
+            open_split(data, data.val_split),
+            data,
+            self.config.evaluate.batch_size,
+            workers.rank,
+            workers.world,
+            limit,
+            workers.device,
         )
         return accuracies(forwards, batches, workers)
 

@@ -17,6 +17,7 @@ from run_helpers import SMALL, Lgp, break_images, has, index_of, overwrite, refu
 
 from lgp_dist.data.index import index_shards
 from lgp_dist.data.order import position_to_sample
+from lgp_dist.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -60,7 +61,7 @@ def test_debug_shows_the_traceback(lgp: Lgp, place: Path) -> None:
         ("model.depth", "1", ["model.depth", "1"]),
         ("data.channels", "2", ["data.channels", "2"]),
         ("data.num_classes", "0", ["num_classes", "0"]),
-        ("data.workers", "-1", ["data.workers", "-1"]),
+        ("data.threads", "-1", ["data.threads", "-1"]),
         ("evaluate.batch_size", "0", ["evaluate.batch_size", "0"]),
         ("engine.threads", "-1", ["engine.threads", "-1"]),
         ("ancestry.model", "nonsense", ["ancestry.model", "'nonsense'"]),
@@ -120,6 +121,20 @@ def test_image_that_does_not_decode(lgp: Lgp, finished_place: Path, stage: str, 
     break_images(split, [sample])
     sentence = refused(lgp, stage, "--force", begun=True)
     has(sentence, f"shards/{index.shards[0]}", str(index.keys[sample]), "decode", "lgp shards verify")
+
+
+def test_bad_images_within_the_limit(lgp: Lgp, finished_place: Path) -> None:
+    """The stage completes; log and metrics say what was replaced."""
+    index, samples = index_of("train"), position_to_sample(0, 0, 64)[[1, 2, 9]].tolist()
+    break_images("train", samples)
+    result = lgp("distil", *SMALL, "--force", "--data.max-bad=3", "--data.threads=2")
+    assert result.status == 0
+    for sample in samples:
+        has(Path("run/log.txt").read_text(), f"bad sample: {index.describe(sample)}: its bytes are no image")
+    lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "distil"]
+    assert [line["bad_samples"] for line in lines] == [2, 1]
+    sentence = refused(lgp, "distil", "--force", "--data.max-bad=2", begun=True)
+    has(sentence, "3 images of epoch 0 are bad", "data.max_bad allows 2", str(index.keys[samples[2]]))
 
 
 def test_failed_training_keeps_the_metrics_of_the_complete_artifact(lgp: Lgp, finished_place: Path) -> None:
@@ -322,9 +337,33 @@ def processes_with(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("positions", [range(64), range(4, 8)], ids=["both ranks fail", "rank 1 fails"])
+def launched(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`lgp ARGUMENTS` on two processes."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "launch_configs/cpu_2.yaml"]
+    return subprocess.run(
+        [*launch, "-m", "lgp_dist", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_bad_images_of_all_ranks_count(finished_place: Path) -> None:
+    """Two on each rank: neither alone has more than three, together they have; metrics count those of both."""
+    break_images("train", position_to_sample(0, 0, 64)[[0, 1, 2, 11]].tolist())
+    done = launched("distil", *SMALL, "--force", "--data.max-bad=4")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "distil"]
+    assert [line["bad_samples"] for line in lines] == [3, 1]
+    done = launched("distil", *SMALL, "--force", "--data.max-bad=3")
+    assert done.returncode != 0 and "4 images of epoch 0 are bad, and data.max_bad allows 3" in done.stderr
+
+
+@pytest.mark.parametrize("positions", [range(64), range(1, 8, 2)], ids=["both ranks fail", "rank 1 fails"])
 def test_launch_ends_when_an_image_is_broken(finished_place: Path, positions: range) -> None:
-    """With batch 8, positions 4 to 7 are those of rank 1 in the first step."""
+    """With batch 8, the odd positions are those of rank 1 in the first step."""
     break_images("train", position_to_sample(0, 0, 64)[list(positions)].tolist())
     before, shared, mark, began = (
         snapshot(Path("run/distil")),
@@ -332,15 +371,7 @@ def test_launch_ends_when_an_image_is_broken(finished_place: Path, positions: ra
         uuid.uuid4().hex,
         time.time(),
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "launch_configs/cpu_2.yaml"]
-    done = subprocess.run(
-        [*launch, "-m", "lgp_dist", "distil", *SMALL, "--force"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "LGP_TEST_MARK": mark},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = launched("distil", *SMALL, "--force", LGP_TEST_MARK=mark)
     assert done.returncode != 0 and time.time() - began < 60
     sentences = [line for line in done.stderr.splitlines() if re.match(r"lgp( \(rank 1\))?: ", line)]
     assert len(sentences) == 1 and "cannot be decoded" in sentences[0] and sentences[0].endswith("."), done.stderr

@@ -48,7 +48,7 @@ def test_stages_make_the_same_artifacts_as_from_a_folder(
     lgp: Lgp, server: FaultServer, finished: Path, workers: int
 ) -> None:
     for stage in ("ancestry", "distil"):
-        result = lgp(stage, *SMALL, *options(server, "fine"), f"--data.workers={workers}")
+        result = lgp(stage, *SMALL, *options(server, "fine"), f"--data.threads={workers}")
         assert result.status == 0, result.err
         here, there = (
             json.loads((run / stage / "artifact.json").read_text()) for run in (Path("run"), finished / "run")

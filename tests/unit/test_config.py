@@ -11,11 +11,12 @@ from lgp_dist.config import STAGES, RunConfig, flatten, meaning
 from lgp_dist.recipes import RECIPES, pool12, pool18, tiny
 
 FREE = {
-    "workers",
     "cache",
     "cache_bytes",
     "timeout_s",
     "retries",
+    "decoder",
+    "max_bad",
     "log_every",
     "device",
     "threads",
@@ -124,7 +125,7 @@ def test_free_settings_never_count() -> None:
     """Workers, logging, device, run directory, trackers and the recipe's name leave every artifact valid."""
     config = tiny()
     free = {key for key in flatten(config) if key.split(".")[-1] in FREE}
-    assert {"data.workers", "ancestry.train.log_every", "run_dir"} < free
+    assert {"data.threads", "ancestry.train.log_every", "run_dir"} < free
     for key in free:
         other = change(config, key)
         assert other != config

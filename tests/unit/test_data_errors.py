@@ -44,7 +44,7 @@ def samples(count: int, **changed: bytes) -> list[tuple[str, bytes]]:
 
 def data_for(root: Path, **changes: object) -> DataConfig:
     plain = DataConfig(
-        root=str(root), image_size=8, channels=1, num_classes=2, mean=(0.5,), std=(0.5,), workers=0, crop_pct=1.0
+        root=str(root), image_size=8, channels=1, num_classes=2, mean=(0.5,), std=(0.5,), threads=0, crop_pct=1.0
     )
     return dataclasses.replace(plain, **{"augment": AugmentConfig(), **changes})
 
@@ -154,13 +154,13 @@ def test_shard_cut_while_running(root: Path) -> None:
     assert "mine-train-1.tar cannot be read (No such file" in text
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("content", [b"these are no pixels", png()[:-30]])
-def test_undecodable_image_with_and_without_workers(root: Path, workers: int, content: bytes) -> None:
+def test_undecodable_image_with_and_without_threads(root: Path, threads: int, content: bytes) -> None:
     path = root / "mine-train-1.tar"
     write_tar(path, samples(6, s3=content))
     index_shards(root, lambda line: None)
-    data = data_for(root, workers=workers)
+    data = data_for(root, threads=threads)
     stream = TrainStream(open_split(data, "train"), data, TrainConfig(batch_size=4), 0, 0, 1)
     reason = "truncated" if content[:4] == png()[:4] else "no image"
     for batches in (stream.batches(0, 3), evaluation_batches(stream.index, data, 4, 0, 1)):
@@ -243,8 +243,8 @@ def test_batch_that_does_not_fit(root: Path, train: TrainConfig, world: int, pie
     assert all(piece in text for piece in pieces), text
 
 
-def test_workers_and_evaluation_batch(root: Path) -> None:
-    data = data_for(root, workers=-1)
+def test_threads_and_evaluation_batch(root: Path) -> None:
+    data = data_for(root, threads=-1)
     index = open_split(data, "train")
-    assert "data.workers is -1" in sentence(list, evaluation_batches(index, data, 4, 0, 1))
+    assert "data.threads is -1" in sentence(list, evaluation_batches(index, data, 4, 0, 1))
     assert "batch_size is 0" in sentence(list, evaluation_batches(index, data, 0, 0, 1))

@@ -1,9 +1,12 @@
-"""Order, ranks, workers, evaluation."""
+"""Order, ranks, threads, evaluation."""
 
 import copy
 import dataclasses
 import multiprocessing
+import os
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,9 @@ from lgp_dist.config import AugmentConfig, DataConfig, TrainConfig
 from lgp_dist.data.decode import OPEN_FILES, ShardFiles
 from lgp_dist.data.index import ShardIndex, read_image
 from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.data.stream import TrainStream, clean_batches, evaluation_batches, open_split, position_to_sample
+from lgp_dist.data.order import position_to_sample
+from lgp_dist.data.stream import TrainStream, clean_batches, evaluation_batches, open_split
+from lgp_dist.errors import UserError
 
 SAMPLE = Path(__file__).parents[2] / "shards" / "sample"
 DATA = DataConfig(
@@ -27,7 +32,7 @@ DATA = DataConfig(
     mean=(0.25,),
     std=(0.5,),
     crop_pct=1.0,
-    workers=0,
+    threads=0,
     augment=AugmentConfig(crop_scale=(0.5, 1.0), auto_augment="rand-m9-mstd0.5", random_erase=0.5),
 )
 
@@ -39,14 +44,19 @@ def part(count: int, split: str = "test") -> ShardIndex:
     return dataclasses.replace(index, **arrays)
 
 
+def turns(parts: list, turn: int) -> list:
+    """The global batch from those of the ranks: each rank in turn gives `turn` samples."""
+    return [item for start in range(0, len(parts[0]), turn) for part in parts for item in part[start : start + turn]]
+
+
 def global_positions(index: ShardIndex, train: TrainConfig, world: int, steps: int) -> np.ndarray:
     """Positions [steps, batch] in the order micro-step, rank."""
     streams = [TrainStream(index, DATA, train, 0, rank, world) for rank in range(world)]
-    rows = [
-        [streams[rank].positions(step, micro) for micro in range(train.accumulate) for rank in range(world)]
-        for step in range(steps)
-    ]
-    return np.array([np.concatenate(row) for row in rows])
+    found = []
+    for step in range(steps):
+        for micro in range(train.accumulate):
+            found += turns([stream.positions(step, micro) for stream in streams], 1)
+    return np.array(found).reshape(steps, -1)
 
 
 @pytest.mark.parametrize("n", [1, 2, 37, 1000])
@@ -100,14 +110,14 @@ def test_resume_is_arithmetic() -> None:
         assert torch.equal(left.images, right.images) and torch.equal(left.targets, right.targets)
 
 
-def test_pixels_do_not_depend_on_ranks_or_workers() -> None:
+def test_pixels_do_not_depend_on_ranks_or_threads() -> None:
     index, train = part(50), TrainConfig(batch_size=20)
     one = list(TrainStream(index, DATA, train, 3, 0, 1).batches(0, 4))
-    forked = dataclasses.replace(DATA, workers=2)
-    two = [list(TrainStream(index, forked, train, 3, rank, 2).batches(0, 4)) for rank in (0, 1)]
+    threaded = dataclasses.replace(DATA, threads=2)
+    two = [list(TrainStream(index, threaded, train, 3, rank, 2).batches(0, 4)) for rank in (0, 1)]
     for step, whole in enumerate(one):
-        assert torch.equal(whole.images, torch.cat([two[0][step].images, two[1][step].images]))
-        assert torch.equal(whole.targets, torch.cat([two[0][step].targets, two[1][step].targets]))
+        for name in ("images", "targets"):
+            assert torch.equal(getattr(whole, name), torch.stack(turns([getattr(r[step], name) for r in two], 1)))
         assert whole.images.shape == (20, 1, 28, 28) and whole.images.dtype == torch.float32
         assert whole.weight.tolist() == [1.0] * 20
     other = next(TrainStream(index, DATA, train, 4, 0, 1).batches(0, 1))
@@ -171,12 +181,12 @@ def test_evaluation_counts_every_sample_once(world: int, count: int, batch_size:
         assert seen <= truth and seen.total() == limit
 
 
-def test_evaluation_with_workers_is_the_same() -> None:
+def test_evaluation_with_threads_is_the_same() -> None:
     index = part(30)
     alone = list(evaluation_batches(index, DATA, 8, 0, 1))
-    forked = list(evaluation_batches(index, dataclasses.replace(DATA, workers=2), 8, 0, 1))
-    assert len(alone) == len(forked) == 4
-    assert all(torch.equal(a.images, b.images) for a, b in zip(alone, forked, strict=True))
+    threaded = list(evaluation_batches(index, dataclasses.replace(DATA, threads=2), 8, 0, 1))
+    assert len(alone) == len(threaded) == 4
+    assert all(torch.equal(a.images, b.images) for a, b in zip(alone, threaded, strict=True))
 
 
 def test_clean_batches_are_the_first_of_the_order_without_augmentation() -> None:
@@ -200,3 +210,151 @@ def test_three_channels_read_grey_shards() -> None:
 def test_open_split_takes_manifest_and_index() -> None:
     manifest = ShardManifest.load(SAMPLE)
     assert open_split(DATA, "train").keys.tolist() == ShardIndex.load(manifest, "train", 10).keys.tolist()
+
+
+# Bad samples
+
+
+def broken(folder: Path, samples: list[int], count: int = 24) -> ShardIndex:
+    """The first `count` training images as two shards, some of them no images any more."""
+    index = open_split(DATA, "train")
+    content = [index.files.read(0, int(index.offset[i]), int(index.size[i])) for i in range(count)]
+    content = [b"x" * len(image) if i in samples else image for i, image in enumerate(content)]
+    shard = (np.arange(count) >= count // 2).astype(np.int32)
+    paths = [folder / f"x-train-{number}.tar" for number in (0, 1)]
+    offset = np.zeros(count, dtype=np.int64)
+    for number, path in enumerate(paths):
+        mine = np.flatnonzero(shard == number)
+        offset[mine] = np.cumsum([0, *(len(content[i]) for i in mine[:-1])])
+        path.write_bytes(b"".join(content[i] for i in mine))
+    arrays = {name: getattr(index, name)[:count] for name in ("label", "keys")}
+    size = np.array([len(image) for image in content], dtype=np.int64)
+    names = tuple(path.name for path in paths)
+    return dataclasses.replace(
+        index, root=folder, shards=names, shard=shard, offset=offset, size=size, files=ShardFiles(paths), **arrays
+    )
+
+
+def train_on(index: ShardIndex, max_bad: int, threads: int = 0, rank: int = 0, world: int = 1) -> TrainStream:
+    data = dataclasses.replace(DATA, max_bad=max_bad, threads=threads)
+    return TrainStream(index, data, TrainConfig(batch_size=6), 0, rank, world)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_bad_samples_are_replaced_in_place(tmp_path: Path, threads: int, caplog: pytest.LogCaptureFixture) -> None:
+    """All other positions keep their pixels; a bad one has the label of the next good sample of its shard."""
+    (tmp_path / "good").mkdir()
+    good, bad = broken(tmp_path / "good", []), broken(tmp_path, [3, 4, 11, 20])
+    stands_in = {3: 5, 4: 5, 11: 0, 20: 21}
+    whole = list(train_on(good, 0).batches(0, 8))
+    stream = train_on(bad, 4, threads)
+    found = list(stream.batches(0, 8))
+    order = np.concatenate([position_to_sample(0, epoch, 24) for epoch in (0, 1)])
+    places = [(step, place) for step in range(8) for place in range(6)]
+    for sample, (step, place) in zip(order.tolist(), places, strict=True):
+        same = torch.equal(found[step].images[place], whole[step].images[place])
+        assert same == (sample not in stands_in)
+        assert found[step].targets[place] == bad.label[stands_in.get(sample, sample)]
+    counts = [batch.facts["bad_samples"] for batch in found]
+    assert sum(counts[:4]) == sum(counts[4:]) == 4 and sum(batch.facts["bad_samples"] for batch in whole) == 0
+    assert stream.bad.reasons.keys() == {3, 4, 11, 20}
+    named = [record.getMessage() for record in caplog.records]
+    assert len(named) == 4, "each is named once"
+    assert all(any(f"{bad.describe(i)}: its bytes are no image" in line for line in named) for i in stands_in)
+    other = [list(train_on(bad, 4, 2, rank, 2).batches(0, 8)) for rank in (0, 1)]
+    for step in range(8):
+        assert torch.equal(found[step].images, torch.stack(turns([batches[step].images for batches in other], 1)))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_more_bad_samples_than_allowed_stop_the_run(tmp_path: Path, threads: int, limit: int) -> None:
+    """At the same step with any number of threads, with the sentence of the sample that was one too many."""
+    index = broken(tmp_path, [3, 4, 11, 20])
+    order = position_to_sample(0, 0, 24).tolist()
+    places = sorted(order.index(sample) for sample in (3, 4, 11, 20))
+    batches = train_on(index, limit, threads).batches(0, 4)
+    for _ in range(places[limit] // 6):
+        next(batches)
+    with pytest.raises(UserError) as caught:
+        next(batches)
+    text = str(caught.value)
+    assert f"The image of {index.describe(order[places[limit]])} cannot be decoded (its bytes are no image): " in text
+    assert text.endswith(".") and text.startswith(
+        "The image" if not limit else f"{limit + 1} images of epoch 0 are bad"
+    )
+
+
+def test_limit_holds_for_all_ranks_together(tmp_path: Path) -> None:
+    """Counts that are summed over ranks stop each of them, in one epoch; the next epoch begins at 0."""
+    stream = train_on(broken(tmp_path, [3]), 3, rank=1, world=2)
+    lines = [{"step": step, "bad_samples": count} for step, count in enumerate([1, 0, 2, 0, 3, 0, 0, 0, 1, 2])]
+    stream.check_bad(lines)
+    with pytest.raises(UserError, match="4 images of epoch 2 are bad, and data.max_bad allows 3: the log names them."):
+        stream.check_bad([{"step": 11, "bad_samples": 1}])
+
+
+def test_no_good_sample_near(tmp_path: Path) -> None:
+    index = broken(tmp_path, list(range(12)))
+    with pytest.raises(UserError, match="cannot be decoded .* again; neither can any of the samples after it."):
+        list(train_on(index, 24).batches(0, 4))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_bad_samples_of_evaluation_do_not_count(tmp_path: Path, threads: int) -> None:
+    """A replacement would count an image twice: its place has weight 0 instead."""
+    index = broken(tmp_path, [3, 20])
+    data = dataclasses.replace(DATA, max_bad=2, threads=threads)
+    batches = list(evaluation_batches(index, data, 5, 0, 1))
+    weight, images = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("weight", "images"))
+    assert np.flatnonzero(weight[:24].numpy() == 0).tolist() == [3, 20]
+    assert not images[3].any() and not images[20].any() and images[4].any()
+    with pytest.raises(UserError, match="2 images of epoch 0 are bad, and data.max_bad allows 1"):
+        list(evaluation_batches(index, dataclasses.replace(data, max_bad=1), 5, 0, 1))
+
+
+def test_bad_samples_of_clean_batches_are_replaced(tmp_path: Path) -> None:
+    index, data = broken(tmp_path, [3, 20]), dataclasses.replace(DATA, max_bad=2)
+    batches = list(clean_batches(index, data, 24, 24, seed=3))
+    place = position_to_sample(3, 0, 24).tolist().index
+    assert all(batches[0].weight == 1) and batches[0].facts["bad_samples"] == 2
+    for bad, good in ((3, 4), (20, 21)):
+        assert torch.equal(batches[0].images[place(bad)], batches[0].images[place(good)])
+
+
+# Threads
+
+
+def test_threads_may_share_open_files(tmp_path: Path) -> None:
+    """More shards than stay open, read by 8 threads at once: every byte is right."""
+    paths = [tmp_path / f"{number}" for number in range(3 * OPEN_FILES)]
+    for number, path in enumerate(paths):
+        path.write_bytes(b"%05d" % number * 2000)
+    files, opened = ShardFiles(paths), len(os.listdir("/proc/self/fd"))
+    numbers = np.random.default_rng(0).integers(0, len(paths), 4000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: files.read(number, 5, 5), numbers))
+    assert found == [b"%05d" % number for number in numbers]
+    assert len(os.listdir("/proc/self/fd")) <= opened + OPEN_FILES
+    files.close()
+    assert len(os.listdir("/proc/self/fd")) <= opened
+
+
+def test_threads_end_with_the_batches() -> None:
+    """Also where somebody stops in the middle."""
+    before = threading.active_count()
+    data = dataclasses.replace(DATA, threads=4)
+    batches = TrainStream(part(50), data, TrainConfig(batch_size=10), 0, 0, 1).batches(0, 100)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_batches_are_not_overwritten() -> None:
+    """What was given stays, though buffers are used again."""
+    for data in (DATA, dataclasses.replace(DATA, threads=2, augment=AugmentConfig(hflip=0.0))):
+        given = [(batch.images, batch.images.clone()) for batch in evaluation_batches(part(50), data, 6, 0, 1)]
+        stream = TrainStream(part(50), data, TrainConfig(batch_size=6), 0, 0, 1)
+        given += [(batch.images, batch.images.clone()) for batch in stream.batches(0, 10)]
+        assert all(torch.equal(images, copied) for images, copied in given)

@@ -1,0 +1,103 @@
+"""The command line: `lgp STAGE RECIPE [overrides]`. Thin: what a command needs is imported when it is called."""
+
+import json
+import logging
+import os
+import sys
+
+import tyro
+
+from lgp_dist.cli.bench import BenchAction, BenchEngine, BenchPaths, run_bench
+from lgp_dist.cli.guard import guarded
+from lgp_dist.cli.recipe import Recipe
+from lgp_dist.cli.shards import ShardsAction, run_shards
+from lgp_dist.config import STAGES, RunConfig
+from lgp_dist.paths import PathSpace
+
+SUMMARIES = {
+    "ancestry": "Train or load the frozen teacher.",
+    "distil": "Distil the ancestry into the rows of the pool.",
+    "pool": "Put rows together and start the stitch layers.",
+    "finetune": "Train all paths, each rank on its own.",
+    "evaluate": "Accuracy and cost of every path.",
+    "descend": "Choose the best path within a budget.",
+    "export": "Write a descendant as a standalone model.",
+}
+"""Help of the stages' commands."""
+
+app = tyro.extras.SubcommandApp()
+
+
+def _stage_command(stage: str) -> None:
+    def command(recipe: Recipe) -> None:
+        guarded(lambda: _run(recipe, (stage,)), recipe.debug, recipe.directory)
+
+    command.__doc__ = SUMMARIES[stage]
+    app.command(command, name=stage)
+
+
+for _stage in STAGES:
+    _stage_command(_stage)
+
+
+@app.command
+def run(recipe: Recipe) -> None:
+    """All stages in order, skipping those that are complete."""
+    guarded(lambda: _run(recipe, STAGES), recipe.debug, recipe.directory)
+
+
+@app.command
+def paths(recipe: Recipe, json: bool = False) -> None:  # noqa: A002  the flag's name
+    """List a pool's paths and what each costs.
+
+    Args:
+        json: Print a list of objects with the fields of paths.json.
+    """
+    guarded(lambda: _paths(recipe, as_json=json), recipe.debug)
+
+
+@app.command
+def shards(action: ShardsAction) -> None:
+    """Build, index, verify, show and reshard shards."""
+    guarded(lambda: run_shards(action), debug=False)
+
+
+@app.command
+def bench(action: BenchAction) -> None:
+    """Measure policies (by arithmetic), paths, engines and loaders (by the clock)."""
+    debug = isinstance(action, BenchPaths | BenchEngine) and action.recipe.debug
+    guarded(lambda: run_bench(action), debug=debug)
+
+
+def _run(config: RunConfig, stages: tuple[str, ...]) -> None:
+    from lgp_dist.pipeline import run_stages  # torch, timm and deepspeed: 15 s that `lgp --help` must not wait for
+
+    run_stages(config, stages)
+
+
+def _paths(config: RunConfig, *, as_json: bool) -> None:
+    space = PathSpace.from_config(config)
+    rows = sorted((space.describe(path) for path in space.paths), key=lambda row: row["flops"])
+    if as_json:
+        unmeasured = [{**row, "top1": None, "top5": None} for row in rows]
+        sys.stdout.write(json.dumps(unmeasured, indent=2) + "\n")
+        return
+    lines = [f"{'key':<24}{'low':>5}{'high':>5}{'params M':>10}{'paper M':>10}{'GFLOPs':>9}"]
+    for row in rows:
+        millions = [f"{row[name] / 1e6:>10.2f}" for name in ("params", "params_paper")]
+        lines.append(f"{row['key']:<24}{row['low']:>5}{row['high']:>5}{''.join(millions)}{row['flops'] / 1e9:>9.2f}")
+    total = f"{len(rows)} paths, {len(space.stitch_widths)} stitch layers, {space.stored_params / 1e6:.2f} M stored"
+    sys.stdout.write("\n".join([*lines, total]) + "\n")
+
+
+def main() -> None:
+    """Entry point of `lgp` and `python -m lgp_dist`."""
+    # DeepSpeed speaks while it is imported, before anything could lower its level.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app.cli(
+        prog="lgp",
+        description="Learngene Pool: variable-sized vision models from one pretrained model.",
+        config=(tyro.conf.CascadeSubcommandArgs,),
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )

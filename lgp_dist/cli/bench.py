@@ -1,0 +1,142 @@
+"""`lgp bench`: arguments and what they call."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lgp_dist.cli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class BenchSampler:
+    """Work, coverage and shares of each policy, by arithmetic."""
+
+    recipe: str = "pool12"
+    """Name of a recipe, or several, separated by commas."""
+    ranks: str = "1,2,8,64,1024"
+    """Numbers of ranks, separated by commas."""
+    micro_steps: str = "1,2,4"
+    """Numbers of micro-steps of a step, separated by commas."""
+    policies: str = ""
+    """Policies, separated by commas; empty for all."""
+    meet: Literal["step", "micro_step"] = "step"
+    """Where ranks wait for each other, as --finetune.meet."""
+    steps: int = 0
+    """Steps to look at; 0 for as many as 60,000 draws need, from 200 to 4,000."""
+    seed: int = 0
+    """Of the schedule."""
+    json: bool = False
+    """Print a list of objects."""
+
+
+@dataclass(frozen=True)
+class BenchPaths:
+    """Measure seconds of every path on this machine, for --finetune.costs."""
+
+    recipe: Recipe
+    out: Path
+    """File to write."""
+    batch: int = 0
+    """Images of a micro-step; 0 for the recipe's, on one rank."""
+    repeats: int = 5
+    """Rounds over all paths; the median counts."""
+
+
+@dataclass(frozen=True)
+class BenchEngine:
+    """Time, bytes and memory of a step on this launch's engine: one shared path against a path for every rank."""
+
+    recipe: Recipe
+    out: Path
+    """File to write: a JSON list of objects."""
+    rounds: int = 5
+    """Rounds over the policies; the median counts."""
+    steps: int = 24
+    """Optimizer steps of each policy in a round."""
+
+
+@dataclass(frozen=True)
+class BenchData:
+    """Images per CPU second of this loader and of others, on generated photographs."""
+
+    folder: Path
+    """Folder of the photographs' shards; --photos makes it."""
+    photos: str = ""
+    """Folders with photographs to make them from, separated by commas; empty if --folder has them already."""
+    samples: int = 4000
+    """Images to make."""
+    loaders: str = ""
+    """Loaders, separated by commas; empty for all that are installed."""
+    threads: int = 2
+    """Threads or worker processes."""
+    batch: int = 128
+    """Images of a batch."""
+    repeats: int = 3
+    """Rounds over all loaders; the median counts."""
+    json: bool = False
+    """Print a list of objects."""
+
+
+BenchAction = Annotated[
+    Annotated[BenchSampler, tyro.conf.subcommand("sampler", prefix_name=False)]
+    | Annotated[BenchPaths, tyro.conf.subcommand("paths", prefix_name=False)]
+    | Annotated[BenchEngine, tyro.conf.subcommand("engine", prefix_name=False)]
+    | Annotated[BenchData, tyro.conf.subcommand("data", prefix_name=False)],
+    tyro.conf.arg(name=""),
+]
+
+
+def _bench_engine(action: BenchEngine) -> None:
+    from lgp_dist.bench.engine import bench_engine, engine_table  # torch, timm and deepspeed, as above
+
+    rows = bench_engine(action.recipe, action.out, action.rounds, action.steps)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(engine_table(rows) + "\n")
+
+
+def run_bench(action: BenchSampler | BenchPaths | BenchEngine | BenchData) -> None:
+    """Does what the arguments ask for."""
+    if isinstance(action, BenchData):
+        _bench_data(action)
+        return
+    if isinstance(action, BenchEngine):
+        _bench_engine(action)
+        return
+    if isinstance(action, BenchPaths):
+        from lgp_dist.bench.paths import bench_paths, say  # torch and timm, as above
+
+        say(bench_paths(action.recipe, action.out, action.batch, action.repeats), action.out)
+        return
+    from lgp_dist.bench import sampler
+
+    rows = sampler.bench_sampler(
+        action.recipe,
+        sampler.parse_numbers("--ranks", action.ranks),
+        sampler.parse_numbers("--micro-steps", action.micro_steps),
+        sampler.parse_policies(action.policies),
+        action.steps,
+        action.seed,
+        action.meet,
+    )
+    sys.stdout.write((json.dumps(rows, indent=2) if action.json else sampler.sampler_table(rows)) + "\n")
+
+
+def _bench_data(action: BenchData) -> None:
+    from lgp_dist.bench.data import bench_data, data_table  # torch and timm, as above
+
+    rows = bench_data(
+        action.folder,
+        [Path(part) for part in action.photos.split(",") if part],
+        action.samples,
+        [part.strip() for part in action.loaders.split(",") if part],
+        action.threads,
+        action.batch,
+        action.repeats,
+        lambda line: sys.stderr.write(line + "\n") and None,
+    )
+    sys.stdout.write((json.dumps(rows, indent=2) if action.json else data_table(rows)) + "\n")

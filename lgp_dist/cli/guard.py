@@ -1,0 +1,52 @@
+"""What a person can put right becomes one sentence and status 2."""
+
+import errno
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from lgp_dist.errors import UserError
+
+NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
+
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer")
+"""What gloo says on a rank whose peer has failed."""
+
+PATIENCE_S = 15.0
+"""How long a rank leaves the word to another that failed first, seconds."""
+
+
+def guarded(call: Callable[[], None], debug: bool, run_dir: str = "") -> None:
+    """Turns what a person can put right into one sentence and status 2."""
+    try:
+        call()
+    except UserError as error:
+        _fail(str(error), debug)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        where = error.filename or f"The run directory {run_dir}"
+        _fail(f"{where} cannot be written ({error.strerror}): free space, or choose another --run-dir.", debug)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in PEER_GONE):
+            raise
+        time.sleep(PATIENCE_S)  # the rank that failed says why, and the launcher ends this one
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(sentence: str, debug: bool) -> None:
+    """Says it once: rank 0 at once; another rank waits, and is ended by the launcher if rank 0 has failed too."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(PATIENCE_S)
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"lgp: {sentence}\n" if rank == 0 else f"lgp (rank {rank}): {sentence}\n")
+    sys.stderr.flush()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os._exit(2)  # one of several ranks: without waiting for the others at exit
+    sys.exit(2)

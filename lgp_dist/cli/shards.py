@@ -1,0 +1,134 @@
+"""`lgp shards`: arguments and what they call."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lgp_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How images are laid out in shards."""
+
+    per_shard: int = 1000
+    """Samples in a shard."""
+    shards: int = 0
+    """Shards of the largest split, the others in proportion; 0 to go by --per-shard."""
+    shard_mb: int = 0
+    """Megabytes of images in a shard, at most; 0 to go by --per-shard."""
+    short_side: int = 0
+    """Re-encode images with a longer short side to this one, pixels, as JPEG; 0 keeps all bytes."""
+    quality: int = 90
+    """Of these JPEGs."""
+    train: int = 0
+    """Training images, equally many of each class; 0 for all."""
+    test: int = 0
+    """Images of every other split; 0 for all."""
+    seed: int = 0
+    """Of the shuffle."""
+    workers: int = 0
+    """Threads; 0 for one per core."""
+
+
+@dataclass(frozen=True)
+class Build(Cut):
+    """Make shards of a data set; after an interruption, the same command goes on."""
+
+    dataset: Annotated[str, tyro.conf.Positional] = tyro.MISSING
+    """imagefolder, imagenet (the official tars), kaggle, parquet (the hub's files), webdataset or fashion-mnist."""
+    out: Path = tyro.MISSING
+    """Folder to make; must not exist, or be empty."""
+    source: Path | None = None
+    """Folder of the data set; fashion-mnist's is that of Debian's package unless named."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Write manifest, _info.json and indexes beside shards from elsewhere."""
+
+    root: Annotated[Path, tyro.conf.Positional]
+    """Folder of the tars."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check hashes, structure, images and labels of shards; name every bad sample."""
+
+    root: Annotated[Path, tyro.conf.Positional]
+    """Folder of the tars."""
+    out: Path | None = None
+    """Also write a JSON list of the problems to this file."""
+    workers: int = 0
+    """Threads; 0 for one per core."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print counts, sizes and classes of shards; draw a contact sheet."""
+
+    root: Annotated[Path, tyro.conf.Positional]
+    """Folder of the tars."""
+    sheet: Path | None = None
+    """PNG to write, with images of all classes."""
+    split: str = ""
+    """Split of the contact sheet; the first if empty."""
+    images: int = 64
+    """Images on the contact sheet."""
+    seed: int = 0
+    """Of the choice of images."""
+    json: bool = False
+    """Print an object."""
+
+
+@dataclass(frozen=True)
+class Reshard(Cut):
+    """Write shards anew: another count, size or short side."""
+
+    root: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    """Folder of the tars."""
+    out: Path = tyro.MISSING
+    """Folder to make; must not exist, or be empty."""
+
+
+ShardsAction = Annotated[
+    Annotated[Build, tyro.conf.subcommand("build", prefix_name=False)]
+    | Annotated[Index, tyro.conf.subcommand("index", prefix_name=False)]
+    | Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)]
+    | Annotated[Show, tyro.conf.subcommand("show", prefix_name=False)]
+    | Annotated[Reshard, tyro.conf.subcommand("reshard", prefix_name=False)],
+    tyro.conf.arg(name=""),
+]
+
+
+def run_shards(action: Build | Index | Verify | Show | Reshard) -> None:
+    """Does what the arguments ask for."""
+    from lgp_dist.data import build, index, show, verify  # webdataset and torch, as above
+
+    if isinstance(action, (Build, Reshard)):
+        options = build.BuildOptions(
+            **{field.name: getattr(action, field.name) for field in fields(build.BuildOptions)}
+        )
+        layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.dataset, action.source)
+        manifest = build.build_shards(layout, root, action.out, options)
+        sys.stdout.write(show.describe(show.summarise(manifest)) + "\n")
+    elif isinstance(action, Index):
+        index.index_shards(action.root)
+    elif isinstance(action, Show):
+        manifest = index.ShardManifest.load(action.root)
+        summary = show.summarise(manifest)
+        sys.stdout.write((json.dumps(summary, indent=2) if action.json else show.describe(summary)) + "\n")
+        if action.sheet:
+            show.contact_sheet(manifest, action.split, action.sheet, action.images, action.seed)
+    else:
+        problems = verify.verify_shards(action.root, workers=action.workers or len(os.sched_getaffinity(0)))
+        if action.out:
+            verify.write_problems(problems, action.out)
+        if problems:
+            raise UserError(verify.summary(action.root, problems))
+        sys.stdout.write(f"{action.root}: every shard and image is whole\n")

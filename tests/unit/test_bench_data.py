@@ -1,0 +1,127 @@
+"""`lgp bench data`: photographs, objects, shares, and what cannot be asked."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from data_helpers import photograph
+from PIL import Image
+from run_helpers import Lgp, has
+
+from lgp_dist.bench import data as bench
+from lgp_dist.bench import rivals
+from lgp_dist.bench.photos import VARIANTS, make_photographs
+from lgp_dist.data.index import verify_shards
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two photographs, one that is too small and a file that is none."""
+    folder = tmp_path_factory.mktemp("sources")
+    for seed in range(2):
+        photograph(seed, 1200, 900).save(folder / f"{seed}.png")
+    photograph(2, 300, 200).save(folder / "small.jpg")
+    (folder / "none.jpg").write_bytes(b"none")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "photos"
+    make_photographs([sources], folder, 20, 2)
+    return folder
+
+
+def test_photographs_are_whole_and_always_the_same(sources: Path, photographs: Path, tmp_path: Path) -> None:
+    make_photographs([sources], tmp_path / "again", 20, 2)
+    for variant in VARIANTS:
+        assert verify_shards(photographs / variant) == []
+        names = sorted(path.name for path in (photographs / variant).iterdir())
+        assert names == sorted(path.name for path in (tmp_path / "again" / variant).iterdir())
+        for name in names:
+            assert (photographs / variant / name).read_bytes() == (tmp_path / "again" / variant / name).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_photographs_are_read_by_webdataset(photographs: Path) -> None:
+    """Short sides and labels; both variants show the same part of the same photograph."""
+    read = []
+    for variant in VARIANTS:
+        shards = [str(path) for path in sorted((photographs / variant).glob("*.tar"))]
+        pipeline = wds.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "cls")
+        read.append(list(pipeline))
+    assert len(read[0]) == len(read[1]) == 20
+    for (key, full, label), (other, small, same) in zip(*read, strict=True):
+        assert (key, label) == (other, same) and min(small.size) == 256
+        left, right = (np.asarray(image.resize((32, 32), Image.BOX), dtype=float) for image in (full, small))
+        assert abs(left - right).mean() < 4
+
+
+def test_a_process_of_its_own(photographs: Path) -> None:
+    """What a child prints; and its last words where it fails."""
+    found = bench._run("decoder", photographs / "s256", 1, 8)
+    assert found["images"] == 20 and 0 < found["cpu_s"] < 60
+
+
+def test_objects(lgp: Lgp, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fields, ratio, share of the decoder's rate; measured in this process, to be quick."""
+    monkeypatch.setattr(bench, "_run", rivals.measure)
+    asked = ("--loaders", "webdataset,decoder,lgp", "--repeats", "1", "--batch", "8", "--json")
+    rows = json.loads(lgp("bench", "data", "--folder", photographs, *asked).out)
+    assert [(row["data"], row["loader"]) for row in rows[:-1]] == [
+        (variant, loader) for variant in VARIANTS for loader in ("webdataset", "decoder", "lgp")
+    ]
+    for row in rows[:-1]:
+        base = next(r for r in rows if (r["data"], r["loader"]) == (row["data"], "webdataset"))
+        ratio = row["images_per_cpu_second"] / base["images_per_cpu_second"]
+        assert row["ratio"] == pytest.approx(ratio, rel=0.02)
+        assert row["spread"] == 0 and row["images"] == 20 and row["commit"] and row["machine"]["cores"]
+        assert (row["share_of_decoder"] is not None) == (row["loader"] == "lgp")
+    assert rows[-1]["data"] == "shuffle" and 250 <= rows[-1]["distinct_shards"] <= rows[-1]["distinct_shards_at_most"]
+    table = bench.data_table(rows).splitlines()
+    assert len(table) == 8 and "1024 shards (window 256)" in table[-1]
+
+
+@pytest.mark.parametrize("loader", ["webdataset", "webdataset+simplejpeg", "timm", "decoder", "lgp"])
+def test_every_loader_reads_every_image(photographs: Path, loader: str) -> None:
+    """timm's reader rounds up to whole batches."""
+    found = rivals.measure(loader, photographs / "s256", 1, 10)
+    assert found["images"] == 20 and found["cpu_s"] > 0 < found["wall_s"]
+
+
+def test_crops_of_loader_and_decoder_are_the_same(photographs: Path) -> None:
+    """The bound decodes what the loader does: all images of an epoch, with the crops of training."""
+    batches = [images.clone() for images, _ in rivals.lgp(photographs / "full", 2, 8)]
+    threadless = [images.clone() for images, _ in rivals.lgp(photographs / "full", 0, 8)]
+    assert all(bool((a == b).all()) for a, b in zip(batches, threadless, strict=True))
+    assert rivals.decoder_alone(photographs / "full", 1, 8)() == sum(map(len, batches))
+
+
+def test_loaders_are_those_that_can_be_asked() -> None:
+    assert list(bench.NEEDS) == list(rivals.LOADERS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pieces"),
+    [
+        (["--loaders=ffcv"], ["--loaders", "'ffcv'", "webdataset"]),
+        (["--repeats=0"], ["--repeats", "0"]),
+        (["--threads=0"], ["--threads", "0"]),
+        (["--batch=-1"], ["--batch", "-1"]),
+        (["--photos=nothing"], ["--photos nothing", "no photograph"]),
+        ([], ["--folder nowhere", "--photos"]),
+    ],
+)
+def test_what_cannot_be(
+    lgp: Lgp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], pieces: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    has(lgp("bench", "data", "--folder", "nowhere", *arguments).sentence, *pieces)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_that_exists_is_not_overwritten(lgp: Lgp, sources: Path, tmp_path: Path) -> None:
+    result = lgp("bench", "data", "--folder", tmp_path, "--photos", sources)
+    has(result.sentence, str(tmp_path), "exists already", "--photos")
