@@ -270,6 +270,7 @@ def _shards(action: Build | Index | Verify | Show | Reshard) -> None:
         if action.out:
             verify.write_problems(problems, action.out)
         if problems:
+            sys.stdout.write(verify.table(problems))
             raise UserError(verify.summary(action.root, problems))
         sys.stdout.write(f"{action.root}: every shard and image is whole\n")
 

@@ -48,12 +48,11 @@ def test_commands(lgp: Lgp, shards: Path, tmp_path: Path) -> None:
     assert lgp("shards", "verify", again).out.endswith("every shard and image is whole\n")
     path = next(again.glob("*-train-*.tar"))
     path.write_bytes(path.read_bytes()[:-2000])
-    sentence = lgp("shards", "verify", again, "--out", tmp_path / "bad.json").sentence
+    found = lgp("shards", "verify", again, "--out", tmp_path / "bad.json")
     rows = json.loads((tmp_path / "bad.json").read_text())
-    assert {row["shard"] for row in rows} == {path.name} and all(
-        row["sentence"].rstrip(".") in sentence for row in rows
-    )
-    assert f"has {len(rows)} problem(s)" in sentence
+    assert [line.split("\t") for line in found.out.splitlines()] == [list(row.values()) for row in rows]
+    assert {row["shard"] for row in rows} == {path.name} and rows[0]["sentence"].rstrip(".") in found.sentence
+    assert f"has {len(rows)} problem(s)" in found.sentence
     assert "--source" in lgp("shards", "build", "kaggle", "--out", tmp_path / "new").sentence
     assert "exists and is not empty" in lgp("shards", "reshard", shards, "--out", again).sentence
 
