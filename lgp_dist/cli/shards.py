@@ -40,11 +40,11 @@ class Cut:
 class Build(Cut):
     """Make shards of a data set; after an interruption, the same command goes on."""
 
-    dataset: Annotated[str, tyro.conf.Positional] = tyro.MISSING
+    layout: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="LAYOUT")] = tyro.MISSING
     """imagefolder, imagenet (the official tars), kaggle, parquet (the hub's files), webdataset or fashion-mnist."""
     out: Path = tyro.MISSING
     """Folder to make; must not exist, or be empty."""
-    source: Path | None = None
+    source: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of the data set; fashion-mnist's is that of Debian's package unless named."""
 
 
@@ -114,7 +114,7 @@ def run_shards(action: Build | Index | Verify | Show | Reshard) -> None:
         options = build.BuildOptions(
             **{field.name: getattr(action, field.name) for field in fields(build.BuildOptions)}
         )
-        layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.dataset, action.source)
+        layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.layout, action.source)
         manifest = build.build_shards(layout, root, action.out, options)
         sys.stdout.write(show.describe(show.summarise(manifest)) + "\n")
     elif isinstance(action, Index):
@@ -130,5 +130,6 @@ def run_shards(action: Build | Index | Verify | Show | Reshard) -> None:
         if action.out:
             verify.write_problems(problems, action.out)
         if problems:
+            sys.stdout.write(verify.table(problems))
             raise UserError(verify.summary(action.root, problems))
         sys.stdout.write(f"{action.root}: every shard and image is whole\n")

@@ -87,7 +87,8 @@ def build_shards(
 
     The same source and options give the same bytes, with any number of workers and after any kill: a build works in
     `.OUT.partial` beside `out` and goes on from the shards it finds there. `out` must not exist or be empty, and is
-    there complete or not at all. Raises UserError for what a person can put right.
+    there complete or not at all. Raises UserError for what a person can put right; what was done before it, whole
+    shards and copies of parquet files, is kept for the next try.
     """
     options, out = options or BuildOptions(), Path(out)
     _check(options, out)
@@ -95,18 +96,16 @@ def build_shards(
         open_source(layout, root, out, progress)
     partial = out.parent / f".{out.name}.partial"
     fresh = not partial.exists()
-    planned = False
     partial.mkdir(parents=True, exist_ok=True)
     try:
         with _alone(partial):
             source = open_source(layout, root, partial / "spool", progress)
             plan = {name: items for split in source.splits for name, items in _plan(source, split, options).items()}
             _remember(partial, plan, options)
-            planned = True
             done = _write(partial, plan, options)
             _finish(partial, out, source, done)
     finally:
-        if fresh and not planned:
+        if fresh and not (partial / "plan.json").exists() and not any(partial.glob("spool/*.json")):
             shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     return ShardManifest.load(out)

@@ -131,6 +131,8 @@ def index_shard(path: Path) -> IndexedShard:
     if flaws:
         more = f" (problems in this shard: {len(flaws)})." if len(flaws) > 1 else "."
         raise UserError(flaws[0].sentence.removesuffix(".") + more)
+    if not samples:
+        raise UserError(f"Shard {path} has no samples: copy the file again, or remove it.")
     try:
         digest, sums = hash_shard(path, samples)
         size = path.stat().st_size

@@ -16,6 +16,9 @@ from lgp_dist.data.manifest import ShardEntry, ShardManifest
 from lgp_dist.data.scan import Sample, hash_shard, scan_shard, shown_key
 from lgp_dist.errors import UserError
 
+LISTED = 10
+"""Problems that a sentence spells out."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -73,11 +76,18 @@ def verify_shards(
 
 
 def summary(root: str | Path, problems: list[Problem]) -> str:
-    """All problems as one sentence: how many, in how many samples and files, and each of them."""
+    """The problems as one sentence: how many, in how many samples and files, and the first LISTED of them."""
     bad = len({(problem.shard, problem.key) for problem in problems if problem.key})
     files = len({problem.shard for problem in problems})
-    listed = "; ".join(problem.sentence.rstrip(".") for problem in problems)
-    return f"{root} has {len(problems)} problem(s), with {bad} bad sample(s) in {files} file(s): {listed}."
+    listed = "; ".join(problem.sentence.rstrip(".") for problem in problems[:LISTED])
+    more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+    return f"{root} has {len(problems)} problem(s), with {bad} bad sample(s) in {files} file(s): {listed}{more}."
+
+
+def table(problems: list[Problem]) -> str:
+    """A line for each problem: shard, key, reason and sentence, separated by tabs."""
+    rows = [(problem.shard, shown_key(problem.key), problem.reason, problem.sentence) for problem in problems]
+    return "".join("\t".join(row) + "\n" for row in rows)
 
 
 def write_problems(problems: list[Problem], path: Path) -> None:

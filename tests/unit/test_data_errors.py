@@ -218,6 +218,16 @@ def test_bad_samples(root: Path, members: list[tuple[str, bytes]], pieces: tuple
         assert all(piece in text for piece in (*pieces, str(path))), text
 
 
+@pytest.mark.parametrize("content", [b"", bytes(10240), b"no tar at all"])
+def test_shard_without_samples(root: Path, content: bytes) -> None:
+    before = (root / "manifest.json").read_bytes()
+    path = root / "mine-train-1.tar"
+    path.write_bytes(content)
+    text = sentence(index_shards, root, lambda line: None)
+    assert str(path) in text and "copy the file again" in text
+    assert (root / "manifest.json").read_bytes() == before
+
+
 def test_index_of_a_folder_without_shards(tmp_path: Path) -> None:
     assert f"{tmp_path} has no shard whose name ends in" in sentence(index_shards, tmp_path, print)
     assert "no folder" in sentence(index_shards, tmp_path / "x", print)

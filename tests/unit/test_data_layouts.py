@@ -20,6 +20,7 @@ from shard_helpers import webdataset as web_shards
 from lgp_dist.data.build import BuildOptions, build_shards
 from lgp_dist.data.index import ShardIndex
 from lgp_dist.data.manifest import ShardManifest
+from lgp_dist.data.parquet import parquet as read_parquet
 from lgp_dist.data.verify import verify_shards
 from lgp_dist.errors import UserError
 
@@ -140,6 +141,25 @@ def test_kill_at_random_times(tmp_path: Path) -> None:
             break
     build_shards("imagefolder", made.root, tmp_path / "again", BuildOptions(**options), quiet)
     assert kills and files(tmp_path / "out") == files(tmp_path / "again")
+
+
+def test_copies_of_parquet_files_are_used_again_if_whole(tmp_path: Path) -> None:
+    made = parquet(tmp_path / "source")
+    spool = tmp_path / "spool"
+    read_parquet(made.root, spool, quiet)
+    before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in spool.iterdir()}
+    assert set(before) == {
+        f"{n}.{e}" for n in ("train-00000", "train-00001", "validation-00000", "test-00000") for e in ("bin", "json")
+    }
+    (spool / "train-00000.bin").write_bytes(before["train-00000.bin"][1][:-1])
+    (spool / "validation-00000.json").write_bytes(b"{")
+    source = read_parquet(made.root, spool, quiet)
+    after = {path.name: (path.stat().st_ino, path.read_bytes()) for path in spool.iterdir()}
+    assert {name: content for name, (_, content) in before.items()} == {n: c for n, (_, c) in after.items()}
+    assert {n for n in before if before[n][0] == after[n][0]} == {
+        f"{n}.{e}" for n in ("train-00001", "test-00000") for e in ("bin", "json")
+    }
+    assert [item.key for item in source.splits["train"]] == list(made.splits["train"])
 
 
 def test_two_builds_of_one_folder(tmp_path: Path) -> None:
@@ -319,7 +339,8 @@ def test_bad_source(
     change(made.root / name, content)
     text = refused(layout, made.root, tmp_path / "out")
     assert all(piece in text for piece in pieces), text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    kept = [".out.partial"] if layout == "parquet" else []  # the copy of the good file
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*kept, "source"]
 
 
 def test_source_that_is_not_there(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from run_helpers import Lgp
-from shard_helpers import image, imagefolder, quiet, tar_of
+from shard_helpers import LAYOUTS, image, imagefolder, quiet, tar_of
 
 from lgp_dist.data.build import BuildOptions, build_shards
 from lgp_dist.data.index import index_shards
@@ -48,14 +48,22 @@ def test_commands(lgp: Lgp, shards: Path, tmp_path: Path) -> None:
     assert lgp("shards", "verify", again).out.endswith("every shard and image is whole\n")
     path = next(again.glob("*-train-*.tar"))
     path.write_bytes(path.read_bytes()[:-2000])
-    sentence = lgp("shards", "verify", again, "--out", tmp_path / "bad.json").sentence
+    found = lgp("shards", "verify", again, "--out", tmp_path / "bad.json")
     rows = json.loads((tmp_path / "bad.json").read_text())
-    assert {row["shard"] for row in rows} == {path.name} and all(
-        row["sentence"].rstrip(".") in sentence for row in rows
-    )
-    assert f"has {len(rows)} problem(s)" in sentence
+    assert [line.split("\t") for line in found.out.splitlines()] == [list(row.values()) for row in rows]
+    assert {row["shard"] for row in rows} == {path.name} and rows[0]["sentence"].rstrip(".") in found.sentence
+    assert f"has {len(rows)} problem(s)" in found.sentence
     assert "--source" in lgp("shards", "build", "kaggle", "--out", tmp_path / "new").sentence
     assert "exists and is not empty" in lgp("shards", "reshard", shards, "--out", again).sentence
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_build_from_the_command_line(layout: str, lgp: Lgp, tmp_path: Path) -> None:
+    made = LAYOUTS[layout](tmp_path / "source")
+    done = lgp("shards", "build", layout, "--source", made.root, "--out", tmp_path / "out", "--per-shard", 6)
+    assert done.status == 0, done.err
+    assert f"train: {len(made.splits['train'])} samples in {-(-len(made.splits['train']) // 6)} shards" in done.out
+    assert lgp("shards", "verify", tmp_path / "out", "--workers", 2).status == 0
 
 
 def test_contact_sheet_shows_the_images(tmp_path: Path) -> None:
