@@ -68,7 +68,7 @@ class Root:
         manifest.entries(split)
         name = sidecar_path(self.folder, split).name
         if self.fetch_small(name) and read_sidecar(manifest, split) is None:
-            (self.folder / name).unlink()  # it may have come from an older upload
+            (self.folder / name).unlink(missing_ok=True)  # it may have come from an older upload
             self.fetch_small(name)
         if read_sidecar(manifest, split) is None:
             (self.folder / name).unlink(missing_ok=True)
