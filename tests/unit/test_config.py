@@ -11,7 +11,6 @@ from lgp_dist.config import STAGES, RunConfig, flatten, meaning
 from lgp_dist.recipes import RECIPES, pool12, pool18, tiny
 
 FREE = {
-    "decoder",
     "max_bad",
     "log_every",
     "device",
