@@ -4,7 +4,7 @@ import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,19 @@ class BadImage(UserError):
         self.where, self.reason = where, reason
 
 
-def shard_path(root: Path, name: str) -> Path:
-    """The file of a shard on this machine: the one place from which training and evaluation open shards."""
-    return root / name
+def open_file(path: Path) -> int:
+    """Handle to read a file; raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 class _Handle:
     """An open file, closed when nobody holds it any more."""
 
-    def __init__(self, path: Path) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
+        os.close(self.number)
 
 
 class ShardFiles:
@@ -60,8 +58,9 @@ class ShardFiles:
     disturb each other; a pickled copy (spawn) starts with no open file.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
+    def __init__(self, paths: Sequence[Path], opener: Callable[[Path], int] = open_file) -> None:
+        """opener: gives a handle to read a path; it may fetch the file first, and is called by several threads."""
+        self.paths, self.opener = tuple(paths), opener
         self._handles: OrderedDict[int, _Handle] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -97,8 +96,7 @@ class ShardFiles:
             if shard in self._handles:
                 self._handles.move_to_end(shard)
                 return self._handles[shard]
-        path = self.paths[shard]
-        file = _Handle(shard_path(path.parent, path.name))  # may wait for a download: not under the lock
+        file = _Handle(self.opener(self.paths[shard]))  # may wait for a download: not under the lock
         with self._lock:
             self._handles[shard] = file
             while len(self._handles) > OPEN_FILES:
@@ -106,10 +104,10 @@ class ShardFiles:
         return file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths}
+        return {"paths": self.paths, "opener": self.opener}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["paths"])
+        self.__init__(state["paths"], state["opener"])
 
 
 def decode_image(content: bytes, channels: int, where: str) -> Image.Image:
