@@ -66,7 +66,7 @@ class DataConfig:
     """Training augmentation."""
     window: int = 256
     """Shards that are shuffled together; about so many are in use at a time."""
-    decoder: Literal["simplejpeg", "nvimgcodec"] = free("simplejpeg")
+    decoder: Literal["simplejpeg", "nvimgcodec"] = "simplejpeg"
     """Of JPEGs in training: libjpeg-turbo, or the extra nvimgcodec, which decodes only what a crop needs."""
     max_bad: int = free(0)
     """Images of an epoch, over all ranks, that may be bad; each is replaced and named, and one more stops the run."""

@@ -15,7 +15,6 @@ FREE = {
     "cache_bytes",
     "timeout_s",
     "retries",
-    "decoder",
     "max_bad",
     "log_every",
     "device",
