@@ -8,7 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "timm", "webdataset", "numpy", "pillow", "safetensors")
+PACKAGES = (
+    *("torch", "torchvision", "accelerate", "deepspeed", "timm", "webdataset", "numpy", "pillow", "simplejpeg"),
+    *("safetensors", "triton"),
+)
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from run_helpers import Lgp, has
 from lgp_dist.bench import data as bench
 from lgp_dist.bench import rivals
 from lgp_dist.bench.photos import VARIANTS, make_photographs
-from lgp_dist.data.index import verify_shards
+from lgp_dist.data.verify import verify_shards
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,8 @@ def shard_of(folder: Path, contents: list[bytes]) -> ShardIndex:
     size = np.array([len(content) for content in contents])
     zeros = np.zeros(len(contents), dtype=np.int64)
     keys = np.array([f"k{number}" for number in range(len(contents))])
-    return ShardIndex(folder, (path.name,), zeros, np.cumsum(size) - size, size, zeros, keys, ShardFiles([path]))
+    places = zeros, np.cumsum(size) - size, size
+    return ShardIndex(folder, (path.name,), *places, zeros, keys, zeros, zeros, zeros - 1, ShardFiles([path]))
 
 
 @needs_codec
