@@ -29,7 +29,7 @@ def tiny() -> RunConfig:
 
     Command: scripts/quickstart
     Time: 8 minutes on two cores of an AMD EPYC
-    Accuracy: 74.9 % (narrow row) to 83.2 % along the Pareto front; ancestry 89.25 % (seed 0, 2,000 test images)
+    Accuracy: 74.8 % (narrow row) to 83.4 % along the Pareto front; ancestry 89.25 % (seed 0, 2,000 test images)
     """
     loop = TrainConfig(
         epochs=16.0, batch_size=128, lr=1e-3, min_lr=1e-5, warmup_epochs=1.0, clip_grad=1.0, log_every=50
