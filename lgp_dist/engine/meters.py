@@ -89,7 +89,7 @@ class StepMeter:
         names = sorted(self.counts[0])
         if not names:
             return
-        rows = torch.tensor([[float(part[name]) for name in names] for part in self.counts])
+        rows = torch.tensor([[part[name] for name in names] for part in self.counts], dtype=torch.float64)
         for line, row in zip(self.lines, self.trainer.workers.sum(rows).tolist(), strict=True):
             line.update(zip(names, map(int, row), strict=True))
         for name in names:
