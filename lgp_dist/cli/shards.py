@@ -3,41 +3,18 @@
 import json
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from lgp_dist.data.options import BuildOptions
 from lgp_dist.errors import UserError
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How images are laid out in shards."""
-
-    per_shard: int = 1000
-    """Samples in a shard."""
-    shards: int = 0
-    """Shards of the largest split, the others in proportion; 0 to go by --per-shard."""
-    shard_mb: int = 0
-    """Megabytes of images in a shard, at most; 0 to go by --per-shard."""
-    short_side: int = 0
-    """Re-encode images with a longer short side to this one, pixels, as JPEG; 0 keeps all bytes."""
-    quality: int = 90
-    """Of these JPEGs."""
-    train: int = 0
-    """Training images, equally many of each class; 0 for all."""
-    test: int = 0
-    """Images of every other split; 0 for all."""
-    seed: int = 0
-    """Of the shuffle."""
-    workers: int = 0
-    """Threads; 0 for one per core."""
-
-
-@dataclass(frozen=True)
-class Build(Cut):
+class Build(BuildOptions):
     """Make shards of a data set; after an interruption, the same command goes on."""
 
     layout: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="LAYOUT")] = tyro.MISSING
@@ -87,7 +64,7 @@ class Show:
 
 
 @dataclass(frozen=True)
-class Reshard(Cut):
+class Reshard(BuildOptions):
     """Write shards anew: another count, size or short side."""
 
     root: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
@@ -111,11 +88,8 @@ def run_shards(action: Build | Index | Verify | Show | Reshard) -> None:
     from lgp_dist.data import build, index, show, verify  # webdataset and torch, as above
 
     if isinstance(action, (Build, Reshard)):
-        options = build.BuildOptions(
-            **{field.name: getattr(action, field.name) for field in fields(build.BuildOptions)}
-        )
         layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.layout, action.source)
-        manifest = build.build_shards(layout, root, action.out, options)
+        manifest = build.build_shards(layout, root, action.out, action)
         sys.stdout.write(show.describe(show.summarise(manifest)) + "\n")
     elif isinstance(action, Index):
         index.index_shards(action.root)

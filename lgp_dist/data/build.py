@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ from lgp_dist.data.folders import image_folder, kaggle
 from lgp_dist.data.imagenet import official
 from lgp_dist.data.index import IndexedShard, write_indexes
 from lgp_dist.data.manifest import ShardEntry, ShardManifest, write_file
-from lgp_dist.data.order import stream_key
+from lgp_dist.data.options import BuildOptions
+from lgp_dist.data.order import position_to_sample, turns
 from lgp_dist.data.parquet import parquet
 from lgp_dist.data.pixels import check_shrink
 from lgp_dist.data.scan import Sample
@@ -31,30 +32,6 @@ from lgp_dist.errors import UserError
 
 LAYOUTS = ("imagefolder", "imagenet", "kaggle", "parquet", "webdataset", "fashion-mnist")
 """What `open_source` knows."""
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How a source becomes shards."""
-
-    train: int = 0
-    """Images of split train, equally many of each class (to one); 0 for all."""
-    test: int = 0
-    """Images of every other split; 0 for all."""
-    per_shard: int = 1000
-    """Samples in a shard."""
-    shards: int = 0
-    """Shards of the largest split, the others in proportion; 0 to go by per_shard."""
-    shard_mb: int = 0
-    """Megabytes (10^6 bytes) of images in a shard, at most, where more than one fits; 0 to go by per_shard."""
-    short_side: int = 0
-    """Images with a longer short side become JPEGs with this one, pixels; 0 keeps all bytes."""
-    quality: int = 90
-    """Of these JPEGs."""
-    seed: int = 0
-    """Of the shuffle."""
-    workers: int = 0
-    """Threads; 0 for one per core. Does not change a byte."""
 
 
 def open_source(layout: str, root: Path | None, spool: Path, progress: Callable[[str], None]) -> Source:
@@ -150,15 +127,10 @@ def choose(split: str, labels: NDArray[np.int64], count: int, seed: int) -> NDAr
     if count > total:
         flag = "--train" if split == "train" else "--test"
         raise UserError(f"{count} images of split {split} were asked for: set {flag} to 1 .. {total}.")
-    raw = np.random.Philox(key=stream_key("order", seed, 0)).random_raw(total)
-    order = np.argsort(raw, kind="stable")
+    order = position_to_sample(seed, 0, total)
     if not count:
         return order
-    turn = np.empty(total, dtype=np.int64)
-    for label in np.unique(labels):
-        places = np.flatnonzero(labels[order] == label)
-        turn[places] = np.arange(len(places))
-    return order[np.sort(np.argsort(turn, kind="stable")[:count])]
+    return order[np.sort(np.argsort(turns(labels[order]), kind="stable")[:count])]
 
 
 def _plan(source: Source, split: str, options: BuildOptions) -> dict[str, list[Item]]:

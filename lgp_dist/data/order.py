@@ -35,6 +35,15 @@ def position_to_sample(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     return permutation(n, "order", seed, epoch)
 
 
+def turns(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each of labels [k] how many equal ones come before it: the turn in which classes come, one of each."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    found = np.empty(len(labels), dtype=np.int64)
+    found[order] = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
+    return found
+
+
 @dataclass(frozen=True)
 class DataCursor:
     """Where a training stream stands: its whole state, the same on every rank, at any world size and batch size."""

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from lgp_dist.data.index import ShardIndex, read_image
 from lgp_dist.data.manifest import ShardManifest, write_file
-from lgp_dist.data.order import stream_key
+from lgp_dist.data.order import permutation, turns
 from lgp_dist.errors import UserError
 
 BARS = 20
@@ -121,12 +121,9 @@ def contact_sheet(manifest: ShardManifest, split: str, path: Path, images: int =
 
 def _in_turn(index: ShardIndex, count: int, seed: int) -> list[int]:
     """Samples at random, so that each class comes once before one comes twice, ordered by class."""
-    order = np.random.Philox(key=stream_key("sheet", seed)).random_raw(len(index)).argsort(kind="stable")
+    order = permutation(len(index), "sheet", seed)
     by_label = order[np.argsort(index.label[order], kind="stable")]
-    labels = index.label[by_label]
-    first = np.searchsorted(labels, labels)
-    turn = np.arange(len(labels)) - first
-    chosen = np.sort(np.argsort(turn, kind="stable")[:count])
+    chosen = np.sort(np.argsort(turns(index.label[by_label]), kind="stable")[:count])
     return by_label[chosen].tolist()
 
 
