@@ -13,6 +13,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from lgp_dist.data.tar import read_at
 from lgp_dist.errors import UserError
 
 MAX_PIXELS = 80_000_000
@@ -46,7 +47,7 @@ class _Handle:
         os.close(self.number)
 
 
-class Source(Protocol):
+class ShardSource(Protocol):
     """Where shards are opened."""
 
     @property
@@ -91,7 +92,7 @@ class ShardFiles:
     disturb each other; a pickled copy (spawn) starts with no open file.
     """
 
-    def __init__(self, paths: Sequence[Path], source: Source | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], source: ShardSource | None = None) -> None:
         """source: opens the paths; a folder of this machine if there is none."""
         self.paths, self.source = tuple(paths), source or Folder()
         self._handles: OrderedDict[int, _Handle] = OrderedDict()
@@ -101,12 +102,7 @@ class ShardFiles:
         """`size` bytes from `offset` of shard number `shard`; raises UserError if the file has fewer or is missing."""
         try:
             file = self._open(shard)  # held here, so that it stays open while another thread closes older ones
-            content = os.pread(file.number, size, offset)
-            while 0 < len(content) < size:
-                more = os.pread(file.number, size - len(content), offset + len(content))
-                if not more:
-                    break
-                content += more
+            content = read_at(file.number, offset, size)
         except OSError as error:
             raise UserError(
                 f"Shard {self.paths[shard]} cannot be read ({error.strerror}): copy the file again."

@@ -1,6 +1,5 @@
 """One file from a remote root to a path: in bounded time, resumed where it broke off, checked before it is used."""
 
-import hashlib
 import logging
 import os
 import queue
@@ -182,11 +181,6 @@ def _check(wanted: Wanted, part: Path, resumed: bool) -> None:
             final=not resumed,  # what an earlier try or process left may be of another file
             spoiled=True,
         )
-
-
-def digest(path: Path) -> str:
-    """Twelve hex digits of a small file's hash."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 class _End:

@@ -59,6 +59,10 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.shard)
 
+    def content(self, i: int) -> bytes:
+        """Bytes of the image of sample i; raises UserError."""
+        return self.files.read(int(self.shard[i]), int(self.offset[i]), int(self.size[i]))
+
     def describe(self, i: int) -> str:
         """Shard and key of sample i, for sentences."""
         return f"shard {self.root / self.shards[self.shard[i]]}, sample {shown_key(str(self.keys[i]))}"
@@ -266,5 +270,4 @@ def read_sidecar(manifest: ShardManifest, split: str) -> ShardIndex | None:
 
 def read_image(index: ShardIndex, i: int, channels: int) -> Image.Image:
     """Image of sample i, as decode_image gives it."""
-    content = index.files.read(int(index.shard[i]), int(index.offset[i]), int(index.size[i]))
-    return decode_image(content, channels, index.describe(i))
+    return decode_image(index.content(i), channels, index.describe(i))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lgp_dist.config import DataConfig
 from lgp_dist.data.crops import DRAWS, Crop
-from lgp_dist.data.decode import BadImage, ShardFiles, decode_pixels
+from lgp_dist.data.decode import BadImage, decode_pixels
 from lgp_dist.data.draws import Keys, uniforms
 from lgp_dist.data.index import ShardIndex
 from lgp_dist.data.regions import RegionDecoder
@@ -155,7 +155,7 @@ class Loader:
 
     def _decode(self, sample: int, draws: list[float] | None, out: Tensor) -> None:
         """One image into out [1, C, S, S]; draws: of its random crop, None for the centre."""
-        content = self._content(sample)
+        content = self.index.content(sample)
         if draws is not None and self.regions is not None:
             part = self.regions.crop(content, self.crop, draws)
             if part is not None:
@@ -182,10 +182,6 @@ class Loader:
         count = int(last - first)
         return [int(first) + (sample - int(first) + step) % count for step in range(min(count, NEIGHBOURS + 1))]
 
-    def _content(self, sample: int) -> bytes:
-        index, files = self.index, self.files
-        return files.read(int(index.shard[sample]), int(index.offset[sample]), int(index.size[sample]))
-
     @cached_property
     def crop(self) -> Crop:
         """From image to input."""
@@ -195,11 +191,6 @@ class Loader:
     def regions(self) -> RegionDecoder | None:
         """The decoder of crops, where the configuration asks for it."""
         return RegionDecoder() if self.data.decoder == "nvimgcodec" and self.data.channels == 3 else None
-
-    @property
-    def files(self) -> ShardFiles:
-        """What reads the shards."""
-        return self.index.files
 
 
 class _Ring:

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from lgp_dist.config import DataConfig
 from lgp_dist.data.cache import ShardCache, locked, make_folders
-from lgp_dist.data.decode import Folder, Source
-from lgp_dist.data.fetch import Patience, Wanted, digest, fetch, fetch_optional
+from lgp_dist.data.decode import Folder, ShardSource
+from lgp_dist.data.fetch import Patience, Wanted, fetch, fetch_optional
 from lgp_dist.data.index import read_sidecar, sidecar_path
-from lgp_dist.data.manifest import MANIFEST_NAME, ShardEntry, ShardManifest
+from lgp_dist.data.info import INFO_NAME
+from lgp_dist.data.manifest import MANIFEST_NAME, ShardEntry, ShardManifest, hash_file
 from lgp_dist.data.remote import Remote, local_path
 from lgp_dist.errors import UserError
-
-INFO_NAME = "_info.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +38,7 @@ class Root:
         return self.cache is not None
 
     @property
-    def source(self) -> Source:
+    def source(self) -> ShardSource:
         """What opens the shards."""
         return Folder() if self.cache is None else self
 
@@ -125,7 +124,7 @@ def _open_remote(root: str, folder: Path, limit_bytes: int, patience: Patience) 
             manifest = ShardManifest.load(new)
         except UserError as error:
             raise UserError(str(error).replace(new, remote.root)) from error
-        version = roots / f"{name}-{digest(part)}"
+        version = roots / f"{name}-{hash_file(part)[:12]}"
         make_folders(version)
         os.replace(part, version / MANIFEST_NAME)
     shards: dict[str, ShardEntry] = {entry.name: entry for split in manifest.splits.values() for entry in split}

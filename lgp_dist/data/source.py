@@ -9,11 +9,12 @@ from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
 
+from lgp_dist.data.scan import IMAGE_EXTENSIONS
 from lgp_dist.errors import UserError
 
 MAX_KEY = 90
 """Bytes of a key: with its extension it fits the 100 of a plain tar header."""
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 @dataclass(frozen=True, slots=True)
