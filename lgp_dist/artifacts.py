@@ -22,8 +22,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from lgp_dist.config import STAGES, RunConfig, meaning
+from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
+from lgp_dist.meaning import STAGES, meaning
 
 
 def sha256(path: Path) -> str:

@@ -2,8 +2,9 @@
 
 import math
 
-from lgp_dist.config import RunConfig, flatten
+from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
+from lgp_dist.meaning import flatten
 from lgp_dist.paths import PathSpace
 
 POSITIVE = math.ulp(0.0)
@@ -43,6 +44,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "finetune.watch_images": (1, 2**31 - 1),
     "finetune.row_weight": (1e-3, 1e3),
     "evaluate.batch_size": (1, 2**31 - 1),
+    "checkpoint.every": (0, 2**62),
+    "checkpoint.keep": (1, 10_000),
     "budget.max_params": (0, math.inf),
     "budget.max_flops": (0, math.inf),
     "budget.max_latency_ms": (0, math.inf),

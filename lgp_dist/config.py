@@ -4,8 +4,6 @@ A field whose metadata holds ``free`` may differ between runs without changing w
 the run directory); all others belong to the meaning of a run and are compared before an artifact is used again.
 """
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -264,6 +262,8 @@ class FinetuneConfig:
     costs: str = free("")
     """File of `lgp bench paths` with each path's seconds, for `balanced`; empty for FLOPs. Its content belongs to a
     run's meaning."""
+    weights: str = free("")
+    """A consolidated checkpoint to take in place of training; its content belongs to a run's meaning."""
     tau: float = 1.0
     """Temperature of the soft cross-entropy to the ancestry."""
     distil_weight: float = 1.0
@@ -282,6 +282,18 @@ class EvaluateConfig:
     """Images per forward and rank."""
     before: bool = True
     """Also measure the pool as it was before fine-tuning."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a stage while it trains, so that it can go on."""
+
+    every: int = free(500)
+    """Optimizer steps between two checkpoints; 0 for one at a preemption alone."""
+    keep: int = free(2)
+    """Newest checkpoints of a stage that are kept, beside the best measured."""
+    on_error: Literal["continue", "stop"] = free("continue")
+    """After a checkpoint that could not be written: train on until the next, or stop."""
 
 
 @dataclass(frozen=True)
@@ -330,6 +342,8 @@ class RunConfig:
     """Stage finetune."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Stage evaluate."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving while a stage trains."""
     budget: Budget = Budget()
     """Stage descend."""
     export: ExportConfig = ExportConfig()
@@ -338,6 +352,11 @@ class RunConfig:
     """Where results go; empty for runs/RECIPE."""
     trackers: tuple[str, ...] = free(("tensorboard",))
     """Trackers of accelerate: tensorboard, wandb, ..."""
+    resume: str = free("auto")
+    """auto goes on from a stage's newest whole checkpoint, or begins; latest asks for one; never begins again; a path
+    names a checkpoint."""
+    allow_change: tuple[str, ...] = free(())
+    """Settings that may differ from those of the checkpoint, by dotted key."""
     force: bool = free(False)
     """Make the stage's artifact again although one is complete."""
     debug: bool = free(False)
@@ -347,45 +366,3 @@ class RunConfig:
     def directory(self) -> str:
         """Where results go."""
         return self.run_dir or f"runs/{self.recipe}"
-
-
-def flatten(config: Any, *, with_free: bool = True, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and plain values of a dataclass tree; tuples of dataclasses get their index as key.
-
-    with_free: also the fields that do not belong to the meaning of a run.
-    """
-    flat: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        if item.metadata.get("free") and not with_free:
-            continue
-        value, key = getattr(config, item.name), prefix + item.name
-        if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, with_free=with_free, prefix=key + "."))
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            for index, part in enumerate(value):
-                flat.update(flatten(part, with_free=with_free, prefix=f"{key}.{index}."))
-        else:
-            flat[key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-SECTIONS = {
-    "ancestry": ("seed", "data", "engine", "ancestry", "model.patch_size"),
-    "distil": ("model", "distil"),
-    "pool": ("pool",),
-    "finetune": ("finetune",),
-    "evaluate": ("evaluate",),
-    "descend": ("budget",),
-    "export": ("export",),
-}
-"""Parts of the configuration that each stage adds to those of the stages before it."""
-
-STAGES = tuple(SECTIONS)
-
-
-def meaning(config: RunConfig, stage: str) -> dict[str, Any]:
-    """The settings that the artifact of a stage depends on: its own and those of the stages before it."""
-    parts = [part for name in STAGES[: STAGES.index(stage) + 1] for part in SECTIONS[name]]
-    flat = flatten(config, with_free=False)
-    chosen = {key: value for key, value in flat.items() if any(key == p or key.startswith(p + ".") for p in parts)}
-    return json.loads(json.dumps(chosen))

@@ -1,4 +1,4 @@
-"""The one exception that a person may cause."""
+"""What ends a run other than a bug."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,11 @@ class UserError(ValueError):
     Its text is one sentence that names the file, key and value and says what to do. The command line
     prints it alone and exits with status 2; any other exception is a bug and keeps its traceback.
     """
+
+
+class Preempted(Exception):
+    """The run was asked to end (SIGTERM, SIGUSR1), has saved and can go on from there."""
+
+    def __init__(self, stage: str, step: int, *, saved: bool):
+        super().__init__(f"stage {stage} was asked to end at step {step}")
+        self.stage, self.step, self.saved = stage, step, saved

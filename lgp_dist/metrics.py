@@ -18,17 +18,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Appends the lines of one stage, in place of those of an earlier attempt at it."""
+    """Appends the lines of one stage from a step on, in place of those of an earlier attempt at it."""
 
-    def __init__(self, path: Path, stage: str):
-        self.path, self.stage = path, stage
+    def __init__(self, path: Path, stage: str, first: int = 0):
+        self.path, self.stage, self.first = path, stage, first
         self._begun = False
 
     def append(self, lines: list[dict[str, Any]]) -> None:
-        """Writes finished steps; the first call drops the lines of an earlier attempt."""
+        """Writes finished steps; the first call drops what an earlier attempt wrote of them."""
         if not self._begun:
             temporary = self.path.with_suffix(".partial")
-            kept = [line for line in read_metrics(self.path) if line["stage"] != self.stage]
+            lines, first = read_metrics(self.path), self.first
+            kept = [line for line in lines if line["stage"] != self.stage or line["step"] < first]
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.path)
             self._begun = True

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from lgp_dist.artifacts import RunDirectory, fingerprint, write_json
 from lgp_dist.checks import check_config
-from lgp_dist.config import STAGES, RunConfig, flatten
+from lgp_dist.config import RunConfig
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.setup import Workers, check_trackers
+from lgp_dist.meaning import STAGES, flatten
 from lgp_dist.paths import PathSpace
 from lgp_dist.provenance import environment
 from lgp_dist.report.publish import publish
@@ -71,6 +72,8 @@ def sources(config: RunConfig, manifest: ShardManifest) -> dict[str, str]:
     found = {f"data.{split}": manifest.fingerprint(split) for split in (config.data.train_split, config.data.val_split)}
     if config.ancestry.source == "file":
         found["ancestry.weights"] = fingerprint(Path(config.ancestry.weights))
+    if config.finetune.weights:
+        found["finetune.weights"] = fingerprint(Path(config.finetune.weights))
     if config.finetune.costs:
         found["finetune.costs"] = fingerprint(Path(config.finetune.costs), "JSON")
     return found

@@ -9,11 +9,12 @@ ROOT = Path(__file__).parents[1] / "lgp_dist"
 FILES = sorted(ROOT.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 60
 
-BASE = {"config", "paths", "protocols", "errors"}
+BASE = {"config", "meaning", "paths", "protocols", "errors"}
 SAMPLING = {"dealing", "costs", "sampling", "ledger"}
 LEVELS_0_TO_2 = BASE | SAMPLING | {"recipes", "artifacts", "metrics", "provenance", "checks", "data", "models"}
 ALLOWED = {
     "config": {"errors"},
+    "meaning": {"config"},
     "errors": set(),
     "paths": {"config", "errors"},
     "protocols": set(),
@@ -26,15 +27,16 @@ ALLOWED = {
     "sampling": BASE | {"dealing", "costs"},
     "ledger": set(),
     "artifacts": BASE,
+    "checkpoints": {"errors"},
     "data": {"config", "protocols", "errors"},
     "models": {"config", "paths", "errors"},
     "tasks": LEVELS_0_TO_2,
-    "engine": {"config", "protocols", "sampling", "errors", "metrics"},
+    "engine": {"config", "protocols", "sampling", "errors", "metrics", "checkpoints"},
     "report": {"artifacts", "errors", "metrics"},
     "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report"},
     "pipeline": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
     "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
-    "cli": {"config", "paths", "errors", "recipes", "pipeline", "data", "bench"},
+    "cli": {"config", "meaning", "paths", "errors", "recipes", "pipeline", "data", "bench", "checkpoints"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -56,6 +58,7 @@ NO_TORCH = {
     "checks",
     "metrics",
     "config",
+    "meaning",
     "errors",
     "paths",
     "recipes",

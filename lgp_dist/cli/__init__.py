@@ -8,10 +8,12 @@ import sys
 import tyro
 
 from lgp_dist.cli.bench import BenchAction, BenchEngine, BenchPaths, run_bench
+from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
 from lgp_dist.cli.guard import guarded
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.cli.shards import ShardsAction, run_shards
-from lgp_dist.config import STAGES, RunConfig
+from lgp_dist.config import RunConfig
+from lgp_dist.meaning import STAGES
 from lgp_dist.paths import PathSpace
 
 SUMMARIES = {
@@ -60,6 +62,12 @@ def paths(recipe: Recipe, json: bool = False) -> None:  # noqa: A002  the flag's
 def shards(action: ShardsAction) -> None:
     """Build, index, verify, show and reshard shards."""
     guarded(lambda: run_shards(action), debug=False)
+
+
+@app.command
+def checkpoint(action: CheckpointAction) -> None:
+    """Verify and show checkpoints, and take weights out of them."""
+    guarded(lambda: run_checkpoint(action), debug=False)
 
 
 @app.command

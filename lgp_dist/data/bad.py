@@ -41,6 +41,14 @@ class BadSamples:
             if self._everywhere[epoch] > self.limit:
                 self._stop(self._everywhere[epoch], epoch)
 
+    def counts(self) -> dict[str, int]:
+        """Bad samples of all ranks by epoch, as plain values."""
+        return {str(epoch): count for epoch, count in self._everywhere.items()}
+
+    def restore(self, counts: Mapping[str, int]) -> None:
+        """Takes the counts of a run that this one goes on from."""
+        self._everywhere = Counter({int(epoch): count for epoch, count in counts.items()})
+
     def _stop(self, count: int, epoch: int) -> None:
         last = f"; the last of this rank: {self._last}" if self._last else ": the log names them."
         raise UserError(f"{count} images of epoch {epoch} are bad, and data.max_bad allows {self.limit}{last}")

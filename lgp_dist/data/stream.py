@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,13 +118,13 @@ class TrainStream:
         """The state after `step` optimizer steps: the same on every rank."""
         return DataCursor(self.origin + step * self.train.batch_size, self.fingerprint)
 
-    def at(self, cursor: DataCursor) -> "TrainStream":
-        """This stream with its step 0 at a cursor, whatever world and batch size the cursor was made with.
+    def at(self, cursor: DataCursor, step: int = 0) -> "TrainStream":
+        """This stream with a step at a cursor, whatever world and batch size the cursor was made with.
 
         Raises UserError for a cursor of other shards.
         """
         cursor.check(self.fingerprint, f"those of {self.index.root}")
-        return replace(self, origin=cursor.position)
+        return replace(self, origin=cursor.position - step * self.train.batch_size)
 
     def positions(self, step: int, micro: int) -> NDArray[np.int64]:
         """Positions [per_rank] of this rank's images, in the order of its batch.
@@ -196,6 +197,31 @@ class TrainStream:
             samples = self.order.samples(positions)
             keys = sample_keys("augment", self.seed, positions // len(self.index), samples)
             yield Plan(samples, keys, self._epoch(step))
+
+
+class ResumableStream:
+    """A training stream whose state can be taken and put back."""
+
+    def __init__(self, stream: TrainStream):
+        self.now = stream
+
+    def batches(self, start_step: int, steps: int) -> Iterator[Batch]:
+        """As TrainStream.batches."""
+        return self.now.batches(start_step, steps)
+
+    def check(self, lines: Sequence[Mapping[str, int]]) -> None:
+        """As TrainStream.check_bad."""
+        self.now.check_bad(lines)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Plain values that say where the stream stands after `step` optimizer steps."""
+        cursor = self.now.cursor(step)
+        return {"position": cursor.position, "fingerprint": cursor.fingerprint, "bad": self.now.bad.counts()}
+
+    def restore(self, state: Mapping[str, Any], step: int) -> None:
+        """Goes on from such a state at a step; UserError where it belongs to other shards."""
+        self.now = self.now.at(DataCursor(state["position"], state["fingerprint"]), step)
+        self.now.bad.restore(state["bad"])
 
 
 def evaluation_batches(

@@ -3,6 +3,8 @@
 tests/distributed/test_defects.py shows each of them on DeepSpeed alone, and fails when it is mended.
 """
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -36,36 +38,43 @@ def forget_gradients(engine: Any) -> None:
                     partition.grad.zero_()
 
 
-class GroupSettings:
-    """What ZeRO-3 loses of an optimizer in a universal checkpoint: settings and step count of each parameter group.
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the optimizer holds elements of a parameter."""
 
-    DeepSpeed gives every group those of group 0 when it loads one. Has `state_dict` and `load_state_dict`, so it can be
-    given to `accelerator.register_for_checkpointing`, which loads it after the engine.
+    flat: Tensor
+    """What stands in the optimizer's group: the parameter itself, or a partition that holds parts of many."""
+    offset: int
+    """Of the first element in `flat`."""
+    start: int
+    """Of the first element in the flattened parameter."""
+    count: int
+    """Elements."""
+    group: int
+    """Of the optimizer's groups."""
+
+
+def partitions(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Place]]:
+    """Name and place of every parameter of which this rank's partitions of ZeRO-1, 2 or 3 hold a part.
+
+    Read from DeepSpeed's own maps. Its universal checkpoint has the same, but gives every group of ZeRO-3 the settings
+    and the step count of group 0, knows no ZeRO-0, and is read and written as pickles.
     """
-
-    def __init__(self, engine: Any):
-        self.engine = engine
-
-    def _partitions(self) -> list[tuple[int, Tensor]]:
-        optimizer = self.engine.optimizer
-        flat = optimizer.fp32_partitioned_groups_flat
-        return [(optimizer.sub_group_to_group_id[index], partition) for index, partition in enumerate(flat)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Settings of every group without its parameters, and its number of steps."""
-        base = self.engine.optimizer.optimizer
-        steps = {group: float(base.state[flat].get("step", 0.0)) for group, flat in self._partitions()}
-        groups = [{name: value for name, value in group.items() if name != "params"} for group in base.param_groups]
-        return {"groups": groups, "steps": [steps[index] for index in range(len(groups))]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts them back."""
-        base = self.engine.optimizer.optimizer
-        for group, settings in zip(base.param_groups, state["groups"], strict=True):
-            group.update(settings)
-        for group, flat in self._partitions():
-            if "step" in base.state[flat]:
-                base.state[flat]["step"] = torch.tensor(state["steps"][group])
+    optimizer = engine.optimizer
+    for name, parameter in named:
+        if hasattr(parameter, "ds_tensor"):
+            number, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = engine.global_rank * count  # the last ranks' parts hold padding
+            count = max(0, min(count, parameter.ds_numel - start))
+            flat, group = optimizer.fp32_partitioned_groups_flat[number], optimizer.sub_group_to_group_id[number]
+        elif (mapping := parameter._hp_mapping) is not None:
+            group = mapping.param_group_index
+            flat = optimizer.single_partition_of_fp32_groups[group]
+            offset, start = mapping.hp_fragment_address.start, mapping.lp_fragment_address.start
+            count = mapping.hp_fragment_address.numel
+        else:
+            continue
+        yield name, Place(flat, offset, start, count, group)
 
 
 def gathered(module: nn.Module) -> dict[str, Tensor]:

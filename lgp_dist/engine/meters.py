@@ -34,17 +34,20 @@ class StepMeter:
         images_per_step: int,
         every: int,
         check: Callable[[list[dict[str, Any]]], None],
+        first: int = 0,
     ):
+        """first: the step that a resumed run begins with."""
         self.check, self.counts = check, list[Mapping[str, int]]()
         self.totals: dict[str, int] = {}
         self.trainer, self.every, self.images_per_step = trainer, max(1, every), images_per_step
         self.main = trainer.workers.is_main
-        self.file = MetricsFile(metrics, stage) if self.main else None
+        self.file = MetricsFile(metrics, stage, first) if self.main else None
         self.losses: list[dict[str, Tensor]] = []
         self.lines: list[dict[str, Any]] = []
-        self.steps, self.began = steps, time.monotonic()
+        self.first, self.steps, self.began = first, steps, time.monotonic()
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=steps, desc=stage, unit="step", disable=not (self.main and terminal), dynamic_ncols=True)
+        quiet = not (self.main and terminal)
+        self.bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=quiet, dynamic_ncols=True)
         self.plain = self.main and not terminal
         self.stage = stage
 
@@ -68,6 +71,8 @@ class StepMeter:
 
     def flush(self) -> None:
         """Averages losses over ranks, checks that they are finite, writes and shows them."""
+        if not self.lines:
+            return
         names = list(self.losses[0])
         values = torch.stack([torch.stack([part[name].float() for name in names]) for part in self.losses])
         values = self.trainer.workers.sum(values.detach()) / self.trainer.workers.world
@@ -108,7 +113,8 @@ class StepMeter:
         }
         self.bar.set_postfix(shown)
         if self.plain:
-            left = (time.monotonic() - self.began) / (last["step"] + 1) * (self.steps - last["step"] - 1)
+            done, to_do = last["step"] + 1 - self.first, self.steps - last["step"] - 1
+            left = (time.monotonic() - self.began) / done * to_do
             parts = "  ".join(f"{name} {value}" for name, value in shown.items())
             log.info("%s  step %d/%d  %s  left %ds", self.stage, last["step"] + 1, self.steps, parts, left)
         for line in self.lines:

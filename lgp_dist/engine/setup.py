@@ -3,8 +3,10 @@
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -30,6 +32,8 @@ class Workers:
     rank: int
     world: int
     device: torch.device
+    host: Any = None
+    """Group of all ranks for what lies in this machine's memory; None for one process."""
 
     @classmethod
     def start(cls, engine: EngineConfig) -> "Workers":
@@ -42,7 +46,8 @@ class Workers:
             spare_probes()
             torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // launch.local_world))
         state = _join(launch, device_type)
-        return cls(launch, engine, state.process_index, state.num_processes, state.device)
+        host = torch.distributed.new_group(backend="gloo") if state.num_processes > 1 else None
+        return cls(launch, engine, state.process_index, state.num_processes, state.device, host)
 
     @property
     def is_main(self) -> bool:
@@ -60,6 +65,21 @@ class Workers:
     def agree(self, value: int) -> int:
         """Rank 0's value, on every rank: decisions about files are made once."""
         return int(self.sum(torch.tensor([int(value) if self.is_main else 0])).item())
+
+    def highest(self, values: Sequence[float]) -> list[float]:
+        """The highest of each value over ranks, on every rank, without waiting for the device. Exact to 2^53."""
+        ends = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX, group=self.host)
+        return ends.tolist()
+
+    def table(self, values: Sequence[int]) -> list[list[int]]:
+        """The values of each rank, as many on all of them, on every rank."""
+        mine = torch.tensor(values)
+        rows = [torch.empty_like(mine) for _ in range(self.world)]
+        if self.world > 1:
+            torch.distributed.all_gather(rows, mine, group=self.host)
+        return [row.tolist() for row in rows] if self.world > 1 else [mine.tolist()]
 
     def barrier(self) -> None:
         """Waits for all ranks."""

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lgp_dist.config import EngineConfig, GradientConfig, TrainConfig
 from lgp_dist.engine.audit import Audit
 from lgp_dist.engine.defects import forget_gradients, make_whole
+from lgp_dist.engine.fragments import Fragments
 from lgp_dist.engine.gradients import Contract, Gradients
 from lgp_dist.engine.launch import Launch
 from lgp_dist.engine.optim import Gate
@@ -199,6 +200,11 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return overflow
+
+    def fragments(self) -> Fragments:
+        """What this rank holds of weights and optimizer state."""
+        engine = self.module if self.deepspeed and self.stage else None
+        return Fragments(self.task.module, self.optimizer, engine, self.workers.rank, self.workers.world)
 
     def measure(self, watch: Watch) -> dict[str, float]:
         """What `watch` measures of the module in eval mode."""

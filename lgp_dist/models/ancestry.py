@@ -96,18 +96,24 @@ def _is_plain(vit: object) -> bool:
     )
 
 
-def load_weights(vit: VisionTransformer, state: dict[str, Tensor], source: str) -> None:
-    """Loads timm-named tensors strictly; UserError naming the first that does not fit."""
-    wanted = vit.state_dict()
+def load_weights(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    what: str = "ancestry",
+    settings: str = "ancestry.model, width, depth, heads and data.num_classes",
+) -> None:
+    """Loads tensors strictly; UserError naming the first that does not fit, and the settings that decide."""
+    wanted = module.state_dict()
     for name in sorted(wanted.keys() | state.keys()):
         ours = tuple(wanted[name].shape) if name in wanted else "no such tensor"
         theirs = tuple(state[name].shape) if name in state else "no such tensor"
         if ours != theirs:
             raise UserError(
-                f"{source} does not fit the recipe's ancestry: {name} is {theirs} there and {ours} here; choose other "
-                "weights, or set ancestry.model, width, depth, heads and data.num_classes to match."
+                f"{source} does not fit the recipe's {what}: {name} is {theirs} there and {ours} here; choose other "
+                f"weights, or set {settings} to match."
             )
-    vit.load_state_dict(state, strict=True)
+    module.load_state_dict(state, strict=True)
 
 
 def _like(names: list[str]) -> str:

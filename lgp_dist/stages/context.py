@@ -10,19 +10,21 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from lgp_dist.artifacts import Artifact, RunDirectory
-from lgp_dist.config import RunConfig, TrainConfig, flatten
-from lgp_dist.data.stream import TrainStream, evaluation_batches, open_split
+from lgp_dist.config import RunConfig, TrainConfig
+from lgp_dist.data.stream import ResumableStream, TrainStream, evaluation_batches, open_split
+from lgp_dist.dealing import draw_index
 from lgp_dist.engine.evaluate import Forward, accuracies
 from lgp_dist.engine.loop import train
 from lgp_dist.engine.optim import Decays, decays_matrix
+from lgp_dist.engine.saving import Saving
 from lgp_dist.engine.setup import Workers
+from lgp_dist.meaning import STAGES, flatten
 from lgp_dist.models.ancestry import Ancestry, timm_ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.vit import build_vit
 from lgp_dist.paths import PathSpace
-from lgp_dist.protocols import Task
+from lgp_dist.protocols import StepContext, Task
 from lgp_dist.provenance import command, versions
-from lgp_dist.sampling import draw_index
 
 Fill = Callable[[Path], dict[str, Any]]
 """Writes a stage's files into a folder and returns what the stage measured."""
@@ -70,29 +72,47 @@ class Context:
     ) -> dict[str, Any]:
         """Trains a task on the training split. more: further options of `engine.loop.train`."""
         data, workers = self.config.data, self.workers
-        stream = TrainStream(
-            open_split(data, data.train_split),
-            data,
-            config,
-            self.config.seed,
-            workers.rank,
-            workers.world,
-            workers.device,
+        index = open_split(data, data.train_split)
+        stream = ResumableStream(
+            TrainStream(index, data, config, self.config.seed, workers.rank, workers.world, workers.device)
         )
-        self.seed(stage, workers.rank)  # stochastic depth drops other samples on other ranks
+
+        def seeds(context: StepContext) -> int:  # stochastic depth drops other samples on other ranks
+            draw = (self.config.seed, stage, context.step, context.micro_step, context.rank)
+            return draw_index(2**63, "torch", *draw)
+
         return train(
             task,
             stream.batches,
             config,
             workers,
             stage=stage,
-            steps_per_epoch=stream.steps_per_epoch,
+            steps_per_epoch=stream.now.steps_per_epoch,
             run_dir=self.run.root,
             trackers=self.config.trackers,
             tracked_config=flatten(self.config),
             decays=decays,
-            check=stream.check_bad,
+            check=stream.check,
+            saving=self._saving(stage, stream),
+            seeds=seeds,
             **more,
+        )
+
+    def _saving(self, stage: str, stream: ResumableStream) -> Saving:
+        """Checkpoints of a stage that trains. Earlier stages count by their artifacts."""
+        config = self.config
+        earlier = [self.run.find(name) for name in STAGES[: STAGES.index(stage)]]
+        made = {f"{artifact.record['stage']}.id": artifact.id for artifact in earlier if artifact}
+        return Saving(
+            folder=self.run.root / "checkpoints" / stage,
+            config=config.checkpoint,
+            seed=config.seed,
+            settings=self.run.meaning(config, stage) | made,
+            versions=versions(),
+            data_state=stream.state,
+            data_restore=stream.restore,
+            resume="never" if config.force else config.resume,
+            allow=config.allow_change,
         )
 
     def accuracies(self, forwards: dict[str, Forward], limit: int | None = None) -> dict[str, tuple[float, float]]:

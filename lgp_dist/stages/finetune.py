@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from lgp_dist.artifacts import save_tensors, write_json
+from lgp_dist.artifacts import load_tensors, save_tensors, sha256, write_json
 from lgp_dist.ledger import behind, build_ledger
 from lgp_dist.metrics import read_metrics
+from lgp_dist.models.ancestry import load_weights
 from lgp_dist.sampling import PathSampler
 from lgp_dist.stages.context import Context
 from lgp_dist.tasks.finetune import FinetuneTask
@@ -19,9 +20,12 @@ log = logging.getLogger("lgp")
 
 
 def run(context: Context) -> None:
-    """Writes finetune/pool.safetensors and finetune/ledger.json."""
+    """Writes finetune/pool.safetensors and, where the pool was trained, finetune/ledger.json."""
     began, config = time.monotonic(), context.config.finetune
     inputs = [context.require("ancestry"), context.require("pool")]
+    if config.weights:
+        context.write("finetune", inputs, partial(take, context, config.weights), time.monotonic() - began)
+        return
     ancestry = context.load_ancestry() if config.distil_weight else None
     pool = context.load_pool("pool")
     context.seed("finetune")
@@ -46,6 +50,14 @@ def run(context: Context) -> None:
         return {"training": training, "policy": config.policy, "behind": late}
 
     context.write("finetune", inputs, fill, time.monotonic() - began)
+
+
+def take(context: Context, weights: str, folder: Path) -> dict[str, Any]:
+    """The pool with weights from a file; UserError where they are those of another."""
+    pool = context.load_pool("pool")
+    load_weights(pool, load_tensors(Path(weights)), weights, "pool", "model and data.num_classes")
+    save_tensors(folder / "pool.safetensors", pool.state_dict())
+    return {"weights": weights, "weights_sha256": sha256(Path(weights))}
 
 
 def meets_in_micro_steps(context: Context) -> bool:

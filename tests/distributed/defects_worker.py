@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lgp_dist.engine.defects import GroupSettings, forget_gradients, make_whole, spare_probes
+from lgp_dist.engine.defects import forget_gradients, make_whole, spare_probes
 
 
 class Two(nn.Module):
@@ -80,7 +80,7 @@ def partitioned(*, mended: bool) -> list[int]:
 
 
 def universal(folder: Path, rank: int) -> dict[str, Any]:
-    """Decay and steps of two groups before saving, after a universal load, and after they are put back."""
+    """Decay and steps of two groups before saving, and after a universal load."""
 
     def build(load: bool) -> Any:
         torch.manual_seed(0)
@@ -93,8 +93,12 @@ def universal(folder: Path, rank: int) -> dict[str, Any]:
         return deepspeed.initialize(model=module, optimizer=optimizer, config=settings(3, universal=load))[0]
 
     def facts(engine: Any) -> dict[str, Any]:
-        state = GroupSettings(engine).state_dict()
-        return {"decay": [group["weight_decay"] for group in state["groups"]], "steps": state["steps"]}
+        optimizer = engine.optimizer
+        base, steps = optimizer.optimizer, {}
+        for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            steps[optimizer.sub_group_to_group_id[index]] = float(base.state[flat]["step"])
+        decay = [group["weight_decay"] for group in base.param_groups]
+        return {"decay": decay, "steps": [steps[index] for index in range(len(decay))]}
 
     engine = build(load=False)
     hook = engine.optimizer.optimizer.register_step_pre_hook(lambda optimizer, *_: drop(optimizer))
@@ -103,7 +107,7 @@ def universal(folder: Path, rank: int) -> dict[str, Any]:
         engine.step()
     hook.remove()
     engine.save_checkpoint(folder / "saved")
-    found, kept = {"saved": facts(engine)}, GroupSettings(engine).state_dict()
+    found = {"saved": facts(engine)}
     engine.destroy()
     if rank == 0:
         convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
@@ -115,8 +119,6 @@ def universal(folder: Path, rank: int) -> dict[str, Any]:
     engine = build(load=True)
     engine.load_checkpoint(folder / "saved", tag="universal", load_module_only=False)
     found["loaded"] = facts(engine)
-    GroupSettings(engine).load_state_dict(kept)
-    found["mended"] = facts(engine)
     engine.destroy()
     return found
 

@@ -117,6 +117,10 @@ class Cell:
         images = torch.randn(BATCH, 1, 14, 14, generator=generator)
         return Batch(images, torch.randint(5, (BATCH,), generator=generator), torch.ones(BATCH))
 
+    def world_at(self, step: int) -> int:
+        """Ranks in a step."""
+        return self.world
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)

@@ -26,11 +26,12 @@ def reference(cell: Cell, nudge: int = 0) -> dict[str, Tensor]:
     for step in range(cell.steps):
         totals: list[Tensor | None] = [None] * len(parameters)
         uses = [0] * len(parameters)
-        for rank in range(cell.world):
+        world = cell.world_at(step)
+        for rank in range(world):
             pool.zero_grad()
             for micro in range(cell.accumulate):
                 batch = cell.batch(step, micro, rank)
-                path = sampler.draw(step, micro, rank, cell.world)
+                path = sampler.draw(step, micro, rank, world)
                 before = [parameter.grad for parameter in parameters]
                 for parameter in parameters:
                     parameter.grad = None
@@ -47,7 +48,7 @@ def reference(cell: Cell, nudge: int = 0) -> dict[str, Tensor]:
                         parameter.grad = old + parameter.grad
             for index, parameter in enumerate(parameters):
                 if parameter.grad is not None:
-                    share = parameter.grad / cell.world
+                    share = parameter.grad / world
                     totals[index] = share if totals[index] is None else totals[index] + share
         scale = apply(cell, optimizer, parameters, totals, uses, scale)
         for parameter in parameters if nudge else ():

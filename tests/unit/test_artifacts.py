@@ -12,8 +12,9 @@ import pytest
 from run_helpers import ABOUT, SMALL, Lgp, has, overwrite, refused, snapshot, write_ancestry
 
 from lgp_dist.artifacts import Artifact, RunDirectory, write_json
-from lgp_dist.config import STAGES, RunConfig, flatten, meaning
+from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
+from lgp_dist.meaning import STAGES, flatten, meaning
 from lgp_dist.recipes import RECIPES
 
 TINY = RECIPES["tiny"]()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lgp_dist.config import STAGES, RunConfig, flatten, meaning
+from lgp_dist.config import RunConfig
+from lgp_dist.meaning import STAGES, flatten, meaning
 from lgp_dist.recipes import RECIPES, pool12, pool18, tiny
 
 FREE = {

@@ -1,0 +1,113 @@
+"""Parts of parameters by name: what some ranks write, another number of ranks or another engine can read.
+
+A rank writes pieces, each some consecutive elements of a flattened parameter's weight or optimizer state. A reader asks
+for the elements that its own engine holds, and gets them from whatever files have them.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lgp_dist.checkpoints.manifest import Manifest
+from lgp_dist.errors import UserError
+
+WEIGHT = "weight"
+"""The kind of a piece that is no optimizer state."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A view of [n] consecutive elements of a flattened parameter or its optimizer state, fp32."""
+
+    parameter: str
+    kind: str
+    """weight, or the optimizer's name: exp_avg, exp_avg_sq, momentum_buffer."""
+    start: int
+    """Of the first element in the flattened parameter."""
+    values: Tensor
+
+    @property
+    def name(self) -> str:
+        """Of the tensor in a file."""
+        return f"{self.kind}/{self.parameter}@{self.start}"
+
+
+class PieceReader:
+    """The files of a checkpoint, open for reading; a context manager."""
+
+    def __init__(self, manifest: Manifest):
+        self.manifest = manifest
+        self._stack = ExitStack()
+        self._places: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+
+    def __enter__(self) -> "PieceReader":
+        for name in self.manifest.files:
+            file = self._stack.enter_context(safe_open(self.manifest.folder / name, framework="pt"))
+            for key in file.keys():  # noqa: SIM118  not a mapping
+                (kind, rest), length = key.split("/", 1), file.get_slice(key).get_shape()[0]
+                parameter, start = rest.rsplit("@", 1)
+                self._places.setdefault((parameter, kind), []).append((int(start), length, file, key))
+        for places in self._places.values():
+            places.sort(key=lambda place: place[0])
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def fill(self, piece: Piece) -> None:
+        """Copies a piece's elements into it; UserError where the checkpoint lacks some of them."""
+        at, end = piece.start, piece.start + piece.values.numel()
+        for start, length, file, key in self._places.get((piece.parameter, piece.kind), ()):
+            if start <= at < start + length and at < end:
+                upto = min(end, start + length)
+                part = file.get_slice(key)[at - start : upto - start]
+                piece.values[at - piece.start : upto - piece.start].copy_(part)
+                at = upto
+        if at < end:
+            raise UserError(
+                f"{self.manifest.folder} holds no {piece.kind} of {piece.parameter} from element {at} on: "
+                "resume with the recipe and the optimizer that it was made with."
+            )
+
+
+def check_shapes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """UserError unless the checkpoint has these parameters."""
+    for name in sorted(shapes.keys() | manifest.shapes.keys()):
+        theirs, ours = manifest.shapes.get(name), shapes.get(name)
+        if theirs != ours:
+            raise UserError(
+                f"{manifest.folder} has {name} {_shown(theirs)}, and this recipe {_shown(ours)}: "
+                "resume with the recipe that it was made with."
+            )
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "not at all" if shape is None else f"as {list(shape)}"
+
+
+def consolidate(manifest: Manifest) -> dict[str, Tensor]:
+    """All weights, whole, by name. UserError where files are damaged or incomplete."""
+    manifest.check_files()
+    whole = {name: torch.empty(shape) for name, shape in manifest.shapes.items()}
+    with PieceReader(manifest) as reader:
+        for name, tensor in whole.items():
+            reader.fill(Piece(name, WEIGHT, 0, tensor.view(-1)))
+    return whole
+
+
+def same(path: Path, pieces: Iterable[Piece]) -> bool:
+    """Whether a file holds these pieces bit for bit."""
+    with safe_open(path, framework="pt") as file:
+        found = set(file.keys())
+        wanted = {piece.name: piece.values for piece in pieces}
+        return found == wanted.keys() and all(
+            torch.equal(file.get_tensor(name).view(torch.int32), values.view(torch.int32))
+            for name, values in wanted.items()
+        )

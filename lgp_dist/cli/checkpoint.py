@@ -1,0 +1,101 @@
+"""`lgp checkpoint verify|show|consolidate PATH`."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lgp_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Read every byte and compare it with the manifest; status 2 at the first file that differs."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A checkpoint (step-...), or a folder of some."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """What a checkpoint is of."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A checkpoint (step-...), or a folder of some."""
+    json: bool = False
+    """Print a list of objects."""
+
+
+@dataclass(frozen=True)
+class Consolidate:
+    """Write the weights of all ranks as one safetensors file, which --finetune.weights takes."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A checkpoint (step-...)."""
+    out: Path
+    """File to write; must not exist."""
+
+
+CheckpointAction = Annotated[
+    Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)]
+    | Annotated[Show, tyro.conf.subcommand("show", prefix_name=False)]
+    | Annotated[Consolidate, tyro.conf.subcommand("consolidate", prefix_name=False)],
+    tyro.conf.arg(name=""),
+]
+
+
+def run_checkpoint(action: Verify | Show | Consolidate) -> None:
+    """Does what the arguments ask for."""
+    from lgp_dist.checkpoints.manifest import read_manifest  # torch, which `lgp --help` must not wait for
+
+    if isinstance(action, Consolidate):
+        _consolidate(action)
+        return
+    manifests = [read_manifest(folder) for folder in _folders(action.path)]
+    if isinstance(action, Verify):
+        for manifest in manifests:
+            manifest.check_files()
+            size = sum(size for size, _ in manifest.files.values())
+            sys.stdout.write(f"{manifest.folder}: whole, {len(manifest.files)} file(s), {size} bytes\n")
+    elif action.json:
+        rows = [{**asdict(manifest.state), "path": str(manifest.folder)} for manifest in manifests]
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+    else:
+        for manifest in manifests:
+            state = manifest.state
+            score = "" if state.score is None else f", mean top-1 {state.score:.2f} %"
+            sys.stdout.write(
+                f"{manifest.folder}: stage {state.stage}, step {state.step} of {state.steps}, written {state.created} "
+                f"by {state.world} rank(s) of {state.engine}, position {state.data.get('position')}{score}\n"
+            )
+
+
+def _folders(path: Path) -> list[Path]:
+    """The checkpoint itself, or those that lie in a folder, oldest first."""
+    if path.name.startswith("step-"):
+        return [path]
+    found = sorted(path.rglob("step-*")) if path.is_dir() else []
+    found = [folder for folder in found if not any(part.startswith(".") for part in folder.relative_to(path).parts)]
+    if not found:
+        raise UserError(f"{path} holds no checkpoint: name a step-... folder, or one with some in it.")
+    return found
+
+
+def _consolidate(action: Consolidate) -> None:
+    from lgp_dist.checkpoints.disk import Disk  # torch, as above
+    from lgp_dist.checkpoints.manifest import read_manifest
+    from lgp_dist.checkpoints.pieces import consolidate
+
+    if action.out.exists():
+        raise UserError(f"--out {action.out} is there already: choose another file.")
+    weights = consolidate(read_manifest(action.path))
+    partial = action.out.with_name(action.out.name + ".partial")
+    try:
+        Disk().write_tensors(partial, weights)
+        partial.rename(action.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    sys.stdout.write(f"{action.out}: {sum(tensor.numel() for tensor in weights.values())} parameters\n")

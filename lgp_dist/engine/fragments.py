@@ -1,0 +1,101 @@
+"""Which elements of weights and optimizer state this rank holds, under every engine, by the names of parameters.
+
+Plain engines (DDP, ZeRO-0) hold everything on every rank, so each rank writes a share. ZeRO-1 and 2 hold a part of a
+flat buffer per parameter group, ZeRO-3 a part of every parameter. All are views: reading and writing them is reading
+and writing the engine's memory.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lgp_dist.checkpoints.pieces import WEIGHT, Piece
+from lgp_dist.engine.defects import Place, partitions
+from lgp_dist.engine.optim import materialise
+
+
+class Fragments:
+    """The state of one module and optimizer on one rank."""
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, engine: Any, rank: int, world: int):
+        """engine: DeepSpeed's where it partitions (ZeRO-1 to 3), None where every rank holds everything."""
+        self.module, self.engine, self.rank, self.world = module, engine, rank, world
+        self.base = engine.optimizer.optimizer if engine is not None else optimizer
+        self.named = list(module.named_parameters())
+        fixed = [name for name, parameter in self.named if not parameter.requires_grad]
+        fixed += [name for name, _ in module.named_buffers()]
+        if fixed:
+            raise ValueError(f"a checkpoint would not hold {', '.join(fixed)}, which no optimizer trains")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter, whole."""
+        return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in self.named}
+
+    def written(self) -> list[Piece]:
+        """This rank's share; over all ranks every element comes once."""
+        found = []
+        for piece in self._held():
+            if self.engine is None:
+                count = piece.values.numel()
+                first, end = (count * part // self.world for part in (self.rank, self.rank + 1))
+                piece = Piece(piece.parameter, piece.kind, first, piece.values[first:end])
+            if piece.values.numel():
+                found.append(piece)
+        return found
+
+    def read(self) -> list[Piece]:
+        """Everything that this rank holds, weights that the module computes with included."""
+        return [*self._held(), *self._copies()]
+
+    def steps(self) -> dict[str, float]:
+        """How often the optimizer has updated each parameter of which this rank holds a part."""
+        return {
+            name: float(self._state(place)["step"]) for name, place in self._places() if "step" in self._state(place)
+        }
+
+    def set_steps(self, steps: dict[str, float]) -> None:
+        """Puts them back."""
+        for name, place in self._places():
+            if "step" in self._state(place):
+                self._state(place)["step"].fill_(steps[name])
+
+    def _held(self) -> Iterator[Piece]:
+        for name, place in self._places():
+            yield Piece(name, WEIGHT, place.start, self._part(place, place.flat))
+            for kind, value in self._state(place).items():
+                if isinstance(value, Tensor) and value.shape == place.flat.shape:
+                    yield Piece(name, kind, place.start, self._part(place, value))
+
+    def _part(self, place: Place, flat: Tensor) -> Tensor:
+        return flat.detach().view(-1)[place.offset : place.offset + place.count]
+
+    def _state(self, place: Place) -> dict[str, Any]:
+        state = self.base.state[place.flat]
+        if not state:
+            materialise(self.base, self.base.param_groups[place.group], place.flat)
+        return self.base.state[place.flat]
+
+    def _places(self) -> Iterator[tuple[str, Place]]:
+        if self.engine is None:
+            groups = {id(p): index for index, group in enumerate(self.base.param_groups) for p in group["params"]}
+            for name, parameter in self.named:
+                yield name, Place(parameter, 0, 0, parameter.numel(), groups[id(parameter)])
+        else:
+            yield from partitions(self.engine, self.named)
+
+    def _copies(self) -> Iterator[Piece]:
+        """Weights beside the optimizer's own: whole under ZeRO-1 and 2, this rank's part under ZeRO-3."""
+        if self.engine is None:
+            return
+        for name, parameter in self.named:
+            local: Tensor | Parameter = getattr(parameter, "ds_tensor", parameter)
+            start = self.rank * local.numel() if local is not parameter else 0
+            count = max(0, min(local.numel(), self._numel(parameter) - start))
+            yield Piece(name, WEIGHT, start, local.detach().view(-1)[:count])
+
+    def _numel(self, parameter: Parameter) -> int:
+        return getattr(parameter, "ds_numel", parameter.numel())

@@ -1,0 +1,126 @@
+"""Jobs that save and resume: cells of the table of exactness whose data does not depend on the number of ranks."""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from exact_cells import Cell
+from exact_launch import HERE, ROOT, command
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lgp_dist.config import TrainConfig
+from lgp_dist.protocols import Batch
+
+GLOBAL = 12
+"""Images of an optimizer step."""
+
+
+def part_of_batch(cell: Cell, step: int, micro: int, rank: int, world: int) -> Batch:
+    """A rank's part of the step's images, which are the same for any number of ranks."""
+    generator = torch.Generator().manual_seed(cell.seed * 997 + step)
+    images = torch.randn(GLOBAL, 1, 14, 14, generator=generator)
+    targets = torch.randint(5, (GLOBAL,), generator=generator)
+    count = GLOBAL // (world * cell.accumulate)
+    first = (micro * world + rank) * count
+    part = slice(first, first + count)
+    return Batch(images[part], targets[part], torch.ones(count))
+
+
+@dataclass(frozen=True)
+class Changing(Cell):
+    """A cell whose number of ranks changes, for the reference."""
+
+    at: int = 0
+    """The first step on `then` ranks."""
+    then: int = 0
+
+    def world_at(self, step: int) -> int:
+        """Ranks in a step."""
+        return self.then if step >= self.at else self.world
+
+    def batch(self, step: int, micro: int, rank: int) -> Batch:
+        """As a job's."""
+        return part_of_batch(self, step, micro, rank, self.world_at(step))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell that is trained in a folder, from the start or from a checkpoint."""
+
+    name: str
+    cell: Cell
+    resume: str = "auto"
+    """auto, latest, never, or JOB/checkpoints/job/step-... in the same folder."""
+    every: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+    allow: list[str] = field(default_factory=list)
+    constant: bool = False
+    """Whether the rate is that of the cell's reference."""
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Job":
+        """From JSON."""
+        return cls(**{**fields, "cell": Cell(**fields["cell"])})
+
+    def train_config(self) -> TrainConfig:
+        """The cell's with the same images at any number of ranks, and a rate that changes unless it is `constant`."""
+        config = replace(self.cell.train_config(), batch_size=GLOBAL)
+        return config if self.constant else replace(config, min_lr=config.lr / 10, warmup_epochs=0.3)
+
+    def batch(self, step: int, micro: int, rank: int) -> Batch:
+        """A rank's part of the step's images."""
+        return part_of_batch(self.cell, step, micro, rank, self.cell.world)
+
+
+def launch(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> None:
+    """Trains jobs of one world size, all of DeepSpeed or all of DDP, in one launch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    call = command(jobs[0].cell.world, jobs[0].cell.engine != "ddp")
+    done = subprocess.run(
+        [*call, str(HERE / "resume_worker.py"), str(folder / "jobs.json"), str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    (folder / "stderr.txt").write_text(done.stderr)
+    assert done.returncode == 0, done.stderr[:6000]
+
+
+def whole_state(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint as KIND/PARAMETER, put together from all ranks' files by the numbers in names."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for file in sorted(checkpoint.glob("rank-*.safetensors")):
+        for key, value in load_file(file).items():
+            name, start = key.rsplit("@", 1)
+            assert int(start) not in parts.setdefault(name, {}), f"{key} comes twice"
+            parts[name][int(start)] = value
+    found = {}
+    for name, pieces in parts.items():
+        end = 0
+        for start in sorted(pieces):
+            assert start == end, f"{name} lacks elements {end} to {start}"
+            end = start + len(pieces[start])
+        found[name] = torch.cat([pieces[start] for start in sorted(pieces)])
+    steps = json.loads((checkpoint / "manifest.json").read_text())["steps"]
+    return found | {f"step/{name}": torch.tensor(count) for name, count in steps.items()}
+
+
+def differences(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not equal bit for bit."""
+    assert left.keys() == right.keys(), left.keys() ^ right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Loss of every step of a job's metrics."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}

@@ -1,0 +1,88 @@
+"""Run by `accelerate launch`: trains jobs of tests/distributed/resume_jobs.py one after the other.
+
+Arguments: a JSON list of jobs, and a folder. Each writes FOLDER/NAME: checkpoints/, metrics.jsonl, end.safetensors.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from resume_jobs import Job
+from safetensors.torch import save_file
+
+from lgp_dist.config import CheckpointConfig
+from lgp_dist.engine.loop import train
+from lgp_dist.engine.saving import Saving
+from lgp_dist.engine.setup import Workers
+from lgp_dist.errors import UserError
+from lgp_dist.protocols import Batch
+from lgp_dist.tasks.finetune import FinetuneTask
+
+
+def run(job: Job, started: Workers, root: Path) -> None:
+    """Trains one job, or writes down the sentence that it ends with."""
+    cell, folder = job.cell, root / job.name
+    launch = started.launch
+    if cell.engine != "ddp":
+        launch = replace(launch, zero_stage=int(cell.engine[-1]))
+    workers = replace(started, launch=launch, engine=cell.engine_config())
+    pool, ancestry, sampler = cell.build()
+    position = [0]
+
+    def batches(start: int, steps: int) -> Iterator[Batch]:
+        assert start == position[0], "the stream goes on where the checkpoint says"
+        for step in range(start, start + steps):
+            for micro in range(cell.accumulate):
+                yield job.batch(step, micro, workers.rank)
+
+    def restore(state: Mapping[str, Any], step: int) -> None:
+        assert state == {"position": step}
+        position[0] = step
+
+    saving = Saving(
+        folder=folder / "checkpoints" / "job",
+        config=CheckpointConfig(every=job.every, keep=1000),
+        seed=cell.seed,
+        settings=job.settings,
+        versions={},
+        data_state=lambda step: {"position": step},
+        data_restore=restore,
+        resume=str(root / job.resume) if "/" in job.resume else job.resume,
+        allow=tuple(job.allow),
+    )
+    folder.mkdir(exist_ok=True)
+    try:
+        train(
+            FinetuneTask(pool, ancestry, sampler, cell.finetune_config()),
+            batches,
+            job.train_config(),
+            workers,
+            stage="job",
+            steps_per_epoch=cell.steps,
+            run_dir=folder,
+            gradients=cell.finetune_config().gradients,
+            saving=saving,
+        )
+    except UserError as error:
+        (folder / f"error-{workers.rank}.txt").write_text(str(error))
+        return
+    if workers.is_main:
+        save_file({name: value.clone() for name, value in pool.state_dict().items()}, folder / "end.safetensors")
+
+
+def main() -> None:
+    jobs = [Job.from_dict(fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
+    workers = Workers.start(jobs[0].cell.engine_config())
+    torch.set_num_threads(1)
+    for job in jobs:
+        run(job, workers, Path(sys.argv[2]))
+    workers.barrier()
+    workers.close()
+
+
+if __name__ == "__main__":
+    main()

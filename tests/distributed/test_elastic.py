@@ -1,0 +1,68 @@
+"""A checkpoint goes on at another number of ranks, and under another engine, as one process says that it must."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from exact_cells import Cell, Engine
+from exact_launch import TOLERANCE
+from exact_reference import reference
+from resume_jobs import Changing, Job, launch
+from safetensors.torch import load_file
+
+STEPS, AT = 6, 3
+SETTINGS = {"accumulate": 1, "clip": 0.5, "steps": STEPS}
+ZERO: tuple[Engine, ...] = ("zero0", "zero1", "zero2", "zero3")
+MOVES: list[tuple[Engine, int, Engine, int]] = [
+    *((engine, 2, engine, 4) for engine in ZERO),
+    *((engine, 4, engine, 2) for engine in ZERO),
+    *((engine, 2, engine, 3) for engine in ZERO),
+    ("ddp", 2, "zero3", 4),
+    ("zero1", 4, "zero3", 2),
+    ("zero3", 4, "zero2", 3),
+    ("zero3", 2, "ddp", 4),
+]
+"""Engine and ranks before, engine and ranks after."""
+
+
+def name(move: tuple[Engine, int, Engine, int]) -> str:
+    return "{}-{}-to-{}-{}".format(*move)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every move, from a checkpoint of a whole run at step 3."""
+    folder = tmp_path_factory.mktemp("elastic")
+    first = {
+        (engine, world): Job(f"{engine}-{world}", Cell(engine, world, **SETTINGS), every=AT, constant=True)
+        for engine, world, _, _ in MOVES
+    }
+    second = {
+        move: Job(
+            name(move),
+            Cell(move[2], move[3], **SETTINGS),
+            f"{move[0]}-{move[1]}/checkpoints/job/step-{AT:08d}",
+            every=0,
+            constant=True,
+        )
+        for move in MOVES
+    }
+    for jobs in (first.values(), second.values()):
+        groups: dict[tuple[int, bool], list[Job]] = {}
+        for job in jobs:
+            groups.setdefault((job.cell.world, job.cell.engine == "ddp"), []).append(job)
+        for group in groups.values():
+            launch(group, folder)
+    return folder
+
+
+@pytest.mark.parametrize("move", MOVES, ids=name)
+def test_goes_on_with_other_ranks(runs: Path, move: tuple[Engine, int, Engine, int]) -> None:
+    """Weights at the end equal those of one process that runs 2 paths a step, then 4."""
+    before, ranks, _, then = move
+    base = Cell(before, ranks, **SETTINGS)
+    fields = {**replace(base.meaning, world=ranks).as_dict(), "at": AT, "then": then}
+    expected, found = reference(Changing(**fields)), load_file(runs / name(move) / "end.safetensors")
+    assert max(float((found[key] - expected[key]).abs().max()) for key in expected) <= TOLERANCE
+    same_world = reference(Changing(**{**fields, "then": ranks}))
+    assert max(float((same_world[key] - expected[key]).abs().max()) for key in expected) > 1e-3, "paths do change"
