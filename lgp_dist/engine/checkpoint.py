@@ -97,11 +97,11 @@ class Checkpointer:
         """Ends the save that is under way, given the highest status over ranks: names it or drops it."""
         if self._save is None or worst == RUNNING:
             return
+        save, self._save = self._save, None
         if worst == WRITTEN:
-            worst = self._publish()
+            worst = self._publish(save)
         if worst == FAILED:
-            self._drop()
-        self._save = None
+            self._drop(save)
 
     def wait(self) -> None:
         """Until no save is under way on any rank."""
@@ -122,10 +122,9 @@ class Checkpointer:
         found = self.workers.highest([mine.get(name, -1.0) for name in names])
         return {name: count for name, count in zip(names, found, strict=True) if count >= 0}
 
-    def _publish(self) -> int:
+    def _publish(self, save: _Save) -> int:
         """Rank 0 names the checkpoint and removes old ones; whether that went well, on every rank."""
-        save, outcome = self._save, WRITTEN
-        assert save is not None
+        outcome = WRITTEN
         mine = [save.bytes, *bytes.fromhex(save.digest)]
         table = self.workers.table(mine)
         if self.workers.is_main:
@@ -146,10 +145,8 @@ class Checkpointer:
         except OSError as error:
             log.warning("checkpoint: an old one in %s could not be removed (%s)", self.shelf.folder, error)
 
-    def _drop(self) -> None:
+    def _drop(self, save: _Save) -> None:
         """Says why the save failed, on the ranks where it did, and removes what there is of it."""
-        save = self._save
-        assert save is not None
         save.thread.join()
         self.workers.highest([0])  # no rank removes while another writes
         folder, needed = save.path.parent, sum(piece.values.nbytes for piece in save.pieces)
