@@ -11,7 +11,8 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 
 BASE = {"config", "meaning", "paths", "protocols", "errors"}
 SAMPLING = {"dealing", "costs", "sampling", "ledger"}
-LEVELS_0_TO_2 = BASE | SAMPLING | {"recipes", "artifacts", "metrics", "provenance", "checks", "data", "models"}
+LEVELS_0_TO_2 = BASE | SAMPLING
+LEVELS_0_TO_2 |= {"recipes", "artifacts", "outcome", "metrics", "provenance", "statuses", "checks", "data", "models"}
 ALLOWED = {
     "config": {"errors"},
     "meaning": {"config"},
@@ -19,6 +20,7 @@ ALLOWED = {
     "paths": {"config", "errors"},
     "protocols": set(),
     "provenance": set(),
+    "statuses": set(),
     "metrics": set(),
     "checks": BASE,
     "recipes": BASE,
@@ -28,15 +30,30 @@ ALLOWED = {
     "ledger": set(),
     "artifacts": BASE,
     "checkpoints": {"errors"},
+    "outcome": {"artifacts", "errors"},
     "data": {"config", "protocols", "errors"},
     "models": {"config", "paths", "errors"},
     "tasks": LEVELS_0_TO_2,
-    "engine": {"config", "protocols", "sampling", "errors", "metrics", "checkpoints"},
+    "engine": {"config", "protocols", "sampling", "errors", "metrics", "checkpoints", "statuses", "meaning"},
     "report": {"artifacts", "errors", "metrics"},
     "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report"},
     "pipeline": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
     "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
-    "cli": {"config", "meaning", "paths", "errors", "recipes", "pipeline", "data", "bench", "checkpoints"},
+    "cli": {
+        *(
+            "config",
+            "meaning",
+            "paths",
+            "errors",
+            "recipes",
+            "pipeline",
+            "data",
+            "bench",
+            "checkpoints",
+            "statuses",
+            "outcome",
+        ),
+    },
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -57,6 +74,8 @@ ONLY_IN = {
 NO_TORCH = {
     "checks",
     "metrics",
+    "statuses",
+    "outcome",
     "config",
     "meaning",
     "errors",

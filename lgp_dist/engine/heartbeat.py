@@ -1,0 +1,182 @@
+"""Signs of life: a small file per rank that says where it is, and who of them holds up the others.
+
+Clocks of machines differ, so that times of two ranks are never compared: a rank tells how old its own note is, and
+whether another lives shows in its counter, watched for a while.
+"""
+
+import json
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+COMMUNICATION = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
+"""Folders of code whose call is a wait for other ranks."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself."""
+
+    rank: int
+    host: str
+    pid: int
+    life: str
+    """Drawn at start: tells this process from an earlier one of the same pid."""
+    beat: int
+    """Counts the beats."""
+    stage: str
+    notes: int
+    """Notes taken in this step: its place among phases, as all ranks take the same ones."""
+    step: int
+    phase: str
+    path: str
+    age_s: float
+    """Seconds since the note."""
+    waits: bool
+    """Whether its main thread is in a call that waits for other ranks."""
+    where: str
+    """File, line and function of its main thread."""
+
+    @property
+    def name(self) -> str:
+        """For a sentence."""
+        return f"Rank {self.rank} ({self.host}, pid {self.pid})"
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Grows while a rank makes progress."""
+        return self.step, self.notes
+
+    def __str__(self) -> str:
+        stage = f"stage {self.stage}, " if self.stage else ""
+        path = f"path {self.path}, " if self.path else ""
+        return f"{stage}step {self.step}, {path}phase {self.phase}"
+
+
+def main_thread() -> tuple[bool, str]:
+    """Whether the main thread waits for other ranks, and where it is."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return False, "ended"
+    file = os.sep.join(frame.f_code.co_filename.split(os.sep)[-2:])
+    where, depth = f"{file}:{frame.f_lineno} {frame.f_code.co_name}", 0
+    while frame is not None and depth < 4:  # a wrapper or two lie between c10d's function and its logger
+        if any(folder in frame.f_code.co_filename for folder in COMMUNICATION):
+            return True, where
+        frame, depth = frame.f_back, depth + 1
+    return False, where
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes under a name of this process's own, then renames: never half a file, and no two writers in one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def file_of(folder: Path, rank: int) -> Path:
+    """Where a rank's beats are."""
+    return folder / f"rank-{rank}.json"
+
+
+def write_beat(folder: Path, beat: Beat) -> None:
+    """Replaces the rank's file."""
+    write_text(file_of(folder, beat.rank), json.dumps(asdict(beat)))
+
+
+def read_beats(folder: Path, world: int) -> dict[int, Beat]:
+    """The newest beat of every rank that has a file which can be read."""
+    found = {}
+    for rank in range(world):
+        try:
+            found[rank] = Beat(**json.loads(file_of(folder, rank).read_text()))
+        except (OSError, ValueError, TypeError):
+            continue
+    return found
+
+
+class Pulse:
+    """Which counters move, by this rank's own clock."""
+
+    def __init__(self, world: int, now: float):
+        self.world = world
+        self.beats: dict[int, Beat] = {}
+        self._moved: dict[int, tuple[object, float]] = {rank: (None, now) for rank in range(world)}
+
+    def see(self, beats: Mapping[int, Beat], now: float) -> None:
+        """Takes in what the files say."""
+        self.beats |= beats
+        for rank, beat in beats.items():
+            mark = (beat.life, beat.beat)
+            if self._moved[rank][0] != mark:
+                self._moved[rank] = (mark, now)
+
+    def silent(self, now: float, span: float) -> list[int]:
+        """Ranks whose counter has stood still for so many seconds."""
+        return [rank for rank in range(self.world) if now - self._moved[rank][1] >= span]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who holds up the others."""
+
+    ranks: tuple[int, ...]
+    """Empty where none stands out."""
+    reason: str
+
+
+def judge(beats: Mapping[int, Beat], silent: Sequence[int]) -> Verdict:
+    """The ranks to blame: those without signs of life; else those that alone do not wait; else those out of place.
+
+    A rank that waits for others and is further than they are has left out what they wait in. Where nobody is seen to
+    wait (a device's queue does that out of sight), who is behind holds up the others.
+    """
+    if silent:
+        return Verdict(tuple(silent), "silent")
+    busy = [rank for rank, beat in beats.items() if not beat.waits]
+    if busy and len(busy) < len(beats):
+        return Verdict(tuple(busy), "busy")
+    places = Counter(beat.place for beat in beats.values())
+    if len(places) == 1:
+        return Verdict((), "together")
+    if busy:
+        odd, reason = min(places), "behind"
+    else:
+        odd, reason = min(places, key=lambda place: (places[place], -place[0], -place[1])), "apart"
+    return Verdict(tuple(rank for rank, beat in beats.items() if beat.place == odd), reason)
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """`rank 1` or `ranks 0, 2`."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def sentence(verdict: Verdict, pulse: Pulse, limit_s: float) -> str:
+    """What a person reads: who, for how long, where, and who waits."""
+    beats = pulse.beats
+    others = [rank for rank in range(pulse.world) if rank not in verdict.ranks]
+    if not verdict.ranks:
+        rank, beat = min(beats.items())
+        who = f"{beat.name} has" if pulse.world == 1 else f"All {pulse.world} ranks have"
+        return f"{who} made no progress for {limit_s:g} s: {beat}, rank {rank} at {beat.where}."
+    held = ""
+    if others:
+        them = "it" if len(verdict.ranks) == 1 else "them"
+        held = f"; {listed(others)} wait{'s' * (len(others) == 1)} for {them}"
+        if verdict.reason != "behind" and len({beats[rank].place for rank in others}) == 1:
+            held += f" in step {beats[others[0]].step}, phase {beats[others[0]].phase}"
+    return "; ".join(_charge(rank, beats.get(rank), verdict.reason) for rank in verdict.ranks) + held + "."
+
+
+def _charge(rank: int, beat: Beat | None, reason: str) -> str:
+    if beat is None:
+        return f"Rank {rank} has given no sign of life"
+    if reason == "silent":
+        causes = "stopped, dead, cut off, or in a call that keeps Python's lock"
+        return f"{beat.name} gives no sign of life ({causes}): last seen in {beat}"
+    did = "is ahead and has left out what others wait in" if reason == "apart" else "has made no progress"
+    return f"{beat.name} {did} for {beat.age_s:.0f} s: {beat}, at {beat.where}"

@@ -1,0 +1,183 @@
+"""A watchdog in every rank: ends a run in which nothing moves any more, and says who holds it up.
+
+    FOLDER/rank-N.json          where rank N is (engine/heartbeat.py)
+    FOLDER/hang.json            who hangs: the sentence, the ranks and where every rank was
+    FOLDER/stacks-rank-N.txt    what every thread of rank N was doing
+
+A rank whose own note has grown old reads what all ranks say. The first to judge writes `hang.json`; the others see it,
+write their stacks and end too. A rank that cannot run Python (stopped, or in a call that keeps the lock) is judged by
+the others, which wait for it; the launcher ends it.
+"""
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from lgp_dist.engine.heartbeat import Beat, Pulse, judge, main_thread, read_beats, sentence, write_beat, write_text
+from lgp_dist.statuses import HUNG
+
+log = logging.getLogger("lgp")
+
+BEATS = 20
+"""Beats within the timeout."""
+SHORTEST_S = 0.5
+"""Least seconds between two beats."""
+STILL = 4
+"""Beats that a counter stands still before its rank counts as silent."""
+LAST_WORDS_S = 2.0
+"""Seconds for log and terminal, which may hang themselves, before the process ends."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Where the loop is. A new one, though equal, is a sign of progress."""
+
+    step: int
+    phase: str
+    path: str
+    number: int
+    """Notes before it in this step."""
+
+
+class Watchdog:
+    """Watches over the loop of one rank while it is open.
+
+    The folder lies where all ranks see it. Every rank opens one and takes the same notes. A timeout of 0 turns it off.
+    """
+
+    def __init__(self, folder: Path, rank: int, world: int, timeout_s: float, stage: str = ""):
+        self.folder, self.rank, self.world, self.timeout_s, self.stage = folder, rank, world, timeout_s, stage
+        self.interval = max(SHORTEST_S, timeout_s / BEATS)
+        self._note = Note(0, "start", "", 0)
+        self._factor = 1.0
+        self._life, self._host, self._beats = secrets.token_hex(8), socket.gethostname(), 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._failed = False
+
+    def note(self, step: int, phase: str, path: str = "") -> None:
+        """The loop is here. Costs no I/O."""
+        number = self._note.number + 1 if step == self._note.step else 0
+        self._note = Note(step, phase, path, number)
+
+    @contextlib.contextmanager
+    def patient(self, factor: float) -> Iterator[None]:
+        """Multiplies the timeout while something long goes on that takes no notes; on every rank alike."""
+        before, self._factor = self._factor, factor
+        try:
+            yield
+        finally:
+            self._note, self._factor = replace(self._note), before
+
+    def __enter__(self) -> "Watchdog":
+        if self.timeout_s:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.rank == 0:
+                (self.folder / "hang.json").unlink(missing_ok=True)
+            self._stacks = (self.folder / f"stacks-rank-{self.rank}.txt").open("w")
+            self._thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self.timeout_s:
+            self._stop.set()
+            self._thread.join(self.timeout_s)
+            faulthandler.cancel_dump_traceback_later()
+            self._stacks.close()
+            if any(failure):
+                return
+            with contextlib.suppress(OSError):
+                for name in (f"rank-{self.rank}.json", f"stacks-rank-{self.rank}.txt"):
+                    (self.folder / name).unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        note, pulse, noted, since, now, last = None, None, 0.0, 0.0, 0.0, time.monotonic()
+        while not self._stop.wait(self.interval):
+            limit = self.timeout_s * self._factor
+            # In a thread of C: it also writes where a call keeps Python's lock and this thread stands still.
+            faulthandler.dump_traceback_later(limit, file=self._stacks)
+            # `now` does not count the time in which this process was stopped: a suspended job does not grow old.
+            now, last = now + min(time.monotonic() - last, 2 * self.interval), time.monotonic()
+            if note is not self._note:
+                note, noted = self._note, now
+            beat = self._beat(note, now - noted)
+            if beat.age_s < limit / 2:
+                pulse = None
+                continue
+            if pulse is None:
+                pulse, since = Pulse(self.world, now), now
+            pulse.see(read_beats(self.folder, self.world) | {self.rank: beat}, now)
+            if self._told():
+                self._end("")
+            if beat.age_s >= limit and now - since >= STILL * self.interval:
+                self._end(self._accuse(pulse, now, limit))
+
+    def _beat(self, note: Note, age_s: float) -> Beat:
+        waits, where = main_thread()
+        self._beats += 1
+        beat = Beat(
+            *(self.rank, self._host, os.getpid(), self._life, self._beats),
+            *(self.stage, note.number, note.step, note.phase, note.path, round(age_s, 3), waits, where),
+        )
+        try:
+            write_beat(self.folder, beat)
+        except OSError as error:
+            if not self._failed:
+                log.warning("The heartbeat of rank %d cannot be written: %s", self.rank, error)
+            self._failed = True
+        return beat
+
+    def _told(self) -> bool:
+        """Whether another rank of this start has named who hangs."""
+        try:
+            return self._life in json.loads((self.folder / "hang.json").read_text())["lives"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _accuse(self, pulse: Pulse, now: float, limit: float) -> str:
+        silent = [rank for rank in pulse.silent(now, (STILL - 1) * self.interval) if rank != self.rank]
+        verdict = judge(pulse.beats, silent)
+        text = sentence(verdict, pulse, limit)
+        record = {
+            "sentence": text,
+            "ranks": verdict.ranks,
+            "reason": verdict.reason,
+            "told_by": self.rank,
+            "beats": [asdict(beat) for beat in pulse.beats.values()],
+            "lives": [beat.life for beat in pulse.beats.values()],
+        }
+        with contextlib.suppress(OSError):
+            write_text(self.folder / "hang.json", json.dumps(record, indent=2) + "\n")
+        return text
+
+    def _end(self, text: str) -> None:
+        """Stacks, last words, and the end of the process, whatever its other threads hold."""
+        faulthandler.cancel_dump_traceback_later()
+        with contextlib.suppress(OSError):
+            faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        if text:
+            speaker = threading.Thread(target=_say, args=(text,), daemon=True)
+            speaker.start()
+            speaker.join(LAST_WORDS_S)
+        time.sleep(
+            2 * self.interval
+        )  # the others write their stacks before connections close or the launcher ends them
+        os._exit(HUNG)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"lgp: {text}\n")
+    sys.stderr.flush()
+    log.error("%s", text)
+    for handler in log.handlers:
+        handler.flush()
