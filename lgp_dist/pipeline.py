@@ -3,6 +3,7 @@
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from lgp_dist.artifacts import RunDirectory, fingerprint, write_json
 from lgp_dist.checks import check_config
@@ -10,10 +11,11 @@ from lgp_dist.config import RunConfig
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import check_batch
+from lgp_dist.engine.agreement import check_equal, facts_of
 from lgp_dist.engine.setup import Workers, check_trackers
 from lgp_dist.meaning import STAGES, flatten
 from lgp_dist.paths import PathSpace
-from lgp_dist.provenance import environment
+from lgp_dist.provenance import code_hashes, environment, versions
 from lgp_dist.report.publish import publish
 from lgp_dist.sampling import PathSampler
 from lgp_dist.stages import ancestry, descend, distil, evaluate, export, finetune, pool
@@ -43,6 +45,7 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     workers = Workers.start(config.engine)
     manifest = ShardManifest.load(local_root(config.data))
     directory = RunDirectory(Path(config.directory), sources(config, manifest))
+    check_equal(shared(config, stages, workers, directory.sources), workers)
     images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
     check_stages(config, stages, directory, workers.world, images)
     about = environment()
@@ -76,6 +79,14 @@ def sources(config: RunConfig, manifest: ShardManifest) -> dict[str, str]:
         found["finetune.weights"] = fingerprint(Path(config.finetune.weights))
     if config.finetune.costs:
         found["finetune.costs"] = fingerprint(Path(config.finetune.costs), "JSON")
+    return found
+
+
+def shared(config: RunConfig, stages: tuple[str, ...], workers: Workers, sources: dict[str, str]) -> dict[str, Any]:
+    """What every rank must have alike, by dotted key: recipe, launch, stages, device, code, versions and inputs."""
+    found = facts_of(config, workers.launch) | {"stages": list(stages), "device": workers.device.type}
+    for name, part in {"code": code_hashes(), "versions": versions(), "sources": sources}.items():
+        found |= {f"{name}.{key}": value for key, value in part.items()}
     return found
 
 

@@ -1,5 +1,6 @@
 """Where and with what a result was made."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -38,6 +39,13 @@ def git_commit() -> str:
         return commit + ("+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else "")
     except OSError:
         return ""
+
+
+def code_hashes() -> dict[str, str]:
+    """sha256 of every source file of the package, hex, by its path in the package."""
+    root = Path(__file__).resolve().parent
+    files = sorted(root.rglob("*.py"))
+    return {file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def command() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_helpers import SMALL, Lgp, break_images, has, index_of, overwrite, refused, snapshot
+from run_helpers import SMALL, Lgp, break_images, has, index_of, overwrite, processes_with, refused, snapshot
 
 from lgp_dist.data.index import index_shards
 from lgp_dist.data.order import position_to_sample
@@ -323,18 +323,6 @@ def test_loss_that_becomes_infinite(lgp: Lgp, finished_place: Path) -> None:
 
 
 # Two processes
-
-
-def processes_with(mark: str) -> list[int]:
-    """Processes whose environment holds a mark."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
 
 
 def launched(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

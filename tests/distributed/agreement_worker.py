@@ -1,0 +1,96 @@
+"""Three ranks over gloo that compare facts, once for every case: agreement_worker.py FOLDER.
+
+FOLDER/cases.json: name -> {"ranks", "key", "value"}: on these ranks a key of the recipe (`config.KEY`) or of the facts
+has another value, or none. FOLDER/result-R.json: name -> the sentence on rank R; null where there was no error.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lgp_dist.config import EngineConfig, RunConfig
+from lgp_dist.engine.agreement import check_equal, facts_of
+from lgp_dist.engine.launch import Launch
+from lgp_dist.engine.setup import Workers
+from lgp_dist.errors import UserError
+from lgp_dist.recipes import tiny
+
+WORLD = 3
+PLAIN = {
+    "code.paths.py": "5a",
+    "versions.torch": "2.15.0",
+    "versions.triton": "not installed",
+    "sources.data.train": "77",
+    "count": 1,
+    "name": "grün",
+    "limits": [1.0, float("inf")],
+}
+"""Facts beside the recipe's, of every type that there is."""
+
+
+def changed(config: Any, key: str, value: Any) -> Any:
+    """The dataclass tree with another value under a dotted key."""
+    head, _, rest = key.partition(".")
+    if isinstance(config, tuple):
+        index = int(head)
+        return (*config[:index], changed(config[index], rest, value), *config[index + 1 :])
+    inner = changed(getattr(config, head), rest, value) if rest else value
+    return dataclasses.replace(config, **{head: inner})
+
+
+def facts_with(key: str, value: Any) -> dict[str, Any]:
+    """The facts of a rank on which a key has another value; None takes it out."""
+    config: RunConfig = tiny()
+    launch, plain = Launch(WORLD, WORLD, True, 1, "no", None), dict(PLAIN)
+    if key.startswith("config."):
+        config = changed(config, key.removeprefix("config."), value)
+    elif key.startswith("launch."):
+        launch = dataclasses.replace(launch, **{key.removeprefix("launch."): value})
+    elif value is None:
+        del plain[key]
+    else:
+        plain[key] = value
+    return facts_of(config, launch) | plain
+
+
+def rank_main(folder: Path, rank: int) -> None:
+    """All cases on one rank."""
+    store, patience = f"file://{folder}/store", timedelta(minutes=2)
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=WORLD, timeout=patience)
+    workers = Workers(Launch(WORLD, WORLD, True, 1, "no", None), EngineConfig(), rank, WORLD, torch.device("cpu"))
+    found = {}
+    for name, case in json.loads((folder / "cases.json").read_text()).items():
+        same = ("count", 1)
+        try:
+            check_equal(facts_with(*((case["key"], case["value"]) if rank in case["ranks"] else same)), workers)
+            found[name] = None
+        except UserError as error:
+            found[name] = str(error)
+    (folder / f"result-{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def main(folder: Path) -> None:
+    """Forks a rank each; status 1 where one has failed."""
+    pids = []
+    for rank in range(WORLD):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        status = 1
+        try:
+            rank_main(folder, rank)
+            status = 0
+        finally:
+            os._exit(status)
+    sys.exit(int(any(os.waitpid(pid, 0)[1] for pid in pids)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,155 @@
+"""Ranks with another recipe, code, packages or shards than rank 0 are refused: every setting, on real ranks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agreement_worker import PLAIN, WORLD
+from exact_launch import HERE, ROOT, command
+from run_helpers import SMALL, processes_with
+
+from lgp_dist.config import flatten
+from lgp_dist.provenance import code_hashes
+from lgp_dist.recipes import tiny
+
+MAY_DIFFER = {
+    *("data.root", "data.threads", "data.cache", "data.cache_bytes", "data.timeout_s", "data.retries"),
+    *("ancestry.weights", "finetune.costs", "engine.threads", "engine.device", "debug"),
+}
+"""Settings that say nothing about what ranks compute or when they meet."""
+
+
+def other(value: Any) -> Any:
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return [*value, "more"]
+    return value + (1 if isinstance(value, int) else 0.5 if isinstance(value, float) else "x")
+
+
+def case(key: str, value: Any, *ranks: int) -> dict[str, Any]:
+    return {"key": key, "value": value, "ranks": ranks or (1,)}
+
+
+SETTINGS = {key: case(f"config.{key}", other(value)) for key, value in flatten(tiny()).items()}
+SPECIAL = {
+    "launch.zero_stage": case("launch.zero_stage", 3),
+    "launch.deepspeed": case("launch.deepspeed", False),
+    "launch.precision": case("launch.precision", "bf16"),
+    "launch.file": case("launch.file", {"zero_optimization": {"stage": 1}}),
+    "code.paths.py": case("code.paths.py", "5b"),
+    "code.new.py": case("code.new.py", "00"),
+    "versions.torch": case("versions.torch", "2.11.0"),
+    "sources.data.train": case("sources.data.train", "78"),
+    "name": case("name", "gr\u00fcn\u0308"),
+    "limits": case("limits", [1.0, 2.0]),
+    "name (long)": case("name", "x" * 1_000_000),
+    "count (float)": case("count", 1.0),
+    "count (bool)": case("count", True),
+    "count (missing)": case("count", None),
+    "count (two ranks)": case("count", 2, 1, 2),
+    "count (the last)": case("count", 2, 2),
+    "count (rank 0)": case("count", 2, 0),
+}
+REFUSED = [*(key for key in SETTINGS if key not in MAY_DIFFER), *SPECIAL]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+    """What each rank was told, by case."""
+    folder = tmp_path_factory.mktemp("agreement")
+    (folder / "cases.json").write_text(json.dumps(SETTINGS | SPECIAL))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, HERE / "agreement_worker.py", folder], env=environment, check=True, timeout=200)
+    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_difference_is_named_on_every_rank(results: list[dict[str, str | None]], name: str) -> None:
+    told = {result[name] for result in results}
+    assert len(told) == 1
+    key, ranks = name.split(" (")[0], (SETTINGS | SPECIAL)[name]["ranks"]
+    first = 1 if ranks == (0,) else ranks[0]
+    (sentence,) = told
+    assert sentence is not None and sentence.startswith(f"Rank {first} differs from rank 0 in {key}: ")
+    assert sentence.endswith(": start every rank with the same recipe, launch file, code, packages and shards.")
+    assert ("; rank 2 too: start" in sentence) == (ranks in ((0,), (1, 2)))
+    assert len(sentence) < 1000
+
+
+@pytest.mark.parametrize("name", sorted(MAY_DIFFER))
+def test_what_may_differ(results: list[dict[str, str | None]], name: str) -> None:
+    assert [result[name] for result in results] == [None] * WORLD
+
+
+def test_values_are_shown(results: list[dict[str, str | None]]) -> None:
+    assert f"versions.torch: '2.11.0' there, {PLAIN['versions.torch']!r} here: start" in str(
+        results[0]["versions.torch"]
+    )
+    assert "count: nothing there, 1 here" in str(results[2]["count (missing)"])
+
+
+def test_code_hashes_cover_the_package() -> None:
+    files = {path.relative_to(ROOT / "lgp_dist").as_posix() for path in (ROOT / "lgp_dist").rglob("*.py")}
+    assert code_hashes().keys() == files and len(set(code_hashes().values())) > len(files) - 10
+
+
+CASES = {"other": "--seed=1", "refused": "--model.depth=1"}
+"""What rank 1 has behind its other arguments."""
+
+
+@pytest.fixture(scope="module")
+def launches(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, str, list[int]]]:
+    """`lgp distil` on two ranks, of which rank 1 has other code, another timm and other arguments.
+
+    Case -> its folder, status, lines of `lgp` and processes that are left.
+    """
+    folder, mark = tmp_path_factory.mktemp("other"), uuid.uuid4().hex
+    shutil.copytree(ROOT / "lgp_dist", folder / "lgp_dist")
+    with (folder / "lgp_dist" / "paths.py").open("a") as file:
+        file.write("# a local change\n")
+    (folder / "timm-9.9.9.dist-info").mkdir()
+    (folder / "timm-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 9.9.9\n")
+    launch, running, found = command(2, deepspeed=True), {}, {}
+    launch[launch.index("--config_file") + 1] = str(ROOT / "launch_configs" / "cpu_2.yaml")
+    for name, arguments in CASES.items():
+        place = folder / name
+        shutil.copytree(inputs, place)
+        environment = {"LGP_TEST_ARGUMENTS": arguments, "LGP_TEST_FOLDER": str(folder), "LGP_TEST_MARK": mark + name}
+        running[name] = subprocess.Popen(
+            [*launch, HERE / "other_rank.py", "distil", *SMALL, "--engine.device=cpu"],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+            cwd=place,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    for name, process in running.items():
+        _, errors = process.communicate(timeout=200)
+        lines = [line for line in errors.splitlines() if line.startswith("lgp")]
+        found[name] = folder / name, process.returncode, "\n".join(lines), processes_with(mark + name)
+    return found
+
+
+def test_launch_with_another_recipe_code_and_package(launches: dict[str, tuple[Path, int, str, list[int]]]) -> None:
+    """One sentence names all three; nothing is written, nobody is left."""
+    place, status, sentence, left = launches["other"]
+    hashes = code_hashes()
+    assert status == 1 and not left
+    assert sentence.startswith("lgp: Rank 1 differs from rank 0 in code.paths.py: '")
+    assert f"there, '{hashes['paths.py']}' here; seed: 1 there, 0 here; versions.timm: '9.9.9' there, " in sentence
+    assert not (place / "run").exists()
+
+
+def test_launch_where_one_rank_refuses_its_recipe(launches: dict[str, tuple[Path, int, str, list[int]]]) -> None:
+    """It says why, and the launcher ends the other, which waits for it to join."""
+    place, status, sentence, left = launches["refused"]
+    assert status == 1 and not left
+    assert sentence.startswith("lgp (rank 1): model.depth is 1, but must be from 2") and "\n" not in sentence
+    assert not (place / "run").exists()
