@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from lgp_dist.config import RunConfig, flatten
+from lgp_dist.config import RunConfig
 from lgp_dist.engine.heartbeat import listed
 from lgp_dist.engine.launch import Launch
 from lgp_dist.engine.setup import Workers
 from lgp_dist.errors import UserError
+from lgp_dist.meaning import flatten
 
 PATIENCE = timedelta(minutes=5)
 """How long a rank waits here for one that has joined, and reads the manifest of a remote root."""

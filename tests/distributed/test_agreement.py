@@ -14,7 +14,7 @@ from agreement_worker import PLAIN, WORLD
 from exact_launch import HERE, ROOT, command
 from run_helpers import SMALL, processes_with
 
-from lgp_dist.config import flatten
+from lgp_dist.meaning import flatten
 from lgp_dist.provenance import code_hashes
 from lgp_dist.recipes import tiny
 
