@@ -27,6 +27,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine.threads": (0, 4096),
     "engine.audit_weights_every": (0, 2**62),
     "engine.fp16_scale": (1, 2**40),
+    "faults.skip_steps": (0, 2**31 - 1),
+    "faults.spike": (0, 1e9),
+    "faults.rollback": (0, 2**31 - 1),
+    "faults.timeout_s": (1, 2**31 - 1),
     "model.patch_size": (1, 65536),
     "model.depth": (2, 4096),
     "ancestry.width": (1, 2**20),
@@ -106,6 +110,10 @@ def _check_shapes(config: RunConfig) -> None:
         raise UserError(
             f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values, but data.channels is "
             f"{data.channels}: give one value per channel."
+        )
+    if 0 < config.faults.spike <= 1:
+        raise UserError(
+            f"faults.spike is {config.faults.spike}, which a usual loss exceeds: set it above 1, or to 0 for no guard."
         )
     if config.ancestry.source == "file" and not config.ancestry.weights:
         raise UserError("ancestry.source is file, but ancestry.weights is empty: name a safetensors file.")

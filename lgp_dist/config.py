@@ -319,6 +319,21 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class FaultConfig:
+    """What a run answers to faults while it trains."""
+
+    skip_steps: int = free(0)
+    """Optimizer steps on end that may be left out for a loss or gradient that is not finite or a spike; one more stops
+    the run."""
+    spike: float = free(0.0)
+    """A loss above so many times the median of the last 100 good steps is a spike; 0 for none."""
+    rollback: int = free(0)
+    """How often the run may go back to its last checkpoint where it would stop for such steps."""
+    timeout_s: float = free(1800.0)
+    """Seconds a rank may stand still until the run is ended."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A complete run, from shards to an exported descendant."""
 
@@ -332,6 +347,8 @@ class RunConfig:
     """Shape of the pool."""
     engine: EngineConfig = EngineConfig()
     """Precision and device."""
+    faults: FaultConfig = FaultConfig()
+    """What stops a run, and what does not."""
     ancestry: AncestryConfig = AncestryConfig()
     """Stage ancestry."""
     distil: DistilConfig = DistilConfig()

@@ -13,5 +13,6 @@ class Preempted(Exception):
     """The run was asked to end (SIGTERM, SIGUSR1), has saved and can go on from there."""
 
     def __init__(self, stage: str, step: int, *, saved: bool):
-        super().__init__(f"stage {stage} was asked to end at step {step}")
+        what = "has saved: the same command goes on from there" if saved else "could not save: see the log"
+        super().__init__(f"Stage {stage} was asked to end at step {step} and {what}.")
         self.stage, self.step, self.saved = stage, step, saved

@@ -13,7 +13,9 @@ from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.agreement import check_equal, facts_of
 from lgp_dist.engine.setup import Workers, check_trackers
+from lgp_dist.errors import Preempted
 from lgp_dist.meaning import STAGES, flatten
+from lgp_dist.outcome import Outcome, clear_outcome, write_outcome
 from lgp_dist.paths import PathSpace
 from lgp_dist.provenance import code_hashes, environment, versions
 from lgp_dist.report.publish import publish
@@ -52,9 +54,27 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     context = Context(config, directory, workers, about["commit"])
     if workers.is_main:
         directory.check_writable()
+        clear_outcome(directory.root)
         _log_to(directory)
         write_json(directory.root / "config.json", flatten(config))
         write_json(directory.root / "environment.json", about)
+    try:
+        _run(context, stages)
+    except BaseException as error:
+        if workers.is_main:
+            write_outcome(directory.root, _outcome(error))
+        raise
+    if workers.is_main:
+        table = publish(directory.root, config.recipe, flatten(config), directory.consistent())
+        if table and "evaluate" in stages:
+            sys.stdout.write(f"\n{table}\n\nResults: {directory.root}/report.html, paths.csv, pareto.png, export/\n")
+        write_outcome(directory.root, Outcome("complete", stages[-1]))
+    workers.barrier()
+    workers.close()
+
+
+def _run(context: Context, stages: tuple[str, ...]) -> None:
+    config, directory, workers = context.config, context.run, context.workers
     for stage in stages:
         done = not config.force and directory.is_current(stage, config)
         if workers.agree(done):
@@ -62,12 +82,13 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
             continue
         log.info("%s: begins on %d process(es), %s", stage, workers.world, workers.device.type)
         RUN[stage](context)
-    if workers.is_main:
-        table = publish(directory.root, config.recipe, flatten(config), directory.consistent())
-        if table and "evaluate" in stages:
-            sys.stdout.write(f"\n{table}\n\nResults: {directory.root}/report.html, paths.csv, pareto.png, export/\n")
-    workers.barrier()
-    workers.close()
+
+
+def _outcome(error: BaseException) -> Outcome:
+    """How a start that an exception ends has ended."""
+    if isinstance(error, Preempted):
+        return Outcome("preempted", error.stage, error.step, str(error))
+    return Outcome("failed", sentence=str(error) or type(error).__name__)
 
 
 def sources(config: RunConfig, manifest: ShardManifest) -> dict[str, str]:

@@ -50,6 +50,8 @@ class TrainState:
     """fp16's."""
     good_steps: int = 0
     """Steps since fp16's scale last changed."""
+    guard: Mapping[str, Any] = field(default_factory=dict)
+    """What the judge of bad steps remembers."""
     score: float | None = None
     """Mean top-1 of all paths at this step, where it was measured; the best of a run is kept."""
     best: float | None = None

@@ -7,7 +7,8 @@ import time
 import traceback
 from collections.abc import Callable
 
-from lgp_dist.errors import UserError
+from lgp_dist.errors import Preempted, UserError
+from lgp_dist.statuses import INTERRUPTED, PREEMPTED, USER
 
 NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 
@@ -24,6 +25,8 @@ def guarded(call: Callable[[], None], debug: bool, run_dir: str = "") -> None:
         call()
     except UserError as error:
         _fail(str(error), debug)
+    except Preempted as stop:
+        _leave(str(stop), PREEMPTED)
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
@@ -35,7 +38,7 @@ def guarded(call: Callable[[], None], debug: bool, run_dir: str = "") -> None:
         time.sleep(PATIENCE_S)  # the rank that failed says why, and the launcher ends this one
         raise
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _fail(sentence: str, debug: bool) -> None:
@@ -45,8 +48,13 @@ def _fail(sentence: str, debug: bool) -> None:
         time.sleep(PATIENCE_S)
     if debug:
         traceback.print_exc()
+    _leave(sentence, USER)
+
+
+def _leave(sentence: str, status: int) -> None:
+    rank = int(os.environ.get("RANK", "0"))
     sys.stderr.write(f"lgp: {sentence}\n" if rank == 0 else f"lgp (rank {rank}): {sentence}\n")
     sys.stderr.flush()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        os._exit(2)  # one of several ranks: without waiting for the others at exit
-    sys.exit(2)
+        os._exit(status)  # one of several ranks: without waiting for the others at exit
+    sys.exit(status)

@@ -33,6 +33,8 @@ from lgp_dist.protocols import Batch
 CPU = torch.device("cpu")
 LOOK = 64
 """Optimizer steps after which a remote source is told again what the next two times as many will read."""
+NAMED = 3
+"""Samples of a batch that a sentence names."""
 
 
 def open_split(data: DataConfig, split: str) -> ShardIndex:
@@ -138,6 +140,12 @@ class TrainStream:
         turns = np.arange(self.per_rank // turn, dtype=np.int64) * self.world + self.rank
         return (start + turns[:, None] * turn + np.arange(turn, dtype=np.int64)).ravel()
 
+    def describe(self, step: int, micro: int, rank: int) -> str:
+        """Shards and keys of the first samples of a rank's batch and how many more there are, for sentences."""
+        samples = self.order.samples(replace(self, rank=rank).positions(step, micro)).tolist()
+        more = [f"{len(samples) - NAMED} more"] * (len(samples) > NAMED)
+        return "; ".join([*map(self.index.describe, samples[:NAMED]), *more])
+
     def shards_ahead(self, step: int, steps: int) -> list[str]:
         """Names of the shards that this rank reads in some steps, in the order of their first use."""
         found: dict[str, None] = {}
@@ -212,6 +220,10 @@ class ResumableStream:
     def check(self, lines: Sequence[Mapping[str, int]]) -> None:
         """As TrainStream.check_bad."""
         self.now.check_bad(lines)
+
+    def describe(self, step: int, micro: int, rank: int) -> str:
+        """As TrainStream.describe."""
+        return self.now.describe(step, micro, rank)
 
     def state(self, step: int) -> dict[str, Any]:
         """Plain values that say where the stream stands after `step` optimizer steps."""

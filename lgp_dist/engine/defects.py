@@ -31,11 +31,40 @@ def forget_gradients(engine: Any) -> None:
     optimizer = engine.optimizer
     if isinstance(buffer := getattr(optimizer, "grad_partitions_flat_buffer", None), Tensor):
         buffer.zero_()
+    for _, partition in _offloaded(optimizer):
+        partition.grad.zero_()
+
+
+def _offloaded(optimizer: Any) -> Iterator[tuple[int, Tensor]]:
+    """Partitions of an offloaded optimizer, which keep their gradients, with the numbers of their groups."""
     if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-            for partition in getattr(optimizer, name, ()):
+            for index, partition in enumerate(getattr(optimizer, name, ())):
                 if partition.grad is not None:
-                    partition.grad.zero_()
+                    yield index, partition
+
+
+def reduced_gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """This rank's share of the gradients at ZeRO-1 to 3, after a step's last backward, each with its group's `part`."""
+    optimizer = engine.optimizer
+    for event in getattr(optimizer, "_pending_offload_events", {}).values():
+        event.synchronize()
+    found = [(index, partition.grad) for index, partition in _offloaded(optimizer)]
+    if not found:
+        found = [(index, tensor) for index, group in optimizer.averaged_gradients.items() for tensor in group or ()]
+    group_of = getattr(optimizer, "sub_group_to_group_id", None)
+    for index, tensor in found:
+        yield optimizer.optimizer.param_groups[group_of[index] if group_of else index]["part"], tensor
+
+
+def drop_gradients(engine: Any) -> None:
+    """Before a step that is left out: zeros, so that the gate alone leaves it out.
+
+    At gradients that are not finite DeepSpeed would not call the optimizer, without a word, which then makes no state.
+    """
+    for _, gradient in reduced_gradients(engine):
+        gradient.zero_()
+    getattr(engine.optimizer, "norm_for_param_grads", {}).clear()
 
 
 @dataclass(frozen=True, eq=False)

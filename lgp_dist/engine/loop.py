@@ -1,5 +1,6 @@
 """The one training loop."""
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -8,19 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lgp_dist.config import GradientConfig, TrainConfig
+from lgp_dist.engine.guard import Guard, NotFinite
 from lgp_dist.engine.meters import StepMeter
 from lgp_dist.engine.optim import Decays, build_optimizer, build_schedule, decays_matrix, planned_steps
 from lgp_dist.engine.saving import Saver, Saving
 from lgp_dist.engine.setup import Workers
 from lgp_dist.engine.signals import Preemption
 from lgp_dist.engine.trainer import Trainer, Watch
+from lgp_dist.engine.watchdog import Watchdog
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch, StepContext, Task
 
 Batches = Callable[[int, int], Iterator[Batch]]
 """(first optimizer step, number of steps) to this rank's batches, micro-step by micro-step."""
+Seeds = Callable[[StepContext], int]
+"""Of torch, for each micro-step, so that what is random in a forward is a function of the step."""
+
+LONG = 10.0
+"""How much longer than a step a measurement of all paths may stand still."""
 
 
 def train(
@@ -39,77 +48,110 @@ def train(
     watch: Watch | None = None,
     watch_every: int = 0,
     check: Callable[[list[dict[str, Any]]], None] = lambda lines: None,
+    guard: Guard | None = None,
     saving: Saving | None = None,
-    seeds: Callable[[StepContext], int] | None = None,
+    seeds: Seeds | None = None,
+    timeout_s: float = 0.0,
 ) -> dict[str, Any]:
     """Trains `task.module` in place; afterwards every rank holds the same weights, whole.
 
     watch: called with the wrapped module in eval mode every `watch_every` optimizer steps; what it measures is logged.
     check: called on every rank with finished lines of metrics, which hold batches' facts summed over ranks; may raise.
-    saving: how the stage is saved and resumed; None for not at all. seeds: of torch, for each micro-step, so that what
-    is random in a forward is a function of the step.
+    guard: of this task and stage; without one, the run stops at the first step that is not finite.
+    saving: how the stage is saved and resumed; None for not at all. timeout_s: after which a rank that stands still
+    ends the run; 0 for never.
     Returns steps of the whole run, and seconds and images of this part of it. Raises Preempted once it has saved for a
     signal.
     """
-    steps = planned_steps(config, steps_per_epoch)
-    task.module.to(workers.device).train()
-    task.to(workers.device)
-    optimizer = build_optimizer(task.module, config, decays, task.walk.parts)
-    schedule = build_schedule(optimizer, config, steps, steps_per_epoch)
-    trainer = Trainer(workers, task, optimizer, config, gradients, trackers, run_dir / "tracking" / stage)
-    trainer.accelerator.init_trackers(stage, config=_plain(tracked_config or {}))
-    metrics, began = run_dir / "metrics.jsonl", time.monotonic()
-    with Preemption() as preemption:
-        saver = Saver(saving, trainer, stage, steps, preemption) if saving else None
-        first = saver.restore() if saver else 0
-        meter = StepMeter(trainer, metrics, stage, steps, config.batch_size, config.log_every, check, first)
-        stream = batches(first, steps - first)
-        try:
-            for step in range(first, steps):
-                schedule.step_update(step)
-                losses, counts, wait, spent = _step(trainer, stream, step, seeds)
-                measured = trainer.measure(watch) if watch and watch_every and (step + 1) % watch_every == 0 else {}
-                fixed = {"epoch": round(step / steps_per_epoch, 4), "lr": optimizer.param_groups[0]["lr"]} | measured
-                facts = partial(_facts, task, step, config.accumulate, workers.world, fixed)
-                meter.add(step, losses, facts, counts, data_wait_s=wait, step_time_s=spent)
-                if saver:
-                    saver.step_done(step + 1, measured, meter.flush)
-        finally:
-            meter.close()
-        if saver:
-            saver.close()
-    trainer.close()
-    _check_weights(task, stage)
-    seconds, images = round(time.monotonic() - began, 3), (steps - first) * config.batch_size
+    steps, began = planned_steps(config, steps_per_epoch), time.monotonic()
+    watchdog = Watchdog(run_dir / "heartbeats", workers.rank, workers.world, timeout_s, stage)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(watchdog)
+        task.to(workers.device)
+        optimizer = build_optimizer(task.module.to(workers.device).train(), config, decays, task.walk.parts)
+        schedule = build_schedule(optimizer, config, steps, steps_per_epoch)
+        trainer = Trainer(workers, task, optimizer, config, gradients, trackers, run_dir / "tracking" / stage, guard)
+        trainer.accelerator.init_trackers(stage, config=_plain(tracked_config or {}))
+        saver = Saver(saving, trainer, stage, steps, stack.enter_context(Preemption())) if saving else None
+        meter = partial(StepMeter, trainer, run_dir / "metrics.jsonl", stage, steps, check)
+
+        def one_step(step: int, stream: Iterator[Batch], meter: StepMeter) -> None:
+            schedule.step_update(step)
+            losses, counts, facts, times = _step(trainer, stream, step, seeds, watchdog)
+            facts |= {"epoch": round(step / steps_per_epoch, 4), "lr": optimizer.param_groups[0]["lr"]}
+            if watch and watch_every and (step + 1) % watch_every == 0:
+                facts |= _measure(trainer, watch, step, watchdog)
+            meter.add(step, losses, partial(_facts, task, step, config.accumulate, workers.world, facts), counts, times)
+            if saver:
+                watchdog.note(step, "save")
+                saver.step_done(step + 1, facts, meter.flush)
+
+        first = _steps(one_step, batches, meter, saver, steps)
+        trainer.close()
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in task.module.parameters()):
+        raise UserError(f"The last step of stage {stage} made weights infinite: lower its train.lr.")
+    images, seconds = (steps - first) * config.batch_size, round(time.monotonic() - began, 3)
     return {"steps": steps, "seconds": seconds, "images": images}
 
 
-def _check_weights(task: Task, stage: str) -> None:
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in task.module.parameters()):
-        raise UserError(f"The last step of stage {stage} made weights infinite: lower its train.lr.")
+def _steps(
+    one_step: Callable[[int, Iterator[Batch], StepMeter], None],
+    batches: Batches,
+    new_meter: Callable[[int], StepMeter],
+    saver: Saver | None,
+    steps: int,
+) -> int:
+    """All steps from where the run goes on, which it returns; goes back to a checkpoint where the guard asks for it."""
+    first = step = saver.restore() if saver else 0
+    while True:
+        meter, stream = new_meter(step), batches(step, steps - step)
+        try:
+            while step < steps:
+                one_step(step, stream, meter)
+                step += 1
+            if saver:
+                saver.close()
+            return first
+        except NotFinite as problem:
+            meter.flush()
+            back = saver.roll_back(problem) if saver else None
+            if back is None:
+                raise
+            step = back
+        finally:
+            meter.close()
 
 
 def _step(
-    trainer: Trainer, stream: Iterator[Batch], step: int, seeds: Callable[[StepContext], int] | None
-) -> tuple[list[dict[str, torch.Tensor]], Counter[str], float, float]:
-    """One optimizer step: losses of its micro-steps, counts of its batches, seconds of waiting for them and in all."""
-    task, workers = trainer.task, trainer.workers
+    trainer: Trainer, stream: Iterator[Batch], step: int, seeds: Seeds | None, watchdog: Watchdog
+) -> tuple[list[dict[str, Tensor]], Counter[str], dict[str, Any], dict[str, float]]:
+    """One optimizer step: losses of its micro-steps, counts of its batches, what the guard says of it, and seconds."""
     losses, counts, wait, start = [], Counter[str](), 0.0, time.monotonic()
     trainer.begin(step)
     for micro in range(trainer.train.accumulate):
-        asked = time.monotonic()
-        batch = next(stream).to(workers.device)
+        asked, path = time.monotonic(), str(trainer.task.labels(trainer.context(step, micro)).get("path", ""))
+        watchdog.note(step, "data", path)
+        batch = next(stream).to(trainer.workers.device)
         wait += time.monotonic() - asked
         counts.update(batch.facts)
         with trainer.micro_step(step, micro) as context:
             if seeds:
                 torch.manual_seed(seeds(context))
-            with workers.autocast():
-                parts = task.losses(trainer.module, batch, context)
+            watchdog.note(step, "forward", path)
+            with trainer.workers.autocast():
+                parts = trainer.task.losses(trainer.module, batch, context)
+            watchdog.note(step, "backward", path)
             trainer.backward(parts["loss"])
         losses.append({name: part.detach() for name, part in parts.items()})
-    trainer.finish(step)
-    return losses, counts, wait, time.monotonic() - start
+    watchdog.note(step, "step", path)
+    verdict = trainer.finish(step)
+    return losses, counts, dict(verdict.facts), {"data_wait_s": wait, "step_time_s": time.monotonic() - start}
+
+
+def _measure(trainer: Trainer, watch: Watch, step: int, watchdog: Watchdog) -> dict[str, float]:
+    watchdog.note(step, "measure")
+    with watchdog.patient(LONG):
+        return trainer.measure(watch)
 
 
 def _facts(task: Task, step: int, accumulate: int, world: int, fixed: dict[str, Any]) -> dict[str, Any]:

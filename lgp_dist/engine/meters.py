@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lgp_dist.engine.trainer import Trainer
-from lgp_dist.errors import UserError
 from lgp_dist.metrics import MetricsFile
 
 log = logging.getLogger("lgp")
@@ -31,15 +30,14 @@ class StepMeter:
         metrics: Path,
         stage: str,
         steps: int,
-        images_per_step: int,
-        every: int,
         check: Callable[[list[dict[str, Any]]], None],
-        first: int = 0,
+        first: int,
     ):
-        """first: the step that a resumed run begins with."""
+        """steps: of the whole run. first: the one to begin with."""
         self.check, self.counts = check, list[Mapping[str, int]]()
         self.totals: dict[str, int] = {}
-        self.trainer, self.every, self.images_per_step = trainer, max(1, every), images_per_step
+        self.trainer, self.every = trainer, max(1, trainer.train.log_every)
+        self.images_per_step = trainer.train.batch_size
         self.main = trainer.workers.is_main
         self.file = MetricsFile(metrics, stage, first) if self.main else None
         self.losses: list[dict[str, Tensor]] = []
@@ -57,8 +55,8 @@ class StepMeter:
         losses: list[dict[str, Tensor]],
         facts: Callable[[], dict[str, Any]],
         counts: Mapping[str, int],
-        **times: float,
-    ):
+        times: Mapping[str, float],
+    ) -> None:
         """Takes one optimizer step: losses of its micro-steps, facts of its line, counts of this rank, seconds."""
         self.counts.append(dict(counts))
         self.losses.append({name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]})
@@ -70,18 +68,14 @@ class StepMeter:
             self.flush()
 
     def flush(self) -> None:
-        """Averages losses over ranks, checks that they are finite, writes and shows them."""
+        """Averages losses over ranks, writes and shows them; one that is not finite is written as null."""
         if not self.lines:
             return
         names = list(self.losses[0])
         values = torch.stack([torch.stack([part[name].float() for name in names]) for part in self.losses])
         values = self.trainer.workers.sum(values.detach()) / self.trainer.workers.world
         for line, row in zip(self.lines, values.tolist(), strict=True):
-            line.update(zip(names, row, strict=True))
-            if not math.isfinite(line["loss"]):
-                raise UserError(
-                    f"The loss became {line['loss']} at step {line['step']} of stage {self.stage}: lower its train.lr."
-                )
+            line.update(zip(names, (value if math.isfinite(value) else None for value in row), strict=True))
         self._count()
         if self.main:
             self.file.append(self.lines)
@@ -105,8 +99,9 @@ class StepMeter:
         times = {name: sum(line[name] for line in self.lines) for name in ("step_time_s", "data_wait_s")}
         speed = self.images_per_step * count / times["step_time_s"]
         wait = times["data_wait_s"] / times["step_time_s"]
+        losses = [line["loss"] for line in self.lines if line["loss"] is not None]
         shown = {
-            "loss": f"{sum(line['loss'] for line in self.lines) / count:.3f}",
+            "loss": f"{sum(losses) / len(losses):.3f}" if losses else "not finite",
             "img/s": f"{speed:.0f}",
             "data wait": f"{wait:.0%}",
             **{name.replace("_", " "): str(total) for name, total in self.totals.items() if total},

@@ -12,6 +12,7 @@ from lgp_dist.checkpoints.settings import check_settings
 from lgp_dist.checkpoints.shelf import Shelf
 from lgp_dist.config import CheckpointConfig
 from lgp_dist.engine.checkpoint import Checkpointer
+from lgp_dist.engine.guard import NotFinite
 from lgp_dist.engine.signals import Preemption
 from lgp_dist.engine.trainer import Trainer
 from lgp_dist.errors import Preempted
@@ -48,6 +49,7 @@ class Saver:
     def __init__(self, saving: Saving, trainer: Trainer, stage: str, steps: int, preemption: Preemption):
         self.saving, self.trainer, self.preemption = saving, trainer, preemption
         workers = trainer.workers
+        self.rolled = 0
         self.checkpointer = Checkpointer(Shelf(saving.folder), workers, trainer.fragments(), saving.config)
         launch = workers.launch
         self.state = TrainState(
@@ -62,16 +64,21 @@ class Saver:
             versions=saving.versions,
         )
 
-    def restore(self) -> int:
-        """Loads what the recipe asks for; the step to begin with. UserError where it is not there or does not fit."""
+    def restore(self, resume: str = "") -> int:
+        """Loads what is asked for, by the recipe if not here; the step to begin with.
+
+        UserError where it is not there or does not fit.
+        """
 
         def check(state: TrainState) -> None:
             check_settings(state, self.state, self.saving.allow)
 
-        found = self.checkpointer.restore(self.saving.resume, self.state.stage, check)
+        found = self.checkpointer.restore(resume or self.saving.resume, self.state.stage, check)
         if found is None:
             return 0
         self.saving.data_restore(found.data, found.step)
+        if found.guard:
+            self.trainer.guard.load_state_dict(dict(found.guard))
         if self.trainer.scaler is not None and found.loss_scale is not None:
             self.trainer.scaler.value, self.trainer.scaler.good = found.loss_scale, found.good_steps
         self.state = replace(self.state, best=found.best)
@@ -81,15 +88,32 @@ class Saver:
             log.info("%s: was saved by %s, goes on with %s", self.state.stage, was, now)
         return found.step
 
-    def step_done(self, step: int, measured: Mapping[str, float], flush: Callable[[], None]) -> None:
+    def roll_back(self, problem: NotFinite) -> int | None:
+        """The step of the newest checkpoint, loaded again, for another try; None where faults.rollback allows none.
+
+        The data goes on behind the bad step, so that what made it is not met again; paths are those of their steps.
+        """
+        allowed, there = self.trainer.guard.faults.rollback, bool(self.checkpointer.shelf.steps())
+        self.checkpointer.wait()
+        if self.rolled >= allowed or not self.trainer.workers.highest([there])[0]:
+            return None
+        self.rolled += 1
+        log.warning("%s Going back to the last checkpoint, %d of %d times.", problem, self.rolled, allowed)
+        behind = self.saving.data_state(problem.step + 1)
+        step = self.restore("latest")
+        self.saving.data_restore(behind, step)
+        return step
+
+    def step_done(self, step: int, facts: Mapping[str, Any], flush: Callable[[], None]) -> None:
         """At the end of a step, which is the step-th: settles or begins a save. Preempted once it is safe to end.
 
-        measured: accuracies of paths, if they were measured. flush: brings the metrics of all steps to their file.
+        facts: of the step; accuracies of paths, if they were measured, as top1/KEY. flush: brings all metrics to
+        their file.
         """
         saves, best = self.checkpointer, self.state.best
         asked, worst = self.trainer.workers.highest([self.preemption.asked, saves.status])
         saves.settle(int(worst))
-        top1 = [value for name, value in measured.items() if name.startswith("top1/")]
+        top1 = [value for name, value in facts.items() if name.startswith("top1/")]
         score = sum(top1) / len(top1) if top1 else None
         better = score is not None and (best is None or score > best)
         last, every = step == self.state.steps, self.saving.config.every
@@ -110,6 +134,7 @@ class Saver:
                 step=step,
                 data=self.saving.data_state(step),
                 score=score,
+                guard=self.trainer.guard.state_dict(),
                 loss_scale=scaler.value if scaler else None,
                 good_steps=scaler.good if scaler else 0,
                 created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 
 from lgp_dist.config import EngineConfig, GradientConfig, TrainConfig
 from lgp_dist.engine.audit import Audit
-from lgp_dist.engine.defects import forget_gradients, make_whole
+from lgp_dist.engine.defects import drop_gradients, forget_gradients, make_whole, reduced_gradients
 from lgp_dist.engine.fragments import Fragments
 from lgp_dist.engine.gradients import Contract, Gradients
+from lgp_dist.engine.guard import Guard, NotFinite, Verdict
 from lgp_dist.engine.launch import Launch
 from lgp_dist.engine.optim import Gate
 from lgp_dist.engine.setup import Workers
@@ -66,6 +67,7 @@ class Trainer:
         rules: GradientConfig,
         trackers: tuple[str, ...] = (),
         log_dir: Path = Path("."),
+        guard: Guard | None = None,
     ):
         self.workers, self.task, self.optimizer, self.train, self.rules = workers, task, optimizer, train, rules
         launch, engine = workers.launch, workers.engine
@@ -78,6 +80,8 @@ class Trainer:
             self.gradients.weigh(self.factors)
         self.audit = self._audit() if engine.audit else None
         self.gate = Gate(optimizer)
+        self.guard = guard or Guard(task, workers, train.accumulate)
+        self.losses: list[Tensor] = []
         self.scaler = LossScale(engine.fp16_scale) if engine.precision == "fp16" else None
         self.schedule: list[frozenset[str]] = []
         self._prepare_module(task.module)
@@ -130,6 +134,7 @@ class Trainer:
         self.schedule = [self.task.used(context) for context in contexts]
         union = frozenset().union(*self.schedule)
         self.gate.active = union if self.rules.unused == "skip" else None
+        self.losses.clear()
         self.factors.clear()
         if self.rules.average == "users":
             uses = {part: sum(part in used for used in self.schedule) for part in union}
@@ -140,10 +145,14 @@ class Trainer:
             self.module.set_gradient_accumulation_boundary(True)
             self._open.enter_context(self.module.coalesce_grad_reduction())
 
+    def context(self, step: int, micro: int) -> StepContext:
+        """Of this rank's micro-step."""
+        return StepContext(step, micro, self.workers.rank, self.workers.world)
+
     @contextlib.contextmanager
     def micro_step(self, step: int, micro: int) -> Iterator[StepContext]:
         """Around forward and backward of a micro-step; gives its context."""
-        context = StepContext(step, micro, self.workers.rank, self.workers.world)
+        context = self.context(step, micro)
         self.gradients.used = self.task.used(context)
         last = micro + 1 == self.train.accumulate
         if self.deepspeed:
@@ -156,6 +165,7 @@ class Trainer:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-step's loss, divided by the number of micro-steps."""
+        self.losses.append(loss.detach())
         if self.deepspeed:
             scaled = loss if self.scaler is None or self.stage else loss * self.scaler.value
             self.module.backward(scaled)
@@ -163,43 +173,53 @@ class Trainer:
             scale = 1.0 if self.scaler is None else self.scaler.value
             (loss * scale / self.train.accumulate).backward()
 
-    def finish(self, step: int) -> None:
-        """Audits, clips and steps."""
+    def finish(self, step: int) -> Verdict:
+        """Audits, judges, clips and steps, or leaves the step out. NotFinite where the guard allows no more of that."""
         if self.union:
             self.gradients.fill(frozenset().union(*self.schedule))
             self._open.close()
         if self.audit is not None:
             self.audit.check(step, self.schedule)
-        if self.deepspeed and self.stage:
-            self.module.step()
+        parted = self.deepspeed and self.stage
+        gradients = reduced_gradients(self.module) if parted else self._whole_gradients()
+        scaled = self.scaler is not None and self.scaler.value > 1
+        problem: NotFinite | None = None
+        try:
+            verdict = self.guard.judge(step, self.losses, gradients, scaled)
+        except NotFinite as error:
+            verdict, problem = Verdict("stop"), error
+        self.gate.closed = verdict.left_out
+        if parted and verdict.left_out:
+            drop_gradients(self.module)
+        self._step()
+        if parted:
             forget_gradients(self.module)
-            overflow = self.module.optimizer.overflow
-        else:
-            overflow = self._plain_step()
         if self.scaler is not None:
-            self.scaler.update(overflow)
+            self.scaler.update(verdict.overflow)
         every = self.workers.engine.audit_weights_every
         if self.audit is not None and every and self.whole_weights and (step == 0 or (step + 1) % every == 0):
             self.audit.check_weights(step)
+        if problem:
+            raise problem
+        return verdict
 
-    def _plain_step(self) -> bool:
-        """Clip and step where gradients lie whole on every rank; whether they were not finite and it was left out."""
-        parameters = [parameter for _, parameter, _ in self.gradients.parameters]
+    def _whole_gradients(self) -> list[tuple[str, Tensor]]:
+        """The gradients with their parts where they lie whole on every rank, without fp16's factor."""
         self.gradients.fill()
-        overflow = False
+        found = [(part, parameter.grad) for _, parameter, part in self.gradients.parameters]
         if self.scaler is not None:
-            torch._foreach_div_([parameter.grad for parameter in parameters], self.scaler.value)
-            norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-            overflow = not bool(torch.isfinite(norm))
-        self.gate.closed = overflow
+            torch._foreach_div_([gradient for _, gradient in found], self.scaler.value)
+        return found
+
+    def _step(self) -> None:
+        """Clips and steps."""
         if self.deepspeed:
             self.module.step()
-        else:
-            if self.train.clip_grad:
-                nn.utils.clip_grad_norm_(parameters, self.train.clip_grad)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return overflow
+            return
+        if self.train.clip_grad:
+            nn.utils.clip_grad_norm_((tensor for _, tensor, _ in self.gradients.parameters), self.train.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def fragments(self) -> Fragments:
         """What this rank holds of weights and optimizer state."""

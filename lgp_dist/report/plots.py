@@ -26,7 +26,20 @@ LINE_STYLES = tuple(
 )
 """Colour and dash of the named parts of a loss."""
 NOT_LOSSES = frozenset(
-    {"step", "epoch", "samples", "rank", "world", "seed", "loss", "grad_norm", "loss_scale", "time", "seconds"}
+    {
+        "step",
+        "epoch",
+        "samples",
+        "rank",
+        "world",
+        "seed",
+        "loss",
+        "grad_norm",
+        "loss_scale",
+        "skipped",
+        "time",
+        "seconds",
+    }
 )
 """Fields of a metrics line that are no part of the loss; so are names that end in _s, _ms, _gb or start with lr."""
 STYLE = {

@@ -14,6 +14,7 @@ from lgp_dist.config import RunConfig, TrainConfig
 from lgp_dist.data.stream import ResumableStream, TrainStream, evaluation_batches, open_split
 from lgp_dist.dealing import draw_index
 from lgp_dist.engine.evaluate import Forward, accuracies
+from lgp_dist.engine.guard import Guard
 from lgp_dist.engine.loop import train
 from lgp_dist.engine.optim import Decays, decays_matrix
 from lgp_dist.engine.saving import Saving
@@ -93,8 +94,10 @@ class Context:
             tracked_config=flatten(self.config),
             decays=decays,
             check=stream.check,
+            guard=Guard(task, workers, config.accumulate, self.config.faults, stage, stream.describe),
             saving=self._saving(stage, stream),
             seeds=seeds,
+            timeout_s=self.config.faults.timeout_s,
             **more,
         )
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from exact_cells import Cell
 from exact_reference import reference
@@ -25,11 +26,16 @@ def command(world: int, deepspeed: bool) -> list[str]:
     return [*launch, "--num_processes", str(world)]
 
 
-def start(cells: Sequence[Cell], folder: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Trains cells of one world size, all of DeepSpeed or all of DDP, in one launch."""
+def start(
+    cells: Sequence[Any], folder: Path, timeout: float = 600, script: str = "exact_worker.py"
+) -> subprocess.CompletedProcess[str]:
+    """Trains cells of one world size, all of DeepSpeed or all of DDP, in one launch.
+
+    cells: `Cell`, or what else has `world`, `engine` and `as_dict`, for another script.
+    """
     folder.mkdir(parents=True)
     (folder / "cells.json").write_text(json.dumps([cell.as_dict() for cell in cells]))
-    worker = [str(HERE / "exact_worker.py"), str(folder / "cells.json"), str(folder)]
+    worker = [str(HERE / script), str(folder / "cells.json"), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     call = command(cells[0].world, cells[0].engine != "ddp")
     with subprocess.Popen(
@@ -44,11 +50,14 @@ def start(cells: Sequence[Cell], folder: Path, timeout: float = 600) -> subproce
     return subprocess.CompletedProcess(call, process.returncode, out, err)
 
 
-def difference(cell: Cell, folder: Path, index: int) -> float:
-    """The largest difference of any parameter between a cell's run and its reference; infinite without a run."""
+def difference(cell: Cell, folder: Path, index: int, left_out: tuple[int, ...] = ()) -> float:
+    """The largest difference of any parameter between a cell's run and its reference; infinite without a run.
+
+    left_out: steps that the reference does not apply.
+    """
     if not (folder / f"{index}.safetensors").exists():
         return math.inf
-    found, expected = load_file(folder / f"{index}.safetensors"), reference(cell.meaning)
+    found, expected = load_file(folder / f"{index}.safetensors"), reference(cell.meaning, left_out=left_out)
     assert found.keys() == expected.keys()
     return max(float((found[name] - expected[name]).abs().max()) for name in expected)
 

@@ -12,10 +12,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @lru_cache(maxsize=64)
-def reference(cell: Cell, nudge: int = 0) -> dict[str, Tensor]:
+def reference(cell: Cell, nudge: int = 0, left_out: tuple[int, ...] = ()) -> dict[str, Tensor]:
     """The weights after the last step. Gradients are summed over micro-steps first, then over ranks, as ranks do.
 
     nudge: where it is not 0, the seed with which every weight is moved after each step to a float beside it.
+    left_out: steps that are not applied.
     """
     generator = torch.Generator().manual_seed(nudge)
     torch.set_num_threads(1)
@@ -23,7 +24,7 @@ def reference(cell: Cell, nudge: int = 0) -> dict[str, Tensor]:
     parameters = list(pool.parameters())
     optimizer = build_optimizer(cell, pool)
     scale = cell.loss_scale if cell.precision == "fp16" else 1.0
-    for step in range(cell.steps):
+    for step in sorted(set(range(cell.steps)) - set(left_out)):
         totals: list[Tensor | None] = [None] * len(parameters)
         uses = [0] * len(parameters)
         world = cell.world_at(step)

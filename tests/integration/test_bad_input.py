@@ -62,6 +62,8 @@ def test_debug_shows_the_traceback(lgp: Lgp, place: Path) -> None:
         ("data.channels", "2", ["data.channels", "2"]),
         ("data.num_classes", "0", ["num_classes", "0"]),
         ("data.threads", "-1", ["data.threads", "-1"]),
+        ("faults.skip_steps", "-1", ["faults.skip_steps", "-1"]),
+        ("faults.spike", "0.5", ["faults.spike", "0.5", "above 1"]),
         ("evaluate.batch_size", "0", ["evaluate.batch_size", "0"]),
         ("engine.threads", "-1", ["engine.threads", "-1"]),
         ("ancestry.model", "nonsense", ["ancestry.model", "'nonsense'"]),
@@ -319,7 +321,10 @@ def test_launch_that_is_not_supported(
 
 def test_loss_that_becomes_infinite(lgp: Lgp, finished_place: Path) -> None:
     settings = ["--distil.train.lr=1e30", "--distil.train.warmup-epochs=0", "--distil.train.max-steps=4"]
-    has(refused(lgp, "distil", "--force", *settings, begun=True), "stage distil", "step 1", "train.lr")
+    keys = index_of("train").keys[position_to_sample(0, 0, 64)[8:11]].tolist()
+    sentence = refused(lgp, "distil", "--force", *settings, begun=True)
+    has(sentence, "step 1 of stage distil", "rank 0", *keys, "distil.train.lr", "--faults.skip-steps")
+    assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "distil"] == [0]
 
 
 # Two processes

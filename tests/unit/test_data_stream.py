@@ -91,6 +91,21 @@ def test_global_sequence_is_the_same_for_ranks_and_micro_steps(world: int, accum
     assert np.array_equal(found, np.arange(9 * 24).reshape(9, 24))
 
 
+def test_samples_are_named_on_any_rank() -> None:
+    """Those that a rank's batch begins with, and how many more; from a later origin too."""
+    train = TrainConfig(batch_size=32, accumulate=2, mixup=0.8)
+    streams = [TrainStream(part(100), DATA, train, 3, rank, 2, origin=64) for rank in (0, 1)]
+    for rank, stream in enumerate(streams):
+        plans = list(stream._plans(range(8)))
+        for number, plan in enumerate(plans):
+            first = [streams[0].index.keys[sample] for sample in plan.samples[:3]]
+            said = streams[0].describe(*divmod(number, 2), rank)
+            assert [word for key in first for word in ("sample", key)] == [
+                word for text in said.split("; ")[:3] for word in text.split()[-2:]
+            ]
+            assert said.endswith("; 5 more")
+
+
 def test_each_sample_once_per_epoch_and_batches_straddle() -> None:
     index = part(50)
     stream = TrainStream(index, DATA, TrainConfig(batch_size=20), 3, 0, 1)
