@@ -28,8 +28,8 @@ class MetricsFile:
         """Writes finished steps; the first call drops what an earlier attempt wrote of them."""
         if not self._begun:
             temporary = self.path.with_suffix(".partial")
-            lines, first = read_metrics(self.path), self.first
-            kept = [line for line in lines if line["stage"] != self.stage or line["step"] < first]
+            known, first = read_metrics(self.path), self.first
+            kept = [line for line in known if line["stage"] != self.stage or line["step"] < first]
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.path)
             self._begun = True
