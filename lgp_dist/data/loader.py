@@ -6,7 +6,7 @@ without copies between processes.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -118,6 +118,7 @@ class Loader:
         return job
 
     def _finish(self, job: _Job, ring: "_Ring") -> Loaded:
+        wait(job.parts, return_when=FIRST_EXCEPTION)  # wakes this thread once, not for every part
         for part in job.parts:
             part.result()
         return self._loaded(job, ring)
@@ -208,7 +209,9 @@ class _Ring:
         self._return()
         free = self.free.setdefault(count, deque())
         if not free:
-            return torch.empty((count, *self.shape), dtype=torch.uint8, pin_memory=self.cuda)
+            if self.cuda:
+                return torch.empty((count, *self.shape), dtype=torch.uint8, pin_memory=True)
+            return torch.from_numpy(np.empty((count, *self.shape), dtype=np.uint8))  # NumPy asks for huge pages
         buffer, copied = free.popleft()
         if copied is not None:
             copied.synchronize()
