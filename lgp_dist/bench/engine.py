@@ -1,6 +1,5 @@
 """What it costs that every rank has a path of its own: time, bytes and memory of a step on this launch's engine."""
 
-import platform
 import time
 from pathlib import Path
 from statistics import fmean, median
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from lgp_dist.artifacts import write_json
+from lgp_dist.bench.figures import check_least, facts, spread
 from lgp_dist.bench.sampler import with_policy
 from lgp_dist.checks import check_config
 from lgp_dist.config import RunConfig
@@ -20,7 +20,6 @@ from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths import PathSpace
 from lgp_dist.protocols import Batch, StepContext
-from lgp_dist.provenance import environment
 from lgp_dist.sampling import PathSampler
 from lgp_dist.stages.context import ancestry_vit
 from lgp_dist.tasks.finetune import FinetuneTask
@@ -39,8 +38,10 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
     gflops (mean of a rank's paths in a step, an image's forward), ms_per_work (ms over gflops: what it takes to train
     the same work), bytes (that a rank gives to collectives in a step, by operation), bytes_unused (of the gradients of
     parameters that no rank used, in the same steps), peak_mb (largest over ranks) and, under ZeRO-3, the most units and
-    elements gathered at once, and the elements of the largest unit.
+    elements gathered at once, and the elements of the largest unit. UserError where rounds or steps are below 1.
     """
+    for option, value in (("--rounds", rounds), ("--steps", steps)):
+        check_least(option, value, 1)
     check_config(config)
     workers = Workers.start(config.engine)
     bench = _Bench(config, workers)
@@ -149,7 +150,7 @@ class _Bench:
             "images": self.train.batch_size,
             "precision": self.workers.engine.precision,
             "ms": round(ms, 2),
-            "spread": round((max(seconds) - min(seconds)) / median(seconds), 3),
+            "spread": spread(seconds),
             "gflops": round(work, 5),
             "ms_per_work": round(ms / work, 2),
             "bytes": {name: size // COUNTED for name, size in sorted(sent.items())},
@@ -160,17 +161,11 @@ class _Bench:
         if launch.deepspeed and launch.zero_stage == 3:
             largest = max(self.units.values())
             row |= {"units": self.gathered.units, "elements": self.gathered.elements, "largest_unit": largest}
-        about = environment()
-        machine = about["machine"] | {"platform": platform.platform(), "device": _device_name(self.workers.device)}
-        return row | about | {"machine": machine}
+        return row | facts(self.workers.device)
 
 
 def _numbers(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def engine_table(rows: list[dict[str, Any]]) -> str:

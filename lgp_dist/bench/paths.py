@@ -1,7 +1,6 @@
 """Seconds that each path takes on this machine, for `finetune.costs`."""
 
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from lgp_dist.bench.figures import check_least, facts, spread
 from lgp_dist.checks import check_config
 from lgp_dist.config import RunConfig
+from lgp_dist.engine.setup import autocast
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths import PathSpace
-from lgp_dist.provenance import environment
 from lgp_dist.report.rows import write_atomic
 from lgp_dist.stages.context import ancestry_vit
 
@@ -38,8 +38,7 @@ def bench_paths(config: RunConfig, out: Path, batch: int = 0, repeats: int = 5) 
     check_config(config)
     train = config.finetune.train
     for option, value, least in (("--batch", batch, 0), ("--repeats", repeats, 1)):
-        if value < least:
-            raise UserError(f"{option} is {value}, but must be {least} or more: choose another value.")
+        check_least(option, value, least)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name a file in it.")
     space, device = PathSpace.from_config(config), _device(config)
@@ -52,14 +51,7 @@ def bench_paths(config: RunConfig, out: Path, batch: int = 0, repeats: int = 5) 
             if turn >= WARM_UP:
                 seconds[key].append(taken)
     middle = {key: median(values) for key, values in seconds.items()}
-    spread = {key: round((max(values) - min(values)) / middle[key], 4) for key, values in seconds.items()}
     ancestry = middle.pop("ancestry", None)
-    about = environment()
-    machine = about["machine"] | {
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-    }
     table = {
         "recipe": config.recipe,
         "precision": config.engine.precision,
@@ -67,9 +59,8 @@ def bench_paths(config: RunConfig, out: Path, batch: int = 0, repeats: int = 5) 
         "repeats": repeats,
         "costs": {path.key: middle[path.key] for path in space.paths},
         "ancestry": ancestry,
-        "spread": spread,
-        **about,
-        "machine": machine,
+        "spread": {key: spread(values) for key, values in seconds.items()},
+        **facts(device),
     }
     write_atomic(out, (json.dumps(table, indent=2) + "\n").encode())
     return table
@@ -90,11 +81,11 @@ def _calls(config: RunConfig, space: PathSpace, device: torch.device, batch: int
     pool = LearngenePool.empty(space, tuple(row.heads for row in config.model.rows)).to(device).train()
     images = torch.randn(batch, space.channels, space.image_size, space.image_size, device=device)
     targets = torch.randint(space.num_classes, (batch,), device=device)
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
+    precision = config.engine.precision
 
     def path_call(path: Any) -> Callable[[], None]:
         def call() -> None:
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            with autocast(device.type, precision):
                 logits = pool(images, path)
             cross_entropy(logits.float(), targets).backward()
             pool.zero_grad(set_to_none=True)
@@ -106,7 +97,7 @@ def _calls(config: RunConfig, space: PathSpace, device: torch.device, batch: int
         ancestry = Ancestry(ancestry_vit(config)).to(device)
 
         def ancestry_call() -> None:
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            with autocast(device.type, precision):
                 ancestry(images)
 
         calls["ancestry"] = ancestry_call

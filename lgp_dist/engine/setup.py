@@ -14,13 +14,22 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from torch import Tensor
 
-from lgp_dist.config import EngineConfig
+from lgp_dist.config import EngineConfig, Precision
 from lgp_dist.engine.defects import spare_probes
 from lgp_dist.engine.launch import Launch, check_launch
 from lgp_dist.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others."""
+
+
+def autocast(device_type: str, precision: Precision) -> contextlib.AbstractContextManager:
+    """bf16 or fp16 computation; nothing for fp32.
+
+    Without a cache of cast weights: a forward uses each of them once, and a cache would keep what ZeRO-3 releases.
+    """
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device_type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 @dataclass(frozen=True)
@@ -55,12 +64,8 @@ class Workers:
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bf16 or fp16 computation where the recipe asks for it.
-
-        Without a cache of cast weights: a forward uses each of them once, and a cache would keep what ZeRO-3 releases.
-        """
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.engine.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+        """`autocast` on this process's device, at the recipe's precision."""
+        return autocast(self.device.type, self.engine.precision)
 
     def agree(self, value: int) -> int:
         """Rank 0's value, on every rank: decisions about files are made once."""

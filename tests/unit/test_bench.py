@@ -145,3 +145,8 @@ def test_bench_paths_that_cannot_be(
     monkeypatch.chdir(tmp_path)
     has(lgp("bench", "paths", "tiny", *arguments).sentence, *pieces)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--steps"])
+def test_bench_engine_that_cannot_be(lgp: Lgp, tmp_path: Path, option: str) -> None:
+    has(lgp("bench", "engine", "tiny", "--out", tmp_path / "x.json", f"{option}=0").sentence, option, "0", "1 or more")
