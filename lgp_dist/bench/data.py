@@ -10,15 +10,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lgp_dist.bench.figures import check_least, facts, spread
 from lgp_dist.bench.photos import VARIANTS, make_photographs
 from lgp_dist.config import DataConfig
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.data.order import SampleOrder, shuffle_quality
 from lgp_dist.errors import UserError
-from lgp_dist.provenance import environment
 
-BASE = "webdataset"
-"""The loader that ratios are to."""
+BASE, INDEX_BASE = "webdataset", "webdataset-index"
+"""The loaders that ratios are to: of images, and of bytes that are not decoded."""
 NEEDS = {
     "webdataset": "webdataset",
     "webdataset+simplejpeg": "webdataset",
@@ -28,6 +28,11 @@ NEEDS = {
     "lgp": "simplejpeg",
     "decoder-nvimgcodec": "nvidia.nvimgcodec",
     "lgp-nvimgcodec": "nvidia.nvimgcodec",
+    "webdataset-index": "webdataset",
+    "tarfile-index": "tarfile",
+    "lgp-index": "numpy",
+    "lgp-index-build": "numpy",
+    "lgp-index-build-hash": "numpy",
 }
 """Loaders in the order in which they take turns, and the module that each needs."""
 BOUNDS = {"lgp": "decoder", "lgp-nvimgcodec": "decoder-nvimgcodec"}
@@ -60,7 +65,9 @@ def bench_data(
 
     images_per_cpu_second: median over `repeats` rounds in which the loaders take turns; CPU seconds are of the process
     and its workers, imports left out. spread: (fastest - slowest) / median. ratio: to webdataset's canonical pipeline
-    of the same rounds. share_of_decoder: of the rate of the decoder alone with the same crops; null for others.
+    of the same rounds. share_of_decoder: of the rate of the decoder alone with the same crops; null for others. Loaders
+    with -index in their names read bytes in one thread and decode nothing; their ratio is to webdataset's tar
+    iterators.
 
     folder: of the photographs; they are made from `photos` where that names folders. loaders: empty for all that are
     installed. UserError for what cannot be.
@@ -70,19 +77,20 @@ def bench_data(
         make_photographs(photos, folder, samples, max(1, min(8, samples // batch)), progress)
     elif not all((folder / variant).is_dir() for variant in VARIANTS):
         raise UserError(f"--folder {folder} has no photographs: make them with --photos FOLDER_OF_PHOTOGRAPHS.")
-    about, rows = environment(), []
+    about, rows = facts(), []
     sizes = {variant: _sizes(folder / variant) for variant in VARIANTS}
     for variant in VARIANTS:
         rates = _rates(folder / variant, chosen, threads, batch, repeats, progress)
         middle = {loader: median(values) for loader, values in rates.items()}
         for loader in chosen:
+            base = middle.get(INDEX_BASE if "-index" in loader else BASE)
             rows.append(
                 {
                     "loader": loader,
                     "data": variant,
                     "images_per_cpu_second": round(middle[loader], 1),
-                    "ratio": round(middle[loader] / middle[BASE], 3) if BASE in middle else None,
-                    "spread": round((max(rates[loader]) - min(rates[loader])) / middle[loader], 4),
+                    "ratio": round(middle[loader] / base, 3) if base else None,
+                    "spread": spread(rates[loader]),
                     "share_of_decoder": _share(loader, middle),
                     **sizes[variant],
                     "threads": threads,
@@ -97,8 +105,7 @@ def bench_data(
 def _check(loaders: Sequence[str], samples: int, threads: int, batch: int, repeats: int) -> tuple[str, ...]:
     """The loaders to measure; UserError for an option that cannot be."""
     for option, value in (("--samples", samples), ("--threads", threads), ("--batch", batch), ("--repeats", repeats)):
-        if value < 1:
-            raise UserError(f"{option} is {value}, but must be 1 or more: choose another value.")
+        check_least(option, value, 1)
     for loader in loaders:
         if loader not in NEEDS:
             raise UserError(f"--loaders names {loader!r}, which is none: choose from {', '.join(NEEDS)}.")

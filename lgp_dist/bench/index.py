@@ -1,10 +1,7 @@
-"""How fast samples' bytes come from shards: our index against webdataset's tar iterators, in CPU time, in one run."""
+"""Samples' bytes from shards, not decoded: by our index and by other readers, as loaders of `rivals`."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -12,67 +9,14 @@ from lgp_dist.data.compare import read_by_tarfile, read_by_webdataset
 from lgp_dist.data.index import ShardIndex
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.data.scan import hash_shard, scan_shard
-from lgp_dist.errors import UserError
 
-GOAL = 4.0
-"""Times webdataset's tar iterators."""
-
-
-def bench_index(root: str | Path, split: str, repeats: int = 5) -> dict[str, Any]:
-    """Samples per CPU second of one process for each way of reading all images of a split, without decoding.
-
-    `index_shuffled` is what training does: every image once, in random order over all shards, by offset; the label
-    comes from the index. `index_sequential` takes them in the order of the tars. `webdataset` and `tarfile` read
-    the same shards from their start. `build_headers` walks headers, labels and image sizes as `lgp shards index` does,
-    `build_all` also hashes every byte. Ways alternate; each figure is the median of `repeats` rounds, after one that
-    does not count and brings the shards into the page cache; `spread` is (largest - smallest) / median.
-    `ratio` is index_shuffled / webdataset, the median of the rounds' own ratios. Raises UserError for a split that
-    cannot be opened.
-    """
-    if repeats < 1:
-        raise UserError(f"--repeats is {repeats}: set it to 1 or more.")
-    manifest = ShardManifest.load(root)
-    manifest.check(split)
-    index = ShardIndex.load(manifest, split, np.iinfo(np.int64).max)
-    paths = [manifest.path(entry) for entry in manifest.entries(split)]
-    shuffled = np.random.Generator(np.random.Philox(0)).permutation(len(index))
-    ways: dict[str, Callable[[], tuple[int, int]]] = {
-        "webdataset": lambda: read_by_webdataset(paths),
-        "tarfile": lambda: read_by_tarfile(paths),
-        "index_sequential": lambda: _read(index, np.arange(len(index))),
-        "index_shuffled": lambda: _read(index, shuffled),
-        "build_headers": lambda: _scan(paths, hashed=False),
-        "build_all": lambda: _scan(paths, hashed=True),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    wanted = (len(index), int(index.size.sum()))
-    for number in range(repeats + 1):
-        for name, way in ways.items():
-            began = time.process_time()
-            found = way()
-            spent = time.process_time() - began
-            if found != wanted:
-                raise RuntimeError(f"{name} read {found} samples and bytes, not {wanted}")
-            if number:
-                rates[name].append(len(index) / max(spent, 1e-9))
-    ratios = [a / b for a, b in zip(rates["index_shuffled"], rates["webdataset"], strict=True)]
-    return {
-        "what": "index",
-        "data": str(root),
-        "split": split,
-        "samples": len(index),
-        "image_bytes": wanted[1] / len(index),
-        "repeats": repeats,
-        "samples_per_cpu_second": {name: round(median(values), 1) for name, values in rates.items()},
-        "spread": {name: round((max(v) - min(v)) / median(v), 3) for name, v in rates.items()},
-        "ratio": round(median(ratios), 2),
-        "ratio_spread": round((max(ratios) - min(ratios)) / median(ratios), 3),
-        "goal": GOAL,
-    }
+Way = Callable[[ShardIndex, list[Path]], tuple[int, int]]
+"""Samples, each with its label, and bytes of images that are read from the shards of an index."""
 
 
-def _read(index: ShardIndex, order: np.ndarray) -> tuple[int, int]:
-    """Samples and bytes, in an order; the label is taken too."""
+def _shuffled(index: ShardIndex, paths: list[Path]) -> tuple[int, int]:
+    """Every image once, in random order over all shards, by offset; labels come from the index."""
+    order = np.random.Generator(np.random.Philox(0)).permutation(len(index))
     rows = zip(*(getattr(index, name)[order].tolist() for name in ("shard", "offset", "size", "label")), strict=True)
     samples = size = 0
     for shard, offset, length, label in rows:
@@ -81,8 +25,8 @@ def _read(index: ShardIndex, order: np.ndarray) -> tuple[int, int]:
     return samples, size
 
 
-def _scan(paths: list[Path], *, hashed: bool) -> tuple[int, int]:
-    """Samples and bytes of images, as an index is built."""
+def _build(paths: list[Path], *, hashed: bool) -> tuple[int, int]:
+    """Headers, labels and image sizes, as an index is built; hashed: every byte too, as `lgp shards index` does."""
     samples = size = 0
     for path in paths:
         found, _ = scan_shard(path)
@@ -91,3 +35,33 @@ def _scan(paths: list[Path], *, hashed: bool) -> tuple[int, int]:
         samples += len(found)
         size += sum(sample.size for sample in found)
     return samples, size
+
+
+WAYS: dict[str, Way] = {
+    "webdataset-index": lambda index, paths: read_by_webdataset(paths),
+    "tarfile-index": lambda index, paths: read_by_tarfile(paths),
+    "lgp-index": _shuffled,
+    "lgp-index-build": lambda index, paths: _build(paths, hashed=False),
+    "lgp-index-build-hash": lambda index, paths: _build(paths, hashed=True),
+}
+"""What is compared: webdataset's tar iterators, Python's tarfile, and what training does and building an index does."""
+
+
+def reader(name: str, folder: Path) -> Callable[[], int]:
+    """One pass of WAYS[name] over the split train, which gives its samples; one that does not count came before.
+
+    RuntimeError where it reads other samples or bytes than the index says.
+    """
+    manifest = ShardManifest.load(folder)
+    index = ShardIndex.load(manifest, "train", np.iinfo(np.int64).max)
+    paths = [manifest.path(entry) for entry in manifest.entries("train")]
+    wanted = (len(index), int(index.size.sum()))
+
+    def run() -> int:
+        found = WAYS[name](index, paths)
+        if found != wanted:
+            raise RuntimeError(f"{name} read {found} samples and bytes, not {wanted}")
+        return found[0]
+
+    run()
+    return run

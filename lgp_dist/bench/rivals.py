@@ -1,7 +1,8 @@
 """One loader, one pass over shards of photographs, in a process of its own: images, CPU seconds, seconds.
 
 Run as `python -m lgp_dist.bench.rivals LOADER FOLDER THREADS BATCH`; prints one JSON object. Every loader gives random
-crops of 224 x 224, bilinear, and flips; those that give uint8 leave normalisation to the device.
+crops of 224 x 224, bilinear, and flips; those that give uint8 leave normalisation to the device. The readers of
+`index` give bytes alone.
 """
 
 import gc
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lgp_dist.bench.index import WAYS, reader
 from lgp_dist.config import DataConfig
 from lgp_dist.data.crops import DRAWS, Crop
 from lgp_dist.data.decode import decode_pixels
@@ -174,6 +177,10 @@ def decoder_alone_regions(folder: Path, threads: int, batch: int) -> Callable[[]
     return decoder_alone(folder, threads, batch, "nvimgcodec")
 
 
+def _reader(name: str, folder: Path, threads: int, batch: int) -> Callable[[], int]:
+    return reader(name, folder)
+
+
 LOADERS: dict[str, Callable[[Path, int, int], Any]] = {
     "webdataset": webdataset,
     "webdataset+simplejpeg": webdataset_turbo,
@@ -183,6 +190,7 @@ LOADERS: dict[str, Callable[[Path, int, int], Any]] = {
     "lgp": lgp,
     "decoder-nvimgcodec": decoder_alone_regions,
     "lgp-nvimgcodec": lgp_regions,
+    **{name: partial(_reader, name) for name in WAYS},
 }
 """What is measured; `decoder` and `decoder-nvimgcodec` are the bounds of the loaders after them."""
 

@@ -62,7 +62,7 @@ class BenchEngine:
 
 @dataclass(frozen=True)
 class BenchData:
-    """Images per CPU second of this loader and of others, on generated photographs."""
+    """Images per CPU second of this loader and its index, and of others, on generated photographs."""
 
     folder: Path
     """Folder of the photographs' shards; --photos makes it."""

@@ -12,6 +12,8 @@ from run_helpers import Lgp, has
 
 from lgp_dist.bench import data as bench
 from lgp_dist.bench import rivals
+from lgp_dist.bench.figures import spread
+from lgp_dist.bench.index import WAYS
 from lgp_dist.bench.photos import VARIANTS, make_photographs
 from lgp_dist.data.verify import verify_shards
 
@@ -68,23 +70,25 @@ def test_a_process_of_its_own(photographs: Path) -> None:
 def test_objects(lgp: Lgp, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fields, ratio, share of the decoder's rate; measured in this process, to be quick."""
     monkeypatch.setattr(bench, "_run", rivals.measure)
-    asked = ("--loaders", "webdataset,decoder,lgp", "--repeats", "1", "--batch", "8", "--json")
+    loaders = ("webdataset", "decoder", "lgp", "webdataset-index", "lgp-index")
+    asked = ("--loaders", ",".join(loaders), "--repeats", "1", "--batch", "8", "--json")
     rows = json.loads(lgp("bench", "data", "--folder", photographs, *asked).out)
     assert [(row["data"], row["loader"]) for row in rows[:-1]] == [
-        (variant, loader) for variant in VARIANTS for loader in ("webdataset", "decoder", "lgp")
+        (variant, loader) for variant in VARIANTS for loader in loaders
     ]
     for row in rows[:-1]:
-        base = next(r for r in rows if (r["data"], r["loader"]) == (row["data"], "webdataset"))
+        name = "webdataset-index" if row["loader"].endswith("index") else "webdataset"
+        base = next(r for r in rows if (r["data"], r["loader"]) == (row["data"], name))
         ratio = row["images_per_cpu_second"] / base["images_per_cpu_second"]
         assert row["ratio"] == pytest.approx(ratio, rel=0.02)
         assert row["spread"] == 0 and row["images"] == 20 and row["commit"] and row["machine"]["cores"]
         assert (row["share_of_decoder"] is not None) == (row["loader"] == "lgp")
     assert rows[-1]["data"] == "shuffle" and 250 <= rows[-1]["distinct_shards"] <= rows[-1]["distinct_shards_at_most"]
     table = bench.data_table(rows).splitlines()
-    assert len(table) == 8 and "1024 shards (window 256)" in table[-1]
+    assert len(table) == 12 and "1024 shards (window 256)" in table[-1]
 
 
-@pytest.mark.parametrize("loader", ["webdataset", "webdataset+simplejpeg", "timm", "decoder", "lgp"])
+@pytest.mark.parametrize("loader", ["webdataset", "webdataset+simplejpeg", "timm", "decoder", "lgp", *WAYS])
 def test_every_loader_reads_every_image(photographs: Path, loader: str) -> None:
     """timm's reader rounds up to whole batches."""
     found = rivals.measure(loader, photographs / "s256", 1, 10)
@@ -97,6 +101,10 @@ def test_crops_of_loader_and_decoder_are_the_same(photographs: Path) -> None:
     threadless = [images.clone() for images, _ in rivals.lgp(photographs / "full", 0, 8)]
     assert all(bool((a == b).all()) for a, b in zip(batches, threadless, strict=True))
     assert rivals.decoder_alone(photographs / "full", 1, 8)() == sum(map(len, batches))
+
+
+def test_spread() -> None:
+    assert spread([2.0, 1.0, 4.0]) == 1.5 and spread([3.0]) == 0.0
 
 
 def test_loaders_are_those_that_can_be_asked() -> None:

@@ -1,24 +1,31 @@
-"""The measure of reading by index: complete figures, checked against what is in the shards."""
+"""The readers of bytes that `lgp bench data` compares: each reads what is in the shards, or says so."""
 
 from pathlib import Path
 
 import pytest
 from shard_helpers import quiet, webdataset
 
-from lgp_dist.bench.index import bench_index
+from lgp_dist.bench.index import WAYS, reader
 from lgp_dist.data import compare
 from lgp_dist.data.index import ShardIndex, index_shards
-from lgp_dist.errors import UserError
-
-SAMPLE = Path(__file__).parents[2] / "shards" / "sample"
 
 
-def test_figures() -> None:
-    found = bench_index(SAMPLE, "test", repeats=2)
-    assert found["samples"] == 2000 and found["repeats"] == 2
-    rates = found["samples_per_cpu_second"]
-    assert set(rates) == set(found["spread"]) and all(rate > 0 for rate in rates.values())
-    assert found["ratio"] > 0 and found["goal"] == 4.0
+@pytest.mark.parametrize("name", sorted(WAYS.keys() - {"tarfile-index"}))
+def test_reader_reads_all(tmp_path: Path, name: str) -> None:
+    """All but tarfile, which counts samples by their .cls: half of these have their label in a .json."""
+    made = webdataset(tmp_path / "shards")
+    index_shards(made.root, quiet)
+    assert reader(name, made.root)() == len(made.splits["train"]) == 15
+
+
+def test_reader_of_other_shards_says_so(tmp_path: Path) -> None:
+    """An index of two shards, one of which is replaced by the other: webdataset says nothing, the reader does."""
+    made = webdataset(tmp_path / "shards")
+    index_shards(made.root, quiet)
+    first, *_, last = sorted(made.root.glob("*train*.tar"))
+    last.write_bytes(first.read_bytes())
+    with pytest.raises(RuntimeError, match="webdataset-index read"):
+        reader("webdataset-index", made.root)
 
 
 def test_other_readers_read_all(tmp_path: Path) -> None:
@@ -28,10 +35,3 @@ def test_other_readers_read_all(tmp_path: Path) -> None:
     paths = [manifest.path(entry) for entry in manifest.entries("train")]
     assert compare.read_by_webdataset(paths) == (15, int(index.size.sum()))
     assert compare.read_by_tarfile(paths)[1] == int(index.size.sum())
-
-
-def test_what_cannot_be_measured(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--repeats is 0"):
-        bench_index(SAMPLE, "test", repeats=0)
-    with pytest.raises(UserError, match="no split 'nothing'"):
-        bench_index(SAMPLE, "nothing")
