@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from lgp_dist.config import RunConfig
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import check_batch
-from lgp_dist.engine.agreement import check_equal, facts_of
+from lgp_dist.engine.agreement import REFUSAL, check_equal, facts_of
 from lgp_dist.engine.setup import Workers, check_trackers
-from lgp_dist.errors import Preempted
+from lgp_dist.errors import Preempted, UserError
 from lgp_dist.meaning import STAGES, flatten
 from lgp_dist.outcome import Outcome, clear_outcome, write_outcome
 from lgp_dist.paths import PathSpace
@@ -42,12 +43,8 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
 
     Raises UserError for whatever a person can put right; what can be known before the first stage is checked before it.
     """
-    check_config(config)
-    check_trackers(config.trackers)
-    workers = Workers.start(config.engine)
-    manifest = ShardManifest.load(local_root(config.data))
-    directory = RunDirectory(Path(config.directory), sources(config, manifest))
-    check_equal(shared(config, stages, workers, directory.sources), workers)
+    workers, refusal = join(config)
+    manifest, directory = inputs(config, stages, workers, refusal)
     images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
     check_stages(config, stages, directory, workers.world, images)
     about = environment()
@@ -89,6 +86,32 @@ def _outcome(error: BaseException) -> Outcome:
     if isinstance(error, Preempted):
         return Outcome("preempted", error.stage, error.step, str(error))
     return Outcome("failed", sentence=str(error) or type(error).__name__)
+
+
+def join(config: RunConfig) -> tuple[Workers, UserError | None]:
+    """Joins the other ranks, also where this one's settings are refused: ranks of other nodes would wait for it."""
+    try:
+        check_config(config)
+    except UserError as error:
+        return Workers.start(replace(config.engine, threads=0)), error
+    return Workers.start(config.engine), None
+
+
+def inputs(
+    config: RunConfig, stages: tuple[str, ...], workers: Workers, refusal: UserError | None
+) -> tuple[ShardManifest, RunDirectory]:
+    """What the run reads; UserError on every rank where one rank's recipe or inputs are refused or differ."""
+    try:
+        if refusal:
+            raise refusal
+        check_trackers(config.trackers)
+        manifest = ShardManifest.load(local_root(config.data))
+        directory = RunDirectory(Path(config.directory), sources(config, manifest))
+    except UserError as error:
+        check_equal(shared(config, stages, workers, {}) | {REFUSAL: str(error)}, workers)
+        raise
+    check_equal(shared(config, stages, workers, directory.sources), workers)
+    return manifest, directory
 
 
 def sources(config: RunConfig, manifest: ShardManifest) -> dict[str, str]:

@@ -38,9 +38,11 @@ PER_RANK = frozenset(
 """Settings that may differ between ranks. No other may, even if it may differ between runs: ranks that write, measure,
 audit or reduce at other steps wait for each other for ever."""
 
+REFUSAL = "refusal"
+"""Fact of a rank that refuses its own recipe or inputs: the sentence that says why."""
 SHOWN = 3
 """Differences that the sentence spells out."""
-LONGEST = 80
+LONGEST = 120
 """Characters of a value that it shows."""
 
 
@@ -96,6 +98,9 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 
 
 def _sentence(facts: list[dict[str, Any]]) -> str:
+    for rank, theirs in enumerate(facts):
+        if REFUSAL in theirs:
+            return f"Rank {rank} cannot start as the others do: {theirs[REFUSAL]}"
     found = {rank: differences(facts[0], theirs) for rank, theirs in enumerate(facts)}
     ranks = [rank for rank, differing in found.items() if differing]
     if not ranks:
