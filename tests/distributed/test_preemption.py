@@ -1,0 +1,182 @@
+"""Signals to real ranks: under a launcher, and through the batch script with a scheduler of a few lines."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from exact_launch import HERE, ROOT
+from run_helpers import processes_with
+
+from lgp_dist.engine.signals import Preemption
+from lgp_dist.outcome import Outcome, clear_outcome, read_outcome, write_outcome
+from lgp_dist.statuses import PREEMPTED
+
+SLURM = ROOT / "launch_configs" / "slurm.sh"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+SAVE_S = 33 if os.environ.get("LGP_LONG_TESTS") else 1
+"""Seconds that ranks take to save; a launcher's own grace is 30."""
+
+FAKES = {
+    "srun": 'echo $$ > "$FAKE/task"; SLURM_NODEID=0 exec "${@:2}"',  # the first argument is an option
+    "scancel": 'echo "$@" >> "$FAKE/scancel.log"; kill -USR1 "$(cat "$FAKE/task")"',
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$FAKE/scontrol.log"; fi',
+    "accelerate": 'echo "$@" > "$FAKE/accelerate.log"; eval exec "$LGP_TEST_LAUNCH"',
+}
+"""The scheduler: srun starts one task here, scancel signals that task alone, as a cgroup's tracking does."""
+
+
+def test_handlers_take_a_note_and_go() -> None:
+    """The first signal counts, a second changes nothing, and handlers from before are back."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+        with Preemption() as preemption:
+            assert not preemption.asked and preemption.name == ""
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+            assert preemption.asked and preemption.name == "SIGUSR1" and not seen
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert seen == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def wait_for(*paths: Path) -> None:
+    """Until these files are there; a minute and a half at most."""
+    for _ in range(900):
+        if all(path.exists() for path in paths):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{paths} did not come")
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark in the environment of what a test starts; nothing with it may be left."""
+    found = uuid.uuid4().hex
+    yield found
+    left = processes_with(found)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+@pytest.mark.parametrize("forwarded", [False, True], ids=["SIGTERM", "SIGUSR1 twice"])
+def test_launcher_passes_signals_on(tmp_path: Path, mark: str, forwarded: bool) -> None:
+    """Ranks have time to save; the launcher makes 1 of their 75. SIGUSR1 needs PET_SIGNALS_TO_HANDLE."""
+    names = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"} if forwarded else {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LGP_TEST_MARK": mark, **names}
+    command = [*TORCHRUN, HERE / "preempt_worker.py", tmp_path, "2"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
+        wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+        launcher.send_signal(signal.SIGUSR1 if forwarded else signal.SIGTERM)
+        if forwarded:
+            time.sleep(0.5)
+            for rank in (0, 1):
+                os.kill(int((tmp_path / f"ready-{rank}").read_text()), signal.SIGUSR1)
+        launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert read_outcome(tmp_path) == Outcome("preempted", "finetune", read_outcome(tmp_path).step, "Asked to leave.")
+    assert (tmp_path / "left-0").read_text().split()[0] == (tmp_path / "left-1").read_text().split()[0]
+
+
+def batch(folder: Path, mark: str, launch: str, **environment: str) -> subprocess.Popen[str]:
+    """slurm.sh with a scheduler on PATH and another launcher in accelerate's place; the run directory is RUN."""
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, text in FAKES.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    (folder / "RUN").mkdir(exist_ok=True)
+    slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "RUN": str(folder / "RUN")}
+    ours = {"FAKE": str(folder), "LGP_TEST_LAUNCH": launch, "LGP_TEST_MARK": mark, "PYTHONPATH": str(ROOT)}
+    path = f"{programs}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        ["bash", SLURM, "run", "tiny", "--seed=1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **slurm, **ours, **environment, "PATH": path},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def said(folder: Path, name: str) -> str:
+    """What a fake was called with."""
+    path = folder / f"{name}.log"
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "restarts", "expected", "requeued"),
+    [
+        ("complete", 0, 0, 0, False),
+        ("preempted", 1, 0, PREEMPTED, True),
+        ("preempted", 1, 99, PREEMPTED, True),
+        ("preempted", 1, 100, PREEMPTED, False),
+        ("failed", 1, 0, 1, False),
+        ("failed", 0, 0, 1, False),
+        (None, 1, 0, 1, False),
+        (None, 0, 0, 1, False),
+    ],
+)
+def test_batch_script_decides(
+    tmp_path: Path, mark: str, outcome: str | None, status: int, restarts: int, expected: int, requeued: bool
+) -> None:
+    """By this start's outcome: that of the start before is gone before the launcher begins."""
+    run = tmp_path / "RUN"
+    run.mkdir()
+    write_outcome(run, Outcome("preempted"))
+    if outcome:
+        write_outcome(tmp_path, Outcome(outcome, "pool", 3, 'a "quoted" word, "outcome": "preempted"'))
+    launch = f'bash -c "! test -e $RUN/outcome.json && cp $FAKE/outcome.json $RUN/ 2> /dev/null; exit {status}"'
+    process = batch(tmp_path, mark, launch, SLURM_RESTART_COUNT=str(restarts))
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == expected, out
+    assert said(tmp_path, "scontrol") == ("requeue 42\n" if requeued else "")
+    assert said(tmp_path, "accelerate").endswith(f"-m lgp_dist run tiny --seed=1 --run-dir={run}\n")
+
+
+@pytest.mark.parametrize(("grace", "save", "saved"), [("280", SAVE_S, True), ("2", 60, False)])
+def test_batch_script_lets_ranks_leave(tmp_path: Path, mark: str, grace: str, save: int, saved: bool) -> None:
+    """SIGUSR1 to the script reaches the ranks, which have the grace that it sets to save, and no more."""
+    run = tmp_path / "RUN"
+    process = batch(tmp_path, mark, f"{' '.join(TORCHRUN)} {HERE / 'preempt_worker.py'} {run} {save}", GRACE_S=grace)
+    wait_for(run / "ready-0", run / "ready-1")
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == (PREEMPTED if saved else 1), out
+    assert said(tmp_path, "scancel") == "--signal=USR1 42\n"
+    assert said(tmp_path, "scontrol") == ("requeue 42\n" if saved else "")
+    assert len(list(run.glob("left-*"))) == (2 if saved else 0)
+
+
+def test_outcome_on_disk(tmp_path: Path) -> None:
+    """Written whole, read back, cleared; a damaged one is a sentence."""
+    outcome = Outcome("failed", "distil", 7, "No space.")
+    write_outcome(tmp_path, outcome)
+    assert json.loads((tmp_path / "outcome.json").read_text()) == {
+        **{"outcome": "failed", "stage": "distil", "step": 7, "sentence": "No space."}
+    }
+    assert read_outcome(tmp_path) == outcome and [path.name for path in tmp_path.iterdir()] == ["outcome.json"]
+    clear_outcome(tmp_path)
+    clear_outcome(tmp_path)
+    assert read_outcome(tmp_path) is None
+    with pytest.raises(ValueError, match="outcome is 'done'"):
+        Outcome("done")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"outcome": "done"}', '{"outcome": "failed", "more": 1}'])
+def test_damaged_outcome(tmp_path: Path, text: str) -> None:
+    (tmp_path / "outcome.json").write_text(text)
+    with pytest.raises(ValueError, match=r"outcome\.json does not say how a run ended .*: remove it, and start"):
+        read_outcome(tmp_path)
