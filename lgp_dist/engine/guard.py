@@ -9,7 +9,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
@@ -28,6 +28,8 @@ Describe = Callable[[int, int, int], str]
 
 REMEMBERED, FEWEST, NAMED = 100, 20, 3
 """Good steps whose median a spike is compared with; how many of them it takes; draws or parts that a sentence names."""
+LARGEST = torch.finfo(torch.float32).max
+"""Squared norm of gradients above which DeepSpeed's is infinite."""
 
 
 class NotFinite(UserError):
@@ -46,6 +48,8 @@ class Verdict:
     """Why it is left out: loss, gradient, spike, or overflow, which fp16's loss scale makes and mends; empty if not."""
     overflow: bool = False
     """Whether a gradient was not finite, in which case a loss scale halves."""
+    stop: NotFinite | None = field(default=None, compare=False)
+    """To be raised when the step has been left out, so that the engine is ready for another."""
 
     @property
     def left_out(self) -> bool:
@@ -72,6 +76,7 @@ class Guard:
     ):
         self.task, self.workers, self.faults, self.stage, self.describe = task, workers, faults, stage, describe
         self.accumulate, self.parts = accumulate, ("", *task.walk.parts)
+        self.places = {part: place for place, part in enumerate(self.parts)}
         self.good: deque[float] = deque(maxlen=REMEMBERED)
         """Losses of the last good steps."""
         self.skipped = 0
@@ -88,19 +93,19 @@ class Guard:
     def judge(
         self, step: int, losses: Sequence[Tensor], gradients: Iterable[tuple[str, Tensor]], scaled: bool
     ) -> Verdict:
-        """The verdict on a step; waits for the device. NotFinite above faults.skip_steps.
+        """The verdict on a step; waits for the device.
 
         losses: this rank's, one per micro-step. gradients: as reduced, or this rank's share of them, each with its
         part. scaled: whether a loss scale above 1 may be why a gradient is not finite.
         """
         table, squares = self._collect(losses, gradients)
-        overflow = not math.isfinite(sum(squares))
+        overflow = not sum(squares) <= LARGEST  # with nan too
         reason = self._reason(table, overflow, scaled)
+        if reason in ("loss", "gradient", "spike"):
+            return Verdict(reason, overflow, self._fault(step, self._explain(step, reason, table, squares)))
         if not reason:
             self.good.append(fmean(table))
             self.skipped = 0
-        elif reason != "overflow":
-            self._fault(step, self._explain(step, reason, table, squares))
         return Verdict(reason, overflow)
 
     def _collect(
@@ -109,8 +114,8 @@ class Guard:
         """Losses of all draws, those of a rank together, and squared norms of all parts, from all ranks."""
         parts, tensors = zip(*gradients, strict=True)
         device = tensors[0].device
-        squares = torch.stack(torch._foreach_norm(tensors)).square()  # a square too large for fp32 is bad too
-        places = torch.tensor([self.parts.index(part) for part in parts], device=device)
+        squares = torch.stack(torch._foreach_norm(tensors)).square()
+        places = torch.tensor([self.places[part] for part in parts], device=device)
         totals = torch.zeros(len(self.parts), device=device).index_add_(0, places, squares).to(self.workers.device)
         table = torch.zeros(self.workers.world, self.accumulate, device=self.workers.device)
         table[self.workers.rank] = torch.stack([loss.float() for loss in losses])
@@ -125,15 +130,15 @@ class Guard:
         limit = self.faults.spike
         return "spike" if limit and len(self.good) >= FEWEST and fmean(table) > limit * median(self.good) > 0 else ""
 
-    def _fault(self, step: int, what: str) -> None:
+    def _fault(self, step: int, what: str) -> NotFinite | None:
         self.skipped += 1
         allowed = self.faults.skip_steps
         if self.skipped <= allowed:
             if self.workers.is_main:
                 log.warning("%s: step %d left out, %d of %d on end: %s", self.stage, step, self.skipped, allowed, what)
-            return
+            return None
         before = f", nor of the {allowed} before it" if allowed else ""
-        raise NotFinite(
+        return NotFinite(
             f"Nothing of step {step} of stage {self.stage} was applied{before}: {what}: lower {self.stage}.train.lr, "
             f"look at these samples, or raise --faults.skip-steps from {allowed}.",
             step,

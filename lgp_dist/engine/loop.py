@@ -70,6 +70,7 @@ def train(
         task.to(workers.device)
         optimizer = build_optimizer(task.module.to(workers.device).train(), config, decays, task.walk.parts)
         schedule = build_schedule(optimizer, config, steps, steps_per_epoch)
+        guard = guard or Guard(task, workers, config.accumulate, stage=stage)
         trainer = Trainer(workers, task, optimizer, config, gradients, trackers, run_dir / "tracking" / stage, guard)
         trainer.accelerator.init_trackers(stage, config=_plain(tracked_config or {}))
         saver = Saver(saving, trainer, stage, steps, stack.enter_context(Preemption())) if saving else None

@@ -22,7 +22,7 @@ from lgp_dist.engine.audit import Audit
 from lgp_dist.engine.defects import drop_gradients, forget_gradients, make_whole, reduced_gradients
 from lgp_dist.engine.fragments import Fragments
 from lgp_dist.engine.gradients import Contract, Gradients
-from lgp_dist.engine.guard import Guard, NotFinite, Verdict
+from lgp_dist.engine.guard import Guard, Verdict
 from lgp_dist.engine.launch import Launch
 from lgp_dist.engine.optim import Gate
 from lgp_dist.engine.setup import Workers
@@ -174,7 +174,7 @@ class Trainer:
             (loss * scale / self.train.accumulate).backward()
 
     def finish(self, step: int) -> Verdict:
-        """Audits, judges, clips and steps, or leaves the step out. NotFinite where the guard allows no more of that."""
+        """Audits, judges, clips and steps, or leaves the step out; NotFinite after as many as the guard allows."""
         if self.union:
             self.gradients.fill(frozenset().union(*self.schedule))
             self._open.close()
@@ -183,11 +183,7 @@ class Trainer:
         parted = self.deepspeed and self.stage
         gradients = reduced_gradients(self.module) if parted else self._whole_gradients()
         scaled = self.scaler is not None and self.scaler.value > 1
-        problem: NotFinite | None = None
-        try:
-            verdict = self.guard.judge(step, self.losses, gradients, scaled)
-        except NotFinite as error:
-            verdict, problem = Verdict("stop"), error
+        verdict = self.guard.judge(step, self.losses, gradients, scaled)
         self.gate.closed = verdict.left_out
         if parted and verdict.left_out:
             drop_gradients(self.module)
@@ -196,11 +192,11 @@ class Trainer:
             forget_gradients(self.module)
         if self.scaler is not None:
             self.scaler.update(verdict.overflow)
+        if verdict.stop is not None:
+            raise verdict.stop
         every = self.workers.engine.audit_weights_every
         if self.audit is not None and every and self.whole_weights and (step == 0 or (step + 1) % every == 0):
             self.audit.check_weights(step)
-        if problem:
-            raise problem
         return verdict
 
     def _whole_gradients(self) -> list[tuple[str, Tensor]]:

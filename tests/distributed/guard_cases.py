@@ -84,12 +84,12 @@ def spikes(every: bool) -> list[Case]:
 
 
 def stops(every: bool) -> list[Case]:
-    """One fault each, and no step may be left out; not `every`: with one precision and on one rank, in turn."""
+    """One fault each, and no step may be left out; not `every`: kinds, precisions and ranks in turn."""
     return [
-        Case(Cell(engine, 2, precision, seed=seed), ((1, kind, rank),))
+        Case(Cell(engine, 2, precision, steps=3, seed=seed), ((1, kind, rank),))
         for place, engine in enumerate(ENGINES)
         for seed, kind in enumerate(KINDS)
         for precision in PRECISIONS
         for rank in (0, 1)
-        if every or (precision, rank) == (PRECISIONS[(place + seed) % 2], (place + seed // 2) % 2)
+        if every or (precision, rank, 0) == (PRECISIONS[(place + seed // 2) % 2], seed // 2 % 2, (place + seed) % 2)
     ]

@@ -1,7 +1,7 @@
 """Run by `accelerate launch`: trains cells in which numbers go bad and notes after which steps nothing had moved.
 
-Arguments: a JSON list of cases, and the output folder. Per case one JSON file per rank, rank 0's metrics and, where
-the run comes to its end, its weights.
+Arguments: a JSON list of cases, and the output folder. Per case one JSON file per rank, and of rank 0 metrics and the
+weights at the end: where the run stops, after one step more on the same engine.
 """
 
 import json
@@ -24,6 +24,7 @@ from lgp_dist.engine import loop
 from lgp_dist.engine.guard import Guard, NotFinite
 from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.trainer import Trainer
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.tasks.finetune import FinetuneTask
 
@@ -88,7 +89,7 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
     if cell.engine != "ddp":
         launch = replace(launch, zero_stage=int(cell.engine[-1]))
     workers = replace(started, launch=launch, engine=cell.engine_config())
-    task, states, optimizers = Faulty(case), [], []
+    task, states, optimizers, trainers = Faulty(case), [], [], []
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
         for step in range(start, start + steps):
@@ -101,6 +102,10 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
         optimizers.append(build_optimizer(*arguments))
         return optimizers[0]
 
+    def hold(*arguments: Any) -> Trainer:
+        trainers.append(Trainer(*arguments))
+        return trainers[0]
+
     def watch(module: nn.Module) -> dict[str, float]:
         states.append(state_of(task.module, optimizers[0]))
         return {}
@@ -108,7 +113,7 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
     def describe(step: int, micro: int, rank: int) -> str:
         return f"keys of {step}/{micro}/{rank}"
 
-    loop.build_optimizer = keep
+    loop.build_optimizer, loop.Trainer = keep, hold
     (folder / str(index)).mkdir(exist_ok=True)
     guard = Guard(task, workers, cell.accumulate, FaultConfig(case.skip_steps, case.spike), "finetune", describe)
     facts: dict[str, Any] = {"sentence": "", "step": None}
@@ -128,10 +133,15 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
     except NotFinite as error:
         facts |= {"sentence": str(error), "step": error.step}
         states.append(state_of(task.module, optimizers[0]))
+        task.haunted = frozenset()
+        trainers[0].begin(error.step + 1)
+        loop._micro_steps(trainers[0], batches(error.step + 1, 1), error.step + 1)
+        trainers[0].finish(error.step + 1)
+        trainers[0].close()
     facts["unmoved"] = [step for step in range(len(states) - 1) if unmoved(states[step], states[step + 1])]
     facts["steps"] = len(states) - 1
     (folder / f"{index}-{workers.rank}.json").write_text(json.dumps(facts))
-    if workers.is_main and not facts["sentence"]:
+    if workers.is_main:
         weights = {name: value.clone() for name, value in task.module.state_dict().items()}
         save_file(weights, folder / f"{index}.safetensors")
 

@@ -30,6 +30,8 @@ def judge(judging: Guard, losses: Iterable[float], gradient: float = 1.0, scaled
     for step, loss in enumerate(losses):
         pair = [torch.tensor(loss * 0.5), torch.tensor(loss * 1.5)]
         found.append(judging.judge(step, pair, [("", torch.ones(3)), ("", torch.tensor([0.0, gradient]))], scaled))
+        if found[-1].stop:
+            raise found[-1].stop
     return found
 
 
