@@ -89,10 +89,14 @@ def train(
 
         first = _steps(one_step, batches, meter, saver, steps)
         trainer.close()
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in task.module.parameters()):
-        raise UserError(f"The last step of stage {stage} made weights infinite: lower its train.lr.")
+    _check_weights(task, stage)
     images, seconds = (steps - first) * config.batch_size, round(time.monotonic() - began, 3)
     return {"steps": steps, "seconds": seconds, "images": images}
+
+
+def _check_weights(task: Task, stage: str) -> None:
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in task.module.parameters()):
+        raise UserError(f"The last step of stage {stage} made weights infinite: lower its train.lr.")
 
 
 def _steps(
