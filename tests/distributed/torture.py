@@ -1,0 +1,357 @@
+"""A campaign of kills and faults against stage finetune on the sample, by scripts/torture.
+
+Each life of a run is two ranks, forked from a process that has imported everything, so that a life takes seconds. A
+fault meets it at a random moment; the next life resumes it. A run that reaches its end must have the weights, the
+metrics and the ledger of one that nothing happened to, bit for bit. Everything is a function of seed and run number.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import safetensors.torch
+import torch
+import tyro
+from run_helpers import SAMPLE, SMALL, call_main, write_ancestry, write_shard
+
+import lgp_dist.pipeline
+from lgp_dist.checkpoints.manifest import read_manifest
+from lgp_dist.data.index import index_shards
+from lgp_dist.errors import UserError
+from lgp_dist.statuses import HUNG, PREEMPTED
+
+STEPS, EVERY = 24, 3
+ENGINES = ("zero0", "zero1", "zero2", "zero3", "ddp")
+KINDS = ("kill one", "kill all", "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
+PATIENCE_S = 120.0
+"""Longest life of two ranks, and longest time for the other to end once one is dead."""
+HANG_S = 6.0
+"""The watchdog's."""
+RECIPE = (
+    *SMALL,
+    f"--finetune.train.max-steps={STEPS}",
+    f"--checkpoint.every={EVERY}",
+    "--finetune.train.log-every=1",
+    "--engine.device=cpu",
+    "--trackers",
+)
+
+
+@dataclass
+class Report:
+    """What a campaign tried and saw."""
+
+    tried: Counter[str] = field(default_factory=Counter)
+    seen: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
+
+    def show(self) -> str:
+        """For people."""
+        lines = [f"tried: {', '.join(f'{name} {count}' for name, count in sorted(self.tried.items()))}"]
+        lines += [f"seen:  {', '.join(f'{name} {count}' for name, count in sorted(self.seen.items()))}"]
+        return "\n".join([*lines, f"violations: {len(self.violations)}", *self.violations])
+
+
+def environment(engine: str, rank: int, port: int) -> dict[str, str]:
+    """What `accelerate launch` sets for a rank of two."""
+    found = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    found |= {"TORCHELASTIC_RUN_ID": "torture", "ACCELERATE_MIXED_PRECISION": "no"}
+    if engine != "ddp":
+        found |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": engine[-1]}
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+class Life:
+    """Two ranks of one start."""
+
+    def __init__(self, place: Path, engine: str, log: Path, prepare: Callable[[int], None] = lambda rank: None):
+        port, self.statuses = free_port(), [None, None]
+        self.began = time.monotonic()
+        self.pids = [self._fork(place, environment(engine, rank, port), log, prepare, rank) for rank in range(2)]
+
+    def _fork(
+        self, place: Path, variables: dict[str, str], log: Path, prepare: Callable[[int], None], rank: int
+    ) -> int:
+        number = os.fork()
+        if number:
+            return number
+        try:
+            os.chdir(place)
+            os.environ.update(variables)
+            for stream in (1, 2):
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            torch.set_num_threads(1)
+            prepare(rank)
+            os._exit(call_main(("finetune", *RECIPE, f"--faults.timeout-s={HANG_S}")))
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        os._exit(1)
+
+    def look(self) -> bool:
+        """Whether both have ended."""
+        for rank, pid in enumerate(self.pids):
+            if self.statuses[rank] is None:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.statuses[rank] = os.waitstatus_to_exitcode(status)
+        return None not in self.statuses
+
+    def wait(self, seconds: float) -> bool:
+        """Whether both end in time. As a launcher, ends the other when one has failed, after its own 15 seconds."""
+        end, failed = time.monotonic() + seconds, 0.0
+        while not self.look():
+            if any(self.statuses) and not failed:
+                failed = time.monotonic()
+            if failed and time.monotonic() - failed > 20:
+                self.send(signal.SIGKILL)
+            if time.monotonic() > end:
+                self.send(signal.SIGKILL)
+                self.wait(30)
+                return False
+            time.sleep(0.01)
+        return True
+
+    def send(self, number: int, rank: int | None = None) -> None:
+        """To one rank or both, where they live."""
+        for index, pid in enumerate(self.pids):
+            if rank in (None, index) and self.statuses[index] is None:
+                os.kill(pid, number)
+
+
+def limit_files(size: int, rank: int) -> Callable[[int], None]:
+    """Makes one rank's writes fail beyond so many bytes of a file, as a full disk does."""
+
+    def prepare(mine: int) -> None:
+        if mine == rank:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    return prepare
+
+
+def checkpoints(place: Path) -> list[Path]:
+    """Of stage finetune, newest first."""
+    return sorted((place / "run" / "checkpoints" / "finetune").glob("step-*"), reverse=True)
+
+
+def damage(place: Path, draw: random.Random) -> str:
+    """Hurts the newest of two or more checkpoints; what was done, or nothing."""
+    found = checkpoints(place)
+    if len(found) < 2:
+        return ""
+    path = draw.choice(sorted(found[0].iterdir()))
+    content, kind = bytearray(path.read_bytes()), draw.choice(["flip", "cut", "remove"])
+    if kind == "remove":
+        path.unlink()
+        return f"{kind} {path.name}"
+    if kind == "flip":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content if kind == "flip" else content[: draw.randrange(len(content))])
+    return f"{kind} {path.name}"
+
+
+def result(place: Path) -> dict[str, Any]:
+    """All that must not depend on what happened on the way."""
+    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "loss", "cls", "pred", "path", "lr", "world")
+    metrics = [{name: line[name] for name in kept} for line in lines if line["stage"] == "finetune"]
+    weights = safetensors.torch.load_file(place / "run" / "finetune" / "pool.safetensors")
+    sums = {name: int(value.view(torch.int32).sum(dtype=torch.int64)) for name, value in weights.items()}
+    return {"metrics": metrics, "weights": sums, "ledger": json.loads((place / "run/finetune/ledger.json").read_text())}
+
+
+class Campaign:
+    """Runs with faults, compared with runs without."""
+
+    def __init__(self, root: Path, seed: int, report: Report):
+        self.root, self.seed, self.report = root, seed, report
+        self.base, self.expected, self.seconds = root / "base", dict[str, Any](), dict[str, float]()
+        self.hurt: set[Path] = set()
+        if not (self.base / "run" / "pool").exists():
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """The sample's first images, and all stages before finetune."""
+        shutil.rmtree(self.base, ignore_errors=True)
+        (self.base / "shards").mkdir(parents=True)
+        for name, samples in (("fashion-mnist-train-0000.tar", 64), ("fashion-mnist-test-00.tar", 32)):
+            write_shard(SAMPLE / name, self.base / "shards" / name, samples)
+        index_shards(self.base / "shards", progress=lambda line: None)
+        number = os.fork()
+        if number == 0:
+            os.chdir(self.base)
+            os.dup2(os.open(self.root / "base.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            write_ancestry(self.base / "ancestry.safetensors")
+            os._exit(max(call_main((stage, *RECIPE)) for stage in ("ancestry", "distil", "pool")))
+        if os.waitpid(number, 0)[1]:
+            raise RuntimeError((self.root / "base.log").read_text())
+
+    def _place(self, name: str) -> Path:
+        place = self.root / name
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(self.base, place)
+        return place
+
+    def undisturbed(self, engine: str) -> Any:
+        """What a run without faults gives; made once for an engine."""
+        if engine not in self.expected:
+            place = self._place(f"plain-{engine}")
+            life = Life(place, engine, place / "out.log")
+            if not life.wait(PATIENCE_S) or any(life.statuses):
+                raise RuntimeError((place / "out.log").read_text()[-3000:])
+            self.seconds[engine] = time.monotonic() - life.began
+            self.expected[engine] = result(place)
+            shutil.rmtree(place)
+        return self.expected[engine]
+
+    def run(self, index: int) -> None:
+        """One run, through several faults to its end."""
+        draw = random.Random(self.seed * 1_000_003 + index)
+        engine, place = draw.choice(ENGINES), self._place(f"run-{index}")
+        expected, before = self.undisturbed(engine), len(self.report.violations)
+        said = f"seed {self.seed}, run {index}, {engine}"
+        story: list[str] = []
+        for _ in range(draw.randint(1, 4)):
+            kind = draw.choice(KINDS)
+            if self._fault(kind, place, engine, draw, story, said):
+                break
+        life = Life(place, engine, place / "out.log")
+        if not life.wait(PATIENCE_S) or any(life.statuses):
+            self._violation(said, story, f"did not go on: statuses {life.statuses}")
+        elif (found := result(place)) != expected:
+            parts = [name for name in expected if found[name] != expected[name]]
+            self._violation(said, story, f"ended with other {', '.join(parts)}")
+        else:
+            self.report.seen["exact ends"] += 1
+        if len(self.report.violations) == before:
+            shutil.rmtree(place)
+
+    def _fault(self, kind: str, place: Path, engine: str, draw: random.Random, story: list[str], said: str) -> bool:
+        """One life with one fault; whether the run came to its end all the same."""
+        report, rank = self.report, draw.randrange(2)
+        if kind == "damage":
+            newest = checkpoints(place)[:1]
+            if done := damage(place, draw):
+                self.hurt |= set(newest)
+                report.tried[kind] += 1
+                story.append(done)
+            return False
+        limit = limit_files(draw.randrange(1_000, 400_000), rank) if kind == "full disk" else lambda mine: None
+        moment = draw.random() * self.seconds[engine]
+        life = Life(place, engine, place / "out.log", limit)
+        if kind != "full disk":
+            while time.monotonic() - life.began < moment and not life.look():
+                time.sleep(0.005)
+            if life.look():
+                report.seen["ended before the fault"] += 1
+                return not any(life.statuses)
+        report.tried[kind] += 1
+        story.append(f"{kind} (rank {rank}) after {moment:.2f} s")
+        numbers = {"kill one": signal.SIGKILL, "kill all": signal.SIGKILL, "stop one": signal.SIGSTOP}
+        numbers |= {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}
+        if kind in numbers:
+            life.send(numbers[kind], rank if kind in ("kill one", "stop one") else None)
+        if not life.wait(PATIENCE_S):
+            self._violation(said, story, f"a rank did not end within {PATIENCE_S:.0f} s")
+        self._judge(kind, life, place, story, said)
+        self._check_checkpoints(place, story, said)
+        if life.statuses == [0, 0]:
+            report.seen["ended in spite of the fault"] += 1
+        return life.statuses == [0, 0]
+
+    def _judge(self, kind: str, life: Life, place: Path, story: list[str], said: str) -> None:
+        """Whether the statuses are those that are documented."""
+        statuses, seen = life.statuses, self.report.seen
+        allowed: dict[str, set[Any]] = {
+            "SIGTERM": {0, PREEMPTED, -signal.SIGTERM},
+            "SIGUSR1": {0, PREEMPTED, -signal.SIGUSR1},
+        }
+        if kind in allowed:
+            if PREEMPTED in statuses:
+                seen["preempted with a checkpoint"] += 1
+            if set(statuses) - allowed[kind] and -signal.SIGKILL not in statuses:
+                self._violation(said, story, f"statuses {statuses}")
+        elif kind == "stop one" and HUNG in statuses:
+            seen["hung rank named"] += (place / "run" / "heartbeats" / "hang.json").exists()
+        elif kind in ("kill one", "kill all") and 0 in statuses and statuses != [0, 0]:
+            self._violation(said, story, f"a rank ended well beside a dead one: {statuses}")
+
+    def _check_checkpoints(self, place: Path, story: list[str], said: str) -> None:
+        """All that have their name are whole, unless this campaign hurt them and no life has come to load any."""
+        for folder in checkpoints(place):
+            try:
+                read_manifest(folder).check_files()
+            except UserError as error:
+                if folder not in self.hurt:
+                    self._violation(said, story, str(error))
+            else:
+                self.report.seen["whole checkpoints"] += 1
+                self.hurt.discard(folder)
+
+    def _violation(self, said: str, story: list[str], what: str) -> None:
+        self.report.violations.append(f"{said}: {'; '.join(story)}: {what}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Kills and faults at random moments against stage finetune on the sample; status 1 at a violation."""
+
+    seconds: float = 60.0
+    """Begin no run after so many seconds."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    out: Path | None = None
+    """JSON of the campaign; it goes on where the file stands."""
+
+
+def main() -> int:
+    options = tyro.cli(Options)
+    assert lgp_dist.pipeline.RUN, "imported before the first fork"
+    report, first, began = Report(), 0, time.monotonic()
+    if options.out and options.out.exists():
+        known = json.loads(options.out.read_text())
+        if known["seed"] != options.seed:
+            sys.stderr.write(f"{options.out} is of seed {known['seed']}: choose it, or another --out.\n")
+            return 2
+        report = Report(Counter(known["tried"]), Counter(known["seen"]), known["violations"])
+        first = known["runs"]
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+        campaign, index = Campaign(Path(folder), options.seed, report), first
+        while time.monotonic() - began < options.seconds or index == first:
+            campaign.run(index)
+            index += 1
+            if options.out:
+                content = {"seed": options.seed, "runs": index, "tried": dict(report.tried)}
+                content |= {"seen": dict(report.seen), "violations": report.violations}
+                options.out.write_text(json.dumps(content, indent=2) + "\n")
+        for log in Path(folder).glob("run-*/out.log"):  # of runs with a violation
+            sys.stdout.write(f"--- {log.parent.name}\n{log.read_text()[-3000:]}\n")
+    sys.stdout.write(f"seed {options.seed}, runs {first} to {index - 1}\n{report.show()}\n")
+    return 1 if report.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
