@@ -1,5 +1,6 @@
 """Runs stages in order over one run directory, skipping those that are complete."""
 
+import contextlib
 import logging
 import sys
 from dataclasses import replace
@@ -59,7 +60,10 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
         _run(context, stages)
     except BaseException as error:
         if workers.is_main:
-            write_outcome(directory.root, _outcome(error))
+            with contextlib.suppress(OSError):  # the error itself is what a person must see
+                write_outcome(directory.root, _outcome(error))
+        if isinstance(error, Preempted):
+            workers.barrier()  # a launcher ends all ranks when the first has left
         raise
     if workers.is_main:
         table = publish(directory.root, config.recipe, flatten(config), directory.consistent())
