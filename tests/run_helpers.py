@@ -27,7 +27,7 @@ SMALL = (
 )
 """`tiny` on what the fixture `place` holds: each stage takes about a second."""
 
-ABOUT = ("config.json", "environment.json", "log.txt")
+ABOUT = ("config.json", "environment.json", "log.txt", "outcome.json")
 """Files about the latest command; tests/unit/test_artifacts.py says what may become of them."""
 
 
