@@ -108,7 +108,7 @@ def refused(lgp: Lgp, stage: str, *arguments: str, run: str = "run", begun: bool
 
     begun: training had begun, so that the run's metrics and trackers may have more than before.
     """
-    without = (*ABOUT, "metrics.jsonl", "tracking") if begun else ABOUT
+    without = (*ABOUT, "metrics.jsonl", "tracking", "heartbeats") if begun else ABOUT
     before = snapshot(Path(run), without)
     sentence = lgp(stage, *SMALL, *arguments).sentence
     assert snapshot(Path(run), without) == before

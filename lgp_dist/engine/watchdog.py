@@ -34,6 +34,8 @@ SHORTEST_S = 0.5
 """Least seconds between two beats."""
 STILL = 4
 """Beats that a counter stands still before its rank counts as silent."""
+STARTING = 10.0
+"""How much longer the timeout is until a second step begins: engines are made, kernels compiled, memory is taken."""
 LAST_WORDS_S = 2.0
 """Seconds for log and terminal, which may hang themselves, before the process ends."""
 
@@ -59,7 +61,8 @@ class Watchdog:
         self.folder, self.rank, self.world, self.timeout_s, self.stage = folder, rank, world, timeout_s, stage
         self.interval = max(SHORTEST_S, timeout_s / BEATS)
         self._note = Note(0, "start", "", 0)
-        self._factor = 1.0
+        self._factor, self._start = 1.0, STARTING
+        self._first: int | None = None
         self._life, self._host, self._beats = secrets.token_hex(8), socket.gethostname(), 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -68,6 +71,10 @@ class Watchdog:
     def note(self, step: int, phase: str, path: str = "") -> None:
         """The loop is here. Costs no I/O."""
         number = self._note.number + 1 if step == self._note.step else 0
+        if self._first is None:
+            self._first = step
+        elif step != self._first:
+            self._start = 1.0
         self._note = Note(step, phase, path, number)
 
     @contextlib.contextmanager
@@ -103,7 +110,7 @@ class Watchdog:
     def _watch(self) -> None:
         note, pulse, noted, since, now, last = None, None, 0.0, 0.0, 0.0, time.monotonic()
         while not self._stop.wait(self.interval):
-            limit = self.timeout_s * self._factor
+            limit = self.timeout_s * self._factor * self._start
             # In a thread of C: it also writes where a call keeps Python's lock and this thread stands still.
             faulthandler.dump_traceback_later(limit, file=self._stacks)
             # `now` does not count the time in which this process was stopped: a suspended job does not grow old.

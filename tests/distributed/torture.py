@@ -37,9 +37,9 @@ from lgp_dist.statuses import HUNG, PREEMPTED
 STEPS, EVERY = 24, 3
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "ddp")
 KINDS = ("kill one", "kill all", "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 """Longest life of two ranks, and longest time for the other to end once one is dead."""
-HANG_S = 6.0
+HANG_S = 10.0
 """The watchdog's."""
 RECIPE = (
     *SMALL,
