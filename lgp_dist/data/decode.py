@@ -37,6 +37,14 @@ class BadImage(UserError):
         self.where, self.reason = where, reason
 
 
+class LostBytes(UserError):
+    """A shard of this machine that was whole when the run began and no longer has an image's bytes."""
+
+    def __init__(self, sentence: str, reason: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+
+
 class _Handle:
     """An open file, closed when nobody holds it any more."""
 
@@ -99,18 +107,20 @@ class ShardFiles:
         self._lock = threading.Lock()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` of shard number `shard`; raises UserError if the file has fewer or is missing."""
+        """`size` bytes from `offset` of shard number `shard`; LostBytes if the file has fewer or is missing."""
         try:
             file = self._open(shard)  # held here, so that it stays open while another thread closes older ones
             content = read_at(file.number, offset, size)
         except OSError as error:
-            raise UserError(
-                f"Shard {self.paths[shard]} cannot be read ({error.strerror}): copy the file again."
+            raise LostBytes(
+                f"Shard {self.paths[shard]} cannot be read ({error.strerror}): copy the file again.",
+                f"its shard cannot be read: {error.strerror}",
             ) from error
         if len(content) != size:
-            raise UserError(
+            raise LostBytes(
                 f"Shard {self.paths[shard]} ends before byte {offset + size}, where its index has an image:"
-                " copy the file again, then start again."
+                " copy the file again, then start again.",
+                f"its shard ends before byte {offset + size}",
             )
         return content
 

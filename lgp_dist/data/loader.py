@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lgp_dist.config import DataConfig
 from lgp_dist.data.crops import DRAWS, Crop
-from lgp_dist.data.decode import BadImage, decode_pixels
+from lgp_dist.data.decode import BadImage, LostBytes, decode_pixels
 from lgp_dist.data.draws import Keys, uniforms
 from lgp_dist.data.index import ShardIndex
 from lgp_dist.data.regions import RegionDecoder
@@ -80,9 +80,10 @@ class Loader:
     def load(self, plans: Iterable[Plan]) -> Iterator[Loaded]:
         """The plans in order, read by data.threads threads (0: in this one, when asked).
 
-        A bad sample is replaced: by the next good one of its shard, in a circle, or by zeros where the plan says so.
-        With data.max_bad 0 it raises BadImage. Raises UserError for a shard that cannot be read, and where none of the
-        next NEIGHBOURS samples is good. Errors come when their batch is asked for.
+        A bad sample, or one whose shard was cut or vanished, is replaced: by the next good one of its shard, in a
+        circle, else by one of the next shards, or by zeros where the plan says so. With data.max_bad 0 it raises
+        BadImage or LostBytes. Raises UserError for a remote shard that cannot be fetched, and where none of 2 *
+        NEIGHBOURS samples is good. Errors come when their batch is asked for.
         """
         if self.data.threads < 0:
             raise UserError(f"data.threads is {self.data.threads}: set it to 0 or to a number of threads.")
@@ -143,7 +144,9 @@ class Loader:
             for candidate in self._candidates(sample, plan.replaces):
                 try:
                     self._decode(candidate, rows and rows[number], out)
-                except BadImage as error:
+                except (BadImage, LostBytes) as error:
+                    if isinstance(error, LostBytes) and not self.data.max_bad:
+                        raise
                     named = BadImage(self.index.describe(candidate), error.reason)
                     job.bad.setdefault(place, named)
                     if not self.data.max_bad:
@@ -175,13 +178,20 @@ class Loader:
         out.zero_()
         job.samples[place] = -1
 
-    def _candidates(self, sample: int, replaces: bool) -> list[int]:
-        """The sample and what may stand in for it: the next ones of its shard, in a circle."""
+    def _candidates(self, sample: int, replaces: bool) -> Iterator[int]:
+        """The sample and what may stand in for it: the next of its shard, in a circle, then one of each next shard."""
+        yield sample
         if not (replaces and self.data.max_bad):
-            return [sample]
-        first, last = np.searchsorted(self.index.shard, [self.index.shard[sample], self.index.shard[sample] + 1])
-        count = int(last - first)
-        return [int(first) + (sample - int(first) + step) % count for step in range(min(count, NEIGHBOURS + 1))]
+            return
+        shard, shards = int(self.index.shard[sample]), len(self.index.shards)
+        edges = np.searchsorted(self.index.shard, np.arange(shards + 1)).tolist()
+        place, count = sample - edges[shard], edges[shard + 1] - edges[shard]
+        for step in range(1, min(count, NEIGHBOURS + 1)):
+            yield edges[shard] + (place + step) % count
+        for step in range(1, min(shards, NEIGHBOURS + 1)):
+            other = (shard + step) % shards
+            if edges[other] < edges[other + 1]:
+                yield edges[other] + place % (edges[other + 1] - edges[other])
 
     @cached_property
     def crop(self) -> Crop:

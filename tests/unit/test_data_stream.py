@@ -309,8 +309,30 @@ def test_limit_holds_for_all_ranks_together(tmp_path: Path) -> None:
         stream.check_bad([{"step": 11, "bad_samples": 1}])
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("how", ["cut", "vanished", "empty"])
+def test_shard_lost_while_a_run_reads_it(
+    tmp_path: Path, how: str, threads: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its samples are replaced by those of the next shard, counted and named; without a limit the run stops."""
+    index = broken(tmp_path, [])
+    lost = tmp_path / index.shards[0]
+    if how == "vanished":
+        lost.unlink()
+    else:
+        lost.write_bytes(lost.read_bytes()[: 0 if how == "empty" else int(index.offset[7]) + 3])
+    gone = list(range(7 if how == "cut" else 0, 12))
+    stream = train_on(index, 24, threads)
+    facts = sum(batch.facts["bad_samples"] for batch in stream.batches(0, 4))
+    assert facts == len(gone) and sorted(stream.bad.reasons) == gone, "each once in an epoch of 24"
+    named = [record.getMessage() for record in caplog.records]
+    assert all(any(f"{index.describe(i)}: its shard " in line for line in named) for i in gone)
+    with pytest.raises(UserError, match="copy the file again"):
+        list(train_on(dataclasses.replace(index, files=ShardFiles(index.files.paths)), 0, threads).batches(0, 4))
+
+
 def test_no_good_sample_near(tmp_path: Path) -> None:
-    index = broken(tmp_path, list(range(12)))
+    index = broken(tmp_path, list(range(24)))
     with pytest.raises(UserError, match="cannot be decoded .* again; neither can any of the samples after it."):
         list(train_on(index, 24).batches(0, 4))
 
