@@ -23,18 +23,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # with torch's inductor: seconds that each life would spend again
 import safetensors.torch
 import torch
+import transformers
 import tyro
 from run_helpers import SAMPLE, SMALL, call_main, write_ancestry, write_shard
 
 import lgp_dist.pipeline
+import lgp_dist.report.plots
 from lgp_dist.checkpoints.manifest import read_manifest
 from lgp_dist.data.index import index_shards
 from lgp_dist.errors import UserError
 from lgp_dist.statuses import HUNG, PREEMPTED
 
-STEPS, EVERY = 24, 3
+STEPS, EVERY = 36, 3
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "ddp")
 KINDS = ("kill one", "kill all", "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
 PATIENCE_S = 240.0
@@ -234,7 +237,7 @@ class Campaign:
         expected, before = self.undisturbed(engine), len(self.report.violations)
         said = f"seed {self.seed}, run {index}, {engine}"
         story: list[str] = []
-        for _ in range(draw.randint(1, 4)):
+        for _ in range(draw.randint(2, 8)):
             kind = draw.choice(KINDS)
             if self._fault(kind, place, engine, draw, story, said):
                 break
@@ -246,6 +249,7 @@ class Campaign:
             self._violation(said, story, f"ended with other {', '.join(parts)}")
         else:
             self.report.seen["exact ends"] += 1
+            self.report.seen["exact resumes"] += (place / "out.log").read_text().count("goes on from step")
         if len(self.report.violations) == before:
             shutil.rmtree(place)
 
@@ -329,7 +333,8 @@ class Options:
 
 def main() -> int:
     options = tyro.cli(Options)
-    assert lgp_dist.pipeline.RUN, "imported before the first fork"
+    forked = (lgp_dist.pipeline, lgp_dist.report.plots, deepspeed.runtime.zero.muon.muon_optimizer, transformers)
+    assert all(module.__name__ in sys.modules for module in forked), "imported before the first fork"
     report, first, began = Report(), 0, time.monotonic()
     if options.out and options.out.exists():
         known = json.loads(options.out.read_text())
