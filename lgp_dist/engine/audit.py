@@ -2,17 +2,19 @@
 
 Under ZeRO-2 and DDP ranks that get gradients in different orders add gradients of different parameters, and nothing
 fails. Before each optimizer step a checksum of the order of units and gradients and of the step's schedule is compared
-over ranks with one all-reduce of two integers; a difference stops the run and is named. Costs no wait for the device:
+over ranks with one all-reduce of two numbers; a difference stops the run and is named. Costs no wait for the device:
 what is compared lies on the host, and travels over gloo.
 """
 
 import zlib
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lgp_dist.engine.setup import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Walk
 
@@ -27,13 +29,12 @@ def bits(tensor: Tensor) -> Tensor:
 class Audit:
     """Records what one rank does in a step and compares it over ranks."""
 
-    def __init__(self, module: nn.Module, walk: Walk, *, world: int, gradients: bool):
+    def __init__(self, module: nn.Module, walk: Walk, workers: Workers, *, gradients: bool):
         """gradients: also the order in which gradients come; off where it may differ without harm."""
-        self.module, self.world = module, world
+        self.module, self.workers = module, workers
         self.events: list[int] = []
         self._hooks: list[Any] = []
         self.names = list(walk.units)
-        self._group = torch.distributed.new_group(backend="gloo") if world > 1 else None
         for index, name in enumerate(walk.units):
             self._hooks.append(module.get_submodule(name).register_forward_pre_hook(self._unit(index)))
         if gradients:
@@ -51,25 +52,20 @@ class Audit:
     def _gradient(self, index: int) -> Any:
         return lambda parameter: self.events.append(index)
 
-    def check(self, step: int, schedule: Iterable[Iterable[str]]) -> None:
+    def check(self, step: int, schedule: Iterable[frozenset[str]]) -> None:
         """UserError where ranks differ. schedule: the parts that each draw of the step uses, over all ranks."""
-        drawn = zlib.crc32("/".join(",".join(sorted(parts)) for parts in schedule).encode())
+        drawn = zlib.crc32("/".join(map(_named, schedule)).encode())
         events, self.events = self.events, []
-        if self.world == 1:
-            return
-        mine = zlib.crc32(torch.tensor([drawn, *events]).numpy().tobytes())
-        ends = torch.tensor([mine, -mine])
-        torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        if int(ends[0]) != -int(ends[1]):
+        if not self._equal(zlib.crc32(torch.tensor([drawn, *events]).numpy().tobytes())):
             raise UserError(f"Ranks went apart in step {step}: {self._difference(drawn, events)}; {ADVICE}.")
 
     def _difference(self, drawn: int, events: list[int]) -> str:
-        lengths = self._gather(torch.tensor([drawn, len(events)]))
+        lengths = self.workers.table([drawn, len(events)])
         for rank, (other, _) in enumerate(lengths):
             if other != lengths[0][0]:
                 return f"rank {rank} has another schedule of paths than rank 0"
         longest = max(length for _, length in lengths)
-        table = self._gather(torch.tensor([*events, *[-1] * (longest - len(events))]))
+        table = self.workers.table([*events, *[-1] * (longest - len(events))])
         names = [*self.names, "nothing"]
         for place in range(longest):
             for rank, row in enumerate(table):
@@ -80,30 +76,29 @@ class Audit:
 
     def check_weights(self, step: int) -> None:
         """UserError where a parameter differs over ranks. For engines under which each rank holds all of them."""
-        if self.world == 1:
-            return
         named = list(self.module.named_parameters())
-        sums = torch.stack([bits(parameter) for _, parameter in named]).cpu()
-        total = int(sums.sum())
-        ends = torch.tensor([total, -total])
-        torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        if int(ends[0]) == -int(ends[1]):
+        sums = torch.stack([bits(parameter) for _, parameter in named]).tolist()
+        if self._equal(zlib.crc32(repr(sums).encode())):
             return
-        table = torch.tensor(self._gather(sums))
+        table = torch.tensor(self.workers.table(sums))
         rank, index = ((table != table[0]).nonzero()).tolist()[0]
         raise UserError(
             f"After step {step} rank {rank} has other weights than rank 0, first in {named[index][0]}: start "
             "again from the last checkpoint, and report it."
         )
 
-    def _gather(self, values: Tensor) -> list[list[int]]:
-        rows = [torch.empty_like(values) for _ in range(self.world)]
-        torch.distributed.all_gather(rows, values, group=self._group)
-        return [row.tolist() for row in rows]
+    def _equal(self, checksum: int) -> bool:
+        """Whether it is the same on every rank."""
+        high, low = self.workers.highest([checksum, -checksum])
+        return high == -low
 
     def close(self) -> None:
-        """Takes the hooks off and leaves the group."""
+        """Takes the hooks off."""
         for hook in self._hooks:
             hook.remove()
-        if self._group is not None:
-            torch.distributed.destroy_process_group(self._group)
+
+
+@lru_cache(maxsize=4096)
+def _named(parts: frozenset[str]) -> str:
+    """The parts of a draw as text; a run has few paths."""
+    return ",".join(sorted(parts))

@@ -73,12 +73,11 @@ class Trainer:
         launch, engine = workers.launch, workers.engine
         self.deepspeed, self.stage = launch.deepspeed, launch.zero_stage
         self.union = engine.reduction == "union"
-        self.whole_weights = self.stage < 3
         self.gradients = Gradients(task.module, task.walk, contract_of(launch, engine))
         self.factors: dict[str, float] = {}
         if rules.average == "users":
             self.gradients.weigh(self.factors)
-        self.audit = self._audit() if engine.audit else None
+        self.audit = self._audit() if engine.audit and workers.world > 1 else None
         self.gate = Gate(optimizer)
         self.guard = guard or Guard(task, workers, train.accumulate)
         self.losses: list[Tensor] = []
@@ -114,7 +113,7 @@ class Trainer:
 
     def _audit(self) -> Audit:
         ordered = not self.deepspeed or self.stage in (1, 2)
-        return Audit(self.task.module, self.task.walk, world=self.workers.world, gradients=ordered and not self.union)
+        return Audit(self.task.module, self.task.walk, self.workers, gradients=ordered and not self.union)
 
     def _prepare_module(self, module: nn.Module) -> None:
         engine = self.workers.engine
@@ -195,7 +194,7 @@ class Trainer:
         if verdict.stop is not None:
             raise verdict.stop
         every = self.workers.engine.audit_weights_every
-        if self.audit is not None and every and self.whole_weights and (step == 0 or (step + 1) % every == 0):
+        if self.audit is not None and every and self.stage < 3 and (step == 0 or (step + 1) % every == 0):
             self.audit.check_weights(step)
         return verdict
 
