@@ -14,6 +14,7 @@ absent. There is no pointer to the latest: it is the one with the highest step t
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,8 @@ from lgp_dist.errors import UserError
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Of folder, manifest and names of tensors; another is refused."""
+LARGEST = 1 << 28
+"""Bytes of a manifest that is read."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Manifest:
         size, digest = self.files[name]
         path = self.folder / name
         try:
-            found = path.stat().st_size
+            found = _size(path)
             if found == size:
                 with path.open("rb") as file:
                     content = hashlib.file_digest(file, "sha256").hexdigest()
@@ -117,26 +120,59 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint; UserError where it is missing, damaged or of another format."""
     path = folder / MANIFEST
     try:
+        if _size(path) > LARGEST:
+            raise ValueError(f"more than {LARGEST} bytes")
         content = json.loads(path.read_text())
-        given = content.pop("sha256")
+        given, found = content.pop("sha256"), _digest(content)
         version = content["format"]
+        manifest = _parsed(folder, content, found) if (given, version) == (found, FORMAT) else None
     except OSError as error:
         raise UserError(f"{folder} is not a checkpoint: {MANIFEST} cannot be read ({error.strerror}).") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged (it is no manifest of a checkpoint): {ADVICE}.") from error
-    if version != FORMAT and given == _digest(content):
+    if given != found:
+        raise UserError(f"{path} is damaged: its sha256 is {found}, not {given}: {ADVICE}.")
+    if manifest is None:
         raise UserError(f"{path} has format {version!r}, this version reads {FORMAT}: resume with the one it is of.")
-    if given != _digest(content):
-        raise UserError(f"{path} is damaged: its sha256 is {_digest(content)}, not {given}: {ADVICE}.")
+    legal = {rank_file(rank) for rank in range(len(manifest.files))}
+    for name in sorted(manifest.files.keys() - legal):
+        raise UserError(
+            f"{path} names the file {name!r}, but a checkpoint of {len(legal)} file(s) has {rank_file(0)} to "
+            f"{rank_file(len(legal) - 1)} alone: {ADVICE}."
+        )
+    return manifest
+
+
+def _parsed(folder: Path, content: Mapping[str, Any], digest: str) -> Manifest:
+    """A manifest whose values are of their types; TypeError, ValueError, KeyError or AttributeError if not."""
     names = {item.name for item in fields(TrainState)}
+    state = TrainState(**{name: value for name, value in content["state"].items() if name in names})
+    for kind, values in (
+        (int, (state.step, state.steps, state.seed, state.world)),
+        (str, (state.stage, state.engine)),
+        (dict, (state.data, state.config, state.guard, state.versions)),
+    ):
+        if not all(isinstance(value, kind) for value in values):
+            raise TypeError(f"{values} are not all of type {kind.__name__}")
+    files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+    if state.step < 0 or state.world != len(files):
+        raise ValueError(f"step {state.step}, {state.world} ranks, {len(files)} files")
     return Manifest(
         folder=folder,
-        state=TrainState(**{name: value for name, value in content["state"].items() if name in names}),
-        shapes={name: tuple(shape) for name, shape in content["shapes"].items()},
-        steps=content["steps"],
-        files={name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()},
-        digest=given,
+        state=state,
+        shapes={name: tuple(map(int, shape)) for name, shape in content["shapes"].items()},
+        steps={name: float(count) for name, count in content["steps"].items()},
+        files=files,
+        digest=digest,
     )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; OSError where it is none, or a link, which may lead anywhere."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(0, "it is no plain file")
+    return found.st_size
 
 
 def rank_file(rank: int) -> str:

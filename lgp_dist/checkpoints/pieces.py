@@ -7,15 +7,16 @@ for the elements that its own engine holds, and gets them from whatever files ha
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lgp_dist.checkpoints.manifest import Manifest
+from lgp_dist.checkpoints.manifest import ADVICE, Manifest
 from lgp_dist.errors import UserError
 
 WEIGHT = "weight"
@@ -49,14 +50,25 @@ class PieceReader:
 
     def __enter__(self) -> "PieceReader":
         for name in self.manifest.files:
-            file = self._stack.enter_context(safe_open(self.manifest.folder / name, framework="pt"))
-            for key in file.keys():  # noqa: SIM118  not a mapping
-                (kind, rest), length = key.split("/", 1), file.get_slice(key).get_shape()[0]
-                parameter, start = rest.rsplit("@", 1)
-                self._places.setdefault((parameter, kind), []).append((int(start), length, file, key))
+            path = self.manifest.folder / name
+            try:
+                self._add(self._stack.enter_context(safe_open(path, framework="pt")))
+            except (SafetensorError, OSError, ValueError) as error:
+                self._stack.close()
+                raise UserError(f"{path} is no part of a checkpoint ({error}): {ADVICE}.") from error
         for places in self._places.values():
             places.sort(key=lambda place: place[0])
         return self
+
+    def _add(self, file: Any) -> None:
+        """Notes what a file holds; ValueError for a tensor that is no piece."""
+        for key in file.keys():  # noqa: SIM118  not a mapping
+            kind, rest = key.split("/", 1)
+            parameter, start = rest.rsplit("@", 1)
+            (length,) = file.get_slice(key).get_shape()
+            if not start.isdecimal():
+                raise ValueError(f"tensor {key!r} begins nowhere")
+            self._places.setdefault((parameter, kind), []).append((int(start), length, file, key))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
@@ -95,6 +107,10 @@ def _shown(shape: tuple[int, ...] | None) -> str:
 def consolidate(manifest: Manifest) -> dict[str, Tensor]:
     """All weights, whole, by name. UserError where files are damaged or incomplete."""
     manifest.check_files()
+    needed = sum(4 * prod(shape) for shape in manifest.shapes.values())
+    held = sum(size for size, _ in manifest.files.values())
+    if needed > held:
+        raise UserError(f"{manifest.folder} says that it has {needed} bytes of weights, but holds {held}: {ADVICE}.")
     whole = {name: torch.empty(shape) for name, shape in manifest.shapes.items()}
     with PieceReader(manifest) as reader:
         for name, tensor in whole.items():
