@@ -1,11 +1,16 @@
 """Settings that would train wrongly or fail late, refused before anything starts."""
 
+import difflib
 import math
+import re
 
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.meaning import flatten
+from lgp_dist.meaning import STAGES, flatten
 from lgp_dist.paths import PathSpace
+
+SOURCES = ("ancestry.weights", "finetune.weights", "finetune.costs")
+"""Files whose content counts, beside the splits of the data."""
 
 POSITIVE = math.ulp(0.0)
 """The smallest float above zero."""
@@ -122,6 +127,7 @@ def _check_shapes(config: RunConfig) -> None:
     if config.export.path:
         space.by_key(config.export.path)
     _check_only(config.finetune.only, space)
+    _check_allowed(config)
 
 
 def _check_only(only: tuple[str, ...], space: PathSpace) -> None:
@@ -133,3 +139,16 @@ def _check_only(only: tuple[str, ...], space: PathSpace) -> None:
             )
         if only.count(key) > 1:
             raise UserError(f"finetune.only names {key!r} {only.count(key)} times: name each path once.")
+
+
+def _check_allowed(config: RunConfig) -> None:
+    """Keys of --allow-change: settings, names of sources, and the ids of artifacts that a stage was made from."""
+    splits = {f"data.{split}" for split in (config.data.train_split, config.data.val_split)}
+    known = {*flatten(config), *splits, *SOURCES, *(f"{stage}.id" for stage in STAGES)}
+    renamed = {"data.train_split", "data.val_split"} & set(config.allow_change)
+    for key in config.allow_change:
+        same = re.sub(r"^model\.rows\.\d+\.", "model.rows.0.", key)  # the checkpoint may have more rows
+        if same not in known and not (renamed and key.startswith("data.")):  # and its splits other names
+            near = difflib.get_close_matches(key, sorted(known), 1)
+            advice = f"take {near[0]}" if near else "config.json of the run directory lists them"
+            raise UserError(f"allow_change names {key!r}, which is no setting: {advice}.")
