@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.agreement import REFUSAL, check_equal, facts_of
 from lgp_dist.engine.setup import Workers, check_trackers
 from lgp_dist.errors import Preempted, UserError
+from lgp_dist.logs import end_log, open_log, show
 from lgp_dist.meaning import STAGES, flatten
 from lgp_dist.outcome import Outcome, clear_outcome, write_outcome
 from lgp_dist.paths import PathSpace
@@ -53,7 +53,7 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     if workers.is_main:
         directory.check_writable()
         clear_outcome(directory.root)
-        _log_to(directory)
+        open_log(directory.root / "log.txt")
         write_json(directory.root / "config.json", flatten(config))
         write_json(directory.root / "environment.json", about)
     try:
@@ -62,14 +62,16 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
         if workers.is_main:
             with contextlib.suppress(OSError):  # the error itself is what a person must see
                 write_outcome(directory.root, _outcome(error))
+            end_log()
         if isinstance(error, Preempted):
             workers.barrier()  # a launcher ends all ranks when the first has left
         raise
     if workers.is_main:
         table = publish(directory.root, config.recipe, flatten(config), directory.consistent())
         if table and "evaluate" in stages:
-            sys.stdout.write(f"\n{table}\n\nResults: {directory.root}/report.html, paths.csv, pareto.png, export/\n")
+            show(f"\n{table}\n\nResults: {directory.root}/report.html, paths.csv, pareto.png, export/\n")
         write_outcome(directory.root, Outcome("complete", stages[-1]))
+        end_log()
     workers.barrier()
     workers.close()
 
@@ -151,14 +153,3 @@ def check_stages(config: RunConfig, stages: tuple[str, ...], directory: RunDirec
             check_batch(trains[stage], world, images, f"{stage}.train.")
     if "finetune" in stages:
         PathSampler.from_config(config, PathSpace.from_config(config)).check(world)
-
-
-def _log_to(directory: RunDirectory) -> None:
-    """The log goes to the terminal and to log.txt."""
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-    for handler in (logging.StreamHandler(sys.stderr), logging.FileHandler(directory.root / "log.txt")):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)

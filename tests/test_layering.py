@@ -22,6 +22,7 @@ ALLOWED = {
     "provenance": set(),
     "statuses": set(),
     "metrics": set(),
+    "logs": set(),
     "checks": BASE,
     "recipes": BASE,
     "dealing": set(),
@@ -37,7 +38,7 @@ ALLOWED = {
     "engine": {"config", "protocols", "sampling", "errors", "metrics", "checkpoints", "statuses", "meaning"},
     "report": {"artifacts", "errors", "metrics"},
     "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report"},
-    "pipeline": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
+    "pipeline": LEVELS_0_TO_2 | {"logs", "tasks", "engine", "report", "stages"},
     "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
     "cli": {
         *(
@@ -74,6 +75,7 @@ ONLY_IN = {
 NO_TORCH = {
     "checks",
     "metrics",
+    "logs",
     "statuses",
     "outcome",
     "config",

@@ -1,5 +1,6 @@
 """What a person can put right becomes one sentence and status 2."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -53,8 +54,9 @@ def _fail(sentence: str, debug: bool) -> None:
 
 def _leave(sentence: str, status: int) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    sys.stderr.write(f"lgp: {sentence}\n" if rank == 0 else f"lgp (rank {rank}): {sentence}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a terminal that is gone does not change the status
+        sys.stderr.write(f"lgp: {sentence}\n" if rank == 0 else f"lgp (rank {rank}): {sentence}\n")
+        sys.stderr.flush()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os._exit(status)  # one of several ranks: without waiting for the others at exit
     sys.exit(status)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lgp_dist.engine.trackers import Tracking
 from lgp_dist.engine.trainer import Trainer
 from lgp_dist.metrics import MetricsFile
 
@@ -40,6 +41,7 @@ class StepMeter:
         self.images_per_step = trainer.train.batch_size
         self.main = trainer.workers.is_main
         self.file = MetricsFile(metrics, stage, first) if self.main else None
+        self.tracking = Tracking(trainer.accelerator)
         self.losses: list[dict[str, Tensor]] = []
         self.lines: list[dict[str, Any]] = []
         self.first, self.steps, self.began = first, steps, time.monotonic()
@@ -78,7 +80,9 @@ class StepMeter:
             line.update(zip(names, (value if math.isfinite(value) else None for value in row), strict=True))
         self._count()
         if self.main:
-            self.file.append(self.lines)
+            first, problem = not self.file.lost, self.file.append(self.lines)
+            if problem and first:
+                log.warning("%s cannot be written (%s): the run goes on and counts lost lines", self.file.path, problem)
             self._show()
         done, self.losses, self.lines, self.counts = self.lines, [], [], []
         self.check(done)
@@ -112,10 +116,12 @@ class StepMeter:
             left = (time.monotonic() - self.began) / done * to_do
             parts = "  ".join(f"{name} {value}" for name, value in shown.items())
             log.info("%s  step %d/%d  %s  left %ds", self.stage, last["step"] + 1, self.steps, parts, left)
-        for line in self.lines:
-            tracked = {name: value for name, value in line.items() if isinstance(value, float)}
-            self.trainer.accelerator.log(tracked, step=line["step"])
+        self.tracking.add(self.lines)
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Ends the bar, and says what was lost."""
         self.bar.close()
+        lost = {str(self.file.path): self.file.lost, "A tracker": self.tracking.lost} if self.main else {}
+        for place, count in lost.items():
+            if count:
+                log.warning("%s: %s has lost %d lines", self.stage, place, count)

@@ -26,6 +26,7 @@ from lgp_dist.engine.guard import Guard, Verdict
 from lgp_dist.engine.launch import Launch
 from lgp_dist.engine.optim import Gate
 from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.trackers import harmless
 from lgp_dist.engine.zero import deepspeed_config
 from lgp_dist.protocols import StepContext, Task
 
@@ -231,7 +232,8 @@ class Trainer:
     def close(self) -> None:
         """Ends trackers and engine and leaves a plain module, whole on every rank; the processes stay together."""
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            with harmless(f"Tracker {tracker.name}"):
+                tracker.finish()
         if self.deepspeed and self.stage == 3:
             make_whole(self.task.module)
         self.accelerator.free_memory()
