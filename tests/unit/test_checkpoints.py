@@ -271,9 +271,12 @@ def test_latest_is_derived(two: tuple[Path, dict[int, dict[str, torch.Tensor]]])
     assert Toy(folder).restore() == 2
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("LGP_HISTORIES", "200"))))
 def test_pruning_keeps_a_whole_checkpoint_in_any_history(tmp_path: Path, seed: int) -> None:
-    """Random saves, crashes in the middle and damage: the newest whole one and the best are never removed."""
+    """Random saves, crashes in the middle and damage: the newest whole one and the best are never removed.
+
+    LGP_HISTORIES sets how many histories.
+    """
     draw = random.Random(seed)
     toy, keep = Toy(tmp_path / "s", keep=1000), draw.randint(1, 3)
     whole: dict[int, float | None] = {}
