@@ -25,6 +25,7 @@ from lgp_dist.engine.guard import Guard, NotFinite
 from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.setup import Workers
 from lgp_dist.engine.trainer import Trainer
+from lgp_dist.engine.watchdog import Watchdog
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.tasks.finetune import FinetuneTask
 
@@ -134,9 +135,8 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
         facts |= {"sentence": str(error), "step": error.step}
         states.append(state_of(task.module, optimizers[0]))
         task.haunted = frozenset()
-        trainers[0].begin(error.step + 1)
-        loop._micro_steps(trainers[0], batches(error.step + 1, 1), error.step + 1)
-        trainers[0].finish(error.step + 1)
+        still = Watchdog(folder, workers.rank, workers.world, timeout_s=0)
+        loop._step(trainers[0], batches(error.step + 1, 1), error.step + 1, None, still)
         trainers[0].close()
     facts["unmoved"] = [step for step in range(len(states) - 1) if unmoved(states[step], states[step + 1])]
     facts["steps"] = len(states) - 1
