@@ -93,8 +93,8 @@ class Saver:
 
         The data goes on behind the bad step, so that what made it is not met again; paths are those of their steps.
         """
-        allowed, there = self.trainer.guard.faults.rollback, bool(self.checkpointer.shelf.steps())
         self.checkpointer.wait()
+        allowed, there = self.trainer.guard.faults.rollback, bool(self.checkpointer.shelf.steps())
         if self.rolled >= allowed or not self.trainer.workers.highest([there])[0]:
             return None
         self.rolled += 1

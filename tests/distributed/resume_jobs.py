@@ -1,12 +1,13 @@
 """Jobs that save and resume: cells of the table of exactness whose data does not depend on the number of ranks."""
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from exact_cells import Cell
@@ -50,6 +51,18 @@ class Changing(Cell):
 
 
 @dataclass(frozen=True)
+class Elsewhere(Cell):
+    """A cell whose steps have other data than their own, for the reference."""
+
+    data: tuple[int, ...] = ()
+    """Of each step, the step whose data it has."""
+
+    def batch(self, step: int, micro: int, rank: int) -> Batch:
+        """As a job's."""
+        return part_of_batch(self, self.data[step], micro, rank, self.world)
+
+
+@dataclass(frozen=True)
 class Job:
     """A cell that is trained in a folder, from the start or from a checkpoint."""
 
@@ -62,6 +75,14 @@ class Job:
     allow: list[str] = field(default_factory=list)
     constant: bool = False
     """Whether the rate is that of the cell's reference."""
+    bad: list[int] = field(default_factory=list)
+    """Steps whose data makes the loss nan, on the last rank alone."""
+    rollback: int = 0
+    """faults.rollback."""
+    limit: int = 0
+    """Bytes of the largest file that the last rank can write; 0 for any."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """checkpoint.on_error."""
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Job":
@@ -75,7 +96,9 @@ class Job:
 
     def batch(self, step: int, micro: int, rank: int) -> Batch:
         """A rank's part of the step's images."""
-        return part_of_batch(self.cell, step, micro, rank, self.cell.world)
+        batch = part_of_batch(self.cell, step, micro, rank, self.cell.world)
+        faulty = step in self.bad and rank + 1 == self.cell.world
+        return replace(batch, images=batch.images * math.nan) if faulty else batch
 
 
 def launch(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> None:

@@ -4,6 +4,7 @@ Arguments: a JSON list of jobs, and a folder. Each writes FOLDER/NAME: checkpoin
 """
 
 import json
+import resource
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,7 +15,8 @@ import torch
 from resume_jobs import Job
 from safetensors.torch import save_file
 
-from lgp_dist.config import CheckpointConfig
+from lgp_dist.config import CheckpointConfig, FaultConfig
+from lgp_dist.engine.guard import Guard
 from lgp_dist.engine.loop import train
 from lgp_dist.engine.saving import Saving
 from lgp_dist.engine.setup import Workers
@@ -31,33 +33,38 @@ def run(job: Job, started: Workers, root: Path) -> None:
         launch = replace(launch, zero_stage=int(cell.engine[-1]))
     workers = replace(started, launch=launch, engine=cell.engine_config())
     pool, ancestry, sampler = cell.build()
-    position = [0]
+    task, at = FinetuneTask(pool, ancestry, sampler, cell.finetune_config()), [0, 0]
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
-        assert start == position[0], "the stream goes on where the checkpoint says"
+        assert start == at[0], "the stream goes on where the checkpoint says"
         for step in range(start, start + steps):
             for micro in range(cell.accumulate):
-                yield job.batch(step, micro, workers.rank)
+                yield job.batch(at[1] + step - at[0], micro, workers.rank)
+
+    def position(step: int) -> dict[str, int]:
+        return {"position": at[1] + step - at[0]}
 
     def restore(state: Mapping[str, Any], step: int) -> None:
-        assert state == {"position": step}
-        position[0] = step
+        assert state == {"position": step} or job.bad
+        at[:] = step, state["position"]
 
     saving = Saving(
         folder=folder / "checkpoints" / "job",
-        config=CheckpointConfig(every=job.every, keep=1000),
+        config=CheckpointConfig(every=job.every, keep=1000, on_error=job.on_error),
         seed=cell.seed,
         settings=job.settings,
         versions={},
-        data_state=lambda step: {"position": step},
+        data_state=position,
         data_restore=restore,
         resume=str(root / job.resume) if "/" in job.resume else job.resume,
         allow=tuple(job.allow),
     )
     folder.mkdir(exist_ok=True)
+    if job.limit and workers.rank + 1 == workers.world:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job.limit, resource.RLIM_INFINITY))
     try:
         train(
-            FinetuneTask(pool, ancestry, sampler, cell.finetune_config()),
+            task,
             batches,
             job.train_config(),
             workers,
@@ -65,11 +72,14 @@ def run(job: Job, started: Workers, root: Path) -> None:
             steps_per_epoch=cell.steps,
             run_dir=folder,
             gradients=cell.finetune_config().gradients,
+            guard=Guard(task, workers, cell.accumulate, FaultConfig(rollback=job.rollback), "job"),
             saving=saving,
         )
     except UserError as error:
         (folder / f"error-{workers.rank}.txt").write_text(str(error))
         return
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     if workers.is_main:
         save_file({name: value.clone() for name, value in pool.state_dict().items()}, folder / "end.safetensors")
 

@@ -1,0 +1,91 @@
+"""A batch that makes the loss nan: the run goes back to its last checkpoint and on behind that batch, or it stops."""
+
+import json
+from pathlib import Path
+
+import pytest
+from exact_cells import Cell
+from exact_launch import TOLERANCE
+from exact_reference import reference
+from resume_jobs import Elsewhere, Job, differences, launch
+from safetensors.torch import load_file
+
+STEPS = 6
+CELLS = [
+    *(Cell(engine, 2, steps=STEPS, accumulate=2, clip=0.5) for engine in ("ddp", "zero1", "zero3")),
+    Cell("zero2", 2, steps=STEPS, offload=True),
+    Cell("zero1", 2, steps=STEPS, reduction="union", accumulate=2),
+]
+SEQUENCES: list[tuple[str, int, list[int], tuple[int, ...]]] = [
+    ("once", 2, [3], (0, 1, 4, 5, 6, 7)),
+    ("while it saves", 3, [3], (0, 1, 2, 4, 5, 6)),
+    ("twice", 2, [3, 5], (0, 1, 6, 7, 8, 9)),
+]
+"""Name, steps between two checkpoints, bad steps of data, and the data of every step that counts in the end."""
+STOPS = [("none allowed", 2, 3, 0), ("none left", 2, 3, 1), ("none to go back to", 4, 2, 1)]
+"""Name, steps between two checkpoints, the first bad step of data, and rollbacks allowed."""
+
+
+def number(cell: Cell) -> int:
+    return CELLS.index(cell)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every cell with every sequence of data, and resumed behind a rollback; stops."""
+    folder = tmp_path_factory.mktemp("rollback")
+    for deepspeed in (True, False):
+        jobs = []
+        for cell in CELLS:
+            if (cell.engine != "ddp") == deepspeed:
+                for name, every, bad, _ in SEQUENCES:
+                    base = f"{number(cell)}-{name}"
+                    jobs.append(Job(base, cell, "auto", every, constant=True, bad=bad, rollback=len(bad)))
+                later = f"{number(cell)}-once/checkpoints/job/step-00000004"
+                jobs.append(Job(f"{number(cell)}-later", cell, later, 0, constant=True, bad=[3]))
+                for name, every, first, allowed in STOPS:
+                    bad = [first, *range(first + 1, 20)]
+                    base = f"{number(cell)}-{name}"
+                    jobs.append(Job(base, cell, "auto", every, constant=True, bad=bad, rollback=allowed))
+        launch(jobs, folder, timeout=600)
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("sequence", SEQUENCES, ids=lambda sequence: sequence[0])
+def test_goes_on_behind_the_bad_batch(
+    runs: Path, cell: Cell, sequence: tuple[str, int, list[int], tuple[int, ...]]
+) -> None:
+    """As one process that trains the steps' paths on exactly this data."""
+    name, _, _, data = sequence
+    folder = runs / f"{number(cell)}-{name}"
+    found = load_file(folder / "end.safetensors")
+    expected = reference(Elsewhere(**{**cell.meaning.as_dict(), "data": data}))
+    assert max(float((found[key] - expected[key]).abs().max()) for key in expected) <= TOLERANCE
+    plain = reference(Elsewhere(**{**cell.meaning.as_dict(), "data": tuple(range(STEPS))}))
+    assert max(float((plain[key] - expected[key]).abs().max()) for key in expected) > 100 * TOLERANCE
+    assert [line["step"] for line in metrics(folder)] == list(range(STEPS))
+    assert all(line["loss"] is not None and not line["skipped"] for line in metrics(folder))
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_resumes_behind_the_bad_batch(runs: Path, cell: Cell) -> None:
+    """A checkpoint made after going back says where the data stands."""
+    ends = [load_file(runs / f"{number(cell)}-{name}" / "end.safetensors") for name in ("once", "later")]
+    assert differences(*ends) == []
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("stop", STOPS, ids=lambda stop: stop[0])
+def test_stops_where_it_may_not_go_back(runs: Path, cell: Cell, stop: tuple[str, int, int, int]) -> None:
+    name, every, first, allowed = stop
+    folder = runs / f"{number(cell)}-{name}"
+    one, two = ((folder / f"error-{rank}.txt").read_text() for rank in (0, 1))
+    at = first // every * every if allowed and first > every else first
+    assert one == two and one.startswith(f"Nothing of step {at} of stage job was applied: the loss is nan on rank 1")
+    assert not (folder / "end.safetensors").exists()
+    assert [line["step"] for line in metrics(folder)] == list(range(first))
