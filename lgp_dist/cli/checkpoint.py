@@ -85,6 +85,8 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _consolidate(action: Consolidate) -> None:
+    from safetensors import SafetensorError
+
     from lgp_dist.checkpoints.disk import Disk  # torch, as above
     from lgp_dist.checkpoints.manifest import read_manifest
     from lgp_dist.checkpoints.pieces import consolidate
@@ -96,6 +98,10 @@ def _consolidate(action: Consolidate) -> None:
     try:
         Disk().write_tensors(partial, weights)
         partial.rename(action.out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--out {action.out} cannot be written ({error}): choose a file in a folder that can."
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
     sys.stdout.write(f"{action.out}: {sum(tensor.numel() for tensor in weights.values())} parameters\n")
