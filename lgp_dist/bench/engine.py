@@ -44,7 +44,7 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
         check_least(option, value, 1)
     check_config(config)
     workers = Workers.start(config.engine)
-    bench = _Bench(config, workers)
+    bench = Bench(config, workers)
     seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     for turn in range(rounds + 1):
         for policy in POLICIES:
@@ -60,7 +60,7 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
     return rows
 
 
-class _Bench:
+class Bench:
     """The pool of a recipe on the engine of a launch, with random images that stay the same."""
 
     def __init__(self, config: RunConfig, workers: Workers):
@@ -100,14 +100,15 @@ class _Bench:
     def timed(self, policy: str, steps: range) -> float:
         """Seconds of these steps, from when all ranks begin until all have ended."""
         self.task.sampler = self.samplers[policy]
-        self._wait()
+        self.wait()
         began = time.perf_counter()
         for step in steps:
             self.step(step)
-        self._wait()
+        self.wait()
         return time.perf_counter() - began
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until all ranks' devices have done what they were given."""
         if self.workers.device.type == "cuda":
             torch.cuda.synchronize()
         self.workers.barrier()

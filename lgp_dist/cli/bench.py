@@ -61,6 +61,19 @@ class BenchEngine:
 
 
 @dataclass(frozen=True)
+class BenchCheckpoint:
+    """What a checkpoint costs on this launch's engine: in the background, as runs write it, and waited for."""
+
+    recipe: Recipe
+    out: Path
+    """File to write: a JSON list of objects. Checkpoints are written beside it."""
+    rounds: int = 5
+    """Saves of either kind; the median counts."""
+    steps: int = 8
+    """Optimizer steps before each save, which say what a step takes without one."""
+
+
+@dataclass(frozen=True)
 class BenchData:
     """Images per CPU second of this loader and its index, and of others, on generated photographs."""
 
@@ -86,6 +99,7 @@ BenchAction = Annotated[
     Annotated[BenchSampler, tyro.conf.subcommand("sampler", prefix_name=False)]
     | Annotated[BenchPaths, tyro.conf.subcommand("paths", prefix_name=False)]
     | Annotated[BenchEngine, tyro.conf.subcommand("engine", prefix_name=False)]
+    | Annotated[BenchCheckpoint, tyro.conf.subcommand("checkpoint", prefix_name=False)]
     | Annotated[BenchData, tyro.conf.subcommand("data", prefix_name=False)],
     tyro.conf.arg(name=""),
 ]
@@ -99,8 +113,19 @@ def _bench_engine(action: BenchEngine) -> None:
         sys.stdout.write(engine_table(rows) + "\n")
 
 
-def run_bench(action: BenchSampler | BenchPaths | BenchEngine | BenchData) -> None:
+def _bench_checkpoint(action: BenchCheckpoint) -> None:
+    from lgp_dist.bench.checkpoint import bench_checkpoint, checkpoint_table  # as above
+
+    rows = bench_checkpoint(action.recipe, action.out, action.rounds, action.steps)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(checkpoint_table(rows) + "\n")
+
+
+def run_bench(action: BenchSampler | BenchPaths | BenchEngine | BenchCheckpoint | BenchData) -> None:
     """Does what the arguments ask for."""
+    if isinstance(action, BenchCheckpoint):
+        _bench_checkpoint(action)
+        return
     if isinstance(action, BenchData):
         _bench_data(action)
         return

@@ -79,6 +79,11 @@ class Checkpointer:
         """Seconds for which the last save held up training."""
 
     @property
+    def busy(self) -> bool:
+        """Whether a save is under way, the same on every rank."""
+        return self._save is not None
+
+    @property
     def status(self) -> int:
         """Of the save that is under way on this rank."""
         return WRITTEN if self._save is None else self._save.status
