@@ -98,7 +98,8 @@ class Saver:
         if self.rolled >= allowed or not self.trainer.workers.highest([there])[0]:
             return None
         self.rolled += 1
-        log.warning("%s Going back to the last checkpoint, %d of %d times.", problem, self.rolled, allowed)
+        if self.trainer.workers.is_main:
+            log.warning("%s Going back to the last checkpoint, %d of %d times.", problem, self.rolled, allowed)
         behind = self.saving.data_state(problem.step + 1)
         step = self.restore("latest")
         self.saving.data_restore(behind, step)
