@@ -12,7 +12,18 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 BASE = {"config", "meaning", "paths", "protocols", "errors"}
 SAMPLING = {"dealing", "costs", "sampling", "ledger"}
 LEVELS_0_TO_2 = BASE | SAMPLING
-LEVELS_0_TO_2 |= {"recipes", "artifacts", "outcome", "metrics", "provenance", "statuses", "checks", "data", "models"}
+LEVELS_0_TO_2 |= {
+    "recipes",
+    "artifacts",
+    "checkpoints",
+    "outcome",
+    "metrics",
+    "provenance",
+    "statuses",
+    "checks",
+    "data",
+    "models",
+}
 ALLOWED = {
     "config": {"errors"},
     "meaning": {"config"},
