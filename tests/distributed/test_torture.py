@@ -11,17 +11,9 @@ HERE = Path(__file__).parent
 
 def test_a_minute_of_faults(tmp_path: Path) -> None:
     """Every run ends with the weights, metrics and ledger of one that nothing happened to."""
+    out = tmp_path / "out.json"
     done = subprocess.run(
-        [
-            sys.executable,
-            str(HERE / "torture.py"),
-            "--seconds",
-            "60",
-            "--seed",
-            "7",
-            "--out",
-            str(tmp_path / "out.json"),
-        ],
+        [sys.executable, str(HERE / "torture.py"), "--seconds", "60", "--seed", "7", "--out", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
