@@ -113,9 +113,23 @@ def check_backend(name: str) -> None:
 def _join(launch: Launch, device_type: str) -> PartialState:
     """The state of the group of processes: of DeepSpeed, of torch's DistributedDataParallel, or of one process."""
     options = {"backend": "gloo" if device_type == "cpu" else "nccl", "timeout": TIMEOUT}
+    _start_again(launch, options)
     if launch.deepspeed:
         return PartialState(**options)
     return PartialState(cpu=device_type == "cpu", **(options if launch.world > 1 else {}))
+
+
+def _start_again(launch: Launch, options: dict[str, Any]) -> None:
+    """Joins ranks of one node that their launcher starts again, apart from those of before.
+
+    The launcher keeps its store, where new ranks would find the addresses of the old ones (pytorch#135712). Launchers
+    of several nodes count starts each for itself, so that the count cannot tell starts apart there.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count != "0" and launch.world == launch.local_world > 1:
+        store, rank, world = next(torch.distributed.rendezvous("env://"))
+        fresh = torch.distributed.PrefixStore(f"start-{count}", store)
+        torch.distributed.init_process_group(store=fresh, rank=rank, world_size=world, **options)
 
 
 def check_trackers(names: tuple[str, ...]) -> tuple[str, ...]:

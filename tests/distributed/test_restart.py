@@ -24,8 +24,6 @@ LAUNCHERS = ("accelerate", "torchrun") if os.environ.get("LGP_LONG_TESTS") else 
 """DeepSpeed's ZeRO-1, and DDP."""
 FINETUNE = ("-m", "lgp_dist", "finetune", *SMALL, f"--finetune.train.max-steps={STEPS}", f"--checkpoint.every={EVERY}")
 MORE = ("--checkpoint.keep=100", "--engine.device=cpu", "--faults.timeout-s=60")
-FRESH = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Without it, ranks that a launcher starts again find the addresses of those before (pytorch#135712)."""
 TIMES = ("step_time_s", "data_wait_s", "images_per_s")
 """What no two runs have alike."""
 
@@ -36,7 +34,7 @@ def launcher(name: str) -> list[str]:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     launch = command(2, deepspeed=True)
     launch[launch.index("--config_file") + 1] = str(ROOT / "launch_configs" / "cpu_2.yaml")
-    return [*launch, "--max_restarts", "1", "--rdzv_backend", "c10d"]
+    return [*launch, "--max_restarts", "1"]
 
 
 @pytest.fixture
@@ -55,7 +53,7 @@ def start(name: str, place: Path, mark: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*launcher(name), *FINETUNE, *MORE],
         cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LGP_TEST_MARK": mark, **FRESH},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LGP_TEST_MARK": mark},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
