@@ -39,7 +39,9 @@ from lgp_dist.statuses import HUNG, PREEMPTED
 
 STEPS, EVERY = 36, 3
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "ddp")
-KINDS = ("kill one", "kill all", "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
+KILLS = ("kill one", "kill all")
+KINDS = (*KILLS * 4, "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
+"""Faults that are drawn from; each as often as it stands here."""
 PATIENCE_S = 240.0
 """Longest life of two ranks, and longest time for the other to end once one is dead."""
 HANG_S = 10.0
@@ -237,7 +239,7 @@ class Campaign:
         expected, before = self.undisturbed(engine), len(self.report.violations)
         said = f"seed {self.seed}, run {index}, {engine}"
         story: list[str] = []
-        for _ in range(draw.randint(2, 8)):
+        for _ in range(draw.randint(2, 12)):
             kind = draw.choice(KINDS)
             if self._fault(kind, place, engine, draw, story, said):
                 break
@@ -300,7 +302,7 @@ class Campaign:
                 self._violation(said, story, f"statuses {statuses}")
         elif kind == "stop one" and HUNG in statuses:
             seen["hung rank named"] += (place / "run" / "heartbeats" / "hang.json").exists()
-        elif kind in ("kill one", "kill all") and 0 in statuses and statuses != [0, 0]:
+        elif kind in KILLS and 0 in statuses and statuses != [0, 0]:
             self._violation(said, story, f"a rank ended well beside a dead one: {statuses}")
 
     def _check_checkpoints(self, place: Path, story: list[str], said: str) -> None:
