@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from exact_launch import ROOT, command
+from run_helpers import Lgp
 
 from lgp_dist.paths import PathSpace
 from lgp_dist.recipes import tiny
@@ -14,14 +15,11 @@ from lgp_dist.recipes import tiny
 SMALL = ("--rounds=1", "--steps=2", "--finetune.train.batch-size=4", "--engine.device=cpu", "--checkpoint.every=10")
 
 
-def bench(out: Path) -> subprocess.CompletedProcess[str]:
-    call = [*command(2, deepspeed=True), "-m", "lgp_dist", "bench", "checkpoint", "tiny", "--out", str(out), *SMALL]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-
-
 def test_figures_agree_with_each_other(tmp_path: Path) -> None:
-    done = bench(tmp_path / "bench.json")
+    call = [*command(2, deepspeed=True), "-m", "lgp_dist", "bench", "checkpoint", "tiny"]
+    call += ["--out", str(tmp_path / "bench.json"), *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert os.listdir(tmp_path) == ["bench.json"] and "background" in done.stdout
     background, wait = json.loads((tmp_path / "bench.json").read_text())
@@ -37,9 +35,9 @@ def test_figures_agree_with_each_other(tmp_path: Path) -> None:
     assert wait["publish_s"] == pytest.approx(wait["stall_ms"] / 1000, rel=0.05)
 
 
-def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
+def test_what_is_in_the_way_stays(lgp: Lgp, tmp_path: Path) -> None:
     folder = tmp_path / "bench.json.checkpoints"
     folder.mkdir()
-    done = bench(tmp_path / "bench.json")
-    assert done.returncode and f"{folder} is there already: remove it, or choose another --out." in done.stderr
+    sentence = lgp("bench", "checkpoint", "tiny", "--out", tmp_path / "bench.json", *SMALL).sentence
+    assert sentence == f"{folder} is there already: remove it, or choose another --out."
     assert os.listdir(tmp_path) == [folder.name]

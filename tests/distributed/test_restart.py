@@ -100,13 +100,13 @@ def test_a_run_survives_preemption_and_a_killed_rank(finished: Path, tmp_path: P
     """SIGTERM to the launcher; started again; kill -9 of a rank; the launcher starts all again: the same run."""
     whole, place = (prepared(finished, tmp_path / folder) for folder in ("whole", "disturbed"))
     undisturbed = start(name, whole, mark)
-    error = undisturbed.communicate(timeout=120)[1]
+    error = undisturbed.communicate(timeout=240)[1]
     assert undisturbed.returncode == 0, error[-3000:]
 
     first = start(name, place, mark)
     saved(place, 2 * EVERY, first)
     first.send_signal(signal.SIGTERM)
-    error = first.communicate(timeout=60)[1]
+    error = first.communicate(timeout=120)[1]
     left = read_outcome(place / "run")
     assert (first.returncode, left.outcome, left.stage) == (1, "preempted", "finetune"), error[-3000:]
     assert 2 * EVERY <= left.step < STEPS and f"step-{left.step:08d}" in os.listdir(place / "run/checkpoints/finetune")
@@ -116,7 +116,7 @@ def test_a_run_survives_preemption_and_a_killed_rank(finished: Path, tmp_path: P
     later = (left.step // EVERY + 2) * EVERY
     saved(place, later, second)
     os.kill(rank(mark, 1), signal.SIGKILL)
-    error = second.communicate(timeout=120)[1]
+    error = second.communicate(timeout=240)[1]
     assert second.returncode == 0, error[-6000:]
     assert error.count("finetune: goes on from step") == 2 and f"goes on from step {left.step} of" in error
     assert read_outcome(place / "run") == Outcome("complete", "finetune")
