@@ -1,6 +1,7 @@
 """A batch that makes the loss nan: the run goes back to its last checkpoint and on behind that batch, or it stops."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,15 @@ from resume_jobs import Elsewhere, Job, differences, launch
 from safetensors.torch import load_file
 
 STEPS = 6
-CELLS = [
-    *(Cell(engine, 2, steps=STEPS, accumulate=2, clip=0.5) for engine in ("ddp", "zero1", "zero3")),
+MORE = [
     Cell("zero2", 2, steps=STEPS, offload=True),
     Cell("zero1", 2, steps=STEPS, reduction="union", accumulate=2),
 ]
+CELLS = [
+    *(Cell(engine, 2, steps=STEPS, accumulate=2, clip=0.5) for engine in ("ddp", "zero1", "zero3")),
+    *MORE[: len(MORE) if os.environ.get("LGP_LONG_TESTS") else 0],
+]
+"""LGP_LONG_TESTS=1 runs more."""
 SEQUENCES: list[tuple[str, int, list[int], tuple[int, ...]]] = [
     ("once", 2, [3], (0, 1, 4, 5, 6, 7)),
     ("while it saves", 3, [3], (0, 1, 2, 4, 5, 6)),
