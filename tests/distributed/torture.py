@@ -35,6 +35,7 @@ import lgp_dist.report.plots
 from lgp_dist.checkpoints.manifest import read_manifest
 from lgp_dist.data.index import index_shards
 from lgp_dist.errors import UserError
+from lgp_dist.provenance import environment
 from lgp_dist.statuses import HUNG, PREEMPTED
 
 STEPS, EVERY = 36, 3
@@ -71,7 +72,7 @@ class Report:
         return "\n".join([*lines, f"violations: {len(self.violations)}", *self.violations])
 
 
-def environment(engine: str, rank: int, port: int) -> dict[str, str]:
+def variables(engine: str, rank: int, port: int) -> dict[str, str]:
     """What `accelerate launch` sets for a rank of two."""
     found = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
@@ -93,17 +94,15 @@ class Life:
     def __init__(self, place: Path, engine: str, log: Path, prepare: Callable[[int], None] = lambda rank: None):
         port, self.statuses = free_port(), [None, None]
         self.began = time.monotonic()
-        self.pids = [self._fork(place, environment(engine, rank, port), log, prepare, rank) for rank in range(2)]
+        self.pids = [self._fork(place, variables(engine, rank, port), log, prepare, rank) for rank in range(2)]
 
-    def _fork(
-        self, place: Path, variables: dict[str, str], log: Path, prepare: Callable[[int], None], rank: int
-    ) -> int:
+    def _fork(self, place: Path, launch: dict[str, str], log: Path, prepare: Callable[[int], None], rank: int) -> int:
         number = os.fork()
         if number:
             return number
         try:
             os.chdir(place)
-            os.environ.update(variables)
+            os.environ.update(launch)
             for stream in (1, 2):
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
             torch.set_num_threads(1)
@@ -337,7 +336,7 @@ def main() -> int:
     options = tyro.cli(Options)
     forked = (lgp_dist.pipeline, lgp_dist.report.plots, deepspeed.runtime.zero.muon.muon_optimizer, transformers)
     assert all(module.__name__ in sys.modules for module in forked), "imported before the first fork"
-    report, first, began = Report(), 0, time.monotonic()
+    report, first, began, about = Report(), 0, time.monotonic(), environment()
     if options.out and options.out.exists():
         known = json.loads(options.out.read_text())
         if known["seed"] != options.seed:
@@ -351,8 +350,9 @@ def main() -> int:
             campaign.run(index)
             index += 1
             if options.out:
-                content = {"seed": options.seed, "runs": index, "tried": dict(report.tried)}
-                content |= {"seen": dict(report.seen), "violations": report.violations}
+                content = {"seed": options.seed, "runs": index, "kills": sum(report.tried[kind] for kind in KILLS)}
+                content |= {"tried": dict(report.tried), "seen": dict(report.seen), "violations": report.violations}
+                content |= about
                 options.out.write_text(json.dumps(content, indent=2) + "\n")
         for log in Path(folder).glob("run-*/out.log"):  # of runs with a violation
             sys.stdout.write(f"--- {log.parent.name}\n{log.read_text()[-3000:]}\n")
