@@ -49,7 +49,7 @@ def run(job: Job, started: Workers, root: Path) -> None:
         at[:] = step, state["position"]
 
     saving = Saving(
-        folder=folder / "checkpoints" / "job",
+        folder=(root / job.elsewhere if job.elsewhere and workers.rank else folder) / "checkpoints" / "job",
         config=CheckpointConfig(every=job.every, keep=1000, on_error=job.on_error),
         seed=cell.seed,
         settings=job.settings,

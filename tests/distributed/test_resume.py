@@ -1,6 +1,8 @@
 """A run that is saved and resumed is the run that was not: same world bit for bit, another world and engine exactly."""
 
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,18 @@ def test_resumed_is_uninterrupted(runs: Path, index: int) -> None:
         for later in range(step + 1, STEPS):
             name = f"checkpoints/job/step-{later:08d}"
             assert differences(whole_state(part / name), whole_state(whole / name)) == []
+
+
+def test_ranks_that_do_not_see_the_same_checkpoint_load_none(tmp_path: Path) -> None:
+    """One rank has none where rank 0 has one, or another of the same step: all stop, before any weight is touched."""
+    cell = Cell("zero2", 2, steps=3)
+    other = replace(cell, seed=1)
+    jobs = [Job("one", cell), Job("two", other), Job("none", cell, "never", every=0)]
+    launch(jobs, tmp_path)
+    for name in ("lacks", "differs"):
+        shutil.copytree(tmp_path / "one" / "checkpoints", tmp_path / name / "checkpoints")
+    launch([Job("lacks", cell, elsewhere="none"), Job("differs", cell, elsewhere="two")], tmp_path)
+    for name, sentence in (("lacks", "is not a checkpoint"), ("differs", "Ranks see different checkpoints of step 2")):
+        found = [(tmp_path / name / f"error-{rank}.txt").read_text() for rank in range(2)]
+        assert any(sentence in text for text in found) and not (tmp_path / name / "end.safetensors").exists()
+        assert not (tmp_path / name / "metrics.jsonl").exists(), "no step was taken"
