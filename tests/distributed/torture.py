@@ -38,7 +38,7 @@ from lgp_dist.errors import UserError
 from lgp_dist.provenance import environment
 from lgp_dist.statuses import HUNG, PREEMPTED
 
-STEPS, EVERY = 36, 3
+STEPS, EVERY = 18, 2
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "ddp")
 KILLS = ("kill one", "kill all")
 KINDS = (*KILLS * 4, "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
