@@ -19,6 +19,7 @@ class Disk:
     def write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """A new safetensors file."""
         save_file(dict(tensors), path)
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it unreadable for others
         _flush(path)
 
     def write_text(self, path: Path, text: str) -> None:
