@@ -13,6 +13,7 @@ BASE = {"config", "meaning", "paths", "protocols", "errors"}
 SAMPLING = {"dealing", "costs", "sampling", "ledger"}
 LEVELS_0_TO_2 = BASE | SAMPLING
 LEVELS_0_TO_2 |= {"recipes", "artifacts", "outcome", "metrics", "provenance", "statuses", "checks", "data", "models"}
+LEVELS_0_TO_2 |= {"ops"}
 ALLOWED = {
     "config": {"errors"},
     "meaning": {"config"},
@@ -32,7 +33,8 @@ ALLOWED = {
     "checkpoints": {"errors"},
     "outcome": {"artifacts", "errors"},
     "data": {"config", "protocols", "errors"},
-    "models": {"config", "paths", "errors"},
+    "ops": {"config"},
+    "models": {"config", "paths", "errors", "ops"},
     "tasks": LEVELS_0_TO_2,
     "engine": {"config", "protocols", "sampling", "errors", "metrics", "checkpoints", "statuses", "meaning"},
     "report": {"artifacts", "errors", "metrics"},
@@ -66,6 +68,7 @@ ONLY_IN = {
     "webdataset": {"data", "bench"},
     "fsspec": {"data"},
     "aiohttp": {"data"},
+    "triton": {"ops"},
     "tyro": {"cli"},
     "matplotlib": {"report"},
 }
