@@ -47,8 +47,8 @@ class Walk:
 
     units: tuple[str, ...] = ()
     """Names of submodules that every forward calls once, in this order; together they hold every parameter. A unit
-    takes a tensor or a tuple of them as its first argument and returns the like; where a forward has no use for it, it
-    returns what it took."""
+    takes a tensor as its first argument, and may take more, each as an argument; it returns one, or a tuple. Where a
+    forward has no use for it, it returns what it took."""
     parts: tuple[str, ...] = ()
     """Names of submodules, each a unit or below one, that a forward uses as a whole or not at all."""
 

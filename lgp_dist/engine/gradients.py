@@ -80,11 +80,11 @@ class Gradients:
         def hook(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not torch.is_grad_enabled():
                 return None
-            tokens, *others = arguments
-            tensors = tokens if isinstance(tokens, tuple) else (tokens,)
+            tensors = [argument for argument in arguments if torch.is_tensor(argument)]
             for parameter, part in parameters:
                 tensors = Anchor.apply(parameter, not part or part in self.used, *tensors)
-            return (tensors if isinstance(tokens, tuple) else tensors[0], *others)
+            rest = iter(tensors)
+            return tuple(next(rest) if torch.is_tensor(argument) else argument for argument in arguments)
 
         return hook
 

@@ -5,9 +5,10 @@ own norm's gamma and beta into its own QKV projection: neither reads the other's
 """
 
 import torch
-from timm.models.vision_transformer import Block
+import torch.nn.functional as F
+from einops import rearrange
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lgp_dist.config import Ops
 from lgp_dist.ops import dispatch
@@ -23,14 +24,25 @@ def fused_block(block: Block, ops: Ops, tokens: Tensor, standard: Tensor | None 
     if standard is None:
         attention = block.attn(block.norm1(tokens))
     else:
-        attention = functional_call(block.attn, folded(block), standard)
+        attention = attend(block.attn, F.linear(standard, *folded(block)))
     norm, branch = block.norm2, block.drop_path1(block.ls1(attention))
     tokens, rows = dispatch.norm_residual(branch, tokens, norm.weight, norm.bias, norm.eps, ops)
     return tokens + block.drop_path2(block.ls2(block.mlp(rows)))
 
 
-def folded(block: Block) -> dict[str, Tensor]:
+def folded(block: Block) -> tuple[Tensor, Tensor]:
     """QKV's weight [3 D, D] and bias [3 D] for rows to which norm1's gamma and beta have not been applied."""
     norm, qkv = block.norm1, block.attn.qkv
     with torch.autocast(qkv.weight.device.type, enabled=False):
-        return {"qkv.weight": qkv.weight * norm.weight, "qkv.bias": qkv.bias + (qkv.weight * norm.bias).sum(1)}
+        return qkv.weight * norm.weight, qkv.bias + (qkv.weight * norm.bias).sum(1)
+
+
+def attend(attention: Attention, qkv: Tensor) -> Tensor:
+    """What timm's `Attention.forward`, as `build_vit` sets it, does after its QKV projection: [B, N, 3 D] to [B, N, D].
+
+    Written out, since timm's takes no other weights, and swapping them in for a call changes a module's order of
+    parameters on one rank alone.
+    """
+    query, key, value = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=attention.num_heads)
+    mixed = F.scaled_dot_product_attention(query, key, value)
+    return attention.proj(rearrange(mixed, "b h n d -> b n (h d)"))

@@ -21,7 +21,8 @@ from lgp_dist.ops.dispatch import resolved
 from lgp_dist.paths import Path, PathSpace
 
 Tokens = Tensor | tuple[Tensor, Tensor]
-"""[B, N, D]; after a fused stitch, with their standardised rows, until a block takes them."""
+"""[B, N, D]; after a fused stitch, with their standardised rows, until a block takes them. A unit is given both as
+arguments of its own: torch and DeepSpeed look for tensors there, and not within tuples."""
 
 
 def recomputed(function: Callable[..., Tokens], *arguments: Tensor | nn.Module) -> Tokens:
@@ -53,12 +54,11 @@ class BlockUnit(nn.Module):
         """Whether the path has this block."""
         return path.has_block(self.row, self.index)
 
-    def forward(self, tokens: Tokens, path: Path) -> Tokens:
-        """[B, N, D] to the same shape; unchanged where the path does not run this block."""
+    def forward(self, tokens: Tensor, path: Path, *standard: Tensor) -> Tokens:
+        """[B, N, D] to the same shape; all unchanged where the path does not run this block."""
         if not self.runs(path):
-            return tokens
-        parts = tokens if isinstance(tokens, tuple) else (tokens,)
-        return recomputed(self.block, *parts) if self.checkpointed else self.block(*parts)
+            return (tokens, *standard) if standard else tokens
+        return recomputed(self.block, tokens, *standard) if self.checkpointed else self.block(tokens, *standard)
 
 
 class StitchUnit(nn.Module):
@@ -73,10 +73,10 @@ class StitchUnit(nn.Module):
         """Whether the path crosses here."""
         return path.stitch == self.index
 
-    def forward(self, tokens: Tokens, path: Path) -> Tokens:
-        """[B, N, narrow] to [B, N, wide]; unchanged where the path does not cross here."""
+    def forward(self, tokens: Tensor, path: Path, *standard: Tensor) -> Tokens:
+        """[B, N, narrow] to [B, N, wide]; all unchanged where the path does not cross here."""
         if not self.runs(path):
-            return tokens
+            return (tokens, *standard) if standard else tokens
         function = self.fused or self.layer
         return recomputed(function, tokens) if self.checkpointed else function(tokens)
 
@@ -158,9 +158,10 @@ class LearngenePool(nn.Module):
 
     def forward(self, images: Tensor, path: Path) -> Tensor:
         """[B, C, H, W] images along a path to [B, classes] logits."""
-        tokens = self.stem(images, path)
+        tokens, *standard = (self.stem(images, path),)
         for unit in self.units.values():
-            tokens = unit(tokens, path)
+            out = unit(tokens, path, *standard)
+            tokens, *standard = out if isinstance(out, tuple) else (out,)
         return self.head(tokens, path)
 
     def row_state(self, row: int) -> dict[str, Tensor]:

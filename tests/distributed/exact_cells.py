@@ -172,13 +172,12 @@ def sample() -> list[Cell]:
 
 
 def unfused() -> list[Cell]:
-    """Cells that are also trained with fused operations: checkpointing and compilation on and off, fp32 and bf16."""
+    """Cells that are also trained with fused operations: without and with checkpointing and compilation."""
     return [
         cell
         for engine in ENGINES
         for cell in (
             Cell(engine, 2, optimizer="sgd"),
-            Cell(engine, 2, precision="bf16", accumulate=2, clip=0.5, checkpointed=True),
             Cell(engine, 2, accumulate=2, clip=0.5, compile="aot_eager", checkpointed=True),
         )
     ]
