@@ -252,6 +252,9 @@ class FinetuneConfig:
     watch_images: int = free(1000)
     """Validation images of such a measurement."""
 
+    paths_per_batch: int = 1
+    """Paths that the same images take on a rank, in micro-steps after each other, for one forward of the ancestry;
+    divides train.accumulate. Every batch has that many times the images that accumulate would leave it."""
     policy: Policy = "independent"
     """How ranks draw their paths in a step: each alone; all the same; as many different paths as a step has room for;
     or these with equal work for all ranks, so that none waits."""

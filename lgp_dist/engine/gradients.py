@@ -4,7 +4,7 @@ A module is walked in one order by every rank (`protocols.Walk`): each unit is c
 its input through where the rank's path has no use for it. On this order stands one contract per engine:
 
 * ZeRO-1, ZeRO-2, DDP and one process: **anchors**. At the entry of a unit stands one node of the autograd graph for
-  each of its parameters, which passes gradients on and gives a zero to the parameter if the path does not use it.
+  each of its parameters, which passes the gradient on and gives a zero to the parameter if the path does not use it.
   Every parameter then has a gradient on every rank, and gets it when the unit's backward is over, in the order of the
   chain: by data dependency, not by autograd's queue. ZeRO-2 and DDP reduce buckets in the order of gradients.
 * ZeRO-3: **leaves**. Every unit is a leaf module of DeepSpeed: gathered as a whole when it is called, used or not, and
@@ -31,22 +31,21 @@ Contract = Literal["anchors", "leaves", "none"]
 
 
 class Anchor(torch.autograd.Function):
-    """The identity on tensors, with a parameter as another input: its gradient waits for this node."""
+    """The identity on tokens, with a parameter as a second input: its gradient waits for this node."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, used: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """tensors: any shapes, passed through. used: whether the forward behind this node uses the parameter."""
+    def forward(ctx: Any, tokens: Tensor, parameter: Tensor, used: bool) -> Tensor:
+        """tokens: any shape, passed through. used: whether the forward behind this node uses the parameter."""
         ctx.missing = None if used else (parameter.shape, parameter.dtype, parameter.device)
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tokens.view_as(tokens)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """A zero for a parameter that the forward does not use, and the gradients."""
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """The gradient, and a zero for a parameter that the forward does not use."""
         if ctx.missing is None:
-            return None, None, *gradients
+            return gradient, None, None
         shape, dtype, device = ctx.missing
-        return torch.zeros(shape, dtype=dtype, device=device), None, *gradients
+        return gradient, torch.zeros(shape, dtype=dtype, device=device), None
 
 
 def part_of(name: str, parts: Collection[str]) -> str:
@@ -80,11 +79,10 @@ class Gradients:
         def hook(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not torch.is_grad_enabled():
                 return None
-            tensors = [argument for argument in arguments if torch.is_tensor(argument)]
+            tokens, *others = arguments
             for parameter, part in parameters:
-                tensors = Anchor.apply(parameter, not part or part in self.used, *tensors)
-            rest = iter(tensors)
-            return tuple(next(rest) if torch.is_tensor(argument) else argument for argument in arguments)
+                tokens = Anchor.apply(tokens, parameter, not part or part in self.used)
+            return (tokens, *others)
 
         return hook
 
@@ -114,5 +112,4 @@ def _tick(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None
     if not torch.is_grad_enabled():
         return None
     images, *others = arguments
-    tick = images.new_zeros(1, dtype=torch.float32, requires_grad=True)
-    return (*Anchor.apply(tick, False, images), *others)
+    return (Anchor.apply(images, images.new_zeros(1, dtype=torch.float32, requires_grad=True), False), *others)

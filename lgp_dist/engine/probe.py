@@ -72,9 +72,9 @@ class Gathered:
 
     def _hook(self, unit: nn.Module, arguments: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         self._look()
-        for tensor in output if isinstance(output, tuple) else (output,):
-            if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: self._look())
+        tokens = output[0] if isinstance(output, tuple) else output
+        if tokens.requires_grad:
+            tokens.register_hook(lambda gradient: self._look())
 
     def _look(self) -> None:
         found = gathered(self.module)

@@ -1,7 +1,8 @@
 """A stitch and timm's block on the fused operations. Weights stay where timm has them, under timm's names.
 
 A stitch hands on its tokens with their standardised rows (mean 0, variance 1), and the block that it enters folds its
-own norm's gamma and beta into its own QKV projection: neither reads the other's parameters.
+own norm's gamma and beta into its own QKV projection: neither reads the other's parameters. Gradients pass from one to
+the other through the tokens alone, in one piece.
 """
 
 import torch
@@ -14,20 +15,22 @@ from lgp_dist.config import Ops
 from lgp_dist.ops import dispatch
 
 
-def stitch(layer: nn.Linear, tokens: Tensor, eps: float, ops: Ops) -> tuple[Tensor, Tensor]:
-    """[B, N, narrow] to tokens and their standardised rows, each [B, N, wide]. eps: of the norms that blocks have."""
-    return dispatch.stitch_norm(tokens, layer.weight, layer.bias, None, None, eps, ops)
+def stitch(layer: nn.Linear, tokens: Tensor, eps: float, ops: Ops) -> tuple[Tensor, ...]:
+    """[B, N, narrow] to [B, N, wide], and without gradient its standardised rows, of the same shape, their means and
+    1 / std [B N]. eps: of the norms that blocks have."""
+    return dispatch.stitch_rows(tokens, layer.weight, layer.bias, eps, ops)
 
 
-def fused_block(block: Block, ops: Ops, tokens: Tensor, standard: Tensor | None = None) -> Tensor:
-    """timm's `Block.forward` of [B, N, D]. standard: the tokens' standardised rows, if a stitch handed them on."""
-    if standard is None:
-        attention = block.attn(block.norm1(tokens))
-    else:
+def fused_block(block: Block, ops: Ops, tokens: Tensor, *rows: Tensor) -> Tensor:
+    """timm's `Block.forward` of [B, N, D]. rows: what `stitch` handed on beside the tokens, if it comes before."""
+    if rows:
+        tokens, standard = dispatch.entered(tokens, *rows)
         attention = attend(block.attn, F.linear(standard, *folded(block)))
+    else:
+        attention = block.attn(block.norm1(tokens))
     norm, branch = block.norm2, block.drop_path1(block.ls1(attention))
-    tokens, rows = dispatch.norm_residual(branch, tokens, norm.weight, norm.bias, norm.eps, ops)
-    return tokens + block.drop_path2(block.ls2(block.mlp(rows)))
+    tokens, normed = dispatch.norm_residual(branch, tokens, norm.weight, norm.bias, norm.eps, ops)
+    return tokens + block.drop_path2(block.ls2(block.mlp(normed)))
 
 
 def folded(block: Block) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,8 @@ from lgp_dist.models.vit import build_vit, classify, embed, split_vit
 from lgp_dist.ops.dispatch import resolved
 from lgp_dist.paths import Path, PathSpace
 
-Tokens = Tensor | tuple[Tensor, Tensor]
-"""[B, N, D]; after a fused stitch, with their standardised rows, until a block takes them. A unit is given both as
-arguments of its own: torch and DeepSpeed look for tensors there, and not within tuples."""
+Tokens = Tensor | tuple[Tensor, ...]
+"""[B, N, D]; after a fused stitch, with what else it computed of them, until a block takes it all."""
 
 
 def recomputed(function: Callable[..., Tokens], *arguments: Tensor | nn.Module) -> Tokens:
@@ -54,11 +53,11 @@ class BlockUnit(nn.Module):
         """Whether the path has this block."""
         return path.has_block(self.row, self.index)
 
-    def forward(self, tokens: Tensor, path: Path, *standard: Tensor) -> Tokens:
+    def forward(self, tokens: Tensor, path: Path, *rows: Tensor) -> Tokens:
         """[B, N, D] to the same shape; all unchanged where the path does not run this block."""
         if not self.runs(path):
-            return (tokens, *standard) if standard else tokens
-        return recomputed(self.block, tokens, *standard) if self.checkpointed else self.block(tokens, *standard)
+            return (tokens, *rows) if rows else tokens
+        return recomputed(self.block, tokens, *rows) if self.checkpointed else self.block(tokens, *rows)
 
 
 class StitchUnit(nn.Module):
@@ -73,10 +72,10 @@ class StitchUnit(nn.Module):
         """Whether the path crosses here."""
         return path.stitch == self.index
 
-    def forward(self, tokens: Tensor, path: Path, *standard: Tensor) -> Tokens:
+    def forward(self, tokens: Tensor, path: Path, *rows: Tensor) -> Tokens:
         """[B, N, narrow] to [B, N, wide]; all unchanged where the path does not cross here."""
         if not self.runs(path):
-            return (tokens, *standard) if standard else tokens
+            return (tokens, *rows) if rows else tokens
         function = self.fused or self.layer
         return recomputed(function, tokens) if self.checkpointed else function(tokens)
 
@@ -158,10 +157,10 @@ class LearngenePool(nn.Module):
 
     def forward(self, images: Tensor, path: Path) -> Tensor:
         """[B, C, H, W] images along a path to [B, classes] logits."""
-        tokens, *standard = (self.stem(images, path),)
+        tokens, *rows = (self.stem(images, path),)
         for unit in self.units.values():
-            out = unit(tokens, path, *standard)
-            tokens, *standard = out if isinstance(out, tuple) else (out,)
+            out = unit(tokens, path, *rows)
+            tokens, *rows = out if isinstance(out, tuple) else (out,)
         return self.head(tokens, path)
 
     def row_state(self, row: int) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """What the fused operations compute, in plain torch: the definition of correct, in any floating dtype."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,14 @@ def stitch_norm(
     """
     y = F.linear(x, weight, bias)
     return y, F.layer_norm(y, y.shape[-1:], gamma, beta, eps)
+
+
+def stitch_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y of `stitch_norm`, and without gradient z of it without gamma and beta, and y's means and 1 / std [M]."""
+    y = F.linear(x, weight, bias)
+    wide = y.detach().to(torch.promote_types(y.dtype, torch.float32))
+    z, mean, rstd = torch.native_layer_norm(wide, y.shape[-1:], None, None, eps)
+    return y, z.to(y.dtype), mean.reshape(-1), rstd.reshape(-1)
 
 
 def norm_residual(
