@@ -7,7 +7,7 @@ import sys
 
 import tyro
 
-from lgp_dist.cli.bench import BenchAction, BenchEngine, BenchPaths, run_bench
+from lgp_dist.cli.bench import BenchAction, BenchEngine, BenchPaths, BenchStep, run_bench
 from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
 from lgp_dist.cli.guard import guarded
 from lgp_dist.cli.recipe import Recipe
@@ -73,7 +73,7 @@ def checkpoint(action: CheckpointAction) -> None:
 @app.command
 def bench(action: BenchAction) -> None:
     """Measure policies (by arithmetic), paths, engines and loaders (by the clock)."""
-    debug = isinstance(action, BenchPaths | BenchEngine) and action.recipe.debug
+    debug = isinstance(action, BenchPaths | BenchEngine | BenchStep) and action.recipe.debug
     guarded(lambda: run_bench(action), debug=debug)
 
 
