@@ -2,22 +2,29 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from numerics_cases import TWO, images, shake, stock_rows, stock_vit
 from torch import Tensor, nn
 
+from lgp_dist.artifacts import RunDirectory
 from lgp_dist.checks import check_config
-from lgp_dist.config import FinetuneConfig, Precision
+from lgp_dist.config import EngineConfig, FinetuneConfig, Precision
+from lgp_dist.engine.launch import Launch
+from lgp_dist.engine.setup import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.recipes import tiny
 from lgp_dist.sampling import PathSampler
+from lgp_dist.stages import context
 from lgp_dist.tasks.finetune import FinetuneTask
 
+ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -64,9 +71,9 @@ def test_several_paths_share_one_forward(policy: str) -> None:
             torch.manual_seed(step)
             drawn = [Batch(images(2) + turn, torch.tensor([1, 7]), torch.ones(2)) for turn in range(2)]
             for micro, batch in enumerate(again for each in drawn for again in each.repeated(4)):
-                context = StepContext(step, micro, 0, 1)
-                losses[paths].append(float(task.losses(pool, batch, context)["loss"].detach()))
-                keys[paths].append(task.labels(context)["path"])
+                place = StepContext(step, micro, 0, 1)
+                losses[paths].append(float(task.losses(pool, batch, place)["loss"].detach()))
+                keys[paths].append(task.labels(place)["path"])
         calls[paths] = len(counted)
     assert losses[1] == losses[4] and keys[1] == keys[4]
     assert calls == {1: 16, 4: 4}
@@ -93,6 +100,34 @@ def test_a_batch_repeated_counts_once() -> None:
     found = list(batch.repeated(3))
     assert [again.facts["bad_samples"] for again in found] == [3, 0, 0]
     assert all(again.images is batch.images for again in found)
+
+
+def test_an_optimizer_step_sees_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four micro-steps of 4 images, or two batches of 8 that serve two micro-steps each: the same 16, named alike."""
+    config = tiny()
+    config = replace(config, data=replace(config.data, root=str(ROOT / "shards" / "sample"), threads=0))
+    workers = Workers(Launch.from_environment({}), EngineConfig(precision="fp32"), 0, 1, torch.device("cpu"))
+    made: list[Any] = []
+    monkeypatch.setattr(context, "train", lambda task, batches, *_, **options: made.append((batches, options["guard"])))
+    found, named = {}, {}
+    for uses in (1, 2):
+        settings = replace(config.finetune.train, batch_size=16, accumulate=4, mixup=0.0, cutmix=0.0)
+        place = context.Context(config, RunDirectory(tmp_path), workers, "")
+        place.train("finetune", FinetuneTask(*parts(), FinetuneConfig()), settings, uses=uses)
+        batches, guard = made[-1]
+        found[uses] = list(batches(3, 1))
+        named[uses] = [guard.describe(3, micro, 0) for micro in range(4)]
+    assert [len(batch.images) for batch in found[1]] == [4] * 4
+    assert [len(batch.images) for batch in found[2]] == [8] * 4
+    assert found[2][0].images is found[2][1].images and found[2][2].images is found[2][3].images
+    assert torch.equal(torch.cat([b.images for b in found[1]]), torch.cat([b.images for b in found[2][::2]]))
+    first = [names[0].rsplit(";", 1)[0] for names in named.values()]
+    assert named[2][0] == named[2][1] != named[2][2] and first[0] == first[1]
+
+
+def parts() -> tuple[LearngenePool, None, PathSampler]:
+    """What a task of fine-tuning is made of, without an ancestry."""
+    return LearngenePool(TWO, stock_rows(TWO)), None, PathSampler(TWO.paths, "shared", seed=0)
 
 
 def test_paths_that_do_not_divide_the_micro_steps_are_refused() -> None:
