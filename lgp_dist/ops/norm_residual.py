@@ -28,8 +28,9 @@ def norm_residual(
     y, z = torch.empty_like(branch, dtype=wide), torch.empty_like(branch)
     mean = torch.empty(rows, dtype=torch.float32, device=branch.device)
     rstd = torch.empty_like(mean)
+    affine = (mean, mean) if gamma is None else (gamma, beta)  # what is not read may be anything
     launch(kernels.norm_residual_forward, -(-rows // ROWS))(
-        branch, residual, gamma, beta, y, z, mean, rstd, rows, eps,
+        branch, residual, *affine, y, z, mean, rstd, rows, eps,
         N=width, NP=1 << (width - 1).bit_length(), BM=ROWS, AFFINE=gamma is not None, **OPTIONS,
     )  # fmt: skip
     return y, z, mean, rstd
@@ -56,7 +57,7 @@ def norm_backward(
     dt = torch.empty_like(y)
     sums = torch.empty(3, programs, width, dtype=torch.float32, device=y.device)
     launch(kernels.norm_backward, programs)(
-        dy, dz, y, gamma, mean, rstd, dt, sums, rows, programs,
+        dz if dy is None else dy, dz, y, mean if gamma is None else gamma, mean, rstd, dt, sums, rows, programs,
         N=width, NP=1 << (width - 1).bit_length(), BM=ROWS, HAS_DY=dy is not None, AFFINE=gamma is not None,
         **OPTIONS,
     )  # fmt: skip

@@ -28,8 +28,9 @@ def stitch_norm(
     z = torch.empty_like(y)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
+    affine = (bias, bias) if gamma is None else (gamma, beta)  # what is not read may be anything
     launch(kernels.stitch_norm_forward, -(-rows // TILE))(
-        x, weight, bias, gamma, beta, y, z, mean, rstd, rows, eps,
+        x, weight, bias, *affine, y, z, mean, rstd, rows, eps,
         K=narrow, N=wide, BM=TILE, BN=columns, BK=chunk, AFFINE=gamma is not None, **options(narrow),
     )  # fmt: skip
     return y, z, mean, rstd

@@ -44,7 +44,7 @@ def stitch(narrow: int, wide: int, affine: bool = False) -> Build:
     """The stitch's kernel for bf16 tokens."""
     columns, chunk = tiles(narrow, wide)
     given = {"K": narrow, "N": wide, "BM": TILE, "BN": columns, "BK": chunk, "AFFINE": affine}
-    types = (HALF, HALF, FULL, *(FULL if affine else None,) * 2, HALF, HALF, FULL, FULL, "i32", "fp32")
+    types = (HALF, HALF, FULL, FULL, FULL, HALF, HALF, FULL, FULL, "i32", "fp32")
     return Build("stitch_norm_forward", types, tuple(given.items()), tuple(options(narrow).items()))
 
 
@@ -59,7 +59,7 @@ def backward(width: int, affine: bool) -> Build:
     """The backward kernel: after a stitch without, in a block with gamma and beta."""
     given = {"N": width, "NP": 1 << (width - 1).bit_length(), "BM": ROWS, "HAS_DY": True, "AFFINE": affine}
     stream = FULL if affine else HALF
-    types = (stream, HALF, stream, FULL if affine else None, FULL, FULL, stream, FULL, "i32", "i32")
+    types = (stream, HALF, stream, FULL, FULL, FULL, stream, FULL, "i32", "i32")
     return Build("norm_backward", types, tuple(given.items()), tuple(OPTIONS.items()))
 
 
@@ -69,8 +69,7 @@ def compiled(build: Build, capability: int) -> dict[str, int]:
     kernel, constants = getattr(kernels, build.kernel), dict(build.constants)
     names = [name for name in kernel.arg_names if name not in constants]
     types = dict(zip(names, build.signature, strict=True))
-    constants |= {name: None for name, kind in types.items() if kind is None}
-    signature = {name: types.get(name) or "constexpr" for name in kernel.arg_names}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     # Aligned as torch allocates: loads would be scalar without it.
     aligned = {
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if "*" in signature[name]
