@@ -49,6 +49,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "pool.ridge": (POSITIVE, 1e9),
     "finetune.tau": (POSITIVE, math.inf),
     "finetune.distil_weight": (0, 1e9),
+    "finetune.paths_per_batch": (1, 2**31 - 1),
     "finetune.watch_every": (0, 2**62),
     "finetune.watch_images": (1, 2**31 - 1),
     "finetune.row_weight": (1e-3, 1e3),
@@ -124,6 +125,12 @@ def _check_shapes(config: RunConfig) -> None:
         raise UserError("ancestry.source is file, but ancestry.weights is empty: name a safetensors file.")
     if config.ancestry.source == "hub" and config.ancestry.model == "vit":
         raise UserError("ancestry.source is hub, but ancestry.model is vit: name a model of timm, or another source.")
+    paths, micro_steps = config.finetune.paths_per_batch, config.finetune.train.accumulate
+    if micro_steps % paths:
+        raise UserError(
+            f"finetune.paths_per_batch is {paths}, which does not divide finetune.train.accumulate {micro_steps}: set "
+            f"accumulate to {-(-micro_steps // paths) * paths}, or change paths_per_batch."
+        )
     if config.export.path:
         space.by_key(config.export.path)
     _check_only(config.finetune.only, space)

@@ -12,6 +12,7 @@ Levels = Literal["none", "last", "dense"]
 StitchInit = Literal["transformation", "transformation_paper", "transformation_pinv", "least_squares", "random"]
 Policy = Literal["independent", "shared", "spread", "balanced"]
 LossScale = Literal["sample", "paper"]
+Ops = Literal["auto", "fused", "compiled", "reference"]
 
 
 def free(default: Any) -> Any:
@@ -130,6 +131,10 @@ class EngineConfig:
     """Compute activations again in backward. auto does so under ZeRO-3 alone, where they would keep whole weights."""
     compile: str = free("")
     """torch.compile's backend for every block, such as inductor; empty for none."""
+    ops: Ops = free("auto")
+    """How the pool computes a stitch with the block that it enters, and a block's residual add with its norm: reference
+    (as timm does), fused (one operation each; kernels on GPUs), compiled (by torch.compile), auto (fused on cards on
+    which benchmarks/ shows it ahead, else reference)."""
     offload_optimizer: bool = free(False)
     """Keep and step the optimizer on the CPU (ZeRO stages 1 to 3)."""
     reduction: Literal["all", "union"] = free("all")
@@ -247,6 +252,9 @@ class FinetuneConfig:
     watch_images: int = free(1000)
     """Validation images of such a measurement."""
 
+    paths_per_batch: int = 1
+    """Paths that the same images take on a rank, in micro-steps after each other, for one forward of the ancestry;
+    divides train.accumulate. Every batch has that many times the images that accumulate would leave it."""
     policy: Policy = "independent"
     """How ranks draw their paths in a step: each alone; all the same; as many different paths as a step has room for;
     or these with equal work for all ranks, so that none waits."""

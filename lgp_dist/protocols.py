@@ -1,7 +1,7 @@
 """The contract between data, tasks and engine."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,11 @@ class Batch:
         parts = (part.to(device, non_blocking=True) for part in (self.images, self.targets, self.weight))
         return Batch(*parts, self.facts)
 
+    def repeated(self, times: int) -> Iterator["Batch"]:
+        """This batch as often as that; its facts count once."""
+        for turn in range(times):
+            yield replace(self, facts={name: 0 for name in self.facts}) if turn else self
+
 
 @dataclass(frozen=True)
 class StepContext:
@@ -47,7 +52,8 @@ class Walk:
 
     units: tuple[str, ...] = ()
     """Names of submodules that every forward calls once, in this order; together they hold every parameter. A unit
-    takes a tensor as its first argument and returns one; where a forward has no use for it, it returns that tensor."""
+    takes a tensor as its first argument and returns one; where a forward has no use for it, it returns that tensor.
+    Further tensors that it hands on, in a tuple, carry no gradient: ZeRO-3 counts those that do."""
     parts: tuple[str, ...] = ()
     """Names of submodules, each a unit or below one, that a forward uses as a whole or not at all."""
 

@@ -23,6 +23,7 @@ LEVELS_0_TO_2 |= {
     "checks",
     "data",
     "models",
+    "ops",
 }
 ALLOWED = {
     "config": {"errors"},
@@ -44,7 +45,8 @@ ALLOWED = {
     "checkpoints": {"errors"},
     "outcome": {"artifacts", "errors"},
     "data": {"config", "protocols", "errors"},
-    "models": {"config", "paths", "errors"},
+    "ops": {"config"},
+    "models": {"config", "paths", "errors", "ops"},
     "tasks": LEVELS_0_TO_2,
     "engine": {"config", "protocols", "sampling", "errors", "metrics", "checkpoints", "statuses", "meaning"},
     "report": {"artifacts", "errors", "metrics"},
@@ -78,6 +80,7 @@ ONLY_IN = {
     "webdataset": {"data", "bench"},
     "fsspec": {"data"},
     "aiohttp": {"data"},
+    "triton": {"ops"},
     "tyro": {"cli"},
     "matplotlib": {"report"},
 }

@@ -74,6 +74,9 @@ class Bench:
             policy: PathSampler.from_config(with_policy(config, policy, self.train.accumulate, meet), self.space)
             for policy in POLICIES
         }
+        if ancestry is not None:
+            ancestry.to(workers.device).prepare(config.engine.precision, config.engine.compile)
+        pool.set_ops(config.engine.ops)
         self.task = FinetuneTask(pool.train(), ancestry, self.samplers["shared"], config.finetune)
         self.task.to(workers.device)
         self.gathered = Gathered(pool, pool.unit_names)

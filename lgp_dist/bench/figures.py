@@ -1,7 +1,8 @@
 """What all measurements share: their spread, what they were made with, and checks of their options."""
 
 import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -30,3 +31,63 @@ def check_least(option: str, value: int, least: int) -> None:
     """Raises UserError where an option's number is below the least that it may be."""
     if value < least:
         raise UserError(f"{option} is {value}, but must be {least} or more: choose another value.")
+
+
+def chosen_device(wanted: str, option: str) -> torch.device:
+    """The GPU if there is one and `wanted` is not cpu; UserError where cuda is wanted and there is none."""
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UserError(f"{option} is cuda, but this machine shows no GPU: pass {option} cpu.")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each, taking turns, so that a slow moment of the machine meets all of them.
+
+    On a GPU by its own clock, each after a write that leaves nothing of its inputs in the L2 cache.
+    """
+    flush = torch.empty(2**26, dtype=torch.int32, device=device) if device.type == "cuda" else None
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warm_up + repeats):
+        for name, call in calls.items():
+            took = _by_the_clock(call) if flush is None else _by_the_card(call, flush)
+            if turn >= warm_up:
+                seconds[name].append(took)
+    return seconds
+
+
+def _by_the_clock(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _by_the_card(call: Callable[[], Any], flush: torch.Tensor) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """The most that this device was seen to do: FLOP/s of a large product in a dtype, and bytes/s of a large copy."""
+    side, count = (8192, 2**29) if device.type == "cuda" else (1024, 2**24)
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    source = torch.empty(count, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    calls = {"product": lambda: matrix @ matrix, "copy": lambda: target.copy_(source)}
+    best = {name: min(values) for name, values in in_turns(calls, device, 5).items()}
+    return 2 * side**3 / best["product"], 8 * count / best["copy"]
+
+
+def as_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Some fields of objects as lines of text under their names."""
+    lines = [list(names), *([str(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
+    cells = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells)

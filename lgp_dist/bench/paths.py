@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from lgp_dist.bench.figures import check_least, facts, spread
+from lgp_dist.bench.figures import check_least, chosen_device, facts, spread
 from lgp_dist.checks import check_config
 from lgp_dist.config import RunConfig
 from lgp_dist.engine.setup import autocast
@@ -67,12 +67,10 @@ def bench_paths(config: RunConfig, out: Path, batch: int = 0, repeats: int = 5) 
 
 
 def _device(config: RunConfig) -> torch.device:
-    wanted, there = config.engine.device, torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise UserError("engine.device is cuda, but this machine shows no GPU: pass --engine.device cpu.")
+    device = chosen_device(config.engine.device, "--engine.device")
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
-    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+    return device
 
 
 def _calls(config: RunConfig, space: PathSpace, device: torch.device, batch: int) -> dict[str, Callable[[], None]]:
@@ -94,7 +92,7 @@ def _calls(config: RunConfig, space: PathSpace, device: torch.device, batch: int
 
     calls = {path.key: path_call(path) for path in space.paths}
     if config.finetune.distil_weight:
-        ancestry = Ancestry(ancestry_vit(config)).to(device)
+        ancestry = Ancestry(ancestry_vit(config)).to(device).prepare(precision, config.engine.compile)
 
         def ancestry_call() -> None:
             with autocast(device.type, precision):

@@ -7,7 +7,7 @@ import sys
 
 import tyro
 
-from lgp_dist.cli.bench import BenchAction, BenchCheckpoint, BenchEngine, BenchPaths, run_bench
+from lgp_dist.cli.bench import BenchAction, BenchCheckpoint, BenchEngine, BenchPaths, BenchStep, run_bench
 from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
 from lgp_dist.cli.guard import guarded
 from lgp_dist.cli.recipe import Recipe
@@ -72,8 +72,8 @@ def checkpoint(action: CheckpointAction) -> None:
 
 @app.command
 def bench(action: BenchAction) -> None:
-    """Measure policies (by arithmetic), paths, engines, checkpoints and loaders (by the clock)."""
-    debug = isinstance(action, BenchPaths | BenchEngine | BenchCheckpoint) and action.recipe.debug
+    """Measure policies (by arithmetic), paths, engines, checkpoints, operations and loaders (by the clock)."""
+    debug = isinstance(action, BenchPaths | BenchEngine | BenchCheckpoint | BenchStep) and action.recipe.debug
     guarded(lambda: run_bench(action), debug=debug)
 
 

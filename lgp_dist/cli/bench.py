@@ -74,6 +74,35 @@ class BenchCheckpoint:
 
 
 @dataclass(frozen=True)
+class BenchOp:
+    """The fused operations: checked against float64 on this device, then timed beside eager and compiled ones."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one."""
+    batch: int = 128
+    """Images of 197 tokens."""
+    repeats: int = 20
+    """Rounds over the ways; the median counts."""
+    json: bool = False
+    """Print a list of objects."""
+
+
+@dataclass(frozen=True)
+class BenchStep:
+    """Paths of a recipe on eager, compiled and fused blocks, and several paths for one forward of the ancestry."""
+
+    recipe: Recipe
+    batch: int = 0
+    """Images; 0 for the recipe's in a micro-step."""
+    repeats: int = 5
+    """Rounds over the ways; the median counts."""
+    compiled: bool = True
+    """Also what torch.compile makes, which takes minutes to compile on a CPU."""
+    json: bool = False
+    """Print a list of objects."""
+
+
+@dataclass(frozen=True)
 class BenchData:
     """Images per CPU second of this loader and its index, and of others, on generated photographs."""
 
@@ -100,6 +129,8 @@ BenchAction = Annotated[
     | Annotated[BenchPaths, tyro.conf.subcommand("paths", prefix_name=False)]
     | Annotated[BenchEngine, tyro.conf.subcommand("engine", prefix_name=False)]
     | Annotated[BenchCheckpoint, tyro.conf.subcommand("checkpoint", prefix_name=False)]
+    | Annotated[BenchOp, tyro.conf.subcommand("op", prefix_name=False)]
+    | Annotated[BenchStep, tyro.conf.subcommand("step", prefix_name=False)]
     | Annotated[BenchData, tyro.conf.subcommand("data", prefix_name=False)],
     tyro.conf.arg(name=""),
 ]
@@ -121,10 +152,32 @@ def _bench_checkpoint(action: BenchCheckpoint) -> None:
         sys.stdout.write(checkpoint_table(rows) + "\n")
 
 
-def run_bench(action: BenchSampler | BenchPaths | BenchEngine | BenchCheckpoint | BenchData) -> None:
+def _bench_op(action: BenchOp) -> None:
+    from lgp_dist.bench.op import bench_op, op_table  # torch, as above
+
+    rows = bench_op(action.device, action.batch, action.repeats)
+    sys.stdout.write((json.dumps(rows, indent=2) if action.json else op_table(rows)) + "\n")
+
+
+def _bench_step(action: BenchStep) -> None:
+    from lgp_dist.bench.step import bench_step, step_table  # torch and timm, as above
+
+    rows = bench_step(action.recipe, action.batch, action.repeats, action.compiled)
+    sys.stdout.write((json.dumps(rows, indent=2) if action.json else step_table(rows)) + "\n")
+
+
+def run_bench(
+    action: BenchSampler | BenchPaths | BenchEngine | BenchCheckpoint | BenchOp | BenchStep | BenchData,
+) -> None:
     """Does what the arguments ask for."""
     if isinstance(action, BenchCheckpoint):
         _bench_checkpoint(action)
+        return
+    if isinstance(action, BenchOp):
+        _bench_op(action)
+        return
+    if isinstance(action, BenchStep):
+        _bench_step(action)
         return
     if isinstance(action, BenchData):
         _bench_data(action)

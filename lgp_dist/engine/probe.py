@@ -70,10 +70,11 @@ class Gathered:
         self.units, self.elements = 0, 0
         self._hooks = [module.get_submodule(name).register_forward_hook(self._hook) for name in units]
 
-    def _hook(self, unit: nn.Module, arguments: Any, output: Tensor) -> None:
+    def _hook(self, unit: nn.Module, arguments: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         self._look()
-        if output.requires_grad:
-            output.register_hook(lambda gradient: self._look())
+        tokens = output[0] if isinstance(output, tuple) else output
+        if tokens.requires_grad:
+            tokens.register_hook(lambda gradient: self._look())
 
     def _look(self) -> None:
         found = gathered(self.module)

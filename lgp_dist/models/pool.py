@@ -6,18 +6,25 @@ a path and never remembers one.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lgp_dist.config import Ops
+from lgp_dist.models.fused import fused_block, stitch
 from lgp_dist.models.stitch import StitchLayer
 from lgp_dist.models.vit import build_vit, classify, embed, split_vit
+from lgp_dist.ops.dispatch import resolved
 from lgp_dist.paths import Path, PathSpace
 
+Tokens = Tensor | tuple[Tensor, ...]
+"""[B, N, D]; after a fused stitch, with what else it computed of them, until a block takes it all."""
 
-def recomputed(function: Callable[..., Tensor], *arguments: Tensor | nn.Module) -> Tensor:
+
+def recomputed(function: Callable[..., Tokens], *arguments: Tensor | nn.Module) -> Tokens:
     """The function's result; in backward it is computed again in place of having kept what it computed on the way."""
     return checkpoint(function, *arguments, use_reentrant=False) if torch.is_grad_enabled() else function(*arguments)
 
@@ -46,11 +53,11 @@ class BlockUnit(nn.Module):
         """Whether the path has this block."""
         return path.has_block(self.row, self.index)
 
-    def forward(self, tokens: Tensor, path: Path) -> Tensor:
-        """[B, N, D] to the same shape; unchanged where the path does not run this block."""
+    def forward(self, tokens: Tensor, path: Path, *rows: Tensor) -> Tokens:
+        """[B, N, D] to the same shape; all unchanged where the path does not run this block."""
         if not self.runs(path):
-            return tokens
-        return recomputed(self.block, tokens) if self.checkpointed else self.block(tokens)
+            return (tokens, *rows) if rows else tokens
+        return recomputed(self.block, tokens, *rows) if self.checkpointed else self.block(tokens, *rows)
 
 
 class StitchUnit(nn.Module):
@@ -59,16 +66,18 @@ class StitchUnit(nn.Module):
     def __init__(self, index: int, layer: StitchLayer):
         super().__init__()
         self.index, self.layer, self.checkpointed = index, layer, False
+        self.fused: Callable[[Tensor], Tokens] | None = None
 
     def runs(self, path: Path) -> bool:
         """Whether the path crosses here."""
         return path.stitch == self.index
 
-    def forward(self, tokens: Tensor, path: Path) -> Tensor:
-        """[B, N, narrow] to [B, N, wide]; unchanged where the path does not cross here."""
+    def forward(self, tokens: Tensor, path: Path, *rows: Tensor) -> Tokens:
+        """[B, N, narrow] to [B, N, wide]; all unchanged where the path does not cross here."""
         if not self.runs(path):
-            return tokens
-        return recomputed(self.layer, tokens) if self.checkpointed else self.layer(tokens)
+            return (tokens, *rows) if rows else tokens
+        function = self.fused or self.layer
+        return recomputed(function, tokens) if self.checkpointed else function(tokens)
 
 
 class HeadUnit(nn.Module):
@@ -108,6 +117,18 @@ class LearngenePool(nn.Module):
         for unit in (self.stem, *self.units.values()):
             unit.checkpointed = enable
 
+    def set_ops(self, ops: Ops) -> None:
+        """How stitches and blocks are computed; `reference` is how they begin: stitch layers and timm's blocks."""
+        ops = resolved(ops, next(self.parameters()).device)
+        for unit in self.units.values():
+            if isinstance(unit, StitchUnit):
+                eps = self.units["row0_block0"].block.norm1.eps
+                unit.fused = None if ops == "reference" else partial(stitch, unit.layer, eps=eps, ops=ops)
+            elif ops == "reference":
+                vars(unit.block).pop("forward", None)
+            else:
+                unit.block.forward = partial(fused_block, unit.block, ops)
+
     @property
     def unit_names(self) -> tuple[str, ...]:
         """Names of the units in the order of the walk: each is called once in every forward, whatever the path."""
@@ -136,9 +157,10 @@ class LearngenePool(nn.Module):
 
     def forward(self, images: Tensor, path: Path) -> Tensor:
         """[B, C, H, W] images along a path to [B, classes] logits."""
-        tokens = self.stem(images, path)
+        tokens, *rows = (self.stem(images, path),)
         for unit in self.units.values():
-            tokens = unit(tokens, path)
+            out = unit(tokens, path, *rows)
+            tokens, *rows = out if isinstance(out, tuple) else (out,)
         return self.head(tokens, path)
 
     def row_state(self, row: int) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """What every stage is given, and what several of them need."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lgp_dist.models.ancestry import Ancestry, timm_ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.vit import build_vit
 from lgp_dist.paths import PathSpace
-from lgp_dist.protocols import StepContext, Task
+from lgp_dist.protocols import Batch, StepContext, Task
 from lgp_dist.provenance import command, versions
 
 Fill = Callable[[Path], dict[str, Any]]
@@ -69,14 +70,21 @@ class Context:
         self.workers.barrier()
 
     def train(
-        self, stage: str, task: Task, config: TrainConfig, decays: Decays = decays_matrix, **more: Any
+        self, stage: str, task: Task, config: TrainConfig, decays: Decays = decays_matrix, uses: int = 1, **more: Any
     ) -> dict[str, Any]:
-        """Trains a task on the training split. more: further options of `engine.loop.train`."""
+        """Trains a task on the training split. uses: micro-steps that each batch serves. more: options of
+        `engine.loop.train`."""
         data, workers = self.config.data, self.workers
-        index = open_split(data, data.train_split)
+        index, reading = open_split(data, data.train_split), replace(config, accumulate=config.accumulate // uses)
         stream = ResumableStream(
-            TrainStream(index, data, config, self.config.seed, workers.rank, workers.world, workers.device)
+            TrainStream(index, data, reading, self.config.seed, workers.rank, workers.world, workers.device)
         )
+
+        def batches(start: int, steps: int) -> Iterator[Batch]:
+            return chain.from_iterable(batch.repeated(uses) for batch in stream.batches(start, steps))
+
+        def describe(step: int, micro: int, rank: int) -> str:
+            return stream.describe(step, micro // uses, rank)
 
         def seeds(context: StepContext) -> int:  # stochastic depth drops other samples on other ranks
             draw = (self.config.seed, stage, context.step, context.micro_step, context.rank)
@@ -84,7 +92,7 @@ class Context:
 
         return train(
             task,
-            stream.batches,
+            batches,
             config,
             workers,
             stage=stage,
@@ -94,7 +102,7 @@ class Context:
             tracked_config=flatten(self.config),
             decays=decays,
             check=stream.check,
-            guard=Guard(task, workers, config.accumulate, self.config.faults, stage, stream.describe),
+            guard=Guard(task, workers, config.accumulate, self.config.faults, stage, describe),
             saving=self._saving(stage, stream),
             seeds=seeds,
             timeout_s=self.config.faults.timeout_s,
@@ -132,11 +140,12 @@ class Context:
         )
         return accuracies(forwards, batches, workers)
 
-    def load_ancestry(self) -> Ancestry:
-        """The frozen teacher of this run, on its device."""
+    def load_ancestry(self, *, prepared: bool = True) -> Ancestry:
+        """The frozen teacher of this run, on its device. prepared: for forwards under the engine's autocast alone."""
         vit = ancestry_vit(self.config)
         vit.load_state_dict(self.require("ancestry").tensors("ancestry.safetensors"), strict=True)
-        return Ancestry(vit).to(self.workers.device)
+        ancestry, engine = Ancestry(vit).to(self.workers.device), self.config.engine
+        return ancestry.prepare(engine.precision, engine.compile) if prepared else ancestry
 
     def load_pool(self, stage: str) -> LearngenePool:
         """The pool as stage `pool` or `finetune` left it, on this device in eval mode."""

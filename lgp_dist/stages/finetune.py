@@ -28,6 +28,7 @@ def run(context: Context) -> None:
         return
     ancestry = context.load_ancestry() if config.distil_weight else None
     pool = context.load_pool("pool")
+    pool.set_ops(context.config.engine.ops)
     context.seed("finetune")
     sampler = PathSampler.from_config(context.config, context.space)
     if config.policy == "balanced" and config.meet == "step" and meets_in_micro_steps(context):
@@ -39,6 +40,7 @@ def run(context: Context) -> None:
         gradients=config.gradients,
         watch=partial(measure, context),
         watch_every=config.watch_every,
+        uses=config.paths_per_batch,
     )
 
     def fill(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ log = logging.getLogger("lgp")
 def run(context: Context) -> None:
     """Writes pool/pool.safetensors."""
     began, distilled = time.monotonic(), context.require("distil")
-    ancestry = context.load_ancestry()
+    ancestry = context.load_ancestry(prepared=False)
     context.seed("pool")
 
     def fill(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class FinetuneTask:
         self.module, self.ancestry, self.sampler, self.config = module, ancestry, sampler, config
         self.walk = Walk(module.unit_names, module.part_names)
         self._parts = {path: module.parts_of(path) for path in module.space.paths}
+        self._seen: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def path(self, context: StepContext) -> Path:
         """The path of one rank's micro-step."""
@@ -36,10 +37,19 @@ class FinetuneTask:
         parts = {"cls": cross_entropy(logits, batch.targets)}
         loss = parts["cls"]
         if self.ancestry is not None:
-            target, _, _ = self.ancestry(batch.images)
+            target = self._target(batch.images, context)
             parts["pred"] = soft_cross_entropy(target, logits, self.config.tau, self.config.loss_scale)
             loss = loss + self.config.distil_weight * parts["pred"]
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+    def _target(self, images: Tensor, context: StepContext) -> Tensor:
+        """The ancestry's logits [B, classes], computed in the first of the micro-steps that have the same images."""
+        paths = self.config.paths_per_batch
+        if paths == 1:
+            return self.ancestry(images)[0]
+        if context.micro_step % paths == 0 or self._seen[0] is not images:
+            self._seen = (images, self.ancestry(images)[0])
+        return self._seen[1]
 
     def labels(self, context: StepContext) -> dict[str, Any]:
         """The key of this rank's path."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from lgp_dist.config import EngineConfig, FinetuneConfig, GradientConfig, Precision, TrainConfig
+from lgp_dist.config import EngineConfig, FinetuneConfig, GradientConfig, Ops, Precision, TrainConfig
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.vit import build_vit
@@ -39,6 +39,7 @@ class Cell:
     reduction: Literal["all", "union"] = "all"
     offload: bool = False
     compile: str = ""
+    ops: Ops = "reference"
     rows: int = 2
     steps: int = 4
     seed: int = 0
@@ -55,6 +56,7 @@ class Cell:
         words += [self.optimizer, self.unused, f"seed {self.seed}"]
         words += [f"average {self.average}"] * (self.average != "all") + ["union"] * (self.reduction == "union")
         words += ["checkpointed"] * self.checkpointed + ["offload"] * self.offload + [self.compile] * bool(self.compile)
+        words += [self.ops] * (self.ops != "reference")
         words += [f"loss scale {self.loss_scale:g}"] * (self.loss_scale != 2.0**16)
         words += [f"broken {self.broken}", f"audit {self.audit}"] * bool(self.broken)
         words += [f"{self.rows} rows"] * (self.rows != 2) + [f"{self.steps} steps"] * (self.steps != 4)
@@ -73,6 +75,7 @@ class Cell:
             threads=1,
             activation_checkpointing=("auto" if self.engine == "zero3" else "on") if self.checkpointed else "off",
             compile=self.compile,
+            ops=self.ops,
             offload_optimizer=self.offload,
             reduction=self.reduction,
             audit=self.audit,
@@ -108,6 +111,7 @@ class Cell:
         torch.manual_seed(1)
         space = PathSpace((8, 16, 24)[: self.rows], 6 if self.rows == 2 else 3, **IMAGE)
         pool = LearngenePool.empty(space, (1, 2, 3)[: self.rows])
+        pool.set_ops(self.ops)
         vit = build_vit(image_size=14, patch_size=7, channels=1, num_classes=5, width=8, depth=1, heads=1)
         return pool, Ancestry(vit), PathSampler(space.paths, "independent", self.seed)
 
@@ -164,7 +168,15 @@ def sample() -> list[Cell]:
             Cell(engine, 2, clip=0.5, seed=1),
             Cell(engine, 4, precision="bf16", clip=0.5),
         ]
-    return cells
+    return cells + [replace(cell, ops="fused") for cell in cells if cell in unfused()]
+
+
+def unfused() -> list[Cell]:
+    """Cells that are also trained with fused operations: without and with checkpointing and compilation."""
+    compiled = {"compile": "aot_eager", "checkpointed": True, "accumulate": 2, "clip": 0.5}
+    return [Cell(engine, 2, optimizer="sgd") for engine in ENGINES] + [
+        Cell(engine, 2, **compiled) for engine in ENGINES if engine != "ddp"
+    ]
 
 
 def schedules(count: int, seed: int = 0) -> list[Cell]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact_cells import ENGINES, Cell, sample
+from exact_cells import ENGINES, Cell, sample, unfused
 from exact_launch import TOLERANCE, allowed, difference, groups, start
 from exact_reference import reference
 
@@ -63,6 +63,17 @@ def test_every_path_can_be_measured_on_the_wrapped_module(results: dict[Cell, tu
     with torch.no_grad():
         for path in pool.space.paths:
             assert answers[path.key] == pytest.approx(float(pool(images, path).square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("cell", unfused(), ids=lambda cell: cell.name)
+def test_fused_operations_end_where_timms_do(results: dict[Cell, tuple[Path, int]], cell: Cell) -> None:
+    """After the last step every path answers alike, within what the last bits of fp32 become in four steps."""
+    answers = []
+    for ops in ("reference", "fused"):
+        folder, index = results[replace(cell, ops=ops)]
+        answers.append(json.loads((folder / f"{index}.json").read_text())["answers"])
+    assert answers[0] == pytest.approx(answers[1], rel=1e-5)
+    assert answers[0] != answers[1]
 
 
 def test_zero3_holds_one_unit_at_a_time(results: dict[Cell, tuple[Path, int]]) -> None:

@@ -23,6 +23,7 @@ FREE = {
     "fp16_scale",
     "activation_checkpointing",
     "compile",
+    "ops",
     "offload_optimizer",
     "reduction",
     "audit",

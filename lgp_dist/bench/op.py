@@ -1,0 +1,156 @@
+"""The fused operations on this device: checked against float64, then timed beside torch's eager and compiled ways."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lgp_dist.bench.figures import as_table, ceilings, check_least, chosen_device, facts, in_turns, spread
+from lgp_dist.ops import dispatch, reference
+
+MODES = ("reference", "compiled", "fused")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LIMITS = {"fp32": 1e-6, "bf16": 4e-3}
+"""Relative distance from float64 that y, z and every gradient may have."""
+CASES = (("stitch_norm", 192, 768), ("norm_residual", 192, 192), ("norm_residual", 768, 768))
+"""Operations and their widths."""
+MARKS = {("stitch_norm", "forward"): (0.60, 1.25), ("stitch_norm", "backward"): (0.60, 1.15)}
+"""Share of the floor, and how often as fast as compiled, from which a fused operation pays on a GPU, in bf16."""
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size."""
+
+    op: str
+    rows: int
+    narrow: int
+    wide: int
+    dtype: str
+
+    def leaves(self, device: torch.device) -> list[Tensor]:
+        """Inputs, with an outlier channel."""
+        draw = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=draw, device=device)
+
+        gamma, beta, dtype = 1 + 0.1 * normal(self.wide), 0.1 * normal(self.wide), DTYPES[self.dtype]
+        if self.op == "stitch_norm":
+            weight, bias = normal(self.wide, self.narrow) * self.narrow**-0.5, 0.2 * normal(self.wide)
+            bias[5] += 8
+            made = [normal(self.rows, self.narrow).to(dtype), weight.to(dtype), bias.to(dtype), gamma, beta]
+        else:
+            made = [normal(self.rows, self.wide).to(dtype) for _ in range(2)] + [gamma, beta]
+        norm = [tensor.to(dtype) for tensor in made[-2:]]  # as eager and compiled need them
+        return [tensor.requires_grad_() for tensor in [*made[:-2], *norm]]
+
+    def flops(self) -> dict[str, float]:
+        """Of the matrix products: forward, backward."""
+        product = 2.0 * self.rows * self.narrow * self.wide if self.op == "stitch_norm" else 0.0
+        return {"forward": product, "backward": 2 * product}
+
+    def floor(self, peak: float, bandwidth: float) -> dict[str, float]:
+        """Seconds below which it cannot be: every input read once, every output written once, all at the ceilings."""
+        size, full = torch.empty((), dtype=DTYPES[self.dtype]).element_size(), self.rows * self.wide
+        if self.op == "norm_residual":
+            return {way: 4 * full * size / bandwidth for way in ("forward", "backward")}
+        read, weight = self.rows * self.narrow, self.narrow * self.wide
+        product = self.flops()["forward"] / peak
+        forward = max(product, ((read + weight + 2 * full) * size + 8 * self.rows) / bandwidth)
+        to_input = max(product, (full + weight + read) * size / bandwidth)
+        to_weight = max(product, (full + read + weight) * size / bandwidth)
+        return {"forward": forward, "backward": 4 * full * size / bandwidth + to_input + to_weight}
+
+
+def bench_op(device: str = "auto", batch: int = 128, repeats: int = 20, tokens: int = 197) -> list[dict[str, Any]]:
+    """One object for each operation, dtype, direction and way; ways take turns.
+
+    us: median; spread: (most - least) / median; tflops: of the products; of_floor: floor over time; to_eager,
+    to_compiled: how often as fast as those; passes: whether it reaches its mark (fused, bf16, GPU), else null; ceiling:
+    TFLOP/s and TB/s that this device was seen to do. Raises ArithmeticError where a result is too far from float64.
+    """
+    for option, value in (("--batch", batch), ("--repeats", repeats), ("--tokens", tokens)):
+        check_least(option, value, 1)
+    place, rows = chosen_device(device, "--device"), []
+    for dtype in DTYPES:
+        peak, bandwidth = ceilings(place, DTYPES[dtype])
+        for op, narrow, wide in CASES:
+            check(Case(op, 399, narrow, wide, dtype), place)
+            case = Case(op, batch * tokens, narrow, wide, dtype)
+            rows += [row | {"ceiling": [round(peak / 1e12, 3), round(bandwidth / 1e12, 4)]} for row in _timed(
+                case, place, repeats, case.floor(peak, bandwidth)
+            )]  # fmt: skip
+    return [row | facts(place) for row in rows]
+
+
+def check(case: Case, device: torch.device) -> float:
+    """The largest distance of y, z and the gradients from float64, of fused; ArithmeticError above the limit."""
+    leaves = case.leaves(device)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    outputs = getattr(dispatch, case.op)(*leaves, EPS, "fused")
+    wanted = getattr(reference, case.op)(*exact, EPS)
+    gradients = [torch.randn_like(part) for part in outputs]
+    found = [*outputs, *torch.autograd.grad(outputs, leaves, gradients)]
+    true = [*wanted, *torch.autograd.grad(wanted, exact, [part.double() for part in gradients])]
+    pairs = [(a.detach().double(), b.detach()) for a, b in zip(found, true, strict=True)]
+    worst = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    if not worst <= LIMITS[case.dtype]:
+        raise ArithmeticError(f"{case} is {worst:.1e} from float64, above {LIMITS[case.dtype]:.0e}")
+    return worst
+
+
+def _timed(case: Case, device: torch.device, repeats: int, floor: dict[str, float]) -> list[dict[str, Any]]:
+    torch.compiler.reset()
+    forward: dict[str, Callable[[], Any]] = {}
+    backward: dict[str, Callable[[], Any]] = {}
+    for mode in MODES:
+        leaves = case.leaves(device)
+        call = partial(getattr(dispatch, case.op), *leaves, EPS, mode)
+        outputs = call()
+        gradients = [torch.randn_like(part) for part in outputs]
+        forward[mode] = partial(_without_gradient, call)
+        backward[mode] = partial(torch.autograd.grad, outputs, leaves, gradients, retain_graph=True)
+    rows = []
+    for way, calls in (("forward", forward), ("backward", backward)):
+        seconds = in_turns(calls, device, repeats)
+        rows += [_row(case, way, mode, seconds, floor[way], device) for mode in MODES]
+    return rows
+
+
+def _without_gradient(call: Callable[[], Any]) -> Any:
+    with torch.no_grad():
+        return call()
+
+
+def _row(
+    case: Case, way: str, mode: str, seconds: dict[str, list[float]], floor: float, device: torch.device
+) -> dict[str, Any]:
+    middle = {name: median(values) for name, values in seconds.items()}
+    mine = middle[mode]
+    ratios = {"of_floor": floor / mine, "to_eager": middle["reference"] / mine}
+    ratios["to_compiled"] = middle["compiled"] / mine
+    mark = MARKS.get((case.op, way)) if (mode, case.dtype, device.type) == ("fused", "bf16", "cuda") else None
+    return {
+        "op": case.op,
+        "size": [case.rows, case.narrow, case.wide],
+        "dtype": case.dtype,
+        "way": way,
+        "mode": mode,
+        "us": round(1e6 * mine, 2),
+        "spread": spread(seconds[mode]),
+        "tflops": round(case.flops()[way] / mine / 1e12, 4),
+        "floor_us": round(1e6 * floor, 2),
+        **{name: round(value, 3) for name, value in ratios.items()},
+        "passes": None if mark is None else ratios["of_floor"] >= mark[0] and ratios["to_compiled"] >= mark[1],
+    }
+
+
+def op_table(rows: list[dict[str, Any]]) -> str:
+    """The same as lines of text."""
+    return as_table(rows, ("op", "size", "dtype", "way", "mode", "us", "spread", "of_floor", "to_compiled", "passes"))

@@ -1,0 +1,137 @@
+"""The ancestry made ready for training gives what it gave, and one of its forwards serves several paths."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numerics_cases import TWO, images, shake, stock_rows, stock_vit
+from torch import Tensor, nn
+
+from lgp_dist.artifacts import RunDirectory
+from lgp_dist.checks import check_config
+from lgp_dist.config import EngineConfig, FinetuneConfig, Precision
+from lgp_dist.engine.launch import Launch
+from lgp_dist.engine.setup import Workers
+from lgp_dist.errors import UserError
+from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.pool import LearngenePool
+from lgp_dist.protocols import Batch, StepContext
+from lgp_dist.recipes import tiny
+from lgp_dist.sampling import PathSampler
+from lgp_dist.stages import context
+from lgp_dist.tasks.finetune import FinetuneTask
+
+ROOT = Path(__file__).parents[2]
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def outputs(ancestry: Ancestry, batch: Tensor, precision: Precision) -> list[Tensor]:
+    """Logits without taps, and logits, block and attention outputs with them, under autocast."""
+    dtype = DTYPES[precision]
+    with torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=False):
+        alone, (logits, blocks, attentions) = ancestry(batch)[0], ancestry(batch, {1, 3})
+    return [alone, logits, *blocks.values(), *attentions.values()]
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("backend", ["", "aot_eager"])
+def test_prepared_ancestry_gives_the_same_bits(precision: Precision, backend: str) -> None:
+    """Weights cast once are the weights that autocast casts each time; compiled, the same to rounding."""
+    vit = stock_vit(32, 4, 4)
+    plain, ready = Ancestry(copy.deepcopy(vit)), Ancestry(copy.deepcopy(vit)).prepare(precision, backend)
+    batch = images(3)
+    for found, wanted in zip(outputs(ready, batch, precision), outputs(plain, batch, precision), strict=True):
+        assert found.dtype == wanted.dtype and not found.is_inference()
+        if backend:
+            torch.testing.assert_close(found, wanted, rtol=2e-2 if DTYPES[precision] else 1e-5, atol=1e-2)
+        else:
+            assert torch.equal(found, wanted)
+    kinds = {module.weight.dtype for module in ready.vit.modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    assert kinds == {DTYPES[precision] or torch.float32}
+    assert ready.vit.blocks[0].norm1.weight.dtype == ready.vit.pos_embed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("policy", ["independent", "spread", "shared"])
+def test_several_paths_share_one_forward(policy: str) -> None:
+    """The same losses and paths as with a forward of the ancestry in every micro-step, for a quarter of them."""
+    pool = LearngenePool(TWO, stock_rows(TWO)).eval()
+    shake(pool)
+    sampler = PathSampler(TWO.paths, policy, seed=5, accumulate=8)
+    losses, calls, keys, vit = {}, {}, {}, stock_vit(32, 4, 4)
+    for paths in (1, 4):
+        ancestry = Ancestry(copy.deepcopy(vit))
+        counted: list[int] = []
+        ancestry.vit.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        task = FinetuneTask(pool, ancestry, sampler, FinetuneConfig(paths_per_batch=paths))
+        losses[paths], keys[paths] = [], []
+        for step in range(2):
+            torch.manual_seed(step)
+            drawn = [Batch(images(2) + turn, torch.tensor([1, 7]), torch.ones(2)) for turn in range(2)]
+            for micro, batch in enumerate(again for each in drawn for again in each.repeated(4)):
+                place = StepContext(step, micro, 0, 1)
+                losses[paths].append(float(task.losses(pool, batch, place)["loss"].detach()))
+                keys[paths].append(task.labels(place)["path"])
+        calls[paths] = len(counted)
+    assert losses[1] == losses[4] and keys[1] == keys[4]
+    assert calls == {1: 16, 4: 4}
+    assert len(set(losses[1])) > 10 and len(set(keys[1])) > 4
+
+
+def test_backward_keeps_what_the_ancestry_gave() -> None:
+    """The ancestry's logits are no tensors of inference mode, which backward could not keep, and want no gradient."""
+    task = FinetuneTask(
+        LearngenePool(TWO, stock_rows(TWO)),
+        Ancestry(stock_vit(32, 4, 4)),
+        PathSampler(TWO.paths, "shared", seed=0, accumulate=2),
+        FinetuneConfig(paths_per_batch=2),
+    )
+    batch = Batch(images(2), torch.tensor([1, 7]), torch.ones(2))
+    for micro in range(2):
+        task.losses(task.module, batch, StepContext(0, micro, 0, 1))["loss"].backward()
+    assert all(parameter.grad is None for parameter in task.ancestry.parameters())
+    assert any(parameter.grad is not None for parameter in task.module.parameters())
+
+
+def test_a_batch_repeated_counts_once() -> None:
+    batch = Batch(images(2), torch.tensor([1, 7]), torch.ones(2), {"bad_samples": 3})
+    found = list(batch.repeated(3))
+    assert [again.facts["bad_samples"] for again in found] == [3, 0, 0]
+    assert all(again.images is batch.images for again in found)
+
+
+def test_an_optimizer_step_sees_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four micro-steps of 4 images, or two batches of 8 that serve two micro-steps each: the same 16, named alike."""
+    config = tiny()
+    config = replace(config, data=replace(config.data, root=str(ROOT / "shards" / "sample"), threads=0))
+    workers = Workers(Launch.from_environment({}), EngineConfig(precision="fp32"), 0, 1, torch.device("cpu"))
+    made: list[Any] = []
+    monkeypatch.setattr(context, "train", lambda task, batches, *_, **options: made.append((batches, options["guard"])))
+    found, named = {}, {}
+    for uses in (1, 2):
+        settings = replace(config.finetune.train, batch_size=16, accumulate=4, mixup=0.0, cutmix=0.0)
+        place = context.Context(config, RunDirectory(tmp_path), workers, "")
+        place.train("finetune", FinetuneTask(*parts(), FinetuneConfig()), settings, uses=uses)
+        batches, guard = made[-1]
+        found[uses] = list(batches(3, 1))
+        named[uses] = [guard.describe(3, micro, 0) for micro in range(4)]
+    assert [len(batch.images) for batch in found[1]] == [4] * 4
+    assert [len(batch.images) for batch in found[2]] == [8] * 4
+    assert found[2][0].images is found[2][1].images and found[2][2].images is found[2][3].images
+    assert torch.equal(torch.cat([b.images for b in found[1]]), torch.cat([b.images for b in found[2][::2]]))
+    first = [names[0].rsplit(";", 1)[0] for names in named.values()]
+    assert named[2][0] == named[2][1] != named[2][2] and first[0] == first[1]
+
+
+def parts() -> tuple[LearngenePool, None, PathSampler]:
+    """What a task of fine-tuning is made of, without an ancestry."""
+    return LearngenePool(TWO, stock_rows(TWO)), None, PathSampler(TWO.paths, "shared", seed=0)
+
+
+def test_paths_that_do_not_divide_the_micro_steps_are_refused() -> None:
+    config = tiny()
+    config = replace(config, finetune=replace(config.finetune, paths_per_batch=3))
+    with pytest.raises(UserError, match=r"finetune.paths_per_batch is 3, .*accumulate \d+: set accumulate to 3,"):
+        check_config(config)
