@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from lgp_dist.outcome import Outcome, read_outcome
 
 STEPS, EVERY = 40, 5
-LAUNCHERS = ("accelerate", "torchrun") if os.environ.get("LGP_LONG_TESTS") else ("accelerate",)
-"""DeepSpeed's ZeRO-1, and DDP."""
+LAUNCHERS = ("accelerate", "torchrun") if os.environ.get("LGP_LONG_TESTS") else ()
+"""DeepSpeed's ZeRO-1, and DDP; with LGP_LONG_TESTS=1, since a test takes minutes. test_torture has the kills of CI."""
 FINETUNE = ("-m", "lgp_dist", "finetune", *SMALL, f"--finetune.train.max-steps={STEPS}", f"--checkpoint.every={EVERY}")
 MORE = ("--checkpoint.keep=100", "--engine.device=cpu", "--faults.timeout-s=60")
 TIMES = ("step_time_s", "data_wait_s", "images_per_s")
