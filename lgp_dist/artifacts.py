@@ -24,13 +24,8 @@ from safetensors.torch import load, save
 
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
+from lgp_dist.files import sha256
 from lgp_dist.meaning import STAGES, meaning
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(path: Path, kind: str = "safetensors") -> str:

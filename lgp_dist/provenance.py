@@ -1,6 +1,5 @@
 """Where and with what a result was made."""
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -8,6 +7,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from lgp_dist.files import sha256
 
 PACKAGES = (
     *("torch", "torchvision", "accelerate", "deepspeed", "timm", "webdataset", "numpy", "pillow", "simplejpeg"),
@@ -45,7 +46,7 @@ def code_hashes() -> dict[str, str]:
     """sha256 of every source file of the package, hex, by its path in the package."""
     root = Path(__file__).resolve().parent
     files = sorted(root.rglob("*.py"))
-    return {file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {file.relative_to(root).as_posix(): sha256(file) for file in files}
 
 
 def command() -> str:

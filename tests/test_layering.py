@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "lgp_dist"
 FILES = sorted(ROOT.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 60
 
-BASE = {"config", "meaning", "paths", "protocols", "errors"}
+BASE = {"config", "meaning", "paths", "protocols", "errors", "files"}
 SAMPLING = {"dealing", "costs", "sampling", "ledger"}
 LEVELS_0_TO_2 = BASE | SAMPLING
 LEVELS_0_TO_2 |= {
@@ -29,9 +29,10 @@ ALLOWED = {
     "config": {"errors"},
     "meaning": {"config"},
     "errors": set(),
+    "files": set(),
     "paths": {"config", "errors"},
     "protocols": set(),
-    "provenance": set(),
+    "provenance": {"files"},
     "statuses": set(),
     "metrics": set(),
     "logs": set(),
@@ -42,32 +43,19 @@ ALLOWED = {
     "sampling": BASE | {"dealing", "costs"},
     "ledger": set(),
     "artifacts": BASE,
-    "checkpoints": {"errors"},
+    "checkpoints": {"errors", "files"},
     "outcome": {"artifacts", "errors"},
-    "data": {"config", "protocols", "errors"},
+    "data": {"config", "protocols", "errors", "files"},
     "ops": {"config"},
     "models": {"config", "paths", "errors", "ops"},
     "tasks": LEVELS_0_TO_2,
-    "engine": {"config", "protocols", "sampling", "errors", "metrics", "checkpoints", "statuses", "meaning"},
+    "engine": {"config", "meaning", "protocols", "errors", "files", "statuses", "sampling", "metrics", "checkpoints"},
     "report": {"artifacts", "errors", "metrics"},
     "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report"},
     "pipeline": LEVELS_0_TO_2 | {"logs", "tasks", "engine", "report", "stages"},
     "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
-    "cli": {
-        *(
-            "config",
-            "meaning",
-            "paths",
-            "errors",
-            "recipes",
-            "pipeline",
-            "data",
-            "bench",
-            "checkpoints",
-            "statuses",
-            "outcome",
-        ),
-    },
+    "cli": {"config", "meaning", "paths", "errors", "statuses", "outcome", "recipes", "checkpoints", "data"}
+    | {"pipeline", "bench"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -95,6 +83,7 @@ NO_TORCH = {
     "config",
     "meaning",
     "errors",
+    "files",
     "paths",
     "recipes",
     "dealing",

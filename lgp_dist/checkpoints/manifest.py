@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lgp_dist.errors import UserError
+from lgp_dist.files import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -103,8 +104,7 @@ class Manifest:
         try:
             found = _size(path)
             if found == size:
-                with path.open("rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                content = sha256(path)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): {ADVICE}.") from error
         if found != size:

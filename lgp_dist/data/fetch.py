@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from lgp_dist.data.manifest import hash_file
 from lgp_dist.data.remote import Missing, Remote, Start, Trouble, cut, stall
 from lgp_dist.errors import UserError
+from lgp_dist.files import sha256
 
 log = logging.getLogger("lgp")
 
@@ -174,7 +174,7 @@ def _check(wanted: Wanted, part: Path, resumed: bool) -> None:
     if wanted.size is not None and size != wanted.size:
         part.unlink(missing_ok=True)
         raise _other_size("more" if size > wanted.size else size, wanted.size)
-    if wanted.sha256 and hash_file(part) != wanted.sha256:
+    if wanted.sha256 and sha256(part) != wanted.sha256:
         raise Trouble(
             "has another sha256 than the manifest",
             "upload it again, or the manifest that belongs to it",

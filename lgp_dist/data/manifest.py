@@ -126,12 +126,6 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file, 64 hex digits."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _parse(root: Path, path: Path, stored: Any) -> ShardManifest:
     """A manifest from parsed JSON; raises UserError at the first value that cannot be."""
     _want(isinstance(stored, dict), path, "the file", stored, "an object")

@@ -14,9 +14,10 @@ from lgp_dist.data.decode import Folder, ShardSource
 from lgp_dist.data.fetch import Patience, Wanted, fetch, fetch_optional
 from lgp_dist.data.index import read_sidecar, sidecar_path
 from lgp_dist.data.info import INFO_NAME
-from lgp_dist.data.manifest import MANIFEST_NAME, ShardEntry, ShardManifest, hash_file
+from lgp_dist.data.manifest import MANIFEST_NAME, ShardEntry, ShardManifest
 from lgp_dist.data.remote import Remote, local_path
 from lgp_dist.errors import UserError
+from lgp_dist.files import sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,7 @@ def _open_remote(root: str, folder: Path, limit_bytes: int, patience: Patience) 
             manifest = ShardManifest.load(new)
         except UserError as error:
             raise UserError(str(error).replace(new, remote.root)) from error
-        version = roots / f"{name}-{hash_file(part)[:12]}"
+        version = roots / f"{name}-{sha256(part)[:12]}"
         make_folders(version)
         os.replace(part, version / MANIFEST_NAME)
     shards: dict[str, ShardEntry] = {entry.name: entry for split in manifest.splits.values() for entry in split}

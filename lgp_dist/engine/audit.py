@@ -56,7 +56,7 @@ class Audit:
         """UserError where ranks differ. schedule: the parts that each draw of the step uses, over all ranks."""
         drawn = zlib.crc32("/".join(map(_named, schedule)).encode())
         events, self.events = self.events, []
-        if not self._equal(zlib.crc32(torch.tensor([drawn, *events]).numpy().tobytes())):
+        if not self.workers.equal(zlib.crc32(torch.tensor([drawn, *events]).numpy().tobytes())):
             raise UserError(f"Ranks went apart in step {step}: {self._difference(drawn, events)}; {ADVICE}.")
 
     def _difference(self, drawn: int, events: list[int]) -> str:
@@ -78,7 +78,7 @@ class Audit:
         """UserError where a parameter differs over ranks. For engines under which each rank holds all of them."""
         named = list(self.module.named_parameters())
         sums = torch.stack([bits(parameter) for _, parameter in named]).tolist()
-        if self._equal(zlib.crc32(repr(sums).encode())):
+        if self.workers.equal(zlib.crc32(repr(sums).encode())):
             return
         table = torch.tensor(self.workers.table(sums))
         rank, index = ((table != table[0]).nonzero()).tolist()[0]
@@ -86,11 +86,6 @@ class Audit:
             f"After step {step} rank {rank} has other weights than rank 0, first in {named[index][0]}: start "
             "again from the last checkpoint, and report it."
         )
-
-    def _equal(self, checksum: int) -> bool:
-        """Whether it is the same on every rank."""
-        high, low = self.workers.highest([checksum, -checksum])
-        return high == -low
 
     def close(self) -> None:
         """Takes the hooks off."""

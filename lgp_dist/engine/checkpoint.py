@@ -10,7 +10,6 @@
 While a save is under way the pulse is the only cost beside the copy. A save waits for the one before.
 """
 
-import hashlib
 import logging
 import shutil
 import threading
@@ -30,6 +29,7 @@ from lgp_dist.config import CheckpointConfig
 from lgp_dist.engine.fragments import Fragments
 from lgp_dist.engine.setup import Workers
 from lgp_dist.errors import UserError
+from lgp_dist.files import sha256
 
 log = logging.getLogger("lgp")
 
@@ -56,9 +56,7 @@ class _Save:
             self.shelf.disk.write_tensors(self.path, {piece.name: piece.values for piece in self.pieces})
             if not same(self.path, self.pieces):
                 raise OSError("what was read back differs from what was written")
-            with self.path.open("rb") as file:
-                self.digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self.bytes, status = self.path.stat().st_size, WRITTEN
+            self.bytes, self.digest, status = self.path.stat().st_size, sha256(self.path), WRITTEN
         except (OSError, SafetensorError) as error:
             self.problem = str(error)
         except BaseException as error:
@@ -199,26 +197,22 @@ class Checkpointer:
             except (UserError, OSError) as error:
                 problem = str(error)
         self._all_or_none(problem, "Rank 0 could not choose a checkpoint")
-        there, named = self.workers.highest([found is not None, found is not None and not self._mine(found)])
-        if not there:
+        named = found is not None and found.folder != self.shelf.final(found.state.step)
+        step, named = map(int, self.workers.highest([found.state.step if found else -1, named]))
+        if step < 0:
             return None
-        step = int(self.workers.highest([found.state.step if found else 0])[0])
         try:
             found = found or read_manifest(Path(resume) if named else self.shelf.final(step))
             digest = int(found.digest[:12], 16)
         except UserError as error:
             digest, problem = 0, str(error)
         self._all_or_none(problem, "Another rank could not read the checkpoint")
-        high, low = self.workers.highest([digest, -digest])
-        if high != -low:
+        if not self.workers.equal(digest):
             raise UserError(
                 f"Ranks see different checkpoints of step {step} in {self.shelf.folder}: the run directory must be "
                 "one that all nodes share."
             )
         return found
-
-    def _mine(self, manifest: Manifest) -> bool:
-        return manifest.folder == self.shelf.final(manifest.state.step)
 
     def _load(self, manifest: Manifest) -> None:
         with PieceReader(manifest) as reader, torch.no_grad():

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lgp_dist.checkpoints.pieces import WEIGHT, Piece
@@ -22,7 +21,7 @@ class Fragments:
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, engine: Any, rank: int, world: int):
         """engine: DeepSpeed's where it partitions (ZeRO-1 to 3), None where every rank holds everything."""
-        self.module, self.engine, self.rank, self.world = module, engine, rank, world
+        self.engine, self.rank, self.world = engine, rank, world
         self.base = engine.optimizer.optimizer if engine is not None else optimizer
         self.named = list(module.named_parameters())
         fixed = [name for name, parameter in self.named if not parameter.requires_grad]
@@ -53,30 +52,28 @@ class Fragments:
 
     def steps(self) -> dict[str, float]:
         """How often the optimizer has updated each parameter of which this rank holds a part."""
-        return {
-            name: float(self._state(place)["step"]) for name, place in self._places() if "step" in self._state(place)
-        }
+        return {name: float(counter) for name, counter in self._counters()}
 
     def set_steps(self, steps: dict[str, float]) -> None:
         """Puts them back."""
+        for name, counter in self._counters():
+            counter.fill_(steps[name])
+
+    def _counters(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's count of updates beside each parameter; parameters of a partition share one. SGD has none."""
         for name, place in self._places():
-            if "step" in self._state(place):
-                self._state(place)["step"].fill_(steps[name])
+            if "step" in (state := self._state(place)):
+                yield name, state["step"]
 
     def _held(self) -> Iterator[Piece]:
         for name, place in self._places():
-            yield Piece(name, WEIGHT, place.start, self._part(place, place.flat))
-            for kind, value in self._state(place).items():
+            part = slice(place.offset, place.offset + place.count)
+            for kind, value in {WEIGHT: place.flat, **self._state(place)}.items():
                 if isinstance(value, Tensor) and value.shape == place.flat.shape:
-                    yield Piece(name, kind, place.start, self._part(place, value))
-
-    def _part(self, place: Place, flat: Tensor) -> Tensor:
-        return flat.detach().view(-1)[place.offset : place.offset + place.count]
+                    yield Piece(name, kind, place.start, value.detach().view(-1)[part])
 
     def _state(self, place: Place) -> dict[str, Any]:
-        state = self.base.state[place.flat]
-        if not state:
-            materialise(self.base, self.base.param_groups[place.group], place.flat)
+        materialise(self.base, self.base.param_groups[place.group], place.flat)
         return self.base.state[place.flat]
 
     def _places(self) -> Iterator[tuple[str, Place]]:
@@ -92,10 +89,8 @@ class Fragments:
         if self.engine is None:
             return
         for name, parameter in self.named:
-            local: Tensor | Parameter = getattr(parameter, "ds_tensor", parameter)
-            start = self.rank * local.numel() if local is not parameter else 0
-            count = max(0, min(local.numel(), self._numel(parameter) - start))
-            yield Piece(name, WEIGHT, start, local.detach().view(-1)[:count])
-
-    def _numel(self, parameter: Parameter) -> int:
-        return getattr(parameter, "ds_numel", parameter.numel())
+            local, start, end = parameter, 0, parameter.numel()
+            if hasattr(parameter, "ds_tensor"):
+                local, end = parameter.ds_tensor, parameter.ds_numel
+                start = self.rank * local.numel()  # the last ranks' parts hold padding
+            yield Piece(name, WEIGHT, start, local.detach().view(-1)[: max(0, end - start)])

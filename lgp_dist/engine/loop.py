@@ -150,7 +150,7 @@ def _step(
         losses.append({name: part.detach() for name, part in parts.items()})
     watchdog.note(step, "step", path)
     verdict = trainer.finish(step)
-    return losses, counts, dict(verdict.facts), {"data_wait_s": wait, "step_time_s": time.monotonic() - start}
+    return losses, counts, verdict.facts, {"data_wait_s": wait, "step_time_s": time.monotonic() - start}
 
 
 def _measure(trainer: Trainer, watch: Watch, step: int, watchdog: Watchdog) -> dict[str, float]:

@@ -78,6 +78,11 @@ class Workers:
             torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX, group=self.host)
         return ends.tolist()
 
+    def equal(self, value: int) -> bool:
+        """Whether it is the same on every rank. Exact to 2^53."""
+        high, low = self.highest([value, -value])
+        return high == -low
+
     def table(self, values: Sequence[int]) -> list[list[int]]:
         """The values of each rank, as many on all of them, on every rank."""
         mine = torch.tensor(values)

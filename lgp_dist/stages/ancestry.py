@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.artifacts import load_tensors, save_tensors, sha256
+from lgp_dist.artifacts import load_tensors, save_tensors
+from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import check_normalisation, hub_weights, load_weights
 from lgp_dist.stages.context import Context, ancestry_vit
 from lgp_dist.tasks.classify import ClassifyTask

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lgp_dist.artifacts import load_tensors, save_tensors, sha256, write_json
+from lgp_dist.artifacts import load_tensors, save_tensors, write_json
+from lgp_dist.files import sha256
 from lgp_dist.ledger import behind, build_ledger
 from lgp_dist.metrics import read_metrics
 from lgp_dist.models.ancestry import load_weights
