@@ -102,12 +102,13 @@ class RunDirectory:
     sources: dict[str, str] = field(default_factory=dict)
     """Fingerprints of what the run reads from elsewhere (shards, weights), compared like settings.
 
-    Those of `data` count for every stage, others from the stage on that their name begins with."""
+    Those of `data` count for every stage, those of rows from `distil` on, others from the stage on that their name
+    begins with."""
 
     def meaning(self, config: RunConfig, stage: str) -> dict[str, Any]:
         """Settings and sources that the stage's artifact depends on."""
         earlier = STAGES[: STAGES.index(stage) + 1]
-        owners = {name: name.split(".")[0] for name in self.sources}
+        owners = {name: name.replace("model.rows", "distil", 1).split(".")[0] for name in self.sources}
         counts = {name: value for name, value in self.sources.items() if owners[name] in {"data", *earlier}}
         return meaning(config, stage) | counts
 

@@ -111,6 +111,7 @@ def _check_shapes(config: RunConfig) -> None:
             raise UserError(
                 f"{key} has width {width} and {heads} heads, but heads must divide the width: change one of them."
             )
+    _check_rows(config)
     data = config.data
     if len(data.mean) != data.channels or len(data.std) != data.channels:
         raise UserError(
@@ -121,7 +122,7 @@ def _check_shapes(config: RunConfig) -> None:
         raise UserError(
             f"faults.spike is {config.faults.spike}, which a usual loss exceeds: set it above 1, or to 0 for no guard."
         )
-    if config.ancestry.source == "file" and not config.ancestry.weights:
+    if config.needs_ancestry and config.ancestry.source == "file" and not config.ancestry.weights:
         raise UserError("ancestry.source is file, but ancestry.weights is empty: name a safetensors file.")
     if config.ancestry.source == "hub" and config.ancestry.model == "vit":
         raise UserError("ancestry.source is hub, but ancestry.model is vit: name a model of timm, or another source.")
@@ -135,6 +136,26 @@ def _check_shapes(config: RunConfig) -> None:
         space.by_key(config.export.path)
     _check_only(config.finetune.only, space)
     _check_allowed(config)
+
+
+def _check_rows(config: RunConfig) -> None:
+    for index, row in enumerate(config.model.rows):
+        key = f"model.rows.{index}"
+        if row.source == "hub" and not row.model:
+            raise UserError(f"{key}.source is hub, but {key}.model is empty: name a plain ViT of timm.")
+        if row.source == "file" and not row.weights:
+            raise UserError(f"{key}.source is file, but {key}.weights is empty: name a safetensors file.")
+        if row.source != "distil" and row.levels != "none":
+            raise UserError(
+                f"{key}.levels is {row.levels}, but a row of source {row.source} is not distilled: set levels to none, "
+                "or source to distil."
+            )
+        is_narrow, init = index + 1 < len(config.model.rows), config.pool.stitch_init
+        if is_narrow and init.startswith("transformation") and row.source != "distil":
+            raise UserError(
+                f"pool.stitch_init is {init}, but row {index} is of source {row.source} and learns no transformation: "
+                "choose --pool.stitch-init least_squares."
+            )
 
 
 def _check_only(only: tuple[str, ...], space: PathSpace) -> None:

@@ -4,81 +4,19 @@ A field whose metadata holds ``free`` may differ between runs without changing w
 the run directory); all others belong to the meaning of a run and are compared before an artifact is used again.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
+
+from lgp_dist.config_data import AugmentConfig as AugmentConfig
+from lgp_dist.config_data import DataConfig, free
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Levels = Literal["none", "last", "dense"]
+RowSource = Literal["distil", "labels", "hub", "file", "tail", "random"]
 StitchInit = Literal["transformation", "transformation_paper", "transformation_pinv", "least_squares", "random"]
 Policy = Literal["independent", "shared", "spread", "balanced"]
 LossScale = Literal["sample", "paper"]
 Ops = Literal["auto", "fused", "compiled", "reference"]
-
-
-def free(default: Any) -> Any:
-    """A field that does not belong to the meaning of a run."""
-    return field(default=default, metadata={"free": True})
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Training augmentation as timm's; crops while decoding, the rest on the device, each drawn for every sample."""
-
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the random crop, as a share of the image."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
-    color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation jitter."""
-    auto_augment: str = ""
-    """timm's name of an automatic augmentation, e.g. rand-m9-mstd0.5-inc1; empty for none."""
-    random_erase: float = 0.0
-    """Probability of erasing a rectangle."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is read, and how an image becomes a tensor."""
-
-    root: str = free("shards/imagenet")
-    """Folder that holds manifest.json and the tars, or its http(s)://, s3://, gs:// or hf:// address; what it holds
-    belongs to a run's meaning, not where it lies."""
-    train_split: str = "train"
-    """Split to train on."""
-    val_split: str = "validation"
-    """Split to evaluate on."""
-    image_size: int = 224
-    """Side of the square input, pixels."""
-    channels: int = 3
-    """1 for grey, 3 for RGB images."""
-    num_classes: int = 1000
-    """Labels are 0 .. num_classes - 1."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Mean of each channel, on a scale of 0 to 1."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Standard deviation of each channel, on a scale of 0 to 1."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Resampling for resize and crop."""
-    crop_pct: float = 0.875
-    """Share of the resized image that the evaluation's centre crop keeps."""
-    augment: AugmentConfig = AugmentConfig()
-    """Training augmentation."""
-    window: int = 256
-    """Shards that are shuffled together; about so many are in use at a time."""
-    decoder: Literal["simplejpeg", "nvimgcodec"] = "simplejpeg"
-    """Of JPEGs in training: libjpeg-turbo, or the extra nvimgcodec, which decodes only what a crop needs."""
-    max_bad: int = free(0)
-    """Images of an epoch, over all ranks, that may be bad; each is replaced and named, and one more stops the run."""
-    threads: int = free(8)
-    """Decoding threads per rank; 0 decodes in the training thread."""
-    cache: str = free("")
-    """Folder on a disk of this node for shards of a remote root; empty for $XDG_CACHE_HOME/lgp or ~/.cache/lgp."""
-    cache_bytes: int = free(200_000_000_000)
-    """Bytes that all shards in the cache may take; what was not asked for the longest is removed."""
-    timeout_s: float = free(60.0)
-    """Seconds in which a remote root must send 64 KiB, or the rest of a file; if not, the transfer has stalled."""
-    retries: int = free(5)
-    """Further tries after a transfer that failed in a way that may pass."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +95,23 @@ class RowConfig:
     """Embedding width of every block."""
     heads: int
     """Attention heads."""
-    levels: Levels
+    levels: Levels = "none"
     """Which blocks are distilled: none, the last, or three levels (dense)."""
     drop_path: float = 0.0
-    """Largest stochastic-depth rate in distillation."""
+    """Largest stochastic-depth rate in stage distil."""
+    source: RowSource = "distil"
+    """What stage distil makes the row of: distil distils the ancestry; labels trains with the labels alone; hub takes
+    timm's pretrained weights of `model`; file takes `weights`; tail takes the ancestry's last three blocks, norm and
+    head behind random ones and trains with the labels alone; random trains nothing."""
+    model: str = ""
+    """timm's name of a plain ViT of this shape, for source hub."""
+    weights: str = free("")
+    """A safetensors file of timm's names, for source file; its content belongs to a run's meaning."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether stage distil trains this row."""
+        return self.source in ("distil", "labels", "tail")
 
 
 @dataclass(frozen=True)
@@ -386,6 +337,17 @@ class RunConfig:
     """Make the stage's artifact again although one is complete."""
     debug: bool = free(False)
     """Show tracebacks of errors that have a sentence."""
+
+    @property
+    def taps_ancestry(self) -> bool:
+        """Whether rows are made of the ancestry's blocks or their outputs, not of its logits alone."""
+        return any(row.source == "tail" or row.levels != "none" for row in self.model.rows)
+
+    @property
+    def needs_ancestry(self) -> bool:
+        """Whether any stage uses the ancestry."""
+        sources = {row.source for row in self.model.rows}
+        return bool({"distil", "tail"} & sources) or self.finetune.distil_weight > 0
 
     @property
     def directory(self) -> str:

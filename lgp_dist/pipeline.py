@@ -79,6 +79,9 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
 def _run(context: Context, stages: tuple[str, ...]) -> None:
     config, directory, workers = context.config, context.run, context.workers
     for stage in stages:
+        if stage == "ancestry" and not config.needs_ancestry:
+            log.info("ancestry: not needed, skipped")
+            continue
         done = not config.force and directory.is_current(stage, config)
         if workers.agree(done):
             log.info("%s: complete in %s, skipped", stage, directory.root / stage)
@@ -123,8 +126,11 @@ def inputs(
 def sources(config: RunConfig, manifest: ShardManifest) -> dict[str, str]:
     """Fingerprints of shards, weights and costs; UserError where they cannot be read."""
     found = {f"data.{split}": manifest.fingerprint(split) for split in (config.data.train_split, config.data.val_split)}
-    if config.ancestry.source == "file":
+    if config.needs_ancestry and config.ancestry.source == "file":
         found["ancestry.weights"] = fingerprint(Path(config.ancestry.weights))
+    for index, row in enumerate(config.model.rows):
+        if row.source == "file":
+            found[f"model.rows.{index}.weights"] = fingerprint(Path(row.weights))
     if config.finetune.weights:
         found["finetune.weights"] = fingerprint(Path(config.finetune.weights))
     if config.finetune.costs:
@@ -145,8 +151,10 @@ def check_stages(config: RunConfig, stages: tuple[str, ...], directory: RunDirec
     for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
         if not (config.force and stage in stages):
             directory.check_settings(stage, config)
-    trains = {"distil": config.distil.train, "finetune": config.finetune.train}
-    if config.ancestry.source == "train":
+    trains = {"finetune": config.finetune.train}
+    if any(row.trains for row in config.model.rows):
+        trains["distil"] = config.distil.train
+    if config.needs_ancestry and config.ancestry.source == "train":
         trains["ancestry"] = config.ancestry.train
     for stage in stages:
         if stage in trains:

@@ -26,7 +26,8 @@ LEVELS_0_TO_2 |= {
     "ops",
 }
 ALLOWED = {
-    "config": {"errors"},
+    "config": {"config_data", "errors"},
+    "config_data": set(),
     "meaning": {"config"},
     "errors": set(),
     "files": set(),
@@ -81,6 +82,7 @@ NO_TORCH = {
     "statuses",
     "outcome",
     "config",
+    "config_data",
     "meaning",
     "errors",
     "files",

@@ -7,6 +7,7 @@ type and shape never change; only where hashes differ the values follow, as JSON
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -28,6 +29,7 @@ PER_RANK = frozenset(
         *(
             "data.root",
             "ancestry.weights",
+            "model.rows.weights",
             "finetune.costs",
         ),  # lie anywhere; fingerprints tell what is in
         *("data.threads", "data.cache", "data.cache_bytes", "data.timeout_s", "data.retries"),  # speed, disks, network
@@ -36,7 +38,7 @@ PER_RANK = frozenset(
     }
 )
 """Settings that may differ between ranks. No other may, even if it may differ between runs: ranks that write, measure,
-audit or reduce at other steps wait for each other for ever."""
+audit or reduce at other steps wait for each other for ever. Rows have no number here."""
 
 REFUSAL = "refusal"
 """Fact of a rank that refuses its own recipe or inputs: the sentence that says why."""
@@ -48,7 +50,7 @@ LONGEST = 120
 
 def facts_of(config: RunConfig, launch: Launch) -> dict[str, Any]:
     """What recipe and launch say and all ranks must share, by dotted key."""
-    facts = {key: value for key, value in flatten(config).items() if key not in PER_RANK}
+    facts = {key: value for key, value in flatten(config).items() if re.sub(r"\.\d+\.", ".", key) not in PER_RANK}
     for name in ("world", "deepspeed", "zero_stage", "precision"):
         facts[f"launch.{name}"] = getattr(launch, name)
     return facts | {"launch.file": dict(launch.file)}

@@ -1,4 +1,4 @@
-"""The frozen teacher."""
+"""The frozen teacher, and pretrained models of timm."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -16,9 +16,10 @@ from lgp_dist.models.vit import forward_with_taps
 
 
 class Ancestry(nn.Module):
-    """A pretrained ViT that is never trained: always in eval mode, without gradients."""
+    """A pretrained model that is never trained: always in eval mode, without gradients."""
 
-    def __init__(self, vit: VisionTransformer):
+    def __init__(self, vit: nn.Module):
+        """vit: a plain ViT; any classifier of images where only its logits are asked for."""
         super().__init__()
         self.vit = vit.requires_grad_(False)
         self.train(False)
@@ -35,16 +36,16 @@ class Ancestry(nn.Module):
     def prepare(self, precision: Precision, backend: str = "") -> "Ancestry":
         """Makes forwards under autocast of this precision cheaper; they give the same bits as without, if not compiled.
 
-        Weights that autocast would cast in every forward are cast once. backend: torch.compile's, for every block;
-        empty for none. On a GPU inductor makes the whole model a CUDA graph too, for logits alone.
+        Weights that autocast would cast in every forward are cast once. backend: torch.compile's, for every block of a
+        plain ViT; empty for none. On a GPU inductor makes the whole model a CUDA graph too, for logits alone.
         """
         if dtype := {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision):
             for module in self.vit.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(dtype)
-        for block in self.vit.blocks if backend else ():
+        for block in self.vit.blocks if backend and is_plain(self.vit) else ():
             block.compile(backend=backend, dynamic=False)
-        if backend == "inductor" and self.vit.cls_token.is_cuda:
+        if backend == "inductor" and next(self.vit.parameters()).is_cuda:
             self.vit.compile(mode="reduce-overhead", dynamic=False)
         return self
 
@@ -60,34 +61,38 @@ class Ancestry(nn.Module):
         return logits.clone(), {}, {}  # a tensor that backward may keep, not the graph's memory
 
 
-def timm_ancestry(name: str, *, image_size: int, channels: int, num_classes: int, patch_size: int) -> VisionTransformer:
+def timm_model(
+    name: str, key: str, plain: bool, *, image_size: int, channels: int, num_classes: int, patch_size: int
+) -> nn.Module:
     """timm's model of that name for the run's input, with random weights.
 
-    Raises UserError where timm has no such plain ViT, or its patch size is another.
+    key: of the settings that name it. plain: whether it must be a plain ViT; then a UserError is raised where timm has
+    no such ViT, or its patch size is another.
     """
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
-        raise UserError(f"ancestry.model is {name!r}, which timm does not have: choose another{_like(near)}.")
+        raise UserError(f"{key}.model is {name!r}, which timm does not have: choose another{_like(near)}.")
+    shape = {"in_chans": channels, "num_classes": num_classes}
     try:
-        vit = timm.create_model(name, img_size=image_size, in_chans=channels, num_classes=num_classes)
-    except TypeError:
-        vit = None
-    if not _is_plain(vit) or vit.patch_embed.patch_size != (patch_size, patch_size):
+        model = timm.create_model(name, img_size=image_size, **shape)
+    except TypeError:  # it takes images of any size
+        model = None if plain else timm.create_model(name, **shape)
+    if plain and not (is_plain(model) and model.patch_embed.patch_size == (patch_size, patch_size)):
         raise UserError(
-            f"ancestry.model {name} is not a plain ViT with one class token and patch size {patch_size}: choose one, "
+            f"{key}.model {name} is not a plain ViT with one class token and patch size {patch_size}: choose one, "
             "or set model.patch_size."
         )
-    return vit
+    return model
 
 
-def hub_weights(vit: VisionTransformer) -> Path:
+def hub_weights(model: nn.Module, key: str = "ancestry") -> Path:
     """timm's pretrained weights of a model from the hub, as a local safetensors file; no other format is read.
 
-    Raises UserError where timm has none or the hub cannot be reached.
+    key: of the settings that name it. Raises UserError where timm has none or the hub cannot be reached.
     """
-    name = vit.pretrained_cfg.get("architecture", "the model")
-    source = vit.pretrained_cfg.get("hf_hub_id")
-    elsewhere = "download its safetensors file and pass --ancestry.source file --ancestry.weights FILE"
+    name = model.pretrained_cfg.get("architecture", "the model")
+    source = model.pretrained_cfg.get("hf_hub_id")
+    elsewhere = f"download its safetensors file and pass --{key}.source file --{key}.weights FILE"
     if not source:
         raise UserError(f"timm has no pretrained weights of {name} on the hub: {elsewhere}.")
     try:
@@ -97,17 +102,19 @@ def hub_weights(vit: VisionTransformer) -> Path:
         raise UserError(f"{source} could not be fetched from the hub ({reason}): connect, or {elsewhere}.") from None
 
 
-def check_normalisation(vit: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def check_normalisation(
+    model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], what: str = "ancestry"
+) -> None:
     """UserError where pretrained weights expect images normalised otherwise than the run does."""
-    wanted = (tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"]))
+    wanted = (tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"]))
     if wanted != (tuple(mean), tuple(std)):
         raise UserError(
-            f"The pretrained ancestry expects mean {wanted[0]} and std {wanted[1]}, but data.mean is {mean} and "
+            f"The pretrained {what} expects mean {wanted[0]} and std {wanted[1]}, but data.mean is {mean} and "
             f"data.std {std}: set data.mean and data.std to what it expects."
         )
 
 
-def _is_plain(vit: object) -> bool:
+def is_plain(vit: object) -> bool:
     """Whether blocks can be tapped and tokens compared: timm's ViT and blocks, one class token, no registers."""
     return (
         type(vit) is VisionTransformer

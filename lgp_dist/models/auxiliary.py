@@ -13,10 +13,20 @@ from lgp_dist.paths import PathSpace
 class AuxiliaryViT(nn.Module):
     """Student and transformations in one module with one forward, since both are trained."""
 
-    def __init__(self, vit: VisionTransformer, bank: TransformationBank, levels: tuple[Level, ...], target_norm: str):
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        bank: TransformationBank,
+        levels: tuple[Level, ...],
+        target_norm: str,
+        number: int = 0,
+        distilled: bool = True,
+    ):
+        """number: of the row in its pool. distilled: whether it learns from the ancestry, or from labels alone."""
         super().__init__()
         self.vit, self.bank = vit, bank
         self.levels, self.target_norm = levels, target_norm
+        self.number, self.distilled = number, distilled
 
     def forward(
         self, images: Tensor, ancestry_blocks: dict[int, Tensor], ancestry_attentions: dict[int, Tensor]
@@ -33,7 +43,7 @@ class AuxiliaryViT(nn.Module):
 
 
 class AuxiliaryRows(nn.Module):
-    """All rows, distilled in one run that shares the ancestry's forward pass."""
+    """Rows that are trained in one run, which shares the ancestry's forward pass."""
 
     def __init__(self, rows: list[AuxiliaryViT]):
         super().__init__()
@@ -55,14 +65,17 @@ def build_rows(
     space: PathSpace,
     rows: tuple[RowConfig, ...],
     distil: DistilConfig,
-    ancestry_depth: int,
-    ancestry_width: int,
+    ancestry_depth: int = 0,
+    ancestry_width: int = 0,
 ) -> list[AuxiliaryViT]:
-    """Auxiliary models of every row with random weights, narrow to wide."""
+    """Auxiliary models of every row with random weights, narrow to wide.
+
+    ancestry_*: of a plain ViT; rows with levels need them.
+    """
     built = []
     for index, row in enumerate(rows):
         vit = row_vit(space, index, tuple(each.heads for each in rows), row.drop_path)
         levels = levels_of(row.levels, ancestry_depth, space.depth)
         bank = TransformationBank(ancestry_width, row.width, len(levels), inverse=distil.inverse_weight > 0)
-        built.append(AuxiliaryViT(vit, bank, levels, distil.target_norm))
+        built.append(AuxiliaryViT(vit, bank, levels, distil.target_norm, index, row.source == "distil"))
     return built

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from lgp_dist.artifacts import Artifact, RunDirectory
 from lgp_dist.config import RunConfig, TrainConfig
@@ -21,7 +21,8 @@ from lgp_dist.engine.optim import Decays, decays_matrix
 from lgp_dist.engine.saving import Saving
 from lgp_dist.engine.setup import Workers
 from lgp_dist.meaning import STAGES, flatten
-from lgp_dist.models.ancestry import Ancestry, timm_ancestry
+from lgp_dist.models.ancestry import Ancestry, timm_model
+from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.vit import build_vit
 from lgp_dist.paths import PathSpace
@@ -147,6 +148,12 @@ class Context:
         ancestry, engine = Ancestry(vit).to(self.workers.device), self.config.engine
         return ancestry.prepare(engine.precision, engine.compile) if prepared else ancestry
 
+    def auxiliary_rows(self, ancestry: Ancestry | None) -> AuxiliaryRows:
+        """All rows with random weights. ancestry: needed where rows are made of its blocks or their outputs."""
+        config = self.config
+        shape = (ancestry.depth, ancestry.vit.embed_dim) if ancestry and config.taps_ancestry else ()
+        return AuxiliaryRows(build_rows(self.space, config.model.rows, config.distil, *shape))
+
     def load_pool(self, stage: str) -> LearngenePool:
         """The pool as stage `pool` or `finetune` left it, on this device in eval mode."""
         pool = LearngenePool.empty(self.space, self.heads)
@@ -158,24 +165,26 @@ class Context:
         torch.manual_seed(draw_index(2**63, "torch", self.config.seed, stage, rank))
 
 
-def ancestry_vit(config: RunConfig) -> VisionTransformer:
-    """The ancestry's architecture with random weights."""
-    data, ancestry = config.data, config.ancestry
+def ancestry_vit(config: RunConfig) -> nn.Module:
+    """The ancestry's architecture with random weights: a plain ViT where its blocks are used, or named `vit`."""
+    ancestry = config.ancestry
     if ancestry.model == "vit":
         return build_vit(
-            image_size=data.image_size,
-            patch_size=config.model.patch_size,
-            channels=data.channels,
-            num_classes=data.num_classes,
             width=ancestry.width,
             depth=ancestry.depth,
             heads=ancestry.heads,
             drop_path=ancestry.drop_path,
+            **model_input(config),
         )
-    return timm_ancestry(
-        ancestry.model,
-        image_size=data.image_size,
-        channels=data.channels,
-        num_classes=data.num_classes,
-        patch_size=config.model.patch_size,
-    )
+    return timm_model(ancestry.model, "ancestry", config.taps_ancestry, **model_input(config))
+
+
+def model_input(config: RunConfig) -> dict[str, int]:
+    """What every model of the run is given and asked for."""
+    data = config.data
+    return {
+        "image_size": data.image_size,
+        "patch_size": config.model.patch_size,
+        "channels": data.channels,
+        "num_classes": data.num_classes,
+    }

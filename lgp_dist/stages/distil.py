@@ -1,16 +1,20 @@
-"""Stage distil: the ancestry into all auxiliary models, in one run."""
+"""Stage distil: all auxiliary models, distilled from the ancestry in one run or made as `RowConfig.source` says."""
 
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
+from timm.models.vision_transformer import VisionTransformer
 from torch.nn import Parameter
 
-from lgp_dist.artifacts import save_tensors
+from lgp_dist.artifacts import load_tensors, save_tensors
 from lgp_dist.engine.optim import decays_matrix
-from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
-from lgp_dist.stages.context import Context
+from lgp_dist.files import sha256
+from lgp_dist.models.ancestry import Ancestry, check_normalisation, hub_weights, load_weights, timm_model
+from lgp_dist.models.auxiliary import AuxiliaryRows
+from lgp_dist.models.row_start import check_row, take_tail
+from lgp_dist.stages.context import Context, model_input
 from lgp_dist.tasks.distil import DistilTask
 
 log = logging.getLogger("lgp")
@@ -23,25 +27,46 @@ def decays(name: str, parameter: Parameter) -> bool:
 
 def run(context: Context) -> None:
     """Writes distil/rows.safetensors: every row's ViT and transformations."""
-    began, artifact = time.monotonic(), context.require("ancestry")
-    ancestry = context.load_ancestry()
+    began, config = time.monotonic(), context.config
+    sources = {row.source for row in config.model.rows}
+    inputs = [context.require("ancestry")] if {"distil", "tail"} & sources else []
+    ancestry = context.load_ancestry(prepared=False) if inputs else None
     context.seed("distil")
-    rows = build_rows(
-        context.space, context.config.model.rows, context.config.distil, ancestry.depth, ancestry.vit.embed_dim
-    )
-    module = AuxiliaryRows(rows)
-    training = context.train(
-        "distil", DistilTask(module, ancestry, context.config.distil), context.config.distil.train, decays
-    )
-    module.eval()
+    module = context.auxiliary_rows(ancestry)
+    facts: dict[str, Any] = {"rows": [start(context, row.number, row.vit, ancestry) for row in module.rows]}
+    trained = AuxiliaryRows([row for row in module.rows if config.model.rows[row.number].trains])
+    if len(trained.rows):
+        teacher = ancestry.prepare(config.engine.precision, config.engine.compile) if "distil" in sources else None
+        task = DistilTask(trained, teacher, config.distil)
+        facts["training"] = context.train("distil", task, config.distil.train, decays)
+    module.to(context.workers.device).eval()
     measured = context.accuracies({str(index): row.vit for index, row in enumerate(module.rows)})
-    facts: dict[str, Any] = {"training": training, "rows": []}
-    for row, (top1, top5) in zip(context.config.model.rows, measured.values(), strict=True):
-        facts["rows"].append({"width": row.width, "top1": top1, "top5": top5})
-        log.info("distil: row of width %d: top-1 %.2f %%, top-5 %.2f %%", row.width, top1, top5)
+    for row, (top1, top5) in zip(facts["rows"], measured.values(), strict=True):
+        row |= {"top1": top1, "top5": top5}
+        log.info("distil: row of width %d: top-1 %.2f %%, top-5 %.2f %%", row["width"], top1, top5)
 
     def fill(folder: Path) -> dict[str, Any]:
         save_tensors(folder / "rows.safetensors", module.state_dict())
         return facts
 
-    context.write("distil", [artifact], fill, time.monotonic() - began)
+    context.write("distil", inputs, fill, time.monotonic() - began)
+
+
+def start(context: Context, number: int, vit: VisionTransformer, ancestry: Ancestry | None) -> dict[str, Any]:
+    """Gives a row the weights that it begins with where its source has any; what artifact.json says of them."""
+    config, key = context.config, f"model.rows.{number}"
+    row = config.model.rows[number]
+    facts = {"width": row.width, "source": row.source}
+    if row.source == "tail":
+        take_tail(vit, ancestry.vit, key)
+    if row.source not in ("hub", "file"):
+        return facts
+    weights, name = Path(row.weights), row.weights
+    if row.source == "hub":
+        stock = timm_model(row.model, key, True, **model_input(config))
+        check_row(vit, stock, row.model, key)
+        check_normalisation(stock, config.data.mean, config.data.std, f"row {number}")
+        weights, name = hub_weights(stock, key), stock.pretrained_cfg["hf_hub_id"]
+    settings = f"{key}.width, model.depth and data.num_classes"
+    load_weights(vit, load_tensors(weights), str(weights), f"row {number}", settings)
+    return {**facts, "weights": name, "weights_sha256": sha256(weights)}

@@ -23,7 +23,8 @@ log = logging.getLogger("lgp")
 def run(context: Context) -> None:
     """Writes finetune/pool.safetensors and, where the pool was trained, finetune/ledger.json."""
     began, config = time.monotonic(), context.config.finetune
-    inputs = [context.require("ancestry"), context.require("pool")]
+    needed = ("ancestry", "pool") if context.config.needs_ancestry else ("pool",)
+    inputs = [context.require(stage) for stage in needed]
     if config.weights:
         context.write("finetune", inputs, partial(take, context, config.weights), time.monotonic() - began)
         return

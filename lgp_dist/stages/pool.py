@@ -1,4 +1,4 @@
-"""Stage pool: distilled rows become a pool, and its stitch layers get their start."""
+"""Stage pool: rows become a pool, and its stitch layers get their start."""
 
 import logging
 import time
@@ -11,7 +11,7 @@ from torch import Tensor
 from lgp_dist.artifacts import Artifact, save_tensors
 from lgp_dist.data.stream import clean_batches, open_split
 from lgp_dist.models.ancestry import Ancestry
-from lgp_dist.models.auxiliary import AuxiliaryRows, AuxiliaryViT, build_rows
+from lgp_dist.models.auxiliary import AuxiliaryViT
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.stitch_init import Starts, ancestry_means, least_squares_starts, transformation_starts
 from lgp_dist.stages.context import Context
@@ -22,11 +22,11 @@ log = logging.getLogger("lgp")
 def run(context: Context) -> None:
     """Writes pool/pool.safetensors."""
     began, distilled = time.monotonic(), context.require("distil")
-    ancestry = context.load_ancestry(prepared=False)
+    ancestry = context.load_ancestry(prepared=False) if context.config.taps_ancestry else None
     context.seed("pool")
 
     def fill(folder: Path) -> dict[str, Any]:
-        rows = distilled_rows(context, ancestry, distilled)
+        rows = finished_rows(context, ancestry, distilled)
         starts = stitch_starts(context, ancestry, rows)
         pool = LearngenePool(context.space, [row.vit for row in rows])
         for index, start in starts.items():
@@ -43,24 +43,22 @@ def run(context: Context) -> None:
     context.write("pool", [distilled], fill, time.monotonic() - began)
 
 
-def distilled_rows(context: Context, ancestry: Ancestry, artifact: Artifact) -> list[AuxiliaryViT]:
+def finished_rows(context: Context, ancestry: Ancestry | None, artifact: Artifact) -> list[AuxiliaryViT]:
     """The rows as stage distil left them, on this device in eval mode."""
-    config = context.config
-    rows = build_rows(context.space, config.model.rows, config.distil, ancestry.depth, ancestry.vit.embed_dim)
-    module = AuxiliaryRows(rows)
+    module = context.auxiliary_rows(ancestry)
     module.load_state_dict(artifact.tensors("rows.safetensors"), strict=True)
     return list(module.to(context.workers.device).eval().rows)
 
 
-def stitch_starts(context: Context, ancestry: Ancestry, rows: list[AuxiliaryViT]) -> Starts:
-    """Where the recipe's `stitch_init` lets each stitch layer start; nothing for random."""
+def stitch_starts(context: Context, ancestry: Ancestry | None, rows: list[AuxiliaryViT]) -> Starts:
+    """Where the recipe's `stitch_init` lets each stitch layer start; nothing for random, or for a pool of one row."""
     config, init = context.config, context.config.pool.stitch_init
-    if init == "random":
+    if init == "random" or not context.space.stitch_widths:
         return {}
     if init == "least_squares":
         return least_squares_starts(context.space, rows, clean_images(context), config.pool.ridge)
     levels = {level for row in rows for level in row.levels}
-    means = ancestry_means(ancestry, levels, clean_images(context)) if init == "transformation_pinv" else {}
+    means = ancestry_means(ancestry, levels, clean_images(context)) if levels and init == "transformation_pinv" else {}
     return transformation_starts(init, context.space, rows, means)
 
 

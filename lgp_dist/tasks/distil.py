@@ -1,4 +1,4 @@
-"""Distillation of all auxiliary models from one forward of the ancestry (METHOD, section 2)."""
+"""Training of auxiliary models: distilled from one forward of the ancestry (METHOD, section 2), or by labels alone."""
 
 from typing import Any
 
@@ -13,9 +13,11 @@ from lgp_dist.tasks.losses import cross_entropy, mean_squared_error, soft_cross_
 
 
 class DistilTask:
-    """L = alpha CE + (1 - alpha) (L_att + L_blk + L_pred) for each row, plus the error of V."""
+    """L = alpha CE + (1 - alpha) (L_att + L_blk + L_pred) for each row, plus the error of V; CE alone for rows that are
+    not distilled."""
 
-    def __init__(self, module: AuxiliaryRows, ancestry: Ancestry, config: DistilConfig):
+    def __init__(self, module: AuxiliaryRows, ancestry: Ancestry | None, config: DistilConfig):
+        """ancestry: None where no row is distilled."""
         self.module, self.ancestry, self.config = module, ancestry, config
         self.walk = Walk()
         self.blocks = frozenset(level.ancestry for row in module.rows for level in row.levels)
@@ -25,14 +27,20 @@ class DistilTask:
         return frozenset()
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """loss (sum over rows) and, per row r, row{r}/cls, pred and, where it has levels, block, attention, inverse."""
-        ancestry_logits, blocks, attentions = self.ancestry(batch.images, self.blocks)
+        """loss (sum over rows) and, per row r, row{r}/cls, where it is distilled pred, where it has levels block,
+        attention and inverse."""
+        ancestry_logits, blocks, attentions = None, {}, {}
+        if self.ancestry is not None:
+            ancestry_logits, blocks, attentions = self.ancestry(batch.images, self.blocks)
         named: dict[str, Tensor] = {}
         total = batch.images.new_zeros(())
-        for row, output in enumerate(module(batch.images, blocks, attentions)):
-            parts = row_losses(output, ancestry_logits, batch.targets, self.config)
-            total = total + parts.pop("loss")
-            named.update({f"row{row}/{name}": part.detach() for name, part in parts.items() if torch.is_tensor(part)})
+        for row, output in zip(self.module.rows, module(batch.images, blocks, attentions), strict=True):
+            if row.distilled:
+                parts = row_losses(output, ancestry_logits, batch.targets, self.config)
+            else:
+                parts = dict.fromkeys(("loss", "cls"), cross_entropy(output["logits"], batch.targets))
+            total, name = total + parts.pop("loss"), f"row{row.number}"
+            named.update({f"{name}/{key}": part.detach() for key, part in parts.items() if torch.is_tensor(part)})
         return {"loss": total, **named}
 
     def labels(self, context: StepContext) -> dict[str, Any]:
@@ -41,7 +49,8 @@ class DistilTask:
 
     def to(self, device: torch.device) -> None:
         """Moves the ancestry."""
-        self.ancestry.to(device)
+        if self.ancestry is not None:
+            self.ancestry.to(device)
 
 
 def row_losses(
