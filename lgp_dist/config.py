@@ -148,7 +148,9 @@ class ModelConfig:
         RowConfig(width=192, heads=3, levels="dense"),
         RowConfig(width=768, heads=12, levels="last", drop_path=0.1),
     )
-    """Rows from narrow to wide."""
+    """Rows from narrow to wide; one row is a pool of one path."""
+    final_norm: bool = True
+    """Whether stitched paths apply the final norm, as rows alone do; SN-Net's released code for DeiT does not."""
 
 
 @dataclass(frozen=True)

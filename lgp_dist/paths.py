@@ -85,6 +85,8 @@ class PathSpace:
     """Of an image."""
     num_classes: int = 1000
     """Of the head."""
+    final_norm: bool = True
+    """Whether stitched paths apply the final norm of their last row, as rows alone always do."""
 
     def __post_init__(self) -> None:
         if self.depth < 2:
@@ -104,7 +106,8 @@ class PathSpace:
         """The path space of a run."""
         data, model = config.data, config.model
         widths = tuple(row.width for row in model.rows)
-        return cls(widths, model.depth, data.image_size, model.patch_size, data.channels, data.num_classes)
+        image = (data.image_size, model.patch_size, data.channels, data.num_classes)
+        return cls(widths, model.depth, *image, model.final_norm)
 
     @property
     def stitches_per_pair(self) -> int:
@@ -119,7 +122,8 @@ class PathSpace:
 
     @cached_property
     def paths(self) -> tuple[Path, ...]:
-        """Rows alone first, then the stitched paths of each pair in the order of their windows."""
+        """Rows alone first, then the stitched paths of each pair in the order of their windows: SN-Net's order, where
+        the place is a path's `cfg_id`."""
         found = [Path((Segment(row, 0, self.depth),)) for row in range(len(self.widths))]
         for low in range(len(self.widths) - 1):
             seen: set[tuple[int, int]] = set()
@@ -141,6 +145,10 @@ class PathSpace:
         if key not in self._by_key:
             raise UserError(f"The pool has no path {key!r}: `lgp paths` lists its {len(self.paths)} keys.")
         return self._by_key[key]
+
+    def has_norm(self, path: Path) -> bool:
+        """Whether the path applies its last row's final norm; it holds the norm's parameters in any case."""
+        return self.final_norm or path.stitch is None
 
     @property
     def tokens(self) -> int:
@@ -174,7 +182,7 @@ class PathSpace:
         params += sum(count * self._block_params(width) for width, count in blocks)
         flops = (self.tokens - 1) * self.channels * self.patch_size**2 * first
         flops += sum(count * self._block_flops(width) for width, count in blocks)
-        flops += NORM_FLOPS * self.tokens * last + last * self.num_classes
+        flops += self.has_norm(path) * NORM_FLOPS * self.tokens * last + last * self.num_classes
         if path.stitch is None:
             params += self._tokens_params(first)
             return PathCost(params, params, flops)
@@ -190,7 +198,7 @@ class PathSpace:
         return rows + sum((narrow + 1) * wide for narrow, wide in self.stitch_widths)
 
     def describe(self, path: Path) -> dict[str, str | int | None]:
-        """The fields of paths.json that need no training: key, blocks, rows, stitch and cost."""
+        """The fields of paths.json that need no training: key, blocks, rows, stitch, cost and place in `paths`."""
         low, high = path.segments[0], path.segments[-1]
         alone, is_widest = path.stitch is None, low.row == len(self.widths) - 1
         cost = self.cost(path)
@@ -204,4 +212,5 @@ class PathSpace:
             "params": cost.params,
             "params_paper": cost.params_paper,
             "flops": cost.flops,
+            "cfg_id": self.paths.index(path),
         }

@@ -27,11 +27,12 @@ class Descendant(nn.Module):
         self.low = nn.Sequential(*low_blocks[low.start : low.stop])
         self.stitch = StitchLayer(space.widths[low.row], space.widths[high.row])
         self.high = nn.Sequential(*high_blocks[high.start : high.stop])
+        self.has_norm = space.has_norm(path)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] images to [B, classes] logits."""
         tokens = self.low(embed(self.stem, images))
-        return classify(self.head, self.high(self.stitch(tokens)))
+        return classify(self.head, self.high(self.stitch(tokens)), self.has_norm)
 
 
 def empty_descendant(space: PathSpace, heads: tuple[int, ...], path: Path) -> VisionTransformer | Descendant:

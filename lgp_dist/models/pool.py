@@ -83,13 +83,13 @@ class StitchUnit(nn.Module):
 class HeadUnit(nn.Module):
     """Final norm and classifier of every row; the path's last row classifies."""
 
-    def __init__(self, heads: list[VisionTransformer]):
+    def __init__(self, space: PathSpace, heads: list[VisionTransformer]):
         super().__init__()
-        self.rows = nn.ModuleList(heads)
+        self.space, self.rows = space, nn.ModuleList(heads)
 
     def forward(self, tokens: Tensor, path: Path) -> Tensor:
         """[B, N, D of the last row] to [B, classes]."""
-        return classify(self.rows[path.last_row], tokens)
+        return classify(self.rows[path.last_row], tokens, self.space.has_norm(path))
 
 
 class LearngenePool(nn.Module):
@@ -110,7 +110,7 @@ class LearngenePool(nn.Module):
             first = row * space.stitches_per_pair
             for index in range(first, first + space.stitches_per_pair if row + 1 < len(rows) else first):
                 self.units[f"stitch{index}"] = StitchUnit(index, StitchLayer(*space.stitch_widths[index]))
-        self.head = HeadUnit(heads)
+        self.head = HeadUnit(space, heads)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether every unit but the head computes its forward again in backward, as timm's models name it."""
@@ -137,14 +137,20 @@ class LearngenePool(nn.Module):
     @property
     def part_names(self) -> tuple[str, ...]:
         """Names of the submodules that a path runs as a whole or not at all, in the order of the walk."""
-        rows = range(len(self.space.widths))
-        stems, heads = (tuple(f"{unit}.rows.{row}" for row in rows) for unit in ("stem", "head"))
+        rows, ends = range(len(self.space.widths)), ("",) if self.space.final_norm else (".norm", ".head")
+        stems, heads = (f"stem.rows.{row}" for row in rows), (f"head.rows.{row}{end}" for row in rows for end in ends)
         return (*stems, *(f"units.{name}" for name in self.units), *heads)
 
     def parts_of(self, path: Path) -> frozenset[str]:
         """Those of `part_names` that a path runs."""
-        ends = {f"stem.rows.{path.first_row}", f"head.rows.{path.last_row}"}
-        return frozenset(ends | {f"units.{name}" for name, unit in self.units.items() if unit.runs(path)})
+        head = f"head.rows.{path.last_row}"
+        runs = {
+            f"stem.rows.{path.first_row}",
+            *(f"units.{name}" for name, unit in self.units.items() if unit.runs(path)),
+        }
+        if self.space.final_norm:
+            return frozenset(runs | {head})
+        return frozenset(runs | {f"{head}.head"} | ({f"{head}.norm"} if self.space.has_norm(path) else set()))
 
     @classmethod
     def empty(cls, space: PathSpace, heads: tuple[int, ...]) -> "LearngenePool":

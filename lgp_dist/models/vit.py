@@ -65,9 +65,9 @@ def embed(stem: VisionTransformer, images: Tensor) -> Tensor:
     return stem.norm_pre(stem.patch_drop(stem._pos_embed(tokens)))
 
 
-def classify(head: VisionTransformer, tokens: Tensor) -> Tensor:
-    """[B, N, D] tokens to [B, classes] logits: final norm, class token, linear head."""
-    return head.forward_head(head.norm(tokens))
+def classify(head: VisionTransformer, tokens: Tensor, norm: bool = True) -> Tensor:
+    """[B, N, D] tokens to [B, classes] logits: final norm if `norm`, class token, linear head."""
+    return head.forward_head(head.norm(tokens) if norm else tokens)
 
 
 def block_with_attention(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:

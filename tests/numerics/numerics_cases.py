@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,16 +16,18 @@ Array = NDArray[np.float64]
 
 TWO = PathSpace((16, 32), 4, image_size=28, patch_size=7, channels=1, num_classes=10)
 THREE = PathSpace((16, 32, 48), 3, image_size=28, patch_size=7, channels=1, num_classes=10)
-HEADS = {TWO: (2, 4), THREE: (1, 2, 4)}
+ONE = PathSpace((16,), 3, image_size=28, patch_size=7, channels=1, num_classes=10)
+BARE = replace(THREE, final_norm=False)
+HEADS = {TWO: (2, 4), THREE: (1, 2, 4), ONE: (2,), BARE: (1, 2, 4)}
 """Heads are no fixed share of the width, so that a wrong number of heads changes the logits."""
-SPACES = [TWO, THREE]
+SPACES = [TWO, THREE, ONE, BARE]
 EVERY_PATH = [(space, path) for space in SPACES for path in space.paths]
 
 
 def path_id(value: object) -> str | None:
     """Names test cases after rows and path."""
     if isinstance(value, PathSpace):
-        return f"{len(value.widths)}rows"
+        return f"{len(value.widths)}rows{'' if value.final_norm else '-bare'}"
     return value.key if isinstance(value, Path) else None
 
 

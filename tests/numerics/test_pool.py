@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp_dist.config import DataConfig
+from lgp_dist.engine.gradients import part_of
 from lgp_dist.models.descendant import descendant_from_path, load_descendant, timm_config
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths import Path, PathSpace
@@ -45,7 +46,7 @@ def recompute(pool: LearngenePool, rows: list[VisionTransformer], path: Path, ba
     tokens = F.linear(tokens, stitch.weight, stitch.bias)
     for index in range(high.start, len(last.blocks)):
         tokens = last.blocks[index](tokens)
-    return last.head(last.norm(tokens)[:, 0])
+    return last.head((last.norm(tokens) if pool.space.final_norm else tokens)[:, 0])
 
 
 def own_prefixes(path: Path) -> tuple[str, ...]:
@@ -55,15 +56,21 @@ def own_prefixes(path: Path) -> tuple[str, ...]:
     return (f"stem.rows.{path.segments[0].row}.", *blocks, *stitch, f"head.rows.{path.segments[-1].row}.")
 
 
+def idle_norm(space: PathSpace, path: Path) -> tuple[str, ...]:
+    """Where the norm is that a path has and does not apply."""
+    return () if space.final_norm or path.stitch is None else (f"head.rows.{path.segments[-1].row}.norm.",)
+
+
 @pytest.mark.parametrize(("space", "path"), EVERY_PATH, ids=path_id)
 def test_gradient_reaches_exactly_the_paths_parameters(space: PathSpace, path: Path) -> None:
     """Each parameter on the path has a gradient that is not zero, every other has none at all."""
     pool, _ = build(space)
     F.cross_entropy(pool(images(2), path), torch.tensor([1, 7])).backward()
     reached = {name: p for name, p in pool.named_parameters() if p.grad is not None}
-    expected = {name for name, _ in pool.named_parameters() if name.startswith(own_prefixes(path))}
-    assert reached.keys() == expected
-    assert sum(p.numel() for p in reached.values()) == space.cost(path).params
+    own = {name: p for name, p in pool.named_parameters() if name.startswith(own_prefixes(path))}
+    assert reached.keys() == {name for name in own if not name.startswith(idle_norm(space, path))}
+    assert reached.keys() == {name for name in own if part_of(name, pool.part_names) in pool.parts_of(path)}
+    assert sum(p.numel() for p in own.values()) == space.cost(path).params
     assert all(p.grad.abs().sum() > 0 for p in reached.values())
 
 

@@ -12,7 +12,8 @@ from lgp_dist.cli import SUMMARIES
 from lgp_dist.meaning import STAGES
 from lgp_dist.recipes import RECIPES
 
-FIELDS = ["key", "low", "high", "low_row", "high_row", "stitch", "params", "params_paper", "flops", "top1", "top5"]
+FIELDS = ["key", "low", "high", "low_row", "high_row", "stitch", "params", "params_paper", "flops", "cfg_id"]
+FIELDS += ["top1", "top5"]
 HEAVY = {"torch", "torchvision", "timm", "deepspeed", "accelerate", "transformers", "matplotlib", "webdataset"}
 
 
