@@ -41,6 +41,7 @@ class Cell:
     compile: str = ""
     ops: Ops = "reference"
     rows: int = 2
+    final_norm: bool = True
     steps: int = 4
     seed: int = 0
     loss_scale: float = 2.0**16
@@ -59,6 +60,7 @@ class Cell:
         words += [self.ops] * (self.ops != "reference")
         words += [f"loss scale {self.loss_scale:g}"] * (self.loss_scale != 2.0**16)
         words += [f"broken {self.broken}", f"audit {self.audit}"] * bool(self.broken)
+        words += ["no final norm"] * (not self.final_norm)
         words += [f"{self.rows} rows"] * (self.rows != 2) + [f"{self.steps} steps"] * (self.steps != 4)
         return ", ".join(words)
 
@@ -109,7 +111,8 @@ class Cell:
     def build(self) -> tuple[LearngenePool, Ancestry, PathSampler]:
         """A pool of rows of six blocks (18 paths with two rows), an ancestry and the schedule; the same everywhere."""
         torch.manual_seed(1)
-        space = PathSpace((8, 16, 24)[: self.rows], 6 if self.rows == 2 else 3, **IMAGE)
+        depth = 6 if self.rows == 2 else 3
+        space = PathSpace((8, 16, 24)[: self.rows], depth, **IMAGE, final_norm=self.final_norm)
         pool = LearngenePool.empty(space, (1, 2, 3)[: self.rows])
         pool.set_ops(self.ops)
         vit = build_vit(image_size=14, patch_size=7, channels=1, num_classes=5, width=8, depth=1, heads=1)
@@ -140,7 +143,8 @@ def table(worlds: tuple[int, ...] = (2, 4)) -> list[Cell]:
 
 
 def extras() -> list[Cell]:
-    """What the table leaves out: fp16, other rules for unused parameters, three rows, offload, union, compilation."""
+    """What the table leaves out: fp16, other rules for unused parameters, three rows or one, stitched paths without the
+    final norm, offload, union, compilation."""
     cells = []
     for engine in ENGINES:
         base = Cell(engine, 2, accumulate=2, clip=0.5)
@@ -149,6 +153,8 @@ def extras() -> list[Cell]:
             replace(base, unused="zero"),
             replace(base, average="users"),
             replace(base, rows=3, steps=6),
+            replace(base, rows=3, steps=6, final_norm=False),
+            replace(base, rows=1),
             replace(base, compile="aot_eager", checkpointed=True),
         ]
         if engine in ("zero1", "zero2"):
