@@ -49,6 +49,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "pool.ridge": (POSITIVE, 1e9),
     "finetune.tau": (POSITIVE, math.inf),
     "finetune.distil_weight": (0, 1e9),
+    "finetune.label_weight": (0, 1e9),
     "finetune.paths_per_batch": (1, 2**31 - 1),
     "finetune.watch_every": (0, 2**62),
     "finetune.watch_images": (1, 2**31 - 1),
@@ -132,9 +133,16 @@ def _check_shapes(config: RunConfig) -> None:
             f"finetune.paths_per_batch is {paths}, which does not divide finetune.train.accumulate {micro_steps}: set "
             f"accumulate to {-(-micro_steps // paths) * paths}, or change paths_per_batch."
         )
-    if config.export.path:
-        space.by_key(config.export.path)
     _check_only(config.finetune.only, space)
+    if config.export.path:
+        chosen = space.by_key(config.export.path)
+        if chosen not in space.chosen(config.finetune.only):
+            raise UserError(
+                f"export.path is {chosen.key!r}, but finetune.only names other paths, which alone are trained and "
+                "measured: choose one of these, or add it."
+            )
+    if not config.finetune.distil_weight + config.finetune.label_weight:
+        raise UserError("finetune.distil_weight and finetune.label_weight are both 0: raise one.")
     _check_allowed(config)
 
 

@@ -219,7 +219,7 @@ class FinetuneConfig:
     sandwich: bool = False
     """Every step holds each row alone at least once; ranks times micro-steps must leave room for stitched paths."""
     only: tuple[str, ...] = ()
-    """Keys of the paths to train, as `lgp paths` lists them; empty for all."""
+    """Keys of the paths to train and measure, as `lgp paths` lists them; empty for all."""
     costs: str = free("")
     """File of `lgp bench paths` with each path's seconds, for `balanced`; empty for FLOPs. Its content belongs to a
     run's meaning."""
@@ -227,8 +227,12 @@ class FinetuneConfig:
     """A consolidated checkpoint to take in place of training; its content belongs to a run's meaning."""
     tau: float = 1.0
     """Temperature of the soft cross-entropy to the ancestry."""
+    distil: Literal["soft", "hard"] = "soft"
+    """What the ancestry teaches: its whole distribution, or the class that it holds for the likeliest, as a label."""
     distil_weight: float = 1.0
-    """Weight of the soft cross-entropy; the labels' cross-entropy has 1. At 0 the ancestry does not run."""
+    """Weight of the cross-entropy to the ancestry. At 0 the ancestry does not run."""
+    label_weight: float = 1.0
+    """Weight of the labels' cross-entropy."""
     loss_scale: LossScale = "sample"
     """As in distillation."""
     train: TrainConfig = TrainConfig(epochs=50.0)

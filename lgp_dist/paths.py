@@ -5,6 +5,7 @@ ordered pair (j, k) in the window that no earlier window had is a path "leave th
 row at block k"; the pairs that are new in one window share one stitch layer. Each row on its own is a path too.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -145,6 +146,11 @@ class PathSpace:
         if key not in self._by_key:
             raise UserError(f"The pool has no path {key!r}: `lgp paths` lists its {len(self.paths)} keys.")
         return self._by_key[key]
+
+    def chosen(self, keys: Collection[str]) -> tuple[Path, ...]:
+        """The paths of these keys in the pool's order, all where there are none; UserError where the pool lacks one."""
+        wanted = {self.by_key(key) for key in keys}
+        return tuple(path for path in self.paths if path in wanted or not wanted)
 
     def has_norm(self, path: Path) -> bool:
         """Whether the path applies its last row's final norm; it holds the norm's parameters in any case."""

@@ -60,8 +60,7 @@ class PathSampler:
     def from_config(cls, config: RunConfig, space: PathSpace) -> "PathSampler":
         """The sampler of stage finetune. UserError where `finetune.only` or `finetune.costs` cannot be used."""
         finetune = config.finetune
-        chosen = {space.by_key(key).key for key in finetune.only}
-        paths = tuple(path for path in space.paths if not chosen or path.key in chosen)
+        paths = space.chosen(finetune.only)
         costs = path_costs(space, finetune.costs)
         row_weight = Fraction(str(finetune.row_weight))
         weights = tuple(row_weight if path.stitch is None else Fraction(1) for path in paths)

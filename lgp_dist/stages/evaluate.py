@@ -1,4 +1,4 @@
-"""Stage evaluate: every path's accuracy and cost."""
+"""Stage evaluate: accuracy and cost of every path that was trained."""
 
 import logging
 import time
@@ -32,10 +32,11 @@ def run(context: Context) -> None:
 
 
 def path_rows(context: Context, pool: LearngenePool) -> list[dict[str, Any]]:
-    """The fields of paths.json for every path, cheapest first."""
-    measured = context.accuracies({path.key: partial(pool, path=path) for path in context.space.paths})
+    """The fields of paths.json for every path, or those of `finetune.only`, cheapest first."""
+    chosen = context.space.chosen(context.config.finetune.only)
+    measured = context.accuracies({path.key: partial(pool, path=path) for path in chosen})
     rows = []
-    for path in context.space.paths:
+    for path in chosen:
         top1, top5 = measured[path.key]
         rows.append({**context.space.describe(path), "top1": round(top1, 4), "top5": round(top5, 4)})
     return sorted(rows, key=lambda row: row["flops"])

@@ -72,8 +72,8 @@ def meets_in_micro_steps(context: Context) -> bool:
 
 
 def measure(context: Context, pool: nn.Module) -> dict[str, float]:
-    """Top-1 of every path while the pool trains, on a part of the validation split, as `top1/KEY`."""
-    forwards = {path.key: partial(pool, path=path) for path in context.space.paths}
+    """Top-1 of every path that is trained, meanwhile, on a part of the validation split, as `top1/KEY`."""
+    forwards = {path.key: partial(pool, path=path) for path in context.space.chosen(context.config.finetune.only)}
     found = context.accuracies(forwards, context.config.finetune.watch_images)
     return {f"top1/{key}": top1 for key, (top1, _) in found.items()}
 

@@ -15,7 +15,7 @@ from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 
 
 class FinetuneTask:
-    """Cross-entropy and soft cross-entropy to the ancestry on the path that this rank draws."""
+    """Cross-entropy to the labels and to the ancestry on the path that this rank draws."""
 
     def __init__(self, module: LearngenePool, ancestry: Ancestry | None, sampler: PathSampler, config: FinetuneConfig):
         self.module, self.ancestry, self.sampler, self.config = module, ancestry, sampler, config
@@ -35,10 +35,13 @@ class FinetuneTask:
         """loss, cls and, with an ancestry, pred."""
         logits = module(batch.images, self.path(context)).float()  # cast once: both losses' gradients add up in fp32
         parts = {"cls": cross_entropy(logits, batch.targets)}
-        loss = parts["cls"]
+        loss = self.config.label_weight * parts["cls"]
         if self.ancestry is not None:
             target = self._target(batch.images, context)
-            parts["pred"] = soft_cross_entropy(target, logits, self.config.tau, self.config.loss_scale)
+            if self.config.distil == "hard":
+                parts["pred"] = cross_entropy(logits, target.argmax(-1))
+            else:
+                parts["pred"] = soft_cross_entropy(target, logits, self.config.tau, self.config.loss_scale)
             loss = loss + self.config.distil_weight * parts["pred"]
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 

@@ -123,10 +123,13 @@ def path_logits(task: FinetuneTask, batch: Tensor, context: StepContext) -> np.n
         FinetuneConfig(),
         FinetuneConfig(policy="shared", tau=2.0, distil_weight=0.3),
         FinetuneConfig(loss_scale="paper", distil_weight=7.0),
+        FinetuneConfig(distil="hard", distil_weight=0.5, label_weight=0.5),
+        FinetuneConfig(label_weight=0.0),
     ],
 )
 def test_finetune_losses(config: FinetuneConfig, soft: bool) -> None:
-    """CE + distil_weight * soft CE on the drawn path, whose key is what the task logs."""
+    """label_weight * CE + distil_weight * soft CE on the drawn path, whose key is what the task logs; hard: CE to the
+    ancestry's likeliest class."""
     task = finetune_task(config)
     targets = torch.randn(4, 10).softmax(-1) if soft else torch.tensor([3, 0, 9, 3])
     batch = Batch(images(4), targets, torch.ones(4))
@@ -134,10 +137,13 @@ def test_finetune_losses(config: FinetuneConfig, soft: bool) -> None:
     for context in CONTEXTS:
         logits = path_logits(task, batch.images, context)
         cls, pred = label_loss(logits, array(targets)), soft_loss(teacher, logits, config.tau, config.loss_scale)
+        if config.distil == "hard":
+            pred = label_loss(logits, teacher.argmax(1))
         losses = task.losses(task.module, batch, context)
         assert [name for name, value in losses.items() if value.requires_grad] == ["loss"]
         found = {name: value.item() for name, value in losses.items()}
-        expected = {"loss": cls + config.distil_weight * pred, "cls": cls, "pred": pred}
+        loss = config.label_weight * cls + config.distil_weight * pred
+        expected = {"loss": loss, "cls": cls, "pred": pred}
         assert found == pytest.approx(expected, rel=1e-5)
     assert len({task.labels(context)["path"] for context in CONTEXTS}) > 1
 
