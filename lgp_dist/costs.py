@@ -61,14 +61,17 @@ PLAIN = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (102
 
 
 def ancestry_forward(config: RunConfig) -> float | None:
-    """FLOPs of the ancestry's forward of one image, 0 where it does not run; None where its size is not known."""
+    """FLOPs of the ancestry's forward of one image, 0 where it does not run; None where it is of no known size."""
     if not config.finetune.distil_weight:
         return 0.0
     ancestry, data = config.ancestry, config.data
     if ancestry.model == "vit":
         size = (ancestry.width, ancestry.depth)
     else:
-        size = next((PLAIN[part] for part in ancestry.model.split("_") if part in PLAIN), None)
+        kind, *parts = ancestry.model.split("_")
+        size = (
+            next((PLAIN[part] for part in parts if part in PLAIN), None) if kind in ("vit", "deit", "deit3") else None
+        )
     if size is None:
         return None
     alone = PathSpace(size[:1], size[1], data.image_size, config.model.patch_size, data.channels, data.num_classes)

@@ -11,6 +11,7 @@ from lgp_dist.config import (
     EngineConfig,
     FinetuneConfig,
     ModelConfig,
+    PoolConfig,
     RowConfig,
     RunConfig,
     TrainConfig,
@@ -99,4 +100,141 @@ def pool18() -> RunConfig:
     return replace(base, recipe="pool18", model=replace(base.model, depth=9))
 
 
-RECIPES = {"tiny": tiny, "pool12": pool12, "pool18": pool18}
+def undistilled(base: RunConfig, recipe: str) -> RunConfig:
+    """SN-Net on the rows of another recipe, each trained with the labels alone; all else is as there."""
+    rows = tuple(replace(row, source="labels", levels="none") for row in base.model.rows)
+    return replace(
+        base,
+        recipe=recipe,
+        model=replace(base.model, rows=rows),
+        pool=replace(base.pool, stitch_init="least_squares"),
+    )
+
+
+def tail_alone(base: RunConfig, recipe: str) -> RunConfig:
+    """Vanilla learngene: the wide row of another recipe alone, behind whose random blocks the ancestry's last three
+    stand; trained as long as there, with the labels alone."""
+    row = replace(base.model.rows[-1], source="tail", levels="none")
+    return replace(
+        base,
+        recipe=recipe,
+        model=replace(base.model, rows=(row,)),
+        finetune=replace(base.finetune, distil_weight=0.0),
+        budget=Budget(),
+    )
+
+
+def from_scratch(base: RunConfig, recipe: str, key: str, train: TrainConfig) -> RunConfig:
+    """One path of another recipe's pool, from random weights and with the labels alone."""
+    rows = tuple(replace(row, source="random", levels="none") for row in base.model.rows)
+    return replace(
+        base,
+        recipe=recipe,
+        model=replace(base.model, rows=rows),
+        pool=replace(base.pool, stitch_init="random"),
+        finetune=replace(base.finetune, distil_weight=0.0, only=(key,), train=train),
+        evaluate=replace(base.evaluate, before=False),
+        budget=Budget(),
+    )
+
+
+def snnet_tiny() -> RunConfig:
+    """SN-Net on the sample: the two rows of tiny, trained without distillation, and least-squares stitches.
+
+    Command: lgp run snnet_tiny
+    Time: not yet measured
+    Accuracy: not yet measured
+    """
+    return undistilled(tiny(), "snnet_tiny")
+
+
+def vanilla_tiny() -> RunConfig:
+    """Vanilla learngene on the sample: the ancestry's last three blocks behind three random ones, one row of width 96.
+
+    Command: lgp run vanilla_tiny
+    Time: not yet measured
+    Accuracy: not yet measured
+    """
+    return tail_alone(tiny(), "vanilla_tiny")
+
+
+def scratch_tiny() -> RunConfig:
+    """A path of tiny's pool trained from scratch; another with --finetune.only KEY and --run-dir.
+
+    Command: lgp run scratch_tiny
+    Time: not yet measured
+    Accuracy: not yet measured
+    """
+    base = tiny()
+    loop = replace(base.distil.train, epochs=base.distil.train.epochs + base.finetune.train.epochs)
+    return from_scratch(base, "scratch_tiny", "r0.0-3+r1.4-5", loop)
+
+
+def snnet_same_rows() -> RunConfig:
+    """SN-Net as the paper compares with it: the rows of pool12 trained for 150 epochs without distillation.
+
+    Command: lgp run snnet_same_rows
+    Time: not yet measured
+    Accuracy: not yet measured (paper: rows before stitching 53.49 and 67.20)
+    """
+    config = undistilled(pool12(), "snnet_same_rows")
+    return replace(config, distil=replace(config.distil, train=replace(config.distil.train, epochs=150.0)))
+
+
+def vanilla_base() -> RunConfig:
+    """Vanilla learngene on ImageNet-1K: DeiT-Base's last three blocks behind three random ones.
+
+    Command: lgp run vanilla_base
+    Time: not yet measured
+    Accuracy: not yet measured
+    """
+    return tail_alone(pool12(), "vanilla_base")
+
+
+def scratch_pool12() -> RunConfig:
+    """A path of pool12 trained from scratch for 150 epochs; another with --finetune.only KEY and --run-dir.
+
+    Command: lgp run scratch_pool12
+    Time: not yet measured
+    Accuracy: not yet measured
+    """
+    base = pool12()
+    return from_scratch(base, "scratch_pool12", "r0.0-3+r1.4-5", replace(base.distil.train, epochs=150.0))
+
+
+def snnet_deit() -> RunConfig:
+    """SN-Net with its published anchors and training: DeiT-Ti, S and B on ImageNet-1K, 71 paths, 118.40 M stored.
+
+    --model.no-final-norm is the released code. Without its repeated augmentation and its stochastic depth in training.
+
+    Command: lgp run snnet_deit
+    Time: not yet measured
+    Accuracy: not yet measured (published: 70.56 Ti, 79.46 S, 81.93 B)
+    """
+    names = {"tiny": 192, "small": 384, "base": 768}
+    rows = tuple(
+        RowConfig(width=width, heads=width // 64, source="hub", model=f"deit_{name}_patch16_224")
+        for name, width in names.items()
+    )
+    train = TrainConfig(epochs=50.0, batch_size=1024, lr=1e-4, warmup_epochs=5.0, log_every=50, **DEIT_MIX)
+    return RunConfig(
+        recipe="snnet_deit",
+        data=DataConfig(augment=DEIT_AUGMENT),
+        model=ModelConfig(depth=12, rows=rows),
+        engine=EngineConfig(precision="bf16", device="cuda"),
+        ancestry=AncestryConfig(model="regnety_160.deit_in1k"),
+        pool=PoolConfig(stitch_init="least_squares"),
+        finetune=FinetuneConfig(distil="hard", distil_weight=0.5, label_weight=0.5, train=train),
+        budget=Budget(max_params=20e6),
+    )
+
+
+RECIPES = {
+    recipe.__name__: recipe
+    for recipe in (
+        *(tiny, pool12, pool18),
+        *(snnet_tiny, vanilla_tiny, scratch_tiny),
+        *(snnet_deit, snnet_same_rows, vanilla_base, scratch_pool12),
+    )
+}
+"""Every recipe by its name."""

@@ -166,8 +166,9 @@ class Context:
 
 
 def ancestry_vit(config: RunConfig) -> nn.Module:
-    """The ancestry's architecture with random weights: a plain ViT where its blocks are used, or named `vit`."""
+    """The ancestry's architecture with random weights: a plain ViT where its blocks are used or it is trained here."""
     ancestry = config.ancestry
+    plain = config.taps_ancestry or ancestry.source == "train"
     if ancestry.model == "vit":
         return build_vit(
             width=ancestry.width,
@@ -176,7 +177,7 @@ def ancestry_vit(config: RunConfig) -> nn.Module:
             drop_path=ancestry.drop_path,
             **model_input(config),
         )
-    return timm_model(ancestry.model, "ancestry", config.taps_ancestry, **model_input(config))
+    return timm_model(ancestry.model, "ancestry", plain, **model_input(config))
 
 
 def model_input(config: RunConfig) -> dict[str, int]:

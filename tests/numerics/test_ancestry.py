@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from numerics_cases import TWO, images, shake, stock_rows, stock_vit
 from torch import Tensor, nn
@@ -52,6 +53,18 @@ def test_prepared_ancestry_gives_the_same_bits(precision: Precision, backend: st
     kinds = {module.weight.dtype for module in ready.vit.modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     assert kinds == {DTYPES[precision] or torch.float32}
     assert ready.vit.blocks[0].norm1.weight.dtype == ready.vit.pos_embed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_teacher_that_is_no_vit_gives_the_same_bits(precision: Precision) -> None:
+    """timm's smallest ResNet, whose batch norms stay in float32; `aot_eager` leaves it as it is."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", in_chans=1, num_classes=10).eval()
+    ready, dtype = Ancestry(copy.deepcopy(model)).prepare(precision, "aot_eager"), DTYPES[precision]
+    batch = images(3)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=False), torch.no_grad():
+        assert torch.equal(ready(batch)[0], model(batch))
+    assert {m.weight.dtype for m in ready.vit.modules() if isinstance(m, nn.BatchNorm2d)} == {torch.float32}
 
 
 @pytest.mark.parametrize("policy", ["independent", "spread", "shared"])

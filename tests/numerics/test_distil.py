@@ -110,6 +110,33 @@ def test_losses_equal_numpy(setting: int, wide: str, narrow: str, norm: str) -> 
     assert "row1/inverse" not in found
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_row_of_labels_learns_from_labels_alone(distilled: bool) -> None:
+    """Its loss and gradient are those of plain cross-entropy, alone and beside a distilled row, whose are as ever."""
+    config = DistilConfig()
+    rows = (RowConfig(16, HEADS[0], "dense"), RowConfig(32, HEADS[1], source="labels"))
+    built = build_rows(SPACE, rows, config, ancestry_depth=12, ancestry_width=32)
+    module = AuxiliaryRows(built if distilled else built[1:])
+    shake(module)
+    ancestry = Ancestry(stock_vit(32, 12, 4)) if distilled else None
+    task, batch = DistilTask(module, ancestry, config), make_batch(soft=False)
+    losses = task.losses(task.module, batch, CONTEXT)
+    losses["loss"].backward()
+    row = module.rows[-1]
+    plain = stock_copy(row.vit, 32, HEADS[1], 6)
+    logits = plain(batch.images)
+    expected = label_loss(array(logits), array(batch.targets))
+    nn.functional.cross_entropy(logits, batch.targets).backward()
+    assert losses["row1/cls"].item() == pytest.approx(expected, rel=1e-5)
+    for ours, theirs in zip(row.vit.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    assert list(row.bank.parameters()) == [] and not any(name in losses for name in ("row1/pred", "row1/block"))
+    if distilled:
+        narrow = AuxiliaryRows(built[:1])
+        expected += DistilTask(narrow, ancestry, config).losses(narrow, batch, CONTEXT)["loss"].item()
+    assert losses["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_wide_row_is_the_method_without_maps() -> None:
     """Equal widths: no transformation parameters, and the ancestry's own last block is the target."""
     task = make_task("dense", "last", DistilConfig())

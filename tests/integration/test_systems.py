@@ -1,0 +1,132 @@
+"""The systems that the method is compared with, from shards to an exported descendant; their teachers and anchors."""
+
+import json
+import re
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from run_helpers import SMALL, Lgp, has, refused
+from safetensors.torch import load_file, save_file
+
+from lgp_dist.meaning import STAGES
+from lgp_dist.metrics import read_metrics
+from lgp_dist.models.descendant import load_descendant
+from lgp_dist.models.vit import build_vit
+from lgp_dist.paths import PathSpace
+from lgp_dist.recipes import tiny
+
+HUB = "timm/test_vit.r160_in1k"
+ANCHOR = (
+    *("--data.image-size=32", "--model.patch-size=16", "--data.channels=3", "--data.num-classes=1000"),
+    *("--data.mean", "0.5", "0.5", "0.5", "--data.std", "0.5", "0.5", "0.5"),
+    *("--model.rows.0.source=hub", "--model.rows.0.model=test_vit", "--model.rows.0.levels=none"),
+    *("--model.rows.0.width=64", "--model.rows.0.heads=2"),
+    *("--model.rows.1.source=random", "--model.rows.1.levels=none"),
+    *("--pool.stitch-init=random", "--finetune.distil-weight=0"),
+)
+"""A pool whose narrow row is timm's smallest ViT from the hub."""
+
+
+def small(recipe: str, *more: str) -> tuple[str, ...]:
+    """A recipe of the sample on what the fixture `place` holds, each stage of about a second."""
+    return (recipe, *SMALL[1:], "--pool.samples=16", *more)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "keys"),
+    [
+        ("snnet_tiny", [path.key for path in PathSpace.from_config(tiny()).paths]),
+        ("vanilla_tiny", ["r0.0-5"]),
+        ("scratch_tiny", ["r0.0-3+r1.4-5"]),
+    ],
+)
+def test_a_system_from_shards_to_export(lgp: Lgp, place: Path, recipe: str, keys: list[str]) -> None:
+    """Each runs through the same stages, measures what it trains, and ends with a model that loads and a report."""
+    done = lgp("run", *small(recipe))
+    assert done.status == 0, done.err
+    needed = [stage for stage in STAGES if (recipe, stage) != ("scratch_tiny", "ancestry")]
+    assert sorted(path.parent.name for path in Path("run").glob("*/artifact.json")) == sorted(needed)
+    measured = json.loads(Path("run/paths.json").read_text())
+    assert sorted(row["key"] for row in measured) == sorted(keys)
+    assert all(key in done.out for key in keys) and Path("run/report.html").is_file()
+    config = json.loads(Path("run/export/config.json").read_text())
+    model = load_descendant(config, load_file("run/export/model.safetensors"))
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10) and config["lgp"]["path"] in keys
+    assert {key for line in read_metrics(Path("run/metrics.jsonl")) for key in line.get("path", ())} <= set(keys)
+    again = lgp("run", *small(recipe))
+    assert again.status == 0 and again.err.count("skipped") == len(STAGES)
+
+
+def test_only_what_is_trained_can_be_exported(lgp: Lgp, place: Path) -> None:
+    sentence = lgp("export", *small("scratch_tiny", "--export.path=r1.0-5")).sentence
+    has(sentence, "export.path is 'r1.0-5'", "finetune.only")
+
+
+def test_a_tail_needs_the_ancestrys_shape(lgp: Lgp, place: Path) -> None:
+    overrides = small("vanilla_tiny", "--model.rows.0.heads=2")
+    assert lgp("ancestry", *overrides).status == 0
+    has(lgp("distil", *overrides).sentence, "model.rows.0.source is tail", "2 heads", "96, 3 and 12")
+
+
+def test_the_teacher_may_be_no_vit_where_its_logits_are_enough(lgp: Lgp, place: Path) -> None:
+    """A ResNet from a file teaches by hard labels; where blocks are compared, or it is to be trained, it is refused."""
+    torch.manual_seed(0)
+    teacher = timm.create_model("test_resnet", in_chans=1, num_classes=10)
+    save_file(teacher.state_dict(), "teacher.safetensors")
+    overrides = ("--ancestry.model=test_resnet", "--ancestry.weights=teacher.safetensors")
+    taught = small("snnet_tiny", *overrides, "--finetune.distil=hard", "--evaluate.batch-size=8")
+    done = lgp("run", *taught)
+    assert done.status == 0, done.err
+    lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "finetune"]
+    assert len(lines) == 2 and all(line["loss"] == pytest.approx(line["cls"] + line["pred"]) for line in lines)
+    has(refused(lgp, "ancestry", *overrides, "--run-dir=other", run="other"), "test_resnet is not a plain ViT")
+    trained = small(
+        "snnet_tiny", overrides[0], "--ancestry.source=train", "--ancestry.train.batch-size=8", "--run-dir=third"
+    )
+    has(lgp("ancestry", *trained).sentence, "test_resnet is not a plain ViT")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's local cache with weights of timm's test_vit, offline; the file that it holds."""
+    folder = tmp_path / "hub" / f"models--{HUB.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    torch.manual_seed(3)
+    vit = build_vit(image_size=32, patch_size=16, channels=3, num_classes=1000, width=64, depth=6, heads=2)
+    save_file(vit.state_dict(), snapshot / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return snapshot / "model.safetensors"
+
+
+def test_an_anchor_from_the_hub_is_the_hubs(lgp: Lgp, place: Path, hub: Path) -> None:
+    """The row holds the hub's tensors, and its record says where they are from."""
+    done = lgp("distil", *SMALL, *ANCHOR)
+    assert done.status == 0, done.err
+    rows = load_file("run/distil/rows.safetensors")
+    for name, value in load_file(hub).items():
+        assert torch.equal(rows[f"rows.0.vit.{name}"], value), name
+    row = json.loads(Path("run/distil/artifact.json").read_text())["facts"]["rows"][0]
+    assert row["weights"] == HUB and re.fullmatch("[0-9a-f]{64}", row["weights_sha256"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pieces"),
+    [
+        (("--model.rows.0.heads=4",), ["model.rows.0.model test_vit has width 64, 2 heads", "row has 64, 4"]),
+        (("--model.depth=5",), ["2 heads and 6 blocks", "64, 2 and 5"]),
+        (("--data.std", "0.5", "0.5", "0.4"), ["pretrained row 0 expects", "data.std"]),
+        (("--data.num-classes=10",), ["does not fit the recipe's row 0", "head.bias", "data.num_classes"]),
+        (("--model.rows.0.model=test_vit.r160_in1k", "--data.image-size=48"), ["row 0", "pos_embed"]),
+    ],
+)
+def test_anchors_of_another_shape_are_refused(
+    lgp: Lgp, place: Path, hub: Path, overrides: tuple[str, ...], pieces: list[str]
+) -> None:
+    has(refused(lgp, "distil", *ANCHOR, *overrides), *pieces)
