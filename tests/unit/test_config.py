@@ -9,7 +9,7 @@ import pytest
 
 from lgp_dist.config import RunConfig
 from lgp_dist.meaning import STAGES, flatten, meaning
-from lgp_dist.recipes import RECIPES, pool12, pool18, tiny
+from lgp_dist.recipes import RECIPES, pool12, pool18, snnet_deit, snnet_same_rows, snnet_tiny, tiny
 
 FREE = {
     "cache",
@@ -164,6 +164,30 @@ def test_pool18_differs_from_pool12_in_name_and_depth_only() -> None:
     """The paper's second pool has the first one's settings."""
     one, two = flatten(pool12()), flatten(pool18())
     assert {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)} == {"recipe", "model.depth"}
+
+
+def test_snnet_deit_has_the_published_settings() -> None:
+    """Anchors of equal depth from the hub, batch 1,024 at 1e-4 for 50 epochs, half hard distillation from a RegNet."""
+    config = snnet_deit()
+    found = [(row.width, row.heads, row.source, row.model) for row in config.model.rows]
+    names = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
+    assert found == list(zip((192, 384, 768), (3, 6, 12), ("hub",) * 3, names, strict=True))
+    assert (config.model.depth, config.pool.stitch_init, config.model.final_norm) == (12, "least_squares", True)
+    finetune, train = config.finetune, config.finetune.train
+    assert (finetune.distil, finetune.distil_weight, finetune.label_weight) == ("hard", 0.5, 0.5)
+    assert (train.epochs, train.batch_size, train.lr, train.min_lr, train.warmup_epochs) == (50, 1024, 1e-4, 1e-6, 5)
+    assert (train.weight_decay, train.mixup, train.cutmix, train.label_smoothing) == (0.05, 0.8, 1.0, 0.1)
+    assert config.ancestry.model == "regnety_160.deit_in1k" and not config.taps_ancestry
+
+
+@pytest.mark.parametrize(("recipe", "base"), [(snnet_tiny, tiny), (snnet_same_rows, pool12)])
+def test_snnet_differs_in_its_rows_and_their_stitches_only(recipe: Any, base: Any) -> None:
+    """What the paper compares: no distillation of rows, least squares, and on ImageNet 150 epochs for each row."""
+    one, two = flatten(recipe()), flatten(base())
+    changed = {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
+    rows = {f"model.rows.{row}.{name}" for row in (0, 1) for name in ("source", "levels")}
+    longer = {"distil.train.epochs"} if base is pool12 else set()
+    assert changed == {"recipe", "pool.stitch_init"} | rows | longer
 
 
 @pytest.mark.parametrize("name", RECIPES)
