@@ -20,7 +20,8 @@ from lgp_dist.recipes import tiny
 
 MAY_DIFFER = {
     *("data.root", "data.threads", "data.cache", "data.cache_bytes", "data.timeout_s", "data.retries"),
-    *("ancestry.weights", "finetune.costs", "engine.threads", "engine.device", "debug"),
+    *("ancestry.weights", "model.rows.0.weights", "model.rows.1.weights", "finetune.costs"),
+    *("engine.threads", "engine.device", "debug"),
 }
 """Settings that say nothing about what ranks compute or when they meet."""
 
