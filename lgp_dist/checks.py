@@ -158,6 +158,13 @@ def _check_rows(config: RunConfig) -> None:
                 f"{key}.levels is {row.levels}, but a row of source {row.source} is not distilled: set levels to none, "
                 "or source to distil."
             )
+        ancestry = config.ancestry
+        shape, theirs = (row.width, row.heads), (ancestry.width, ancestry.heads)
+        if row.source == "tail" and ancestry.model == "vit" and shape != theirs:
+            raise UserError(
+                f"{key}.source is tail, but the row has width {row.width} and {row.heads} heads and the ancestry "
+                f"{ancestry.width} and {ancestry.heads}: give the row the ancestry's."
+            )
         is_narrow, init = index + 1 < len(config.model.rows), config.pool.stitch_init
         if is_narrow and init.startswith("transformation") and row.source != "distil":
             raise UserError(

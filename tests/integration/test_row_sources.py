@@ -88,6 +88,7 @@ def test_where_nothing_is_trained_nothing_is(lgp: Lgp, place: Path) -> None:
         (rows("labels", "file"), ["model.rows.1.source", "model.rows.1.weights is empty"]),
         (("--model.rows.0.source=labels", *LEAST), ["model.rows.0.levels is dense", "source labels"]),
         (rows("labels", "labels")[:-2], ["pool.stitch_init is transformation", "row 0", "least_squares"]),
+        (rows("tail", "labels"), ["model.rows.0.source is tail", "width 32 and 1", "96 and 3"]),
         ((*rows("file", "labels"), "--model.rows.0.weights=gone"), ["gone", "cannot be read"]),
     ],
 )
@@ -108,8 +109,3 @@ def test_sources_that_do_not_fit_are_refused(
 def test_anchors_that_are_no_rows_are_refused(lgp: Lgp, place: Path, model: str, pieces: list[str]) -> None:
     overrides = (*rows("hub", "labels"), f"--model.rows.0.model={model}", "--finetune.distil-weight=0")
     has(refused(lgp, "distil", *overrides), *pieces)
-
-
-def test_a_tail_of_another_shape_is_refused(lgp: Lgp, place: Path) -> None:
-    assert lgp("ancestry", *SMALL).status == 0
-    has(refused(lgp, "distil", *rows("tail", "labels")), "model.rows.0.source is tail", "width 32", "96")

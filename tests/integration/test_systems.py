@@ -11,9 +11,11 @@ import torch
 from run_helpers import SMALL, Lgp, has, refused
 from safetensors.torch import load_file, save_file
 
+from lgp_dist.errors import UserError
 from lgp_dist.meaning import STAGES
 from lgp_dist.metrics import read_metrics
 from lgp_dist.models.descendant import load_descendant
+from lgp_dist.models.row_start import take_tail
 from lgp_dist.models.vit import build_vit
 from lgp_dist.paths import PathSpace
 from lgp_dist.recipes import tiny
@@ -63,12 +65,6 @@ def test_a_system_from_shards_to_export(lgp: Lgp, place: Path, recipe: str, keys
 def test_only_what_is_trained_can_be_exported(lgp: Lgp, place: Path) -> None:
     sentence = lgp("export", *small("scratch_tiny", "--export.path=r1.0-5")).sentence
     has(sentence, "export.path is 'r1.0-5'", "finetune.only")
-
-
-def test_a_tail_needs_the_ancestrys_shape(lgp: Lgp, place: Path) -> None:
-    overrides = small("vanilla_tiny", "--model.rows.0.heads=2")
-    assert lgp("ancestry", *overrides).status == 0
-    has(lgp("distil", *overrides).sentence, "model.rows.0.source is tail", "2 heads", "96, 3 and 12")
 
 
 def test_the_teacher_may_be_no_vit_where_its_logits_are_enough(lgp: Lgp, place: Path) -> None:
@@ -130,3 +126,17 @@ def test_anchors_of_another_shape_are_refused(
     lgp: Lgp, place: Path, hub: Path, overrides: tuple[str, ...], pieces: list[str]
 ) -> None:
     has(refused(lgp, "distil", *ANCHOR, *overrides), *pieces)
+
+
+@pytest.mark.parametrize(("depth", "heads", "fits"), [(3, 4, True), (2, 4, False), (4, 2, False)])
+def test_a_tail_needs_the_shape_of_timms_ancestry(depth: int, heads: int, fits: bool) -> None:
+    """Its width and heads, and three blocks at least, which are copied."""
+    shape = {"image_size": 28, "patch_size": 7, "channels": 1, "num_classes": 10, "width": 16}
+    row, ancestry = build_vit(depth=depth, heads=heads, **shape), build_vit(depth=5, heads=4, **shape)
+    if fits:
+        take_tail(row, ancestry, "model.rows.0")
+        assert all(torch.equal(row.blocks[i].mlp.fc1.weight, ancestry.blocks[i + 2].mlp.fc1.weight) for i in range(3))
+        return
+    with pytest.raises(UserError) as caught:
+        take_tail(row, ancestry, "model.rows.0")
+    has(str(caught.value), "model.rows.0.source is tail", f"16, {heads} heads and {depth} blocks", "16, 4 and 5")

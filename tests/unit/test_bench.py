@@ -9,8 +9,9 @@ import pytest
 from run_helpers import Lgp, has
 
 from lgp_dist.bench.sampler import POLICIES, bench_sampler, measure, with_policy
+from lgp_dist.costs import ancestry_forward
 from lgp_dist.paths import PathSpace
-from lgp_dist.recipes import pool12, tiny
+from lgp_dist.recipes import pool12, snnet_deit, tiny
 from lgp_dist.sampling import PathSampler
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,15 @@ def test_known_efficiencies(lgp: Lgp, recipe: str, independent: float) -> None:
         for share in ("share_min", "share_max"):
             low, high = row[f"{share}_ci"]
             assert low <= row[share] <= high
+
+
+@pytest.mark.parametrize(("name", "known"), [("deit_small_patch16_224", True), ("convnext_tiny", False)])
+def test_size_of_the_ancestry_is_known_for_plain_vits_alone(name: str, known: bool) -> None:
+    config = pool12()
+    found = ancestry_forward(replace(config, ancestry=replace(config.ancestry, model=name)))
+    small = PathSpace((384,), 12)
+    assert found == (small.cost(small.paths[0]).flops if known else None)
+    assert ancestry_forward(snnet_deit()) is None
 
 
 def test_measure_against_a_plain_count() -> None:
