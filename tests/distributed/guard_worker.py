@@ -25,7 +25,6 @@ from lgp_dist.engine.guard import Guard, NotFinite
 from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.setup import Workers
 from lgp_dist.engine.trainer import Trainer
-from lgp_dist.engine.watchdog import Watchdog
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.tasks.finetune import FinetuneTask
 
@@ -135,8 +134,7 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
         facts |= {"sentence": str(error), "step": error.step}
         states.append(state_of(task.module, optimizers[0]))
         task.haunted = frozenset()
-        still = Watchdog(folder, workers.rank, workers.world, timeout_s=0)
-        loop._step(trainers[0], batches(error.step + 1, 1), error.step + 1, None, still)
+        loop._step(trainers[0], batches(error.step + 1, 1), error.step + 1, None)
         trainers[0].close()
     facts["unmoved"] = [step for step in range(len(states) - 1) if unmoved(states[step], states[step + 1])]
     facts["steps"] = len(states) - 1
