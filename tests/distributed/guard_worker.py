@@ -8,12 +8,12 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from exact_cells import Cell
+from exact_worker import workers_of
 from guard_cases import Case
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -85,10 +85,7 @@ def unmoved(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
 def run(case: Case, started: Workers, folder: Path, index: int) -> None:
     """Trains one case."""
     cell: Cell = case.cell
-    launch = started.launch
-    if cell.engine != "ddp":
-        launch = replace(launch, zero_stage=int(cell.engine[-1]))
-    workers = replace(started, launch=launch, engine=cell.engine_config())
+    workers = workers_of(cell, started)
     task, states, optimizers, trainers = Faulty(case), [], [], []
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
