@@ -25,11 +25,7 @@ PATIENCE = timedelta(minutes=5)
 
 PER_RANK = frozenset(
     {
-        *(
-            "data.root",
-            "ancestry.weights",
-            "finetune.costs",
-        ),  # lie anywhere; fingerprints tell what is in
+        *("data.root", "ancestry.weights", "finetune.weights", "finetune.costs"),  # lie anywhere; fingerprints compare
         *("data.threads", "data.cache", "data.cache_bytes", "data.timeout_s", "data.retries"),  # speed, disks, network
         *("engine.threads", "engine.device"),  # cores; auto and cuda can be the same, and the device itself is compared
         "debug",  # how a rank's own errors are shown
