@@ -295,7 +295,7 @@ class FaultConfig:
     rollback: int = free(0)
     """How often the run may go back to its last checkpoint where it would stop for such steps."""
     timeout_s: float = free(1800.0)
-    """Seconds a rank may stand still until the run is ended."""
+    """Seconds a rank may stand still in a step until the run is ended; elsewhere ten times as long, an hour at most."""
 
 
 @dataclass(frozen=True)

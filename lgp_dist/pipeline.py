@@ -14,6 +14,7 @@ from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.agreement import REFUSAL, check_equal, facts_of
 from lgp_dist.engine.setup import Workers, check_trackers
+from lgp_dist.engine.watchdog import Watchdog
 from lgp_dist.errors import Preempted, UserError
 from lgp_dist.logs import end_log, open_log, show
 from lgp_dist.meaning import STAGES, flatten
@@ -49,13 +50,22 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
     check_stages(config, stages, directory, workers.world, images)
     about = environment()
-    context = Context(config, directory, workers, about["commit"])
     if workers.is_main:
         directory.check_writable()
         clear_outcome(directory.root)
         open_log(directory.root / "log.txt")
         write_json(directory.root / "config.json", flatten(config))
         write_json(directory.root / "environment.json", about)
+    workers.barrier()  # where rank 0 cannot write, the others end with it
+    with Watchdog(directory.root / "heartbeats", workers.rank, workers.world, config.faults.timeout_s) as watchdog:
+        watched = replace(workers, watchdog=watchdog)
+        _run_all(Context(config, directory, watched, about["commit"]), stages)
+    workers.close()
+
+
+def _run_all(context: Context, stages: tuple[str, ...]) -> None:
+    """Stages, report and outcome; all ranks leave together."""
+    config, directory, workers = context.config, context.run, context.workers
     try:
         _run(context, stages)
     except BaseException as error:
@@ -66,6 +76,7 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
         if isinstance(error, Preempted):
             workers.barrier()  # a launcher ends all ranks when the first has left
         raise
+    workers.watchdog.begin("report")
     if workers.is_main:
         table = publish(directory.root, config.recipe, flatten(config), directory.consistent())
         if table and "evaluate" in stages:
@@ -73,7 +84,6 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
         write_outcome(directory.root, Outcome("complete", stages[-1]))
         end_log()
     workers.barrier()
-    workers.close()
 
 
 def _run(context: Context, stages: tuple[str, ...]) -> None:
@@ -82,6 +92,7 @@ def _run(context: Context, stages: tuple[str, ...]) -> None:
         if stage == "ancestry" and not config.needs_ancestry:
             log.info("ancestry: not needed, skipped")
             continue
+        workers.watchdog.begin(stage)
         done = not config.force and directory.is_current(stage, config)
         if workers.agree(done):
             log.info("%s: complete in %s, skipped", stage, directory.root / stage)
@@ -103,7 +114,7 @@ def join(config: RunConfig) -> tuple[Workers, UserError | None]:
         check_config(config)
     except UserError as error:
         return Workers.start(replace(config.engine, threads=0)), error
-    return Workers.start(config.engine), None
+    return Workers.start(config.engine, config.faults.timeout_s), None
 
 
 def inputs(

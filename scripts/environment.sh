@@ -1,9 +1,9 @@
-# Sourced by the scripts: makes .venv once, from constraints.txt, and puts it first on PATH.
+# Sourced by the scripts: makes .venv once, from requirements.lock, and puts it first on PATH.
 
 lgp_environment() {
     local stamp=.venv/lgp-stamp python candidate
     local wanted
-    wanted=$(cat pyproject.toml constraints.txt | cksum)
+    wanted=$(cat pyproject.toml requirements.lock | cksum)
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
         python=
         for candidate in python3 python3.13 python3.12 python3.11; do
@@ -18,7 +18,8 @@ lgp_environment() {
         fi
         echo "Installing into .venv (about two minutes, 6 GB) ..."
         "$python" -m venv --clear .venv
-        .venv/bin/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev]'
+        .venv/bin/python -m pip install --quiet --progress-bar off --require-hashes -r requirements.lock
+        .venv/bin/python -m pip install --quiet --progress-bar off --no-deps --no-build-isolation -e .
         echo "$wanted" > "$stamp"
     fi
     PATH="$PWD/.venv/bin:$PATH"

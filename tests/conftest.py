@@ -3,12 +3,14 @@
 import contextlib
 import os
 import shutil
+import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import SAMPLE, SMALL, Lgp, Result, call_main, write_ancestry, write_shard
+from run_helpers import SAMPLE, SMALL, Lgp, Result, call_main, processes_with, write_ancestry, write_shard
 
 from lgp_dist.data.index import index_shards
 
@@ -25,6 +27,17 @@ def lgp(capfd: pytest.CaptureFixture[str]) -> Lgp:
         return Result(status, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark in the environment of what a test starts; nothing with it may be left."""
+    found = uuid.uuid4().hex
+    yield found
+    left = processes_with(found)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 @pytest.fixture(scope="session")

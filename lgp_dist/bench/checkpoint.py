@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 
-from lgp_dist.artifacts import write_json
-from lgp_dist.bench.engine import Bench
-from lgp_dist.bench.figures import check_least, facts, spread
+from lgp_dist.bench.engine import Bench, join
+from lgp_dist.bench.figures import facts, spread
 from lgp_dist.checkpoints.manifest import Manifest, TrainState, read_manifest
 from lgp_dist.checkpoints.shelf import Shelf
-from lgp_dist.checks import check_config
 from lgp_dist.config import RunConfig
 from lgp_dist.engine.checkpoint import Checkpointer
-from lgp_dist.engine.setup import Workers
 from lgp_dist.errors import UserError
 
 MODES = ("background", "wait")
@@ -35,10 +32,7 @@ def bench_checkpoint(config: RunConfig, out: Path, rounds: int = 5, steps: int =
     over rounds, with cost_spread and publish_spread ((most - least) / median). first_stall_ms is of the first save,
     which makes its buffers, in either mode. UserError where rounds or steps are below 1, or there is such a folder.
     """
-    for option, value in (("--rounds", rounds), ("--steps", steps)):
-        check_least(option, value, 1)
-    check_config(config)
-    workers = Workers.start(config.engine)
+    workers = join(config, rounds, steps)
     folder = out.with_name(out.name + ".checkpoints")
     if workers.highest([folder.exists()])[0]:
         raise UserError(f"{folder} is there already: remove it, or choose another --out.")
@@ -55,11 +49,7 @@ def bench_checkpoint(config: RunConfig, out: Path, rounds: int = 5, steps: int =
         workers.barrier()
         if workers.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-    if workers.is_main:
-        write_json(out, rows)
-    workers.barrier()
-    bench.trainer.close()
-    workers.close()
+    bench.end(out, rows)
     return rows
 
 

@@ -40,11 +40,7 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
     parameters that no rank used, in the same steps), peak_mb (largest over ranks) and, under ZeRO-3, the most units and
     elements gathered at once, and the elements of the largest unit. UserError where rounds or steps are below 1.
     """
-    for option, value in (("--rounds", rounds), ("--steps", steps)):
-        check_least(option, value, 1)
-    check_config(config)
-    workers = Workers.start(config.engine)
-    bench = Bench(config, workers)
+    bench = Bench(config, join(config, rounds, steps))
     seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     for turn in range(rounds + 1):
         for policy in POLICIES:
@@ -52,12 +48,16 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
             if turn:
                 seconds[policy].append(took / steps)
     rows = [bench.row(policy, seconds[policy], range(steps, (rounds + 1) * steps)) for policy in POLICIES]
-    if workers.is_main:
-        write_json(out, rows)
-    workers.barrier()
-    bench.trainer.close()
-    workers.close()
+    bench.end(out, rows)
     return rows
+
+
+def join(config: RunConfig, rounds: int, steps: int) -> Workers:
+    """The processes of this launch; UserError where rounds or steps are below 1, or the recipe is refused."""
+    for option, value in (("--rounds", rounds), ("--steps", steps)):
+        check_least(option, value, 1)
+    check_config(config)
+    return Workers.start(config.engine)
 
 
 class Bench:
@@ -115,6 +115,14 @@ class Bench:
         if self.workers.device.type == "cuda":
             torch.cuda.synchronize()
         self.workers.barrier()
+
+    def end(self, out: Path, rows: list[dict[str, Any]]) -> None:
+        """Rank 0 writes the objects; all ranks leave."""
+        if self.workers.is_main:
+            write_json(out, rows)
+        self.workers.barrier()
+        self.trainer.close()
+        self.workers.close()
 
     def _schedule(self, step: int) -> list[list[Any]]:
         """The paths of a step by rank."""

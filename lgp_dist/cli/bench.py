@@ -136,6 +136,27 @@ BenchAction = Annotated[
 ]
 
 
+def _bench_sampler(action: BenchSampler) -> None:
+    from lgp_dist.bench import sampler
+
+    rows = sampler.bench_sampler(
+        action.recipe,
+        sampler.parse_numbers("--ranks", action.ranks),
+        sampler.parse_numbers("--micro-steps", action.micro_steps),
+        sampler.parse_policies(action.policies),
+        action.steps,
+        action.seed,
+        action.meet,
+    )
+    sys.stdout.write((json.dumps(rows, indent=2) if action.json else sampler.sampler_table(rows)) + "\n")
+
+
+def _bench_paths(action: BenchPaths) -> None:
+    from lgp_dist.bench.paths import bench_paths, say  # torch and timm, as in those below
+
+    say(bench_paths(action.recipe, action.out, action.batch, action.repeats), action.out)
+
+
 def _bench_engine(action: BenchEngine) -> None:
     from lgp_dist.bench.engine import bench_engine, engine_table  # torch, timm and deepspeed, as above
 
@@ -166,44 +187,6 @@ def _bench_step(action: BenchStep) -> None:
     sys.stdout.write((json.dumps(rows, indent=2) if action.json else step_table(rows)) + "\n")
 
 
-def run_bench(
-    action: BenchSampler | BenchPaths | BenchEngine | BenchCheckpoint | BenchOp | BenchStep | BenchData,
-) -> None:
-    """Does what the arguments ask for."""
-    if isinstance(action, BenchCheckpoint):
-        _bench_checkpoint(action)
-        return
-    if isinstance(action, BenchOp):
-        _bench_op(action)
-        return
-    if isinstance(action, BenchStep):
-        _bench_step(action)
-        return
-    if isinstance(action, BenchData):
-        _bench_data(action)
-        return
-    if isinstance(action, BenchEngine):
-        _bench_engine(action)
-        return
-    if isinstance(action, BenchPaths):
-        from lgp_dist.bench.paths import bench_paths, say  # torch and timm, as above
-
-        say(bench_paths(action.recipe, action.out, action.batch, action.repeats), action.out)
-        return
-    from lgp_dist.bench import sampler
-
-    rows = sampler.bench_sampler(
-        action.recipe,
-        sampler.parse_numbers("--ranks", action.ranks),
-        sampler.parse_numbers("--micro-steps", action.micro_steps),
-        sampler.parse_policies(action.policies),
-        action.steps,
-        action.seed,
-        action.meet,
-    )
-    sys.stdout.write((json.dumps(rows, indent=2) if action.json else sampler.sampler_table(rows)) + "\n")
-
-
 def _bench_data(action: BenchData) -> None:
     from lgp_dist.bench.data import bench_data, data_table  # torch and timm, as above
 
@@ -218,3 +201,22 @@ def _bench_data(action: BenchData) -> None:
         lambda line: sys.stderr.write(line + "\n") and None,
     )
     sys.stdout.write((json.dumps(rows, indent=2) if action.json else data_table(rows)) + "\n")
+
+
+BENCHES = {
+    BenchSampler: _bench_sampler,
+    BenchPaths: _bench_paths,
+    BenchEngine: _bench_engine,
+    BenchCheckpoint: _bench_checkpoint,
+    BenchOp: _bench_op,
+    BenchStep: _bench_step,
+    BenchData: _bench_data,
+}
+"""What each kind of arguments calls."""
+
+
+def run_bench(
+    action: BenchSampler | BenchPaths | BenchEngine | BenchCheckpoint | BenchOp | BenchStep | BenchData,
+) -> None:
+    """Does what the arguments ask for."""
+    BENCHES[type(action)](action)

@@ -25,7 +25,7 @@ from lgp_dist.errors import UserError
 
 AHEAD = 2
 """Batches that are decoded while one is used."""
-CHUNK = 8
+CHUNK = 32
 """Most images of one piece of a thread's work."""
 NEIGHBOURS = 64
 """Samples that are tried in place of a bad one."""

@@ -30,8 +30,9 @@ PER_RANK = frozenset(
             "data.root",
             "ancestry.weights",
             "model.rows.weights",
-            "finetune.costs",
-        ),  # lie anywhere; fingerprints tell what is in
+            "finetune.weights",
+        ),  # lie anywhere; fingerprints compare
+        "finetune.costs",  # likewise
         *("data.threads", "data.cache", "data.cache_bytes", "data.timeout_s", "data.retries"),  # speed, disks, network
         *("engine.threads", "engine.device"),  # cores; auto and cuda can be the same, and the device itself is compared
         "debug",  # how a rank's own errors are shown

@@ -18,14 +18,14 @@ def accuracies(
 ) -> dict[str, tuple[float, float]]:
     """Top-1 and top-5 accuracy in per cent of each named forward.
 
-    batches: as many on every rank; a sample of weight 0 does not count.
+    batches: as many on every rank; a sample of weight 0 does not count. Each forward is a sign of progress.
     """
     counts = torch.zeros(len(forwards), 2, dtype=torch.float64)
     total = torch.zeros(1, dtype=torch.float64)
     for batch in batches:
         moved = batch.to(workers.device)
         total += batch.weight.sum().double()
-        for index, forward in enumerate(forwards.values()):
+        for index, forward in enumerate(workers.watchdog.over(forwards.values())):
             with workers.autocast():
                 logits = forward(moved.images)
             counts[index] += correct(logits.float(), moved.targets, moved.weight).cpu()

@@ -30,8 +30,9 @@ class Beat:
     """Counts the beats."""
     stage: str
     notes: int
-    """Notes taken in this step: its place among phases, as all ranks take the same ones."""
-    step: int
+    """Notes taken in this run: its place among phases, as all ranks take the same ones."""
+    step: int | None
+    """The last of this stage; None before the first."""
     phase: str
     path: str
     age_s: float
@@ -47,14 +48,15 @@ class Beat:
         return f"Rank {self.rank} ({self.host}, pid {self.pid})"
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Grows while a rank makes progress."""
-        return self.step, self.notes
+    def moment(self) -> str:
+        """Step and phase."""
+        return f"phase {self.phase}" if self.step is None else f"step {self.step}, phase {self.phase}"
 
     def __str__(self) -> str:
         stage = f"stage {self.stage}, " if self.stage else ""
+        step = "" if self.step is None else f"step {self.step}, "
         path = f"path {self.path}, " if self.path else ""
-        return f"{stage}step {self.step}, {path}phase {self.phase}"
+        return f"{stage}{step}{path}phase {self.phase}"
 
 
 def main_thread() -> tuple[bool, str]:
@@ -140,14 +142,14 @@ def judge(beats: Mapping[int, Beat], silent: Sequence[int]) -> Verdict:
     busy = [rank for rank, beat in beats.items() if not beat.waits]
     if busy and len(busy) < len(beats):
         return Verdict(tuple(busy), "busy")
-    places = Counter(beat.place for beat in beats.values())
+    places = Counter(beat.notes for beat in beats.values())
     if len(places) == 1:
         return Verdict((), "together")
     if busy:
         odd, reason = min(places), "behind"
     else:
-        odd, reason = min(places, key=lambda place: (places[place], -place[0], -place[1])), "apart"
-    return Verdict(tuple(rank for rank, beat in beats.items() if beat.place == odd), reason)
+        odd, reason = min(places, key=lambda place: (places[place], -place)), "apart"
+    return Verdict(tuple(rank for rank, beat in beats.items() if beat.notes == odd), reason)
 
 
 def listed(ranks: Sequence[int]) -> str:
@@ -167,8 +169,8 @@ def sentence(verdict: Verdict, pulse: Pulse, limit_s: float) -> str:
     if others:
         them = "it" if len(verdict.ranks) == 1 else "them"
         held = f"; {listed(others)} wait{'s' * (len(others) == 1)} for {them}"
-        if verdict.reason != "behind" and len({beats[rank].place for rank in others}) == 1:
-            held += f" in step {beats[others[0]].step}, phase {beats[others[0]].phase}"
+        if verdict.reason != "behind" and len({beats[rank].notes for rank in others}) == 1:
+            held += f" in {beats[others[0]].moment}"
     return "; ".join(_charge(rank, beats.get(rank), verdict.reason) for rank in verdict.ranks) + held + "."
 
 

@@ -19,7 +19,6 @@ from lgp_dist.engine.saving import Saver, Saving
 from lgp_dist.engine.setup import Workers
 from lgp_dist.engine.signals import Preemption
 from lgp_dist.engine.trainer import Trainer, Watch
-from lgp_dist.engine.watchdog import Watchdog
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch, StepContext, Task
 
@@ -27,9 +26,6 @@ Batches = Callable[[int, int], Iterator[Batch]]
 """(first optimizer step, number of steps) to this rank's batches, micro-step by micro-step."""
 Seeds = Callable[[StepContext], int]
 """Of torch, for each micro-step, so that what is random in a forward is a function of the step."""
-
-LONG = 10.0
-"""How much longer than a step a measurement of all paths may stand still."""
 
 
 def train(
@@ -51,22 +47,19 @@ def train(
     guard: Guard | None = None,
     saving: Saving | None = None,
     seeds: Seeds | None = None,
-    timeout_s: float = 0.0,
 ) -> dict[str, Any]:
     """Trains `task.module` in place; afterwards every rank holds the same weights, whole.
 
     watch: called with the wrapped module in eval mode every `watch_every` optimizer steps; what it measures is logged.
     check: called on every rank with finished lines of metrics, which hold batches' facts summed over ranks; may raise.
     guard: of this task and stage; without one, the run stops at the first step that is not finite.
-    saving: how the stage is saved and resumed; None for not at all. timeout_s: after which a rank that stands still
-    ends the run; 0 for never.
+    saving: how the stage is saved and resumed; None for not at all.
     Returns steps of the whole run, and seconds and images of this part of it. Raises Preempted once it has saved for a
     signal.
     """
     steps, began = planned_steps(config, steps_per_epoch), time.monotonic()
-    watchdog = Watchdog(run_dir / "heartbeats", workers.rank, workers.world, timeout_s, stage)
+    workers.watchdog.phase("start")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(watchdog)
         task.to(workers.device)
         optimizer = build_optimizer(task.module.to(workers.device).train(), config, decays, task.walk.parts)
         schedule = build_schedule(optimizer, config, steps, steps_per_epoch)
@@ -78,16 +71,17 @@ def train(
 
         def one_step(step: int, stream: Iterator[Batch], meter: StepMeter) -> None:
             schedule.step_update(step)
-            losses, counts, facts, times = _step(trainer, stream, step, seeds, watchdog)
+            losses, counts, facts, times = _step(trainer, stream, step, seeds)
             facts |= {"epoch": round(step / steps_per_epoch, 4), "lr": optimizer.param_groups[0]["lr"]}
             if watch and watch_every and (step + 1) % watch_every == 0:
-                facts |= _measure(trainer, watch, step, watchdog)
+                facts |= _measure(trainer, watch)
             meter.add(step, losses, partial(_facts, task, step, config.accumulate, workers.world, facts), counts, times)
             if saver:
-                watchdog.note(step, "save")
+                workers.watchdog.note(step, "save")
                 saver.step_done(step + 1, facts, meter.flush)
 
         first = _steps(one_step, batches, meter, saver, steps)
+        workers.watchdog.phase("end of training")
         trainer.close()
     _check_weights(task, stage)
     images, seconds = (steps - first) * config.batch_size, round(time.monotonic() - began, 3)
@@ -128,10 +122,11 @@ def _steps(
 
 
 def _step(
-    trainer: Trainer, stream: Iterator[Batch], step: int, seeds: Seeds | None, watchdog: Watchdog
+    trainer: Trainer, stream: Iterator[Batch], step: int, seeds: Seeds | None
 ) -> tuple[list[dict[str, Tensor]], Counter[str], dict[str, Any], dict[str, float]]:
     """One optimizer step: losses of its micro-steps, counts of its batches, what the guard says of it, and seconds."""
     losses, counts, wait, start = [], Counter[str](), 0.0, time.monotonic()
+    watchdog = trainer.workers.watchdog
     trainer.begin(step)
     for micro in range(trainer.train.accumulate):
         asked, path = time.monotonic(), str(trainer.task.labels(trainer.context(step, micro)).get("path", ""))
@@ -153,10 +148,9 @@ def _step(
     return losses, counts, verdict.facts, {"data_wait_s": wait, "step_time_s": time.monotonic() - start}
 
 
-def _measure(trainer: Trainer, watch: Watch, step: int, watchdog: Watchdog) -> dict[str, float]:
-    watchdog.note(step, "measure")
-    with watchdog.patient(LONG):
-        return trainer.measure(watch)
+def _measure(trainer: Trainer, watch: Watch) -> dict[str, float]:
+    trainer.workers.watchdog.phase("measure")
+    return trainer.measure(watch)
 
 
 def _facts(task: Task, step: int, accumulate: int, world: int, fixed: dict[str, Any]) -> dict[str, Any]:

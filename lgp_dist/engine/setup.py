@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -17,10 +17,13 @@ from torch import Tensor
 from lgp_dist.config import EngineConfig, Precision
 from lgp_dist.engine.defects import spare_probes
 from lgp_dist.engine.launch import Launch, check_launch
+from lgp_dist.engine.watchdog import Watchdog, longest
 from lgp_dist.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others."""
+"""How long a rank waits for the others where no watchdog runs."""
+LATER = timedelta(minutes=5)
+"""How much longer it waits than the watchdog, which says for whom."""
 
 
 def autocast(device_type: str, precision: Precision) -> contextlib.AbstractContextManager:
@@ -43,10 +46,15 @@ class Workers:
     device: torch.device
     host: Any = None
     """Group of all ranks for what lies in this machine's memory; None for one process."""
+    watchdog: Watchdog = field(default_factory=Watchdog.off)
+    """Takes note of where this rank is."""
 
     @classmethod
-    def start(cls, engine: EngineConfig) -> "Workers":
-        """Joins the other ranks; UserError where launch, recipe and machine do not fit together."""
+    def start(cls, engine: EngineConfig, timeout_s: float = 0.0) -> "Workers":
+        """Joins the other ranks; UserError where launch, recipe and machine do not fit together.
+
+        timeout_s: the watchdog's, behind which waits for other ranks end; 0 for none.
+        """
         launch = Launch.from_environment(os.environ)
         device_type = check_launch(launch, engine, torch.cuda.device_count())
         check_backend(engine.compile)
@@ -54,8 +62,10 @@ class Workers:
         if device_type == "cpu":
             spare_probes()
             torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // launch.local_world))
-        state = _join(launch, device_type)
-        host = torch.distributed.new_group(backend="gloo") if state.num_processes > 1 else None
+        patience = max(TIMEOUT, timedelta(seconds=longest(timeout_s)) + LATER) if timeout_s else TIMEOUT
+        state = _join(launch, device_type, patience)
+        several = state.num_processes > 1
+        host = torch.distributed.new_group(backend="gloo", timeout=patience) if several else None
         return cls(launch, engine, state.process_index, state.num_processes, state.device, host)
 
     @property
@@ -115,9 +125,9 @@ def check_backend(name: str) -> None:
         raise UserError(f"engine.compile names {name!r}, which torch.compile does not have: choose {', '.join(known)}.")
 
 
-def _join(launch: Launch, device_type: str) -> PartialState:
+def _join(launch: Launch, device_type: str, patience: timedelta) -> PartialState:
     """The state of the group of processes: of DeepSpeed, of torch's DistributedDataParallel, or of one process."""
-    options = {"backend": "gloo" if device_type == "cpu" else "nccl", "timeout": TIMEOUT}
+    options = {"backend": "gloo" if device_type == "cpu" else "nccl", "timeout": patience}
     _start_again(launch, options)
     if launch.deepspeed:
         return PartialState(**options)

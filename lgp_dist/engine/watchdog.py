@@ -4,9 +4,9 @@
     FOLDER/hang.json            who hangs: the sentence, the ranks and where every rank was
     FOLDER/stacks-rank-N.txt    what every thread of rank N was doing
 
-A rank whose own note has grown old reads what all ranks say. The first to judge writes `hang.json`; the others see it,
-write their stacks and end too. A rank that cannot run Python (stopped, or in a call that keeps the lock) is judged by
-the others, which wait for it; the launcher ends it.
+A rank whose own note has grown old reads what all ranks say. While one of them still makes progress it goes on waiting.
+The first to judge writes `hang.json`; the others see it, write their stacks and end too. A rank that cannot run Python
+(stopped, or in a call that keeps the lock) is judged by the others, which wait for it; the launcher ends it.
 """
 
 import contextlib
@@ -19,14 +19,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from lgp_dist.engine.heartbeat import Beat, Pulse, judge, main_thread, read_beats, sentence, write_beat, write_text
 from lgp_dist.statuses import HUNG
 
 log = logging.getLogger("lgp")
+Item = TypeVar("Item")
 
 BEATS = 20
 """Beats within the timeout."""
@@ -34,57 +36,81 @@ SHORTEST_S = 0.5
 """Least seconds between two beats."""
 STILL = 4
 """Beats that a counter stands still before its rank counts as silent."""
-STARTING = 10.0
-"""How much longer the timeout is until a second step begins: engines are made, kernels compiled, memory is taken."""
+PATIENCE = 10.0
+"""How much longer the timeout is outside of steps and until a second one begins: indexes are read, engines made,
+kernels compiled, paths measured, artifacts written."""
+MOST_S = 3600.0
+"""What this makes of a timeout at most, seconds, unless the timeout itself is longer."""
 LAST_WORDS_S = 2.0
 """Seconds for log and terminal, which may hang themselves, before the process ends."""
 
 
+def longest(timeout_s: float) -> float:
+    """Seconds without progress after which the watchdog ends a run outside of steps."""
+    return max(timeout_s, min(timeout_s * PATIENCE, MOST_S))
+
+
 @dataclass(frozen=True)
 class Note:
-    """Where the loop is. A new one, though equal, is a sign of progress."""
+    """Where a rank is. A new one, though equal, is a sign of progress."""
 
-    step: int
+    stage: str
+    step: int | None
     phase: str
     path: str
     number: int
-    """Notes before it in this step."""
+    """Notes before it."""
 
 
 class Watchdog:
-    """Watches over the loop of one rank while it is open.
+    """Watches over one rank while it is open.
 
     The folder lies where all ranks see it. Every rank opens one and takes the same notes. A timeout of 0 turns it off.
     """
 
-    def __init__(self, folder: Path, rank: int, world: int, timeout_s: float, stage: str = ""):
-        self.folder, self.rank, self.world, self.timeout_s, self.stage = folder, rank, world, timeout_s, stage
+    def __init__(self, folder: Path, rank: int, world: int, timeout_s: float):
+        self.folder, self.rank, self.world, self.timeout_s = folder, rank, world, timeout_s
         self.interval = max(SHORTEST_S, timeout_s / BEATS)
-        self._note = Note(0, "start", "", 0)
-        self._factor, self._start = 1.0, STARTING
+        self._note, self._limit = Note("", None, "start", "", 0), longest(timeout_s)
         self._first: int | None = None
         self._life, self._host, self._beats = secrets.token_hex(8), socket.gethostname(), 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._failed = False
 
-    def note(self, step: int, phase: str, path: str = "") -> None:
-        """The loop is here. Costs no I/O."""
-        number = self._note.number + 1 if step == self._note.step else 0
+    @classmethod
+    def off(cls) -> "Watchdog":
+        """One that watches nothing."""
+        return cls(Path(), 0, 1, 0.0)
+
+    def note(self, step: int, phase: str, path: str | None = None) -> None:
+        """A step is here; path: None for that of before. Costs no I/O."""
         if self._first is None:
             self._first = step
         elif step != self._first:
-            self._start = 1.0
-        self._note = Note(step, phase, path, number)
+            self._limit = self.timeout_s
+        path = self._note.path if path is None else path
+        self._note = Note(self._note.stage, step, phase, path, self._note.number + 1)
 
-    @contextlib.contextmanager
-    def patient(self, factor: float) -> Iterator[None]:
-        """Multiplies the timeout while something long goes on that takes no notes; on every rank alike."""
-        before, self._factor = self._factor, factor
-        try:
-            yield
-        finally:
-            self._note, self._factor = replace(self._note), before
+    def begin(self, stage: str) -> None:
+        """A stage begins."""
+        self._note = replace(self._note, stage=stage, step=None, path="")
+        self.phase("begin")
+
+    def phase(self, phase: str) -> None:
+        """Something outside of steps, or long, begins on every rank. Step and path stay those of the last step."""
+        self._first, self._limit = None, longest(self.timeout_s)
+        self._note = replace(self._note, phase=phase, number=self._note.number + 1)
+
+    def alive(self) -> None:
+        """Progress within a phase, which other ranks need not make."""
+        self._note = replace(self._note)
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, of which each that comes is progress within a phase."""
+        for item in items:
+            self.alive()
+            yield item
 
     def __enter__(self) -> "Watchdog":
         if self.timeout_s:
@@ -110,7 +136,7 @@ class Watchdog:
     def _watch(self) -> None:
         note, pulse, noted, since, now, last = None, None, 0.0, 0.0, 0.0, time.monotonic()
         while not self._stop.wait(self.interval):
-            limit = self.timeout_s * self._factor * self._start
+            limit = self._limit
             # In a thread of C: it also writes where a call keeps Python's lock and this thread stands still.
             faulthandler.dump_traceback_later(limit, file=self._stacks)
             # `now` does not count the time in which this process was stopped: a suspended job does not grow old.
@@ -127,14 +153,16 @@ class Watchdog:
             if self._told():
                 self._end("")
             if beat.age_s >= limit and now - since >= STILL * self.interval:
-                self._end(self._accuse(pulse, now, limit))
+                silent = [rank for rank in pulse.silent(now, (STILL - 1) * self.interval) if rank != self.rank]
+                if all(rank in silent or other.age_s >= limit / 2 for rank, other in pulse.beats.items()):
+                    self._end(self._accuse(pulse, silent, limit))
 
     def _beat(self, note: Note, age_s: float) -> Beat:
         waits, where = main_thread()
         self._beats += 1
         beat = Beat(
             *(self.rank, self._host, os.getpid(), self._life, self._beats),
-            *(self.stage, note.number, note.step, note.phase, note.path, round(age_s, 3), waits, where),
+            *(note.stage, note.number, note.step, note.phase, note.path, round(age_s, 3), waits, where),
         )
         try:
             write_beat(self.folder, beat)
@@ -151,8 +179,7 @@ class Watchdog:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def _accuse(self, pulse: Pulse, now: float, limit: float) -> str:
-        silent = [rank for rank in pulse.silent(now, (STILL - 1) * self.interval) if rank != self.rank]
+    def _accuse(self, pulse: Pulse, silent: list[int], limit: float) -> str:
         verdict = judge(pulse.beats, silent)
         text = sentence(verdict, pulse, limit)
         record = {

@@ -59,6 +59,7 @@ class Context:
 
     def write(self, stage: str, inputs: list[Artifact], fill: Fill, seconds: float) -> None:
         """Rank 0 makes the artifact; the others wait."""
+        self.workers.watchdog.phase("artifact")
         if self.workers.is_main:
             provenance = {
                 "seconds": round(seconds, 1),
@@ -106,7 +107,6 @@ class Context:
             guard=Guard(task, workers, config.accumulate, self.config.faults, stage, describe),
             saving=self._saving(stage, stream),
             seeds=seeds,
-            timeout_s=self.config.faults.timeout_s,
             **more,
         )
 
@@ -130,6 +130,7 @@ class Context:
     def accuracies(self, forwards: dict[str, Forward], limit: int | None = None) -> dict[str, tuple[float, float]]:
         """Top-1 and top-5 on the validation split, or on `limit` images of it."""
         data, workers = self.config.data, self.workers
+        workers.watchdog.phase("accuracy")
         batches = evaluation_batches(
             open_split(data, data.val_split),
             data,

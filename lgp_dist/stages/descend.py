@@ -33,7 +33,7 @@ def run(context: Context) -> None:
     def fill(folder: Path) -> dict[str, Any]:
         pool = context.load_pool("finetune").cpu()
         if budget.max_latency_ms:
-            for row in rows:
+            for row in context.workers.watchdog.over(rows):
                 row["latency_ms"] = latency_ms(context, pool, row["key"])
         chosen = choose(rows, budget)
         model = descendant_from_path(pool, context.heads, context.space.by_key(chosen["key"]))

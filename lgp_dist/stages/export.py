@@ -55,5 +55,8 @@ def largest_difference(context: Context, pool: LearngenePool, key: str, folder: 
     batches = evaluation_batches(
         open_split(data, data.val_split), data, 64, rank=0, world=1, limit=context.config.export.images
     )
-    differences: list[Tensor] = [(model(batch.images) - pool(batch.images, path=path)).abs().max() for batch in batches]
+    differences: list[Tensor] = [
+        (model(batch.images) - pool(batch.images, path=path)).abs().max()
+        for batch in context.workers.watchdog.over(batches)
+    ]
     return float(torch.stack(differences).max())

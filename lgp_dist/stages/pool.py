@@ -66,5 +66,6 @@ def clean_images(context: Context) -> Iterator[Tensor]:
     """`pool.samples` training images without augmentation, in batches [B, C, H, W]."""
     data = context.config.data
     index = open_split(data, data.train_split)
-    for batch in clean_batches(index, data, context.config.pool.samples, 100, context.config.seed):
+    batches = clean_batches(index, data, context.config.pool.samples, 100, context.config.seed)
+    for batch in context.workers.watchdog.over(batches):
         yield batch.to(context.workers.device).images

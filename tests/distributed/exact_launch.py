@@ -22,8 +22,8 @@ TOLERANCE = 1e-6
 def command(world: int, deepspeed: bool) -> list[str]:
     """`accelerate launch` with the shipped file on so many processes."""
     file = "cpu_2.yaml" if deepspeed else "cpu_2_ddp.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch_configs/{file}"]
-    return [*launch, "--num_processes", str(world)]
+    call = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch_configs" / file)]
+    return [*call, "--num_processes", str(world)]
 
 
 def start(
@@ -36,8 +36,13 @@ def start(
     folder.mkdir(parents=True)
     (folder / "cells.json").write_text(json.dumps([cell.as_dict() for cell in cells]))
     worker = [str(HERE / script), str(folder / "cells.json"), str(folder)]
+    return run_workers(cells[0].world, cells[0].engine != "ddp", worker, timeout)
+
+
+def run_workers(world: int, deepspeed: bool, worker: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Runs a script and its arguments on so many processes; ends them all, ranks too, where they take too long."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    call = command(cells[0].world, cells[0].engine != "ddp")
+    call = command(world, deepspeed)
     with subprocess.Popen(
         [*call, *worker], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,

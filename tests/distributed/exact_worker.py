@@ -51,13 +51,18 @@ class Backwards(trainer.Gradients):
         return super()._anchors(parameters[::-1])
 
 
-def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
-    """Trains one cell; ranks compare their weights, rank 0 writes them."""
+def workers_of(cell: Cell, started: Workers) -> Workers:
+    """The processes of this launch under a cell's engine."""
     launch = started.launch
     if cell.engine != "ddp":
         launch = replace(launch, zero_stage=int(cell.engine[-1]))
     assert launch.deepspeed == (cell.engine != "ddp") and launch.world == cell.world
-    workers = replace(started, launch=launch, engine=cell.engine_config())
+    return replace(started, launch=launch, engine=cell.engine_config())
+
+
+def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
+    """Trains one cell; ranks compare their weights, rank 0 writes them."""
+    workers = workers_of(cell, started)
     pool, ancestry, sampler = cell.build()
     if cell.broken == "schedule" and workers.rank:
         sampler = replace(sampler, seed=cell.seed + 1)

@@ -8,12 +8,12 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from exact_cells import Cell
+from exact_worker import workers_of
 from guard_cases import Case
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from lgp_dist.engine.guard import Guard, NotFinite
 from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.setup import Workers
 from lgp_dist.engine.trainer import Trainer
-from lgp_dist.engine.watchdog import Watchdog
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.tasks.finetune import FinetuneTask
 
@@ -86,10 +85,7 @@ def unmoved(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
 def run(case: Case, started: Workers, folder: Path, index: int) -> None:
     """Trains one case."""
     cell: Cell = case.cell
-    launch = started.launch
-    if cell.engine != "ddp":
-        launch = replace(launch, zero_stage=int(cell.engine[-1]))
-    workers = replace(started, launch=launch, engine=cell.engine_config())
+    workers = workers_of(cell, started)
     task, states, optimizers, trainers = Faulty(case), [], [], []
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
@@ -135,8 +131,7 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
         facts |= {"sentence": str(error), "step": error.step}
         states.append(state_of(task.module, optimizers[0]))
         task.haunted = frozenset()
-        still = Watchdog(folder, workers.rank, workers.world, timeout_s=0)
-        loop._step(trainers[0], batches(error.step + 1, 1), error.step + 1, None, still)
+        loop._step(trainers[0], batches(error.step + 1, 1), error.step + 1, None)
         trainers[0].close()
     facts["unmoved"] = [step for step in range(len(states) - 1) if unmoved(states[step], states[step + 1])]
     facts["steps"] = len(states) - 1

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from exact_cells import Cell
-from exact_launch import HERE, ROOT, command
+from exact_launch import HERE, run_workers
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -107,15 +105,8 @@ def launch(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> None:
     """Trains jobs of one world size, all of DeepSpeed or all of DDP, in one launch."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    call = command(jobs[0].cell.world, jobs[0].cell.engine != "ddp")
-    done = subprocess.run(
-        [*call, str(HERE / "resume_worker.py"), str(folder / "jobs.json"), str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    worker = [str(HERE / "resume_worker.py"), str(folder / "jobs.json"), str(folder)]
+    done = run_workers(jobs[0].cell.world, jobs[0].cell.engine != "ddp", worker, timeout)
     (folder / "stderr.txt").write_text(done.stderr)
     assert done.returncode == 0, done.stderr[:6000]
 

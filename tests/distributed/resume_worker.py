@@ -7,11 +7,11 @@ import json
 import resource
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from exact_worker import workers_of
 from resume_jobs import Job
 from safetensors.torch import save_file
 
@@ -28,10 +28,7 @@ from lgp_dist.tasks.finetune import FinetuneTask
 def run(job: Job, started: Workers, root: Path) -> None:
     """Trains one job, or writes down the sentence that it ends with."""
     cell, folder = job.cell, root / job.name
-    launch = started.launch
-    if cell.engine != "ddp":
-        launch = replace(launch, zero_stage=int(cell.engine[-1]))
-    workers = replace(started, launch=launch, engine=cell.engine_config())
+    workers = workers_of(cell, started)
     pool, ancestry, sampler = cell.build()
     task, at = FinetuneTask(pool, ancestry, sampler, cell.finetune_config()), [0, 0]
 

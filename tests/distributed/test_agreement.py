@@ -1,5 +1,6 @@
 """Ranks with another recipe, code, packages or shards than rank 0 are refused: every setting, on real ranks."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agreement_worker import PLAIN, WORLD
+from agreement_worker import PLAIN, WORLD, changed
 from exact_launch import HERE, ROOT, command
 from run_helpers import SMALL, processes_with
 
+from lgp_dist.data.manifest import ShardManifest
+from lgp_dist.engine.agreement import facts_of
+from lgp_dist.engine.launch import Launch
 from lgp_dist.meaning import flatten
+from lgp_dist.pipeline import sources
 from lgp_dist.provenance import code_hashes
 from lgp_dist.recipes import tiny
 
 MAY_DIFFER = {
     *("data.root", "data.threads", "data.cache", "data.cache_bytes", "data.timeout_s", "data.retries"),
-    *("ancestry.weights", "model.rows.0.weights", "model.rows.1.weights", "finetune.costs"),
+    *("ancestry.weights", "model.rows.0.weights", "model.rows.1.weights", "finetune.weights", "finetune.costs"),
     *("engine.threads", "engine.device", "debug"),
 }
 """Settings that say nothing about what ranks compute or when they meet."""
@@ -91,6 +96,26 @@ def test_what_may_differ(results: list[dict[str, str | None]], name: str) -> Non
     assert [result[name] for result in results] == [None] * WORLD
 
 
+FILES = ("ancestry.weights", "finetune.weights", "finetune.costs")
+"""Settings that name a file, which may have another name or place on each rank."""
+
+
+@pytest.mark.parametrize("key", FILES)
+def test_content_of_named_files_is_compared(inputs: Path, tmp_path: Path, key: str) -> None:
+    """Wherever a file lies, its hash is among the facts that must be equal."""
+    manifest = ShardManifest.load(inputs / "shards")
+    found = []
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(content)
+        config = changed(tiny(), "ancestry.weights", str(tmp_path / "a"))
+        config = changed(config, key, str(tmp_path / name))
+        facts = facts_of(config, Launch(WORLD, WORLD, True, 1, "no", None))
+        found.append(facts | {f"sources.{name}": value for name, value in sources(config, manifest).items()})
+    assert found[0] == found[1]
+    assert [name for name in found[0] if found[0][name] != found[2][name]] == [f"sources.{key}"]
+    assert found[2][f"sources.{key}"] == hashlib.sha256(b"2").hexdigest()
+
+
 def test_refusal_is_passed_on(results: list[dict[str, str | None]]) -> None:
     assert {result["refusal"] for result in results} == {"Rank 2 cannot start as the others do: No shards there."}
 
@@ -124,7 +149,6 @@ def launches(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     (folder / "timm-9.9.9.dist-info").mkdir()
     (folder / "timm-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 9.9.9\n")
     launch, running, found = command(2, deepspeed=True), {}, {}
-    launch[launch.index("--config_file") + 1] = str(ROOT / "launch_configs" / "cpu_2.yaml")
     for name, arguments in CASES.items():
         place = folder / name
         shutil.copytree(inputs, place)

@@ -6,13 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from exact_launch import HERE, ROOT
-from run_helpers import processes_with
 
 from lgp_dist.engine.signals import Preemption
 from lgp_dist.outcome import Outcome, clear_outcome, read_outcome, write_outcome
@@ -58,17 +55,6 @@ def wait_for(*paths: Path) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"{paths} did not come")
-
-
-@pytest.fixture
-def mark() -> Iterator[str]:
-    """A mark in the environment of what a test starts; nothing with it may be left."""
-    found = uuid.uuid4().hex
-    yield found
-    left = processes_with(found)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left
 
 
 @pytest.mark.parametrize("forwarded", [False, True], ids=["SIGTERM", "SIGUSR1 twice"])

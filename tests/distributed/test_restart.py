@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +30,7 @@ def launcher(name: str) -> list[str]:
     """Two ranks whose launcher may start them again once."""
     if name == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    launch = command(2, deepspeed=True)
-    launch[launch.index("--config_file") + 1] = str(ROOT / "launch_configs" / "cpu_2.yaml")
-    return [*launch, "--max_restarts", "1"]
-
-
-@pytest.fixture
-def mark() -> Iterator[str]:
-    """A mark in the environment of what a test starts; nothing with it may be left."""
-    found = uuid.uuid4().hex
-    yield found
-    left = processes_with(found)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left
+    return [*command(2, deepspeed=True), "--max_restarts", "1"]
 
 
 def start(name: str, place: Path, mark: str) -> subprocess.Popen[str]:

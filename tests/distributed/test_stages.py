@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from exact_launch import ROOT, command
+from exact_launch import command
 from run_helpers import SMALL
 from safetensors.torch import load_file
 
@@ -25,7 +25,6 @@ def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         place = tmp_path_factory.mktemp(engine) / "place"
         shutil.copytree(inputs, place)
         launch = command(2, deepspeed=engine != "ddp")
-        launch[launch.index("--config_file") + 1] = str(ROOT / launch[launch.index("--config_file") + 1])
         stage = [] if engine == "ddp" else ["--zero_stage", engine[-1]]
         done = subprocess.run(
             [*launch, *stage, "-m", "lgp_dist", "run", *SMALL, *EPS, *WATCH, "--engine.device=cpu"],

@@ -20,7 +20,7 @@ HUNG_CASES = (
     *("skip-0-2", "skip-1-2", "skip-0-3", "pipe-1-2"),
 )
 """FAULT-CULPRIT-WORLD."""
-QUIET_CASES = ("none-0-2", "patient-0-2", "pause-0-2")
+QUIET_CASES = ("none-0-2", "patient-0-2", "pause-0-2", "alone-0-2")
 
 
 def environment() -> dict[str, str]:
@@ -87,7 +87,8 @@ def test_hang_is_named(runs: Path, case: str) -> None:
 
 @pytest.mark.parametrize("case", QUIET_CASES)
 def test_no_false_alarm(runs: Path, case: str) -> None:
-    """A run that ends well, one that was told to be patient, and one that was suspended; nothing stays behind."""
+    """A run that ends well, one with something long in it, one that was suspended, and one in which a rank
+    makes progress while the other waits longer than any timeout; nothing stays behind."""
     assert statuses(runs / case) == [0, 0]
     assert not list((runs / case / "watch").iterdir())
 

@@ -55,6 +55,7 @@ RECIPE = (
     "--engine.device=cpu",
     "--trackers",
 )
+COMMAND = ("finetune", *RECIPE, f"--faults.timeout-s={HANG_S}")
 
 
 @dataclass
@@ -91,8 +92,15 @@ def free_port() -> int:
 class Life:
     """Two ranks of one start."""
 
-    def __init__(self, place: Path, engine: str, log: Path, prepare: Callable[[int], None] = lambda rank: None):
-        port, self.statuses = free_port(), [None, None]
+    def __init__(
+        self,
+        place: Path,
+        engine: str,
+        log: Path,
+        prepare: Callable[[int], None] = lambda rank: None,
+        arguments: tuple[str, ...] = COMMAND,
+    ):
+        port, self.statuses, self.arguments = free_port(), [None, None], arguments
         self.began = time.monotonic()
         self.pids = [self._fork(place, variables(engine, rank, port), log, prepare, rank) for rank in range(2)]
 
@@ -107,7 +115,7 @@ class Life:
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
             torch.set_num_threads(1)
             prepare(rank)
-            os._exit(call_main(("finetune", *RECIPE, f"--faults.timeout-s={HANG_S}")))
+            os._exit(call_main(self.arguments))
         except BaseException:
             import traceback
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lgp_dist.engine.watchdog import Watchdog
+from lgp_dist.engine.watchdog import Watchdog, longest
 
 STEPS, BAD_STEP = 5, 3
 SEEN_S = 1.2
@@ -26,6 +26,7 @@ PHASE_OF = {
     **{"sleep": "data", "stop": "forward", "lock": "backward", "skip": "save", "pipe": "forward", "none": ""},
     "pause": "data",
     "patient": "",
+    "alone": "",
 }
 """Fault -> the phase in which it happens."""
 
@@ -65,8 +66,12 @@ def steps(dog: Watchdog, rank: int, fault: str, culprit: int) -> None:
             elif bad and phase == PHASE_OF[fault] and fault != "skip":
                 go_wrong(fault)
             if fault == "patient" and phase == "save" and step == BAD_STEP:
-                with dog.patient(4):
-                    time.sleep(2.5 * dog.timeout_s)
+                dog.phase("measure")
+                time.sleep(2.5 * dog.timeout_s)
+            if fault == "alone" and phase == "save" and step == BAD_STEP:
+                dog.phase("artifact")
+                for _ in dog.over(range(13)) if rank == culprit else ():
+                    time.sleep(longest(dog.timeout_s) / 10)
             if phase == "reduce" and not (bad and fault == "skip"):
                 dist.all_reduce(torch.ones(4))
             if phase == "save":
@@ -77,7 +82,8 @@ def steps(dog: Watchdog, rank: int, fault: str, culprit: int) -> None:
 def run(folder: Path, rank: int, world: int, fault: str, culprit: int, timeout: float) -> None:
     """One rank, in a group that is there."""
     logging.getLogger("lgp").addHandler(logging.FileHandler(folder / f"log-{rank}.txt"))
-    with Watchdog(folder / "watch", rank, world, timeout, stage="finetune") as dog:
+    with Watchdog(folder / "watch", rank, world, timeout) as dog:
+        dog.begin("finetune")
         steps(dog, rank, fault, culprit)
     dist.destroy_process_group()
 

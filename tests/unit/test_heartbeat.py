@@ -14,7 +14,7 @@ def ranks(*changes: dict) -> dict[int, Beat]:
     return {rank: replace(BEAT, rank=rank, **change) for rank, change in enumerate(changes)}
 
 
-AHEAD, BEHIND, BUSY = {"notes": 3}, {"step": 6, "notes": 9}, {"waits": False}
+AHEAD, BEHIND, BUSY = {"notes": 3}, {"step": 6, "notes": 1}, {"waits": False}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,11 @@ def test_sentences() -> None:
     )
     assert told(ranks({}), [1], 2) == "Rank 1 has given no sign of life; rank 0 waits for it in step 7, phase reduce."
     assert told(ranks({}, {}, {}, {}), [1, 3], 4).endswith("; ranks 0, 2 wait for them in step 7, phase reduce.")
+    none = {"step": None, "path": ""}
+    assert told(ranks(none, BUSY | none), [], 2) == (
+        "Rank 1 (host, pid 1) has made no progress for 40 s: stage pool, phase reduce, at loop.py:1 train; rank 0 "
+        "waits for it in phase reduce."
+    )
 
 
 def test_pulse_counts_by_its_own_clock() -> None:

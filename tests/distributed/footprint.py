@@ -1,0 +1,71 @@
+"""What a process holds, as /proc tells it, and whether that grows."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+COUNTS = ("descriptors", "threads", "shared")
+"""What must not grow at all: the least of them, as a save opens files for a moment."""
+MEMORY_SHARE = 0.02
+"""What the median of memory may grow by from the second third to the last."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a process holds at one moment."""
+
+    memory: int
+    """Resident bytes that no file backs."""
+    descriptors: int
+    threads: int
+    shared: int
+    """Files of /dev/shm that it has mapped or open."""
+
+    @classmethod
+    def of(cls, pid: int) -> "Footprint":
+        """Of a process that lives; OSError where it does not."""
+        folder = Path("/proc", str(pid))
+        lines = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+        descriptors = list((folder / "fd").iterdir())
+        names = [line.split(None, 5)[-1] for line in (folder / "maps").read_text().splitlines()]
+        for descriptor in descriptors:
+            try:
+                names.append(str(descriptor.readlink()))
+            except FileNotFoundError:  # closed meanwhile
+                continue
+        return cls(
+            memory=1024 * int(lines["RssAnon"].split()[0]),
+            descriptors=len(descriptors),
+            threads=int(lines["Threads"]),
+            shared=len({name for name in names if name.startswith("/dev/shm/")}),
+        )
+
+
+def thirds(values: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """The second and the last third; the first is for start and warm-up."""
+    third = len(values) // 3
+    return values[third : 2 * third], values[2 * third :]
+
+
+def summary(series: Sequence[Footprint]) -> dict[str, dict[str, float]]:
+    """Of each quantity least, median and most in the second third and in the last."""
+    found = {}
+    for name in asdict(series[0]):
+        before, after = thirds([getattr(moment, name) for moment in series])
+        found[name] = {
+            **{"least_before": min(before), "least_after": min(after)},
+            **{"median_before": median(before), "median_after": median(after)},
+            **{"most_before": max(before), "most_after": max(after)},
+        }
+    return found
+
+
+def grown(series: Sequence[Footprint]) -> list[str]:
+    """Quantities that grew from the second third to the last, each with its numbers. series: three moments or more."""
+    about = summary(series)
+    found = [f"{name}: {about[name]}" for name in COUNTS if about[name]["least_after"] > about[name]["least_before"]]
+    memory = about["memory"]
+    if memory["median_after"] > memory["median_before"] * (1 + MEMORY_SHARE):
+        found.append(f"memory: {memory}")
+    return found

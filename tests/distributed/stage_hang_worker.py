@@ -1,0 +1,81 @@
+"""Two ranks for each of a few hangs outside of steps, all at the same time: stage_hang_worker.py FOLDER TIMEOUT.
+
+FOLDER/CASE holds a run whose stages before the case's are done; FOLDER/CASE/statuses.json tells how both ranks ended.
+"""
+
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from run_helpers import SMALL
+from torture import Life
+
+from lgp_dist import pipeline
+from lgp_dist.artifacts import RunDirectory
+from lgp_dist.engine import evaluate
+from lgp_dist.engine.setup import Workers
+from lgp_dist.stages import finetune
+
+SEEN_S = 1.2
+"""After so many seconds in a phase the heartbeat has told of it."""
+
+
+def stop() -> None:
+    """This process stands still, as under a debugger."""
+    time.sleep(SEEN_S)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def at_second_call(go_wrong: Callable[[], None]) -> Callable[[], None]:
+    """Goes wrong when it is called again."""
+    calls = itertools.count()
+    return lambda: go_wrong() if next(calls) == 1 else None
+
+
+def before(function: Callable[..., Any], go_wrong: Callable[[], None]) -> Callable[..., Any]:
+    """The function, but something goes wrong first."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        go_wrong()
+        return function(*arguments, **options)
+
+    return call
+
+
+CASES: dict[str, tuple[str, int, Any, str, Callable[[], None]]] = {
+    "waits": ("finetune", 1, Workers, "barrier", at_second_call(stop)),  # the first is that of the start
+    "writes": ("finetune", 0, RunDirectory, "_record", stop),
+    "ledger": ("finetune", 0, finetune, "draws_of", partial(time.sleep, 120)),
+    "accuracy": ("evaluate", 1, evaluate, "correct", stop),
+    "report": ("evaluate", 0, pipeline, "publish", stop),
+}
+"""Case -> stage to run, rank that goes wrong, and the function before which it does."""
+
+
+def prepare(case: str, mine: int) -> None:
+    """Makes a rank go wrong in its case."""
+    _, rank, owner, name, go_wrong = CASES[case]
+    if mine == rank:
+        setattr(owner, name, before(getattr(owner, name), go_wrong))
+
+
+def main(folder: Path, timeout: str) -> None:
+    """All cases; a rank that is left when the other has ended is killed, as a launcher does."""
+    lives = {}
+    for case, (stage, *_) in CASES.items():
+        arguments = (stage, *SMALL, "--engine.device=cpu", "--trackers", f"--faults.timeout-s={timeout}")
+        lives[case] = Life(folder / case, "ddp", folder / case / "out.log", partial(prepare, case), arguments)
+    for case, life in lives.items():
+        assert life.wait(150, alone_s=1.0), case
+        (folder / case / "statuses.json").write_text(json.dumps(life.statuses))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
