@@ -7,7 +7,7 @@ import re
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.meaning import STAGES, flatten
-from lgp_dist.paths import PathSpace
+from lgp_dist.spaces import Space, space_of
 
 SOURCES = ("ancestry.weights", "finetune.weights", "finetune.costs")
 """Files whose content counts, beside the splits of the data."""
@@ -103,7 +103,7 @@ def check_config(config: RunConfig) -> None:
 
 
 def _check_shapes(config: RunConfig) -> None:
-    space = PathSpace.from_config(config)
+    space = space_of(config)
     widths = {f"model.rows.{index}": (row.width, row.heads) for index, row in enumerate(config.model.rows)}
     if config.ancestry.model == "vit":
         widths["ancestry"] = (config.ancestry.width, config.ancestry.heads)
@@ -143,6 +143,7 @@ def _check_shapes(config: RunConfig) -> None:
             )
     if not config.finetune.distil_weight + config.finetune.label_weight:
         raise UserError("finetune.distil_weight and finetune.label_weight are both 0: raise one.")
+    _check_depths(config, space)
     _check_allowed(config)
 
 
@@ -173,7 +174,7 @@ def _check_rows(config: RunConfig) -> None:
             )
 
 
-def _check_only(only: tuple[str, ...], space: PathSpace) -> None:
+def _check_only(only: tuple[str, ...], space: Space) -> None:
     known = {path.key for path in space.paths}
     for key in only:
         if key not in known:
@@ -182,6 +183,16 @@ def _check_only(only: tuple[str, ...], space: PathSpace) -> None:
             )
         if only.count(key) > 1:
             raise UserError(f"finetune.only names {key!r} {only.count(key)} times: name each path once.")
+
+
+def _check_depths(config: RunConfig, space: Space) -> None:
+    finetune = config.finetune
+    count, passes = len(finetune.only or space.paths), (finetune.paths_per_batch, finetune.train.accumulate)
+    if config.model.stages and finetune.sandwich and set(passes) != {count}:
+        raise UserError(
+            f"finetune.paths_per_batch is {passes[0]} and finetune.train.accumulate {passes[1]}, but with "
+            f"finetune.sandwich each of {count} depths trains once on every batch: set both to {count}."
+        )
 
 
 def _check_allowed(config: RunConfig) -> None:

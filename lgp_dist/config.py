@@ -151,6 +151,11 @@ class ModelConfig:
     """Rows from narrow to wide; one row is a pool of one path."""
     final_norm: bool = True
     """Whether stitched paths apply the final norm, as rows alone do; SN-Net's released code for DeiT does not."""
+    stages: tuple[int, ...] = ()
+    """Not empty: in place of a pool, one auxiliary net, the only row, without class token, in stages of so many layers;
+    the layers of a stage share one set of weights, from which models of `depths` are made."""
+    depths: tuple[int, ...] = ()
+    """Blocks of each of these models, from few to many."""
 
 
 @dataclass(frozen=True)

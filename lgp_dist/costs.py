@@ -8,12 +8,13 @@ from typing import Any
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths import PathSpace
+from lgp_dist.spaces import Space
 
 TRAINING = 3
 """Forward and backward cost of a path over its forward: the backward computes twice as much."""
 
 
-def path_costs(space: PathSpace, file: str = "") -> dict[str, float]:
+def path_costs(space: Space, file: str = "") -> dict[str, float]:
     """Forward and backward cost of every path by its key.
 
     3 x its FLOPs (multiply-adds of an image), or the seconds in `file`. The ancestry's forward, which costs the same on

@@ -29,8 +29,8 @@ def flatten(config: Any, *, with_free: bool = True, prefix: str = "") -> dict[st
 
 SECTIONS = {
     "ancestry": ("seed", "data", "engine", "ancestry", "model.patch_size"),
-    "distil": ("model", "distil"),
-    "pool": ("pool",),
+    "distil": ("model.depth", "model.rows", "model.stages", "distil"),
+    "pool": ("model.depths", "model.final_norm", "pool"),
     "finetune": ("finetune",),
     "evaluate": ("evaluate",),
     "descend": ("budget",),

@@ -17,6 +17,20 @@ NORM_FLOPS = 5
 """Operations that one LayerNorm element counts as."""
 
 
+def block_params(width: int) -> int:
+    """Parameters of one block."""
+    weights = (4 + 2 * MLP_RATIO) * width * width
+    biases_and_norms = (3 + 1 + MLP_RATIO + 1 + 4) * width
+    return weights + biases_and_norms
+
+
+def block_flops(width: int, tokens: int) -> int:
+    """FLOPs of one block on so many tokens."""
+    linear = tokens * (4 + 2 * MLP_RATIO) * width * width
+    attention = 2 * tokens * tokens * width
+    return linear + attention + 2 * NORM_FLOPS * tokens * width
+
+
 @dataclass(frozen=True, order=True)
 class Segment:
     """Blocks start .. stop - 1 of one row."""
@@ -104,11 +118,28 @@ class PathSpace:
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "PathSpace":
-        """The path space of a run."""
+        """The path space of a run; UserError where its model is none of rows and stitch layers."""
         data, model = config.data, config.model
+        if model.stages:
+            raise UserError(
+                f"Recipe {config.recipe} has model.stages, so its models share no rows and stitch layers, which this "
+                "needs: choose a recipe of a pool, such as tiny."
+            )
+        if model.depths:
+            raise UserError("model.depths is set, but model.stages is empty: set both, or neither.")
         widths = tuple(row.width for row in model.rows)
         image = (data.image_size, model.patch_size, data.channels, data.num_classes)
         return cls(widths, model.depth, *image, model.final_norm)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of each row."""
+        return (self.depth,) * len(self.widths)
+
+    @property
+    def class_token(self) -> bool:
+        """Rows have one, which goes through the last norm to the head."""
+        return True
 
     @property
     def stitches_per_pair(self) -> int:
@@ -161,16 +192,6 @@ class PathSpace:
         """Patches and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
-    def _block_params(self, width: int) -> int:
-        weights = (4 + 2 * MLP_RATIO) * width * width
-        biases_and_norms = (3 + 1 + MLP_RATIO + 1 + 4) * width
-        return weights + biases_and_norms
-
-    def _block_flops(self, width: int) -> int:
-        linear = self.tokens * (4 + 2 * MLP_RATIO) * width * width
-        attention = 2 * self.tokens * self.tokens * width
-        return linear + attention + 2 * NORM_FLOPS * self.tokens * width
-
     def _patch_params(self, width: int) -> int:
         return (self.channels * self.patch_size**2 + 1) * width
 
@@ -185,9 +206,9 @@ class PathSpace:
         first, last = self.widths[path.first_row], self.widths[path.last_row]
         blocks = [(self.widths[part.row], part.stop - part.start) for part in path.segments]
         params = self._patch_params(first) + self._head_params(last)
-        params += sum(count * self._block_params(width) for width, count in blocks)
+        params += sum(count * block_params(width) for width, count in blocks)
         flops = (self.tokens - 1) * self.channels * self.patch_size**2 * first
-        flops += sum(count * self._block_flops(width) for width, count in blocks)
+        flops += sum(count * block_flops(width, self.tokens) for width, count in blocks)
         flops += self.has_norm(path) * NORM_FLOPS * self.tokens * last + last * self.num_classes
         if path.stitch is None:
             params += self._tokens_params(first)

@@ -19,10 +19,10 @@ from lgp_dist.errors import Preempted, UserError
 from lgp_dist.logs import end_log, open_log, show
 from lgp_dist.meaning import STAGES, flatten
 from lgp_dist.outcome import Outcome, clear_outcome, write_outcome
-from lgp_dist.paths import PathSpace
 from lgp_dist.provenance import code_hashes, environment, versions
 from lgp_dist.report.publish import publish
 from lgp_dist.sampling import PathSampler
+from lgp_dist.spaces import space_of
 from lgp_dist.stages import ancestry, descend, distil, evaluate, export, finetune, pool
 from lgp_dist.stages.context import Context
 
@@ -171,4 +171,4 @@ def check_stages(config: RunConfig, stages: tuple[str, ...], directory: RunDirec
         if stage in trains:
             check_batch(trains[stage], world, images, f"{stage}.train.")
     if "finetune" in stages:
-        PathSampler.from_config(config, PathSpace.from_config(config)).check(world)
+        PathSampler.from_config(config, space_of(config)).check(world)

@@ -13,9 +13,9 @@ from lgp_dist.config import Policy, RunConfig
 from lgp_dist.costs import path_costs
 from lgp_dist.dealing import Deck, deal, draw_index, draw_order, pairs, singles
 from lgp_dist.errors import UserError
-from lgp_dist.paths import Path, PathSpace
+from lgp_dist.spaces import AnyPath, Space
 
-Plan = tuple[tuple[Path, ...], ...]
+Plan = tuple[tuple[AnyPath, ...], ...]
 """The paths of a step, indexed [micro-step][rank]."""
 
 KEPT = 4
@@ -36,7 +36,7 @@ class PathSampler:
     The only state is the seed; a plan that is remembered is the one that would be made again.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[AnyPath, ...]
     policy: Policy
     seed: int
     accumulate: int = 1
@@ -57,7 +57,7 @@ class PathSampler:
             raise ValueError(f"{len(self.paths)} paths need as many weights above 0, not {self.weights}")
 
     @classmethod
-    def from_config(cls, config: RunConfig, space: PathSpace) -> "PathSampler":
+    def from_config(cls, config: RunConfig, space: Space) -> "PathSampler":
         """The sampler of stage finetune. UserError where `finetune.only` or `finetune.costs` cannot be used."""
         finetune = config.finetune
         paths = space.chosen(finetune.only)
@@ -75,7 +75,7 @@ class PathSampler:
             finetune.sandwich,
         )
 
-    def draw(self, step: int, micro_step: int, rank: int, world: int) -> Path:
+    def draw(self, step: int, micro_step: int, rank: int, world: int) -> AnyPath:
         """The path of one rank in one micro-step.
 
         step: optimizer step, from 0. micro_step: 0 .. accumulate - 1. rank: 0 .. world - 1.
@@ -110,7 +110,7 @@ class PathSampler:
             hands = [dealt[rank::world] for rank in range(world)]
         return [[hand[micro] for hand in hands] for micro in range(self.accumulate)]
 
-    def shares(self, world: int) -> dict[Path, float]:
+    def shares(self, world: int) -> dict[AnyPath, float]:
         """The long-run share of each path, on every rank and over all; they sum to 1.
 
         Weights over their sum. With `sandwich` a row alone that would come less than once in a step (under `shared`:

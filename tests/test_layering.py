@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "lgp_dist"
 FILES = sorted(ROOT.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 60
 
-BASE = {"config", "meaning", "paths", "protocols", "errors", "files"}
+BASE = {"config", "meaning", "paths", "depths", "spaces", "protocols", "errors", "files"}
 SAMPLING = {"dealing", "costs", "sampling", "ledger"}
 LEVELS_0_TO_2 = BASE | SAMPLING
 LEVELS_0_TO_2 |= {
@@ -32,6 +32,8 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "paths": {"config", "errors"},
+    "depths": {"config", "errors", "paths"},
+    "spaces": {"config", "depths", "paths"},
     "protocols": set(),
     "provenance": {"files"},
     "statuses": set(),
@@ -40,7 +42,7 @@ ALLOWED = {
     "checks": BASE,
     "recipes": BASE,
     "dealing": set(),
-    "costs": {"config", "paths", "errors"},
+    "costs": {"config", "paths", "spaces", "errors"},
     "sampling": BASE | {"dealing", "costs"},
     "ledger": set(),
     "artifacts": BASE,
@@ -48,14 +50,14 @@ ALLOWED = {
     "outcome": {"artifacts", "errors"},
     "data": {"config", "protocols", "errors", "files"},
     "ops": {"config"},
-    "models": {"config", "paths", "errors", "ops"},
+    "models": {"config", "paths", "spaces", "errors", "ops"},
     "tasks": LEVELS_0_TO_2,
     "engine": {"config", "meaning", "protocols", "errors", "files", "statuses", "sampling", "metrics", "checkpoints"},
     "report": {"artifacts", "errors", "metrics"},
     "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report"},
     "pipeline": LEVELS_0_TO_2 | {"logs", "tasks", "engine", "report", "stages"},
     "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
-    "cli": {"config", "meaning", "paths", "errors", "statuses", "outcome", "recipes", "checkpoints", "data"}
+    "cli": {"config", "meaning", "spaces", "errors", "statuses", "outcome", "recipes", "checkpoints", "data"}
     | {"pipeline", "bench"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -87,6 +89,8 @@ NO_TORCH = {
     "errors",
     "files",
     "paths",
+    "depths",
+    "spaces",
     "recipes",
     "dealing",
     "costs",

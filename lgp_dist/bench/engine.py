@@ -18,9 +18,9 @@ from lgp_dist.engine.setup import Workers
 from lgp_dist.engine.trainer import Trainer
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths import PathSpace
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.sampling import PathSampler
+from lgp_dist.spaces import heads_of, space_of
 from lgp_dist.stages.context import ancestry_vit
 from lgp_dist.tasks.finetune import FinetuneTask
 
@@ -65,9 +65,9 @@ class Bench:
 
     def __init__(self, config: RunConfig, workers: Workers):
         self.config, self.workers = config, workers
-        self.train, self.space = config.finetune.train, PathSpace.from_config(config)
+        self.train, self.space = config.finetune.train, space_of(config)
         torch.manual_seed(config.seed)
-        pool = LearngenePool.empty(self.space, tuple(row.heads for row in config.model.rows)).to(workers.device)
+        pool = LearngenePool.empty(self.space, heads_of(config)).to(workers.device)
         ancestry = Ancestry(ancestry_vit(config)) if config.finetune.distil_weight else None
         meet = "micro_step" if workers.launch.zero_stage >= 2 and workers.engine.reduction == "all" else "step"
         self.samplers = {

@@ -18,8 +18,8 @@ from lgp_dist.engine.setup import autocast
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths import PathSpace
 from lgp_dist.report.rows import write_atomic
+from lgp_dist.spaces import Space, heads_of, space_of
 from lgp_dist.stages.context import ancestry_vit
 
 WARM_UP = 1
@@ -41,7 +41,7 @@ def bench_paths(config: RunConfig, out: Path, batch: int = 0, repeats: int = 5) 
         check_least(option, value, least)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name a file in it.")
-    space, device = PathSpace.from_config(config), _device(config)
+    space, device = space_of(config), _device(config)
     images = batch or max(1, train.batch_size // train.accumulate)
     calls = _calls(config, space, device, images)
     seconds: dict[str, list[float]] = {key: [] for key in calls}
@@ -73,10 +73,10 @@ def _device(config: RunConfig) -> torch.device:
     return device
 
 
-def _calls(config: RunConfig, space: PathSpace, device: torch.device, batch: int) -> dict[str, Callable[[], None]]:
+def _calls(config: RunConfig, space: Space, device: torch.device, batch: int) -> dict[str, Callable[[], None]]:
     """What is timed: a forward and backward of each path, by its key, and the ancestry's forward."""
     torch.manual_seed(config.seed)
-    pool = LearngenePool.empty(space, tuple(row.heads for row in config.model.rows)).to(device).train()
+    pool = LearngenePool.empty(space, heads_of(config)).to(device).train()
     images = torch.randn(batch, space.channels, space.image_size, space.image_size, device=device)
     targets = torch.randint(space.num_classes, (batch,), device=device)
     precision = config.engine.precision

@@ -8,9 +8,9 @@ from typing import Any, get_args
 from lgp_dist.config import Policy, RunConfig
 from lgp_dist.costs import ancestry_forward, path_costs
 from lgp_dist.errors import UserError
-from lgp_dist.paths import PathSpace
 from lgp_dist.recipes import RECIPES
 from lgp_dist.sampling import PathSampler
+from lgp_dist.spaces import space_of
 
 POLICIES: tuple[str, ...] = get_args(Policy)
 DRAWS, FEWEST_STEPS, MOST_STEPS = 60_000, 200, 4_000
@@ -88,14 +88,14 @@ def measure(config: RunConfig, world: int, steps: int = 0) -> dict[str, Any]:
     independent draws as the variation between steps amounts to, wide enough that those of all paths together hold the
     expected shares with probability 0.95 (about; less where a path is expected fewer than ten times by itself).
     """
-    space = PathSpace.from_config(config)
+    space = space_of(config)
     sampler = PathSampler.from_config(config, space)
     sampler.check(world)
     slots = world * sampler.accumulate
     steps = steps or min(MOST_STEPS, max(FEWEST_STEPS, DRAWS // slots))
     table = path_costs(space, config.finetune.costs)
     costs = [table[path.key] for path in sampler.paths]
-    blocks = [_blocks(path, space.depth) for path in sampler.paths]
+    blocks = [_blocks(path, max(space.depths)) for path in sampler.paths]
     all_blocks = len(frozenset().union(*blocks))
     counts: list[list[int]] = [[] for _ in costs]
     mean = slowest = slowest_micro = covered = trained = 0.0

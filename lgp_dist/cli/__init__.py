@@ -14,7 +14,7 @@ from lgp_dist.cli.recipe import Recipe
 from lgp_dist.cli.shards import ShardsAction, run_shards
 from lgp_dist.config import RunConfig
 from lgp_dist.meaning import STAGES
-from lgp_dist.paths import PathSpace
+from lgp_dist.spaces import space_of
 
 SUMMARIES = {
     "ancestry": "Train or load the frozen teacher.",
@@ -84,7 +84,7 @@ def _run(config: RunConfig, stages: tuple[str, ...]) -> None:
 
 
 def _paths(config: RunConfig, *, as_json: bool) -> None:
-    space = PathSpace.from_config(config)
+    space = space_of(config)
     rows = sorted((space.describe(path) for path in space.paths), key=lambda row: row["flops"])
     if as_json:
         unmeasured = [{**row, "top1": None, "top5": None} for row in rows]

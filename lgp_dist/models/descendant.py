@@ -13,6 +13,7 @@ from lgp_dist.models.pool import LearngenePool, row_vit
 from lgp_dist.models.stitch import StitchLayer
 from lgp_dist.models.vit import classify, embed, split_vit
 from lgp_dist.paths import Path, PathSpace
+from lgp_dist.spaces import AnyPath, Space, space_from
 
 
 class Descendant(nn.Module):
@@ -35,7 +36,7 @@ class Descendant(nn.Module):
         return classify(self.head, self.high(self.stitch(tokens)), self.has_norm)
 
 
-def empty_descendant(space: PathSpace, heads: tuple[int, ...], path: Path) -> VisionTransformer | Descendant:
+def empty_descendant(space: Space, heads: tuple[int, ...], path: AnyPath) -> VisionTransformer | Descendant:
     """A model of the path's shape: a stock timm ViT for a row alone, a `Descendant` for a stitched path."""
     if path.stitch is None:
         return row_vit(space, path.first_row, heads)
@@ -43,14 +44,14 @@ def empty_descendant(space: PathSpace, heads: tuple[int, ...], path: Path) -> Vi
 
 
 @torch.no_grad()
-def descendant_from_path(pool: LearngenePool, heads: tuple[int, ...], path: Path) -> VisionTransformer | Descendant:
+def descendant_from_path(pool: LearngenePool, heads: tuple[int, ...], path: AnyPath) -> VisionTransformer | Descendant:
     """The path's model with copies of the pool's weights, in eval mode; its logits equal the path's bit for bit."""
     model = empty_descendant(pool.space, heads, path)
     model.load_state_dict(copy.deepcopy(descendant_state(pool, path)), strict=True)
     return model.eval()
 
 
-def descendant_state(pool: LearngenePool, path: Path) -> dict[str, Tensor]:
+def descendant_state(pool: LearngenePool, path: AnyPath) -> dict[str, Tensor]:
     """The path's weights under the names of its standalone model."""
     if path.stitch is None:
         return pool.row_state(path.first_row)
@@ -63,25 +64,27 @@ def descendant_state(pool: LearngenePool, path: Path) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for prefix, part in parts.items() for name, value in part.state_dict().items()}
 
 
-def timm_config(space: PathSpace, heads: tuple[int, ...], path: Path, data: DataConfig) -> dict[str, Any]:
+def timm_config(space: Space, heads: tuple[int, ...], path: AnyPath, data: DataConfig) -> dict[str, Any]:
     """config.json of an exported descendant, in timm's local-dir layout.
 
     A row alone is a plain ViT: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it. `lgp` holds what
     `load_descendant` needs for every path.
     """
-    row = path.first_row
+    row, pooling = path.first_row, "token" if space.class_token else "avg"
     return {
         "architecture": "vit_tiny_patch16_224" if path.stitch is None else "lgp_descendant",
         "num_classes": space.num_classes,
         "num_features": space.widths[path.last_row],
-        "global_pool": "token",
+        "global_pool": pooling,
         "model_args": {
             "img_size": space.image_size,
             "patch_size": space.patch_size,
             "in_chans": space.channels,
             "embed_dim": space.widths[row],
-            "depth": space.depth,
+            "depth": space.depths[row],
             "num_heads": heads[row],
+            "class_token": space.class_token,
+            "global_pool": pooling,
         },
         "pretrained_cfg": {
             "input_size": [space.channels, space.image_size, space.image_size],
@@ -103,7 +106,7 @@ def timm_config(space: PathSpace, heads: tuple[int, ...], path: Path, data: Data
 def load_descendant(config: dict[str, Any], state: dict[str, Tensor]) -> VisionTransformer | Descendant:
     """The exported model of a config.json and the tensors of its model.safetensors, in eval mode."""
     about = config["lgp"]
-    space = PathSpace(**{**about["space"], "widths": tuple(about["space"]["widths"])})
+    space = space_from(about["space"])
     model = empty_descendant(space, tuple(about["heads"]), space.by_key(about["path"]))
     model.load_state_dict(state, strict=True)
     return model.eval()

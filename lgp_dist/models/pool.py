@@ -18,7 +18,7 @@ from lgp_dist.models.fused import fused_block, stitch
 from lgp_dist.models.stitch import StitchLayer
 from lgp_dist.models.vit import build_vit, classify, embed, split_vit
 from lgp_dist.ops.dispatch import resolved
-from lgp_dist.paths import Path, PathSpace
+from lgp_dist.spaces import AnyPath, Space
 
 Tokens = Tensor | tuple[Tensor, ...]
 """[B, N, D]; after a fused stitch, with what else it computed of them, until a block takes it all."""
@@ -36,7 +36,7 @@ class StemUnit(nn.Module):
         super().__init__()
         self.rows, self.checkpointed = nn.ModuleList(stems), False
 
-    def forward(self, images: Tensor, path: Path) -> Tensor:
+    def forward(self, images: Tensor, path: AnyPath) -> Tensor:
         """[B, C, H, W] to [B, N, D of the first row]."""
         row = self.rows[path.first_row]
         return recomputed(embed, row, images) if self.checkpointed else embed(row, images)
@@ -49,11 +49,11 @@ class BlockUnit(nn.Module):
         super().__init__()
         self.row, self.index, self.block, self.checkpointed = row, index, block, False
 
-    def runs(self, path: Path) -> bool:
+    def runs(self, path: AnyPath) -> bool:
         """Whether the path has this block."""
         return path.has_block(self.row, self.index)
 
-    def forward(self, tokens: Tensor, path: Path, *rows: Tensor) -> Tokens:
+    def forward(self, tokens: Tensor, path: AnyPath, *rows: Tensor) -> Tokens:
         """[B, N, D] to the same shape; all unchanged where the path does not run this block."""
         if not self.runs(path):
             return (tokens, *rows) if rows else tokens
@@ -68,11 +68,11 @@ class StitchUnit(nn.Module):
         self.index, self.layer, self.checkpointed = index, layer, False
         self.fused: Callable[[Tensor], Tokens] | None = None
 
-    def runs(self, path: Path) -> bool:
+    def runs(self, path: AnyPath) -> bool:
         """Whether the path crosses here."""
         return path.stitch == self.index
 
-    def forward(self, tokens: Tensor, path: Path, *rows: Tensor) -> Tokens:
+    def forward(self, tokens: Tensor, path: AnyPath, *rows: Tensor) -> Tokens:
         """[B, N, narrow] to [B, N, wide]; all unchanged where the path does not cross here."""
         if not self.runs(path):
             return (tokens, *rows) if rows else tokens
@@ -83,11 +83,11 @@ class StitchUnit(nn.Module):
 class HeadUnit(nn.Module):
     """Final norm and classifier of every row; the path's last row classifies."""
 
-    def __init__(self, space: PathSpace, heads: list[VisionTransformer]):
+    def __init__(self, space: Space, heads: list[VisionTransformer]):
         super().__init__()
         self.space, self.rows = space, nn.ModuleList(heads)
 
-    def forward(self, tokens: Tensor, path: Path) -> Tensor:
+    def forward(self, tokens: Tensor, path: AnyPath) -> Tensor:
         """[B, N, D of the last row] to [B, classes]."""
         return classify(self.rows[path.last_row], tokens, self.space.has_norm(path))
 
@@ -95,7 +95,7 @@ class HeadUnit(nn.Module):
 class LearngenePool(nn.Module):
     """Rows, stitch layers and the walk over them."""
 
-    def __init__(self, space: PathSpace, rows: list[VisionTransformer]):
+    def __init__(self, space: Space, rows: list[VisionTransformer]):
         """rows: timm ViTs from narrow to wide; they are used up, and the pool owns their tensors."""
         super().__init__()
         self.space = space
@@ -141,7 +141,7 @@ class LearngenePool(nn.Module):
         stems, heads = (f"stem.rows.{row}" for row in rows), (f"head.rows.{row}{end}" for row in rows for end in ends)
         return (*stems, *(f"units.{name}" for name in self.units), *heads)
 
-    def parts_of(self, path: Path) -> frozenset[str]:
+    def parts_of(self, path: AnyPath) -> frozenset[str]:
         """Those of `part_names` that a path runs."""
         head = f"head.rows.{path.last_row}"
         runs = {
@@ -153,7 +153,7 @@ class LearngenePool(nn.Module):
         return frozenset(runs | {f"{head}.head"} | ({f"{head}.norm"} if self.space.has_norm(path) else set()))
 
     @classmethod
-    def empty(cls, space: PathSpace, heads: tuple[int, ...]) -> "LearngenePool":
+    def empty(cls, space: Space, heads: tuple[int, ...]) -> "LearngenePool":
         """A pool with timm's random weights; heads: attention heads of each row."""
         return cls(space, [row_vit(space, row, heads) for row in range(len(space.widths))])
 
@@ -161,7 +161,7 @@ class LearngenePool(nn.Module):
         """One of the stitch layers, counted over all pairs of rows."""
         return self.units[f"stitch{index}"].layer
 
-    def forward(self, images: Tensor, path: Path) -> Tensor:
+    def forward(self, images: Tensor, path: AnyPath) -> Tensor:
         """[B, C, H, W] images along a path to [B, classes] logits."""
         tokens, *rows = (self.stem(images, path),)
         for unit in self.units.values():
@@ -172,13 +172,13 @@ class LearngenePool(nn.Module):
     def row_state(self, row: int) -> dict[str, Tensor]:
         """The state dict of one row under timm's names, as a stock VisionTransformer loads it strictly."""
         state = dict(self.stem.rows[row].state_dict())
-        for index in range(self.space.depth):
+        for index in range(self.space.depths[row]):
             block = self.units[f"row{row}_block{index}"].block.state_dict()
             state.update({f"blocks.{index}.{name}": value for name, value in block.items()})
         return state | self.head.rows[row].state_dict()
 
 
-def row_vit(space: PathSpace, row: int, heads: tuple[int, ...], drop_path: float = 0.0) -> VisionTransformer:
+def row_vit(space: Space, row: int, heads: tuple[int, ...], drop_path: float = 0.0) -> VisionTransformer:
     """A timm ViT of one row's shape."""
     return build_vit(
         image_size=space.image_size,
@@ -186,7 +186,8 @@ def row_vit(space: PathSpace, row: int, heads: tuple[int, ...], drop_path: float
         channels=space.channels,
         num_classes=space.num_classes,
         width=space.widths[row],
-        depth=space.depth,
+        depth=space.depths[row],
         heads=heads[row],
         drop_path=drop_path,
+        class_token=space.class_token,
     )

@@ -18,8 +18,12 @@ def build_vit(
     depth: int,
     heads: int,
     drop_path: float = 0.0,
+    class_token: bool = True,
 ) -> VisionTransformer:
-    """A plain ViT with class token, MLP ratio 4 and qkv bias: timm's class with DeiT's settings."""
+    """A plain ViT with MLP ratio 4 and qkv bias: timm's class with DeiT's settings.
+
+    class_token: without it, the mean of all tokens is normed and classified.
+    """
     return VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,
@@ -29,6 +33,8 @@ def build_vit(
         depth=depth,
         num_heads=heads,
         drop_path_rate=drop_path,
+        class_token=class_token,
+        global_pool="token" if class_token else "avg",
     )
 
 
@@ -56,17 +62,19 @@ def build_vit_like(vit: VisionTransformer) -> VisionTransformer:
         width=vit.embed_dim,
         depth=0,
         heads=1,
+        class_token=vit.cls_token is not None,
     )
 
 
 def embed(stem: VisionTransformer, images: Tensor) -> Tensor:
-    """[B, C, H, W] images to [B, N, D] tokens: patches, class token, positions."""
+    """[B, C, H, W] images to [B, N, D] tokens: patches, class token where there is one, positions."""
     tokens = stem.patch_embed(images)
     return stem.norm_pre(stem.patch_drop(stem._pos_embed(tokens)))
 
 
 def classify(head: VisionTransformer, tokens: Tensor, norm: bool = True) -> Tensor:
-    """[B, N, D] tokens to [B, classes] logits: final norm if `norm`, class token, linear head."""
+    """[B, N, D] tokens to [B, classes] logits: final norm if `norm`, class token, linear head; without a class
+    token the mean token, its norm and the head."""
     return head.forward_head(head.norm(tokens) if norm else tokens)
 
 

@@ -25,9 +25,9 @@ from lgp_dist.models.ancestry import Ancestry, timm_model
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.vit import build_vit
-from lgp_dist.paths import PathSpace
 from lgp_dist.protocols import Batch, StepContext, Task
 from lgp_dist.provenance import command, versions
+from lgp_dist.spaces import Space, heads_of, space_of
 
 Fill = Callable[[Path], dict[str, Any]]
 """Writes a stage's files into a folder and returns what the stage measured."""
@@ -44,14 +44,14 @@ class Context:
     """Of the source tree when the run began."""
 
     @cached_property
-    def space(self) -> PathSpace:
+    def space(self) -> Space:
         """Paths of this run's pool."""
-        return PathSpace.from_config(self.config)
+        return space_of(self.config)
 
     @property
     def heads(self) -> tuple[int, ...]:
         """Attention heads of each row."""
-        return tuple(row.heads for row in self.config.model.rows)
+        return heads_of(self.config)
 
     def require(self, stage: str) -> Artifact:
         """An earlier stage's artifact."""

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from lgp_dist.config import FinetuneConfig
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths import Path
 from lgp_dist.protocols import Batch, StepContext, Walk
 from lgp_dist.sampling import PathSampler
+from lgp_dist.spaces import AnyPath
 from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 
 
@@ -23,7 +23,7 @@ class FinetuneTask:
         self._parts = {path: module.parts_of(path) for path in module.space.paths}
         self._seen: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def path(self, context: StepContext) -> Path:
+    def path(self, context: StepContext) -> AnyPath:
         """The path of one rank's micro-step."""
         return self.sampler.draw(context.step, context.micro_step, context.rank, context.world)
 
