@@ -10,6 +10,7 @@ from lgp_dist.config import (
     DistilConfig,
     EngineConfig,
     FinetuneConfig,
+    GradientConfig,
     ModelConfig,
     PoolConfig,
     RowConfig,
@@ -229,12 +230,94 @@ def snnet_deit() -> RunConfig:
     )
 
 
+def sws_small() -> RunConfig:
+    """SWS on ImageNet-1K with the published settings: width 384, auxiliary net of 16 layers in stages 3-3-4-3-3.
+
+    The published ancestry is LeViT-384 (--ancestry.model levit_384.fb_dist_in1k). Repeated augmentation and averaged
+    weights are left out.
+
+    Command: lgp run sws_small
+    Time: not yet measured
+    Accuracy: not yet measured
+    """
+    loop = TrainConfig(epochs=150.0, batch_size=512, lr=5e-4, warmup_epochs=5.0, log_every=50, **DEIT_MIX)
+    depths = (6, 8, 10, 12)
+    return RunConfig(
+        recipe="sws_small",
+        data=DataConfig(augment=DEIT_AUGMENT),
+        engine=EngineConfig(precision="bf16", device="cuda"),
+        model=ModelConfig(
+            depth=16,
+            rows=(RowConfig(width=384, heads=6, levels="none", drop_path=0.1),),
+            stages=(3, 3, 4, 3, 3),
+            depths=depths,
+        ),
+        distil=DistilConfig(alpha=0.0, inverse_weight=0.0, train=loop),
+        finetune=each_alone(len(depths), replace(loop, epochs=10.0, lr=5e-5, warmup_epochs=0.0)),
+        budget=Budget(max_params=20e6),
+    )
+
+
+def sws_base() -> RunConfig:
+    """SWS as sws_small with width 768.
+
+    Command: lgp run sws_base
+    Time: not yet measured
+    Accuracy: not yet measured
+    """
+    base = sws_small()
+    row, finetune = replace(base.model.rows[0], width=768, heads=12), base.finetune
+    return replace(
+        base,
+        recipe="sws_base",
+        model=replace(base.model, rows=(row,)),
+        distil=replace(base.distil, train=replace(base.distil.train, epochs=100.0)),
+        finetune=replace(finetune, train=replace(finetune.train, lr=1e-5)),
+        budget=Budget(max_params=65e6),
+    )
+
+
+def sws_tiny() -> RunConfig:
+    """SWS on the quickstart's data and ancestry: width 96, auxiliary net of 6 layers in stages 2-2-2.
+
+    Command: lgp run sws_tiny
+    Time: TODO
+    Accuracy: TODO
+    """
+    base, depths = tiny(), (3, 4, 5, 6)
+    return replace(
+        base,
+        recipe="sws_tiny",
+        model=replace(base.model, rows=(RowConfig(width=96, heads=3, levels="none"),), stages=(2, 2, 2), depths=depths),
+        distil=replace(base.distil, alpha=0.0, inverse_weight=0.0),
+        finetune=each_alone(
+            len(depths), replace(base.finetune.train, epochs=4.0, lr=2e-4, warmup_epochs=0.0, clip_grad=0.0)
+        ),
+    )
+
+
+def each_alone(depths: int, train: TrainConfig) -> FinetuneConfig:
+    """Every one of so many models of their own takes every batch, with the labels alone, as if it trained by itself.
+
+    So it is but for `clip_grad`, which is a norm over all of them.
+    """
+    return FinetuneConfig(
+        gradients=GradientConfig(average="users"),
+        paths_per_batch=depths,
+        policy="shared",
+        sandwich=True,
+        distil_weight=0.0,
+        train=replace(train, accumulate=depths),
+    )
+
+
 RECIPES = {
     recipe.__name__: recipe
     for recipe in (
         *(tiny, pool12, pool18),
         *(snnet_tiny, vanilla_tiny, scratch_tiny),
         *(snnet_deit, snnet_same_rows, vanilla_base, scratch_pool12),
+        *(sws_tiny, sws_small, sws_base),
     )
 }
 """Every recipe by its name."""

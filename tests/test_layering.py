@@ -23,6 +23,7 @@ LEVELS_0_TO_2 |= {
     "checks",
     "data",
     "models",
+    "baselines",
     "ops",
 }
 ALLOWED = {
@@ -51,6 +52,7 @@ ALLOWED = {
     "data": {"config", "protocols", "errors", "files"},
     "ops": {"config"},
     "models": {"config", "paths", "spaces", "errors", "ops"},
+    "baselines": {"config", "depths", "errors", "models"},
     "tasks": LEVELS_0_TO_2,
     "engine": {"config", "meaning", "protocols", "errors", "files", "statuses", "sampling", "metrics", "checkpoints"},
     "report": {"artifacts", "errors", "metrics"},

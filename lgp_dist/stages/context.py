@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from lgp_dist.artifacts import Artifact, RunDirectory
+from lgp_dist.baselines.sws import auxiliary_net
 from lgp_dist.config import RunConfig, TrainConfig
 from lgp_dist.data.stream import ResumableStream, TrainStream, evaluation_batches, open_split
 from lgp_dist.dealing import draw_index
+from lgp_dist.depths import DepthSpace
 from lgp_dist.engine.evaluate import Forward, accuracies
 from lgp_dist.engine.guard import Guard
 from lgp_dist.engine.loop import train
@@ -152,6 +154,8 @@ class Context:
     def auxiliary_rows(self, ancestry: Ancestry | None) -> AuxiliaryRows:
         """All rows with random weights. ancestry: needed where rows are made of its blocks or their outputs."""
         config = self.config
+        if isinstance(self.space, DepthSpace):
+            return auxiliary_net(self.space, config.model.rows[0], config.distil)
         shape = (ancestry.depth, ancestry.vit.embed_dim) if ancestry and config.taps_ancestry else ()
         return AuxiliaryRows(build_rows(self.space, config.model.rows, config.distil, *shape))
 

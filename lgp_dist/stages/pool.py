@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp_dist.artifacts import Artifact, save_tensors
+from lgp_dist.baselines.sws import expand
 from lgp_dist.data.stream import clean_batches, open_split
+from lgp_dist.depths import DepthSpace
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryViT
 from lgp_dist.models.pool import LearngenePool
@@ -28,7 +31,7 @@ def run(context: Context) -> None:
     def fill(folder: Path) -> dict[str, Any]:
         rows = finished_rows(context, ancestry, distilled)
         starts = stitch_starts(context, ancestry, rows)
-        pool = LearngenePool(context.space, [row.vit for row in rows])
+        pool = put_together(context, [row.vit for row in rows])
         for index, start in starts.items():
             pool.stitch(index).start_from(start)
         save_tensors(folder / "pool.safetensors", pool.state_dict())
@@ -41,6 +44,13 @@ def run(context: Context) -> None:
         return {**facts, "stitch_init": context.config.pool.stitch_init}
 
     context.write("pool", [distilled], fill, time.monotonic() - began)
+
+
+def put_together(context: Context, rows: list[VisionTransformer]) -> LearngenePool:
+    """The pool of these rows, or what grows from the one whose stages share weights."""
+    if isinstance(context.space, DepthSpace):
+        return expand(context.space, rows[0], context.heads)
+    return LearngenePool(context.space, rows)
 
 
 def finished_rows(context: Context, ancestry: Ancestry | None, artifact: Artifact) -> list[AuxiliaryViT]:

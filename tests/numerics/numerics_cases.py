@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from lgp_dist.paths import Path, PathSpace
 
@@ -131,3 +133,17 @@ def layer_norm_elements(module: nn.Module) -> Iterator[list[int]]:
     yield seen
     for handle in handles:
         handle.remove()
+
+
+def count(module: nn.Module, without: tuple[str, ...] = ()) -> int:
+    """Elements of all parameters whose last name is not left out."""
+    return sum(p.numel() for name, p in module.named_parameters() if name.split(".")[-1] not in without)
+
+
+def counted_flops(module: nn.Module, batch: torch.Tensor) -> float:
+    """Multiply-adds as torch counts them (it counts 2 for each), plus 5 per LayerNorm output element."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), layer_norm_elements(module) as elements:
+        module.eval()(batch)
+    assert elements, "no LayerNorm ran"
+    return counter.get_total_flops() / 2 + 5 * sum(elements)

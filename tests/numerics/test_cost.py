@@ -3,10 +3,7 @@
 import pytest
 import timm
 import torch
-from numerics_cases import EVERY_PATH, HEADS, SPACES, images, layer_norm_elements, path_id, stock_rows
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from numerics_cases import EVERY_PATH, HEADS, SPACES, count, counted_flops, images, path_id, stock_rows
 
 from lgp_dist.models.descendant import descendant_from_path, empty_descendant
 from lgp_dist.models.pool import LearngenePool
@@ -15,20 +12,6 @@ from lgp_dist.paths import Path, PathSpace
 EMBEDDINGS = ("cls_token", "pos_embed")
 DEIT = PathSpace((192, 384, 768), 12)
 POOL12 = PathSpace((192, 768), 6)
-
-
-def count(module: nn.Module, without: tuple[str, ...] = ()) -> int:
-    """Elements of all parameters whose last name is not left out."""
-    return sum(p.numel() for name, p in module.named_parameters() if name.split(".")[-1] not in without)
-
-
-def counted_flops(module: nn.Module, batch: torch.Tensor) -> float:
-    """Multiply-adds as torch counts them (it counts 2 for each), plus 5 per LayerNorm output element."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), layer_norm_elements(module) as elements:
-        module.eval()(batch)
-    assert elements, "no LayerNorm ran"
-    return counter.get_total_flops() / 2 + 5 * sum(elements)
 
 
 @pytest.mark.parametrize(("space", "path"), EVERY_PATH, ids=path_id)

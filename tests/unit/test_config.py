@@ -9,7 +9,17 @@ import pytest
 
 from lgp_dist.config import RunConfig
 from lgp_dist.meaning import STAGES, flatten, meaning
-from lgp_dist.recipes import RECIPES, pool12, pool18, snnet_deit, snnet_same_rows, snnet_tiny, tiny
+from lgp_dist.recipes import (
+    RECIPES,
+    pool12,
+    pool18,
+    snnet_deit,
+    snnet_same_rows,
+    snnet_tiny,
+    sws_base,
+    sws_small,
+    tiny,
+)
 
 FREE = {
     "cache",
@@ -56,6 +66,9 @@ FIRST_STAGE = {
     "model.patch_size": "ancestry",
     "model.depth": "distil",
     "model.rows.1.width": "distil",
+    "model.stages": "distil",
+    "model.depths": "pool",
+    "model.final_norm": "pool",
     "distil.alpha": "distil",
     "pool.stitch_init": "pool",
     "finetune.train.epochs": "finetune",
@@ -188,6 +201,21 @@ def test_snnet_differs_in_its_rows_and_their_stitches_only(recipe: Any, base: An
     rows = {f"model.rows.{row}.{name}" for row in (0, 1) for name in ("source", "levels")}
     longer = {"distil.train.epochs"} if base is pool12 else set()
     assert changed == {"recipe", "pool.stitch_init"} | rows | longer
+
+
+@pytest.mark.parametrize(
+    ("recipe", "width", "epochs", "rate"), [(sws_small, 384, 150, 5e-5), (sws_base, 768, 100, 1e-5)]
+)
+def test_sws_recipes_hold_the_published_settings(recipe: Any, width: int, epochs: int, rate: float) -> None:
+    """16 layers in stages 3-3-4-3-3, heads of 64 in both nets, soft distillation alone, then 10 epochs of labels."""
+    config = recipe()
+    row, distil, tuning = config.model.rows[0], config.distil, config.finetune.train
+    assert (config.model.stages, config.model.depth, config.model.depths[-1]) == ((3, 3, 4, 3, 3), 16, 12)
+    assert (row.width, row.width // row.heads, row.levels, row.drop_path) == (width, 64, "none", 0.1)
+    assert (distil.alpha, distil.tau, distil.train.epochs, distil.train.warmup_epochs) == (0, 1, epochs, 5)
+    assert (distil.train.batch_size, distil.train.lr, distil.train.weight_decay) == (512, 5e-4, 0.05)
+    assert (tuning.epochs, tuning.warmup_epochs, tuning.lr, tuning.min_lr) == (10, 0, rate, 1e-6)
+    assert config.finetune.distil_weight == 0 and tuning.clip_grad == 0
 
 
 @pytest.mark.parametrize("name", RECIPES)
