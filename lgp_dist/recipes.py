@@ -281,8 +281,8 @@ def sws_tiny() -> RunConfig:
     """SWS on the quickstart's data and ancestry: width 96, auxiliary net of 6 layers in stages 2-2-2.
 
     Command: lgp run sws_tiny
-    Time: TODO
-    Accuracy: TODO
+    Time: not yet measured on a machine of its own
+    Accuracy: 82.95 % (3 blocks) to 83.80 % (6 blocks), before fine-tuning 75.10 to 83.60 % (seed 0, 2,000 test images)
     """
     base, depths = tiny(), (3, 4, 5, 6)
     return replace(

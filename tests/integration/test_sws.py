@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from run_helpers import SMALL, Lgp, has
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lgp_dist.meaning import STAGES
 from lgp_dist.models.pool import LearngenePool
@@ -102,6 +102,19 @@ def killed_after_a_checkpoint(stage: str, *settings: str) -> None:
             time.sleep(0.005)
         process.kill()
     assert not Path(f"run/{stage}/artifact.json").exists()
+
+
+def test_the_teacher_may_be_any_classifier(place: Path, lgp: Lgp) -> None:
+    """Only its logits are used: a ResNet of timm in place of a ViT."""
+    torch.manual_seed(0)
+    teacher = timm.create_model("test_resnet", in_chans=1, num_classes=10)
+    save_file(teacher.state_dict(), "teacher.safetensors")
+    other = ("--ancestry.model=test_resnet", "--ancestry.weights=teacher.safetensors")
+    for stage in ("ancestry", "distil"):
+        done = lgp(stage, *SWS, *other)
+        assert done.status == 0, done.err
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert all(line["loss"] == line["row0/pred"] != line["row0/cls"] for line in lines) and len(lines) == 2
 
 
 def test_other_depths_need_no_other_distillation(place: Path, lgp: Lgp) -> None:
