@@ -6,10 +6,10 @@ Arguments: a JSON list of cells, and the output folder.
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from exact_worker import workers_of
 from safetensors.torch import save_file
 from sws_cells import SPACE, SwsCell
 
@@ -20,10 +20,7 @@ from lgp_dist.protocols import Batch
 
 def run(cell: SwsCell, started: Workers, folder: Path, index: int) -> None:
     """Trains one cell; rank 0 writes the weights under the names of the reference."""
-    launch = started.launch
-    if cell.engine != "ddp":
-        launch = replace(launch, zero_stage=int(cell.engine[-1]))
-    workers = replace(started, launch=launch, engine=cell.engine_config())
+    workers = workers_of(cell, started)
     module, task = cell.build()
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
