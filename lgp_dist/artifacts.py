@@ -43,6 +43,26 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def replace_folder(final: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Makes a folder, or replaces one, and returns what `fill` returns, which writes files into a folder beside it.
+
+    Where `fill` raises, nothing has changed."""
+    partial, old = (final.with_name(f".{final.name}.{word}") for word in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        result = fill(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+    return result
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A complete stage."""
@@ -204,22 +224,13 @@ class RunDirectory:
         provenance: dict[str, Any],
     ) -> Artifact:
         """Makes the stage's artifact. `fill` writes files into a folder and returns facts."""
-        partial, final = self.root / f".{stage}.partial", self.root / stage
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
+
+        def fill_and_record(partial: Path) -> dict[str, Any]:
             record = self._record(stage, config, inputs, fill(partial), provenance)
             write_json(partial / "artifact.json", record)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        old = self.root / f".{stage}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            os.replace(final, old)
-        os.replace(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
-        return Artifact(final, record)
+            return record
+
+        return Artifact(self.root / stage, replace_folder(self.root / stage, fill_and_record))
 
     def _record(
         self,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 from lgp_dist.config import RunConfig
@@ -25,6 +27,22 @@ def flatten(config: Any, *, with_free: bool = True, prefix: str = "") -> dict[st
         else:
             flat[key] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def unflatten(flat: Mapping[str, Any], kind: type = RunConfig, prefix: str = "") -> Any:
+    """The dataclass tree that `flatten` gave these keys and values; keys that are not there keep their defaults."""
+    hints, values = typing.get_type_hints(kind), {}
+    for item in dataclasses.fields(kind):
+        hint, key = hints[item.name], prefix + item.name
+        parts = [part for part in typing.get_args(hint) if dataclasses.is_dataclass(part)]
+        if dataclasses.is_dataclass(hint):
+            values[item.name] = unflatten(flat, hint, key + ".")
+        elif parts:
+            count = len({name.split(".")[key.count(".") + 1] for name in flat if name.startswith(key + ".")})
+            values[item.name] = tuple(unflatten(flat, parts[0], f"{key}.{index}.") for index in range(count))
+        elif key in flat:
+            values[item.name] = tuple(flat[key]) if isinstance(flat[key], list) else flat[key]
+    return kind(**values)
 
 
 SECTIONS = {

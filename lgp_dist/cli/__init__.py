@@ -9,6 +9,7 @@ import tyro
 
 from lgp_dist.cli.bench import BenchAction, BenchCheckpoint, BenchEngine, BenchPaths, BenchStep, run_bench
 from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
+from lgp_dist.cli.descendants import REGISTRY, of_a_run
 from lgp_dist.cli.guard import guarded
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.cli.shards import ShardsAction, run_shards
@@ -22,8 +23,8 @@ SUMMARIES = {
     "pool": "Put rows together and start the stitch layers.",
     "finetune": "Train all paths, each rank on its own.",
     "evaluate": "Accuracy and cost of every path.",
-    "descend": "Choose the best path within a budget.",
-    "export": "Write a descendant as a standalone model.",
+    "descend": "Choose the best path within a budget, of a recipe or of a finished run's directory.",
+    "export": "Write a descendant as a standalone model, of a recipe or of a finished run's directory.",
 }
 """Help of the stages' commands."""
 
@@ -103,9 +104,12 @@ def main() -> None:
     # DeepSpeed speaks while it is imported, before anything could lower its level.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if of_a_run(sys.argv[1:]):
+        return
     app.cli(
         prog="lgp",
         description="Learngene Pool: variable-sized vision models from one pretrained model.",
         config=(tyro.conf.CascadeSubcommandArgs,),
         console_outputs=os.environ.get("RANK", "0") == "0",
+        registry=REGISTRY,
     )
