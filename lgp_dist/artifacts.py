@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.files import sha256
-from lgp_dist.meaning import STAGES, meaning
+from lgp_dist.meaning import STAGES, meaning, up_to
 
 
 def fingerprint(path: Path, kind: str = "safetensors") -> str:
@@ -126,7 +126,7 @@ class RunDirectory:
 
     def meaning(self, config: RunConfig, stage: str) -> dict[str, Any]:
         """Settings and sources that the stage's artifact depends on."""
-        earlier = STAGES[: STAGES.index(stage) + 1]
+        earlier = up_to(stage)
         owners = {name: name.split(".")[0] for name in self.sources}
         counts = {name: value for name, value in self.sources.items() if owners[name] in {"data", *earlier}}
         return meaning(config, stage) | counts

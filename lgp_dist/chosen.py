@@ -10,6 +10,7 @@ from lgp_dist.budget import Budget
 from lgp_dist.checks import check_config
 from lgp_dist.config import ExportConfig, RunConfig
 from lgp_dist.descendants.choice import LIMITS, choose
+from lgp_dist.descendants.folder import told
 from lgp_dist.descendants.latency import NAME, LatencyFile, with_latencies
 from lgp_dist.engine.setup import Workers
 from lgp_dist.errors import UserError
@@ -86,8 +87,8 @@ def choice_text(run: Path, row: dict[str, Any], *, plot: bool) -> str:
     return "\n".join([*lines, f"To write it: lgp export {run} --path {row['key']} --out FOLDER"])
 
 
-def export_of_run(run: Path, out: Path, settings: ExportConfig, root: str = "") -> None:
-    """Writes a path of a run as a descendant's folder; UserError where the folder has files already.
+def export_of_run(run: Path, out: Path, settings: ExportConfig, root: str = "") -> str:
+    """Writes a path of a run as a descendant's folder and says so; UserError where the folder has files already.
 
     settings: with the path's key. root: of the run's shards, where it is not the one that the run names.
     """
@@ -99,3 +100,5 @@ def export_of_run(run: Path, out: Path, settings: ExportConfig, root: str = "") 
     context = Context(config, RunDirectory(run, sources), workers, git_commit())
     replace_folder(out, lambda folder: export.fill(context, settings.path, folder))
     workers.close()
+    verdict = json.loads((out / "verify.json").read_text())
+    return "\n  ".join([f"{out}: {settings.path}; README.md in it says how to load it", *told(verdict)])

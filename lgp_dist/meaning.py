@@ -59,9 +59,14 @@ SECTIONS = {
 STAGES = tuple(SECTIONS)
 
 
+def up_to(stage: str) -> tuple[str, ...]:
+    """The stages up to and including one; all for training that is none of them."""
+    return STAGES[: STAGES.index(stage) + 1] if stage in STAGES else STAGES
+
+
 def meaning(config: RunConfig, stage: str) -> dict[str, Any]:
     """The settings that the artifact of a stage depends on: its own and those of the stages before it."""
-    parts = [part for name in STAGES[: STAGES.index(stage) + 1] for part in SECTIONS[name]]
+    parts = [part for name in up_to(stage) for part in SECTIONS[name]]
     flat = flatten(config, with_free=False)
     chosen = {key: value for key, value in flat.items() if any(key == p or key.startswith(p + ".") for p in parts)}
     return json.loads(json.dumps(chosen))

@@ -57,7 +57,7 @@ ALLOWED = {
     "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report", "descendants"},
     "pipeline": LEVELS_0_TO_2 | {"logs", "tasks", "engine", "report", "stages"},
     "chosen": BASE | {"artifacts", "checks", "provenance", "descendants", "engine", "models", "report", "stages"},
-    "downstream": LEVELS_0_TO_2 | {"logs", "tasks", "engine", "stages", "descendants", "pipeline"},
+    "downstream": LEVELS_0_TO_2 | {"tasks", "engine", "stages", "descendants", "timm_models", "pipeline"},
     "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
     "cli": {"budget", "config", "meaning", "paths", "errors", "statuses", "outcome", "recipes", "checkpoints", "data"}
     | {"pipeline", "bench", "chosen", "downstream"},

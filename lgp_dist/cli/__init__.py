@@ -4,12 +4,13 @@ import json
 import logging
 import os
 import sys
+from typing import Annotated
 
 import tyro
 
 from lgp_dist.cli.bench import BenchAction, BenchCheckpoint, BenchEngine, BenchPaths, BenchStep, run_bench
 from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
-from lgp_dist.cli.descendants import REGISTRY, of_a_run
+from lgp_dist.cli.descendants import REGISTRY, Downstream, of_a_run, run_downstream
 from lgp_dist.cli.guard import guarded
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.cli.shards import ShardsAction, run_shards
@@ -76,6 +77,12 @@ def bench(action: BenchAction) -> None:
     """Measure policies (by arithmetic), paths, engines, checkpoints, operations and loaders (by the clock)."""
     debug = isinstance(action, BenchPaths | BenchEngine | BenchCheckpoint | BenchStep) and action.recipe.debug
     guarded(lambda: run_bench(action), debug=debug)
+
+
+@app.command(name="finetune-descendant")
+def finetune_descendant(action: Annotated[Downstream, tyro.conf.arg(name="")]) -> None:
+    """Train an exported descendant on another data set, with a new head."""
+    guarded(lambda: run_downstream(action), action.debug, action.config.directory)
 
 
 def _run(config: RunConfig, stages: tuple[str, ...]) -> None:

@@ -11,7 +11,18 @@ import tyro
 
 from lgp_dist.budget import Amount, Budget, parse_amount
 from lgp_dist.cli.guard import guarded
-from lgp_dist.config import ExportConfig, Format
+from lgp_dist.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    ExportConfig,
+    FaultConfig,
+    FinetuneConfig,
+    Format,
+    RunConfig,
+    TrainConfig,
+)
 from lgp_dist.recipes import RECIPES
 
 REGISTRY = tyro.constructors.ConstructorRegistry()
@@ -67,6 +78,75 @@ class ExportRun:
     """Show tracebacks of errors that have a sentence."""
 
 
+@dataclass(frozen=True)
+class Downstream:
+    """An exported descendant, another data set, and how it is trained."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """An exported descendant."""
+    data: str
+    """Root of the shards: a folder, or an http(s)://, s3://, gs:// or hf:// address."""
+    out: str = ""
+    """Run directory, empty for runs/downstream; the new folder is OUT/export."""
+    num_classes: int = 0
+    """Classes; 0 for as many as the shards' manifest names."""
+    train_split: str = "train"
+    """Split to train on."""
+    val_split: str = "validation"
+    """Split to evaluate on and to check the new folder with."""
+    seed: int = 0
+    """Seeds the new head, order and augmentation."""
+    threads: int = 8
+    """Decoding threads per rank."""
+    train: TrainConfig = TrainConfig(epochs=20.0, lr=1e-4, warmup_epochs=2.0, label_smoothing=0.1)
+    """The loop."""
+    augment: AugmentConfig = AugmentConfig()
+    """Training augmentation."""
+    engine: EngineConfig = EngineConfig()
+    """Precision and device."""
+    faults: FaultConfig = FaultConfig()
+    """What stops training, and what does not."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving while it trains."""
+    export: ExportConfig = ExportConfig()
+    """Formats of the new folder."""
+    resume: str = "auto"
+    """As of a run: auto, latest, never or a path."""
+    debug: bool = False
+    """Show tracebacks of errors that have a sentence."""
+
+    @property
+    def config(self) -> RunConfig:
+        """As a run's; what the folder and the shards say is still to come."""
+        data = DataConfig(
+            root=self.data,
+            train_split=self.train_split,
+            val_split=self.val_split,
+            num_classes=self.num_classes,
+            augment=self.augment,
+            threads=self.threads,
+        )
+        return RunConfig(
+            recipe="downstream",
+            seed=self.seed,
+            data=data,
+            engine=self.engine,
+            faults=self.faults,
+            finetune=FinetuneConfig(train=self.train),
+            checkpoint=self.checkpoint,
+            export=self.export,
+            run_dir=self.out,
+            resume=self.resume,
+        )
+
+
+def run_downstream(action: Downstream) -> None:
+    """Does what the arguments ask for."""
+    from lgp_dist.downstream import finetune_descendant  # torch, timm and deepspeed, as below
+
+    finetune_descendant(action.folder, action.config)
+
+
 def _descend(action: DescendRun) -> None:
     from lgp_dist.chosen import choice_text, choose_of_run  # torch and timm, which `lgp --help` must not wait for
 
@@ -79,8 +159,7 @@ def _export(action: ExportRun) -> None:
     from lgp_dist.chosen import export_of_run  # as above
 
     settings = ExportConfig(path=action.path, formats=action.formats, images=action.images)
-    export_of_run(action.run, action.out, settings, action.data)
-    sys.stdout.write(f"{action.out}: {action.path}, checked; README.md in it says how to load it\n")
+    sys.stdout.write(export_of_run(action.run, action.out, settings, action.data) + "\n")
 
 
 OF_A_RUN: dict[str, tuple[type, Callable[..., None]]] = {

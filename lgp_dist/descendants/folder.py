@@ -1,6 +1,5 @@
 """An exported descendant: a folder of formats, each compared with the model in memory before it counts."""
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ from lgp_dist.descendants.card import model_card
 from lgp_dist.descendants.formats import FORMATS, wanted
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch
-
-log = logging.getLogger("lgp")
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,13 @@ def write_folder(
     format differs by more than its bound; the folder is then to be removed.
     """
     save_tensors(folder / "model.safetensors", exported.model.state_dict())
-    names = wanted(settings.formats)
+    names, left_out = wanted(settings.formats)
     write_json(folder / "config.json", exported.config)
     pair = next(iter(batches(1))).images[:1].repeat(2, 1, 1, 1)  # a batch of one would be taken for a constant
     for name in names:
         FORMATS[name].write(exported.model, pair, folder)
-    verdict: dict[str, Any] = {"images": settings.images, "formats": {}}
+    images = int(sum(batch.weight.sum() for batch in batches(settings.images)))
+    verdict: dict[str, Any] = {"images": images, "formats": {}, "left_out": left_out}
     for name in names:
         run, bound = FORMATS[name].open(folder), FORMATS[name].bound
         difference = largest_difference(run, reference, batches(settings.images))
@@ -64,13 +62,22 @@ def write_folder(
             )
     if "int8" in names:
         verdict["int8"] = _accuracy_loss(reference, FORMATS["int8"].open(folder), batches(settings.int8_images))
-        log.info(
-            "export: int8 has top-1 %.2f %% where the path has %.2f %%, %.2f lost, on %d images",
-            *(verdict["int8"][name] for name in ("top1", "top1_path", "loss", "images")),
-        )
     write_json(folder / "verify.json", verdict)
     (folder / "README.md").write_text(model_card(exported.config, exported.facts, exported.origin, verdict))
     return verdict
+
+
+def told(verdict: dict[str, Any]) -> list[str]:
+    """What a person should hear of a verdict: the largest differences, what int8 loses, and what was left out."""
+    files = verdict["formats"].values()
+    found = ", ".join(f"{each['file']} {each['largest_difference']:.2g}" for each in files if each["bound"] is not None)
+    lines = [f"largest difference of a logit on {verdict['images']} images: {found}"]
+    if int8 := verdict.get("int8"):
+        lines.append(
+            f"int8: top-1 {int8['top1']:.2f} % where the path has {int8['top1_path']:.2f} %, {int8['loss']:.2f} points "
+            f"lost, on {int8['images']} images"
+        )
+    return [*lines, verdict["left_out"]] if verdict["left_out"] else lines
 
 
 @torch.no_grad()

@@ -20,8 +20,6 @@ from lgp_dist.config import Format
 from lgp_dist.descendants import modeling_descendant
 from lgp_dist.errors import UserError
 
-log = logging.getLogger("lgp")
-
 Runner = Callable[[Tensor], Tensor]
 """[B, C, H, W] images to [B, classes] logits."""
 
@@ -113,19 +111,18 @@ def _extra(module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def wanted(formats: tuple[Format, ...]) -> list[str]:
-    """Names of the formats to write: those that always are, and those asked for, less what is not installed, which is
-    logged in one sentence. UserError for int8 without onnx."""
+def wanted(formats: tuple[Format, ...]) -> tuple[list[str], str]:
+    """Names of the formats to write, and a sentence on those that are left out, empty where none is.
+
+    They are those that always are and those asked for, less what is not installed. UserError for int8 without onnx.
+    """
     if "int8" in formats and "onnx" not in formats:
-        raise UserError("export.formats has int8 without onnx, which it is made from: add onnx, or leave out int8.")
+        raise UserError("The formats have int8 without onnx, which it is made from: add onnx, or leave out int8.")
     asked = ["timm", "torch", *(name for name in FORMATS if name in formats)]
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if not missing or "onnx" not in asked:
-        return asked
-    left_out = [FORMATS[name].file for name in asked if name in ("onnx", "int8")]
-    log.warning(
-        "export: %s left out, since %s is not installed: `pip install 'lgp_dist[onnx]'` and export again with --force.",
-        " and ".join(left_out),
-        " and ".join(missing),
-    )
-    return [name for name in asked if name not in ("onnx", "int8")]
+        return asked, ""
+    left_out = " and ".join(FORMATS[name].file for name in asked if name in ("onnx", "int8"))
+    advice = "`pip install 'lgp_dist[onnx]'` and export again"
+    sentence = f"{left_out} left out, since {' and '.join(missing)} is not installed: {advice}."
+    return [name for name in asked if name not in ("onnx", "int8")], sentence

@@ -140,7 +140,6 @@ def exported_config(
         mean=tuple(data.mean),
         std=tuple(data.std),
         num_classes=shape["num_classes"],
-        label_names=tuple(classes) or None,
         first_conv="patch_embed.proj" if plain else "stem.patch_embed.proj",
         classifier="head" if plain else "head.head",
     )
@@ -151,6 +150,7 @@ def exported_config(
         "global_pool": shape["pool"],
         "model_args": arguments,
         "pretrained_cfg": pretrained.to_dict(remove_source=True),
+        **({"label_names": list(classes)} if classes else {}),
         "lgp": {**about, "shape": shape},
     }
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from lgp_dist.config import DataConfig
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import evaluation_batches, open_split
-from lgp_dist.descendants.folder import Exported, write_folder
+from lgp_dist.descendants.folder import Exported, told, write_folder
 from lgp_dist.descendants.latency import NAME, LatencyFile, with_latencies
 from lgp_dist.models.descendant import descendant_from_path, empty_descendant, timm_config
 from lgp_dist.protocols import Batch
@@ -54,16 +53,19 @@ def fill(context: Context, key: str, folder: Path) -> dict[str, Any]:
             "commit of lgp_dist": context.commit or "none: not a checkout",
         },
     )
-    verdict = write_folder(folder, exported, settings, batches_of(data), partial(pool, path=path))
-    log.info("export: %s, equal to its path on %d images", key, settings.images)
+    verdict = write_folder(folder, exported, settings, batches_of(context), partial(pool, path=path))
+    for line in told(verdict):
+        log.info("export: %s, %s", key, line)
     return {**facts, "largest_difference": verdict["formats"]["timm"]["largest_difference"]}
 
 
-def batches_of(data: DataConfig) -> Callable[[int], Iterable[Batch]]:
-    """A number of validation images to that many, evenly spread, as batches."""
+def batches_of(context: Context) -> Callable[[int], Iterable[Batch]]:
+    """A number of validation images to that many, evenly spread, as batches; each that comes is progress."""
+    data = context.config.data
 
     def batches(images: int) -> Iterable[Batch]:
-        return evaluation_batches(open_split(data, data.val_split), data, 64, rank=0, world=1, limit=images)
+        index = open_split(data, data.val_split)
+        return context.workers.watchdog.over(evaluation_batches(index, data, 64, rank=0, world=1, limit=images))
 
     return batches
 
