@@ -68,7 +68,8 @@ def _write_onnx(model: nn.Module, images: Tensor, folder: Path) -> None:
 
 def _write_int8(model: nn.Module, images: Tensor, folder: Path) -> None:
     root = logging.getLogger()
-    level, _ = root.level, root.setLevel(logging.ERROR)  # it advises a preparation that makes no difference here
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises a preparation that only convolutions need
     try:
         quantise = _extra("onnxruntime.quantization").quantize_dynamic
         quantise(folder / "model.onnx", folder / "model.int8.onnx", op_types_to_quantize=["MatMul", "Gemm"])

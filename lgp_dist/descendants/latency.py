@@ -48,7 +48,7 @@ class Place:
     def here(cls, budget: Budget) -> "Place":
         """This machine, with the device, batch and dtype of a budget; UserError where there is no such device."""
         if budget.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device is cuda, but torch finds no GPU on this machine: choose cpu.")
+            raise UserError("The budget's device is cuda, but torch finds no GPU on this machine: choose cpu.")
         chip = torch.cuda.get_device_name() if budget.device == "cuda" else processor()
         machine = f"{platform.node()}, {chip}"
         threads = torch.get_num_threads()

@@ -87,14 +87,14 @@ class Head(nn.Module):
 
     def __init__(self, shape: dict[str, Any], width: int):
         super().__init__()
-        self.first, self.mean = int(shape["class_token"]), shape["pool"] == "avg"
+        self.first, self.mean, self.normed = int(shape["class_token"]), shape["pool"] == "avg", shape["final_norm"]
         self.norm = nn.LayerNorm(width, eps=EPS) if "norm" in shape["norms"] else nn.Identity()
         self.fc_norm = nn.LayerNorm(width, eps=EPS) if "fc_norm" in shape["norms"] else nn.Identity()
         self.head = nn.Linear(width, shape["num_classes"])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] to [B, classes]."""
-        tokens = self.norm(tokens)
+        tokens = self.norm(tokens) if self.normed else tokens
         pooled = tokens[:, self.first :].mean(dim=1) if self.mean else tokens[:, 0]
         return self.head(self.fc_norm(pooled))
 

@@ -94,6 +94,7 @@ def shape_of(model: VisionTransformer | Descendant) -> dict[str, Any]:
         "class_token": stem.cls_token is not None,
         "pool": head.global_pool,
         "norms": [name for name in ("norm", "fc_norm") if not isinstance(getattr(head, name), nn.Identity)],
+        "final_norm": getattr(model, "has_norm", True),
     }
 
 

@@ -140,6 +140,20 @@ def test_plain_torch_file_notices_other_tensors(tmp_path: File) -> None:
         modeling_descendant.load(tmp_path)
 
 
+def test_plain_torch_file_without_the_final_norm(tmp_path: File) -> None:
+    """As SN-Net's released code runs stitched paths: the norm is stored and not applied."""
+    model = written(TWO, TWO.by_key("r0.0-1+r1.2-3"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["lgp"]["shape"]["final_norm"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    normed = model.head.norm
+    with torch.no_grad():
+        before = model(images(3))
+        model.head.norm = nn.Identity()
+        assert (modeling_descendant.load(tmp_path)(images(3)) - model(images(3))).abs().max() <= 1e-5
+        assert (model(images(3)) - before).abs().max() > 1e-2 and normed.weight.numel() == 32
+
+
 def test_mean_of_patches_without_class_token(tmp_path: File) -> None:
     """A plain ViT of another kind: its arguments and its shape are read from the model."""
     torch.manual_seed(1)

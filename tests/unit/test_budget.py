@@ -127,5 +127,5 @@ def test_damaged_latencies_are_named(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_no_such_device() -> None:
-    with pytest.raises(UserError, match="--device is cuda, but torch finds no GPU"):
+    with pytest.raises(UserError, match="device is cuda, but torch finds no GPU .* choose cpu"):
         Place.here(Budget(device="cuda"))
