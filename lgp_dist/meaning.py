@@ -29,20 +29,26 @@ def flatten(config: Any, *, with_free: bool = True, prefix: str = "") -> dict[st
     return flat
 
 
-def unflatten(flat: Mapping[str, Any], kind: type = RunConfig, prefix: str = "") -> Any:
-    """The dataclass tree that `flatten` gave these keys and values; keys that are not there keep their defaults."""
-    hints, values = typing.get_type_hints(kind), {}
-    for item in dataclasses.fields(kind):
-        hint, key = hints[item.name], prefix + item.name
-        parts = [part for part in typing.get_args(hint) if dataclasses.is_dataclass(part)]
-        if dataclasses.is_dataclass(hint):
-            values[item.name] = unflatten(flat, hint, key + ".")
-        elif parts:
-            count = len({name.split(".")[key.count(".") + 1] for name in flat if name.startswith(key + ".")})
-            values[item.name] = tuple(unflatten(flat, parts[0], f"{key}.{index}.") for index in range(count))
+def unflatten(flat: Mapping[str, Any], default: Any = RunConfig(), prefix: str = "") -> Any:  # noqa: B008  frozen
+    """The dataclass tree that `flatten` gave these keys and values; fields of missing keys are as in `default`."""
+    hints, values = typing.get_type_hints(type(default)), {}
+    for item in dataclasses.fields(default):
+        value, key = getattr(default, item.name), prefix + item.name
+        parts = [part for part in typing.get_args(hints[item.name]) if dataclasses.is_dataclass(part)]
+        indices = {name.removeprefix(key + ".").split(".")[0] for name in flat if name.startswith(key + ".")}
+        if dataclasses.is_dataclass(value):
+            values[item.name] = unflatten(flat, value, key + ".")
+        elif parts and indices:
+            values[item.name] = tuple(_part(flat, parts[0], f"{key}.{index}.") for index in range(len(indices)))
         elif key in flat:
             values[item.name] = tuple(flat[key]) if isinstance(flat[key], list) else flat[key]
-    return kind(**values)
+    return dataclasses.replace(default, **values)
+
+
+def _part(flat: Mapping[str, Any], kind: type, prefix: str) -> Any:
+    """A dataclass of plain fields."""
+    given = {item.name: flat[prefix + item.name] for item in dataclasses.fields(kind) if prefix + item.name in flat}
+    return kind(**given)
 
 
 SECTIONS = {

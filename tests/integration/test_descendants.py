@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from run_helpers import Lgp, has, overwrite, snapshot
+from run_helpers import SMALL, Lgp, has, overwrite, snapshot
 from safetensors.torch import load_file
 
 import lgp_dist.timm_models  # noqa: F401
@@ -92,9 +92,18 @@ def test_descend_says_what_cannot_be(lgp: Lgp, finished_place: Path) -> None:
     has(lgp("descend", "run").sentence, "paths.json is missing or damaged")
 
 
-def test_budget_of_a_recipe_takes_suffixes(lgp: Lgp, finished_place: Path) -> None:
-    shown = lgp("descend", "tiny", "--help")
-    assert shown.status == 0 and "--budget.max-params AMOUNT" in shown.out and "400000" in shown.out
+def test_the_stage_takes_the_same_limits(lgp: Lgp, finished_place: Path) -> None:
+    budget = ("--budget.max-params=0.2M", "--budget.max-flops=1e12", "--budget.max-latency-ms=1e6", "--budget.batch=2")
+    done = lgp("descend", *SMALL, *budget, "--force")
+    assert done.status == 0, done.err
+    chosen = json.loads(Path("run/descend/descendant.json").read_text())
+    assert chosen["key"] == best_within(200e3)["key"] and chosen["latency_ms"] > 0
+    record = json.loads(Path("run/descend/artifact.json").read_text())["config"]
+    assert (record["budget.max_params"], record["budget.batch"]) == (200000.0, 2)
+    measured = json.loads(Path("run/latency.json").read_text())["places"].values()
+    assert [len(each["paths"]) for each in measured if each["place"]["batch"] == 2] == [len(rows())]
+    refused = lgp("descend", *SMALL, *budget, "--force", "--budget.max-params=10Q")
+    assert refused.status == 2 and "'10Q' is no amount" in " ".join(refused.out.split() + refused.err.split())
 
 
 @pytest.mark.parametrize("key", ["r0.0-3+r1.4-5", "r1.0-5"])
@@ -174,9 +183,28 @@ def test_finetune_on_another_data_set(lgp: Lgp, finished_place: Path, key: str) 
     own = load_descendant(config, load_file("down/export/model.safetensors"))
     with torch.no_grad():
         assert model(images).shape == (4, 3) and torch.equal(own(images), model(images))
+    metrics = Path("down/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == list(range(90))
     outcome = json.loads(Path("down/outcome.json").read_text())
     assert (outcome["outcome"], outcome["stage"]) == ("complete", "downstream")
     has(lgp(*command).sentence, "down/export is there already")
+
+
+def test_finetune_goes_on_from_its_checkpoint(lgp: Lgp, finished_place: Path) -> None:
+    """Stopped between training and export, as if killed: the weights are those of one that was not."""
+    write_other_shards(Path("other"))
+    options = "--num-classes 3 --train.max-steps 6 --train.batch-size 8 --checkpoint.every 4 --export.formats"
+    engine = "--engine.precision fp32 --engine.threads 1 --engine.device cpu --threads 0 --export.images 2"
+    command = ("finetune-descendant", "run/export", "--data", "other", *options.split(), *engine.split())
+    assert lgp(*command).status == 0
+    whole = load_file("runs/downstream/export/model.safetensors")
+    shutil.rmtree("runs/downstream/export")
+    again = lgp(*command)
+    assert again.status == 0 and "step 4" in again.err, again.err
+    resumed = load_file("runs/downstream/export/model.safetensors")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    shutil.rmtree("runs/downstream/export")
+    has(lgp(*command, "--train.lr", "0.5").sentence, "finetune.train.lr")
 
 
 def test_finetune_refuses_what_it_cannot_read(lgp: Lgp, finished_place: Path) -> None:

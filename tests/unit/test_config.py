@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lgp_dist.config import RunConfig
-from lgp_dist.meaning import STAGES, flatten, meaning
+from lgp_dist.meaning import STAGES, flatten, meaning, unflatten
 from lgp_dist.recipes import RECIPES, pool12, pool18, tiny
 
 FREE = {
@@ -106,6 +106,16 @@ def test_flatten_names_every_field_once(name: str) -> None:
         return 1
 
     assert len(flat) == leaves(config)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_unflatten_gives_back_what_was_flattened(name: str) -> None:
+    """Through JSON, with every field changed that can be; keys that are missing keep their defaults."""
+    config = RECIPES[name]()
+    for key in ("seed", "data.mean", "model.rows.1.width", "finetune.only", "budget.max_params", "engine.audit"):
+        config = change(config, key)
+    assert unflatten(json.loads(json.dumps(flatten(config)))) == config
+    assert unflatten({"seed": 3}) == replace(RunConfig(), seed=3)
 
 
 def test_flatten_without_free_fields() -> None:
