@@ -41,11 +41,19 @@ def config_of(run: Path, **changed: Any) -> tuple[RunConfig, dict[str, str]]:
     made = evaluated_run(run).record["config"]
     settings = flatten(unflatten(made), with_free=False).keys() & made.keys()
     sources = {name: value for name, value in made.items() if name not in settings}
-    kept = json.loads((run / "config.json").read_text()) if (run / "config.json").is_file() else {}
+    kept = _kept(run / "config.json")
     config = unflatten(kept | {name: made[name] for name in settings})
     config = replace(config, run_dir=str(run), force=False, **changed)
     check_config(config)
     return config, sources
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """Settings of a run's latest start."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): put back what the run wrote.") from None
 
 
 def choose_of_run(run: Path, budget: Budget, *, plot: bool) -> dict[str, Any]:

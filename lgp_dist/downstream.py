@@ -84,7 +84,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         described = json.loads(path.read_text())
-        described["lgp"]["shape"], described["pretrained_cfg"]["mean"]  # noqa: B018  are there
+        described["lgp"]["shape"], described["lgp"]["measured"], described["pretrained_cfg"]["mean"]  # noqa: B018
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} does not describe an exported descendant ({error}): name a folder that `lgp export` wrote."

@@ -15,6 +15,7 @@ from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import evaluation_batches, open_split
 from lgp_dist.descendants.folder import Exported, told, write_folder
 from lgp_dist.descendants.latency import NAME, LatencyFile, with_latencies
+from lgp_dist.errors import UserError
 from lgp_dist.models.descendant import descendant_from_path, empty_descendant, timm_config
 from lgp_dist.protocols import Batch
 from lgp_dist.stages.context import Context
@@ -39,7 +40,9 @@ def fill(context: Context, key: str, folder: Path) -> dict[str, Any]:
     tuned, evaluated = context.require("finetune"), context.require("evaluate")
     path, data, settings = context.space.by_key(key), context.config.data, context.config.export
     rows = json.loads((evaluated.folder / "paths.json").read_text())
-    facts = next(row for row in rows if row["key"] == key)
+    facts = next((row for row in rows if row["key"] == key), None)
+    if facts is None:
+        raise UserError(f"{evaluated.folder / 'paths.json'} has no path {key!r}: export one that was evaluated.")
     pool = context.load_pool("finetune").cpu()
     config = timm_config(context.space, context.heads, path, data, ShardManifest.load(local_root(data)).classes)
     exported = Exported(

@@ -88,6 +88,8 @@ def test_descend_says_what_cannot_be(lgp: Lgp, finished_place: Path) -> None:
     has(lgp("descend", "run", "--max-flops=-1").sentence, "budget.max_flops is -1")
     wrong = lgp("descend", "run", "--max-params", "10Q")
     assert wrong.status == 2 and "'10Q' is no amount" in " ".join(wrong.out.split() + wrong.err.split())
+    overwrite(Path("run/config.json"), 5, b"#\x00")
+    has(lgp("descend", "run").sentence, "run/config.json cannot be read", "put back")
     overwrite(Path("run/evaluate/paths.json"), 5, b"#")
     has(lgp("descend", "run").sentence, "paths.json is missing or damaged")
 
