@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.files import sha256
-from lgp_dist.meaning import STAGES, meaning
+from lgp_dist.meaning import STAGES, meaning, up_to
 
 
 def fingerprint(path: Path, kind: str = "safetensors") -> str:
@@ -41,6 +41,26 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def replace_folder(final: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Makes a folder, or replaces one, and returns what `fill` returns, which writes files into a folder beside it.
+
+    Where `fill` raises, nothing has changed."""
+    partial, old = (final.with_name(f".{final.name}.{word}") for word in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        result = fill(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+    return result
 
 
 @dataclass(frozen=True)
@@ -107,7 +127,7 @@ class RunDirectory:
 
     def meaning(self, config: RunConfig, stage: str) -> dict[str, Any]:
         """Settings and sources that the stage's artifact depends on."""
-        earlier = STAGES[: STAGES.index(stage) + 1]
+        earlier = up_to(stage)
         owners = {name: name.replace("model.rows", "distil", 1).split(".")[0] for name in self.sources}
         counts = {name: value for name, value in self.sources.items() if owners[name] in {"data", *earlier}}
         return meaning(config, stage) | counts
@@ -205,22 +225,13 @@ class RunDirectory:
         provenance: dict[str, Any],
     ) -> Artifact:
         """Makes the stage's artifact. `fill` writes files into a folder and returns facts."""
-        partial, final = self.root / f".{stage}.partial", self.root / stage
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
+
+        def fill_and_record(partial: Path) -> dict[str, Any]:
             record = self._record(stage, config, inputs, fill(partial), provenance)
             write_json(partial / "artifact.json", record)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        old = self.root / f".{stage}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            os.replace(final, old)
-        os.replace(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
-        return Artifact(final, record)
+            return record
+
+        return Artifact(self.root / stage, replace_folder(self.root / stage, fill_and_record))
 
     def _record(
         self,

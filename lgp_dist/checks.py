@@ -60,7 +60,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "budget.max_params": (0, math.inf),
     "budget.max_flops": (0, math.inf),
     "budget.max_latency_ms": (0, math.inf),
+    "budget.batch": (1, 2**20),
     "export.images": (1, 2**31 - 1),
+    "export.int8_images": (1, 2**31 - 1),
 }
 """Smallest and largest value of a setting."""
 

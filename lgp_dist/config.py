@@ -7,6 +7,7 @@ the run directory); all others belong to the meaning of a run and are compared b
 from dataclasses import dataclass
 from typing import Literal
 
+from lgp_dist.budget import Budget
 from lgp_dist.config_data import AugmentConfig as AugmentConfig
 from lgp_dist.config_data import DataConfig, free
 
@@ -17,6 +18,7 @@ StitchInit = Literal["transformation", "transformation_paper", "transformation_p
 Policy = Literal["independent", "shared", "spread", "balanced"]
 LossScale = Literal["sample", "paper"]
 Ops = Literal["auto", "fused", "compiled", "reference"]
+Format = Literal["pt2", "onnx", "int8"]
 
 
 @dataclass(frozen=True)
@@ -267,18 +269,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Limits for `descend`; 0 for no limit. The best path that meets all of them is chosen."""
-
-    max_params: float = 0.0
-    """Parameters, all tensors counted."""
-    max_flops: float = 0.0
-    """Multiply-adds of one image."""
-    max_latency_ms: float = 0.0
-    """Median milliseconds of one image on this machine's CPU."""
-
-
-@dataclass(frozen=True)
 class ExportConfig:
     """The standalone model."""
 
@@ -286,6 +276,11 @@ class ExportConfig:
     """Key of the path to export; empty for the choice of `descend`."""
     images: int = 64
     """Validation images on which the export must equal the path."""
+    formats: tuple[Format, ...] = ("pt2", "onnx", "int8")
+    """Beside the weights: pt2 (torch.export), onnx and int8 (onnxruntime's dynamic quantisation of it), which need the
+    extra [onnx] and are left out without it."""
+    int8_images: int = 2000
+    """Validation images on which the accuracy of int8 is compared with the path's."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 from lgp_dist.config import RunConfig
@@ -27,6 +29,28 @@ def flatten(config: Any, *, with_free: bool = True, prefix: str = "") -> dict[st
     return flat
 
 
+def unflatten(flat: Mapping[str, Any], default: Any = RunConfig(), prefix: str = "") -> Any:  # noqa: B008  frozen
+    """The dataclass tree that `flatten` gave these keys and values; fields of missing keys are as in `default`."""
+    hints, values = typing.get_type_hints(type(default)), {}
+    for item in dataclasses.fields(default):
+        value, key = getattr(default, item.name), prefix + item.name
+        parts = [part for part in typing.get_args(hints[item.name]) if dataclasses.is_dataclass(part)]
+        indices = {name.removeprefix(key + ".").split(".")[0] for name in flat if name.startswith(key + ".")}
+        if dataclasses.is_dataclass(value):
+            values[item.name] = unflatten(flat, value, key + ".")
+        elif parts and indices:
+            values[item.name] = tuple(_part(flat, parts[0], f"{key}.{index}.") for index in range(len(indices)))
+        elif key in flat:
+            values[item.name] = tuple(flat[key]) if isinstance(flat[key], list) else flat[key]
+    return dataclasses.replace(default, **values)
+
+
+def _part(flat: Mapping[str, Any], kind: type, prefix: str) -> Any:
+    """A dataclass of plain fields."""
+    given = {item.name: flat[prefix + item.name] for item in dataclasses.fields(kind) if prefix + item.name in flat}
+    return kind(**given)
+
+
 SECTIONS = {
     "ancestry": ("seed", "data", "engine", "ancestry", "model.patch_size"),
     "distil": ("model.depth", "model.rows", "model.stages", "distil"),
@@ -41,9 +65,14 @@ SECTIONS = {
 STAGES = tuple(SECTIONS)
 
 
+def up_to(stage: str) -> tuple[str, ...]:
+    """The stages up to and including one; all for training that is none of them."""
+    return STAGES[: STAGES.index(stage) + 1] if stage in STAGES else STAGES
+
+
 def meaning(config: RunConfig, stage: str) -> dict[str, Any]:
     """The settings that the artifact of a stage depends on: its own and those of the stages before it."""
-    parts = [part for name in STAGES[: STAGES.index(stage) + 1] for part in SECTIONS[name]]
+    parts = [part for name in up_to(stage) for part in SECTIONS[name]]
     flat = flatten(config, with_free=False)
     chosen = {key: value for key, value in flat.items() if any(key == p or key.startswith(p + ".") for p in parts)}
     return json.loads(json.dumps(chosen))

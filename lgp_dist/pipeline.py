@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,28 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     manifest, directory = inputs(config, stages, workers, refusal)
     images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
     check_stages(config, stages, directory, workers.world, images)
+
+    def finish() -> None:
+        table = publish(directory.root, config.recipe, flatten(config), directory.consistent())
+        if table and "evaluate" in stages:
+            show(f"\n{table}\n\nResults: {directory.root}/report.html, paths.csv, pareto.png, export/\n")
+
+    recorded(config, directory, workers, stages[-1], lambda context: _run(context, stages), finish)
+
+
+def recorded(
+    config: RunConfig,
+    directory: RunDirectory,
+    workers: Workers,
+    stage: str,
+    work: Callable[[Context], None],
+    finish: Callable[[], None] = lambda: None,
+) -> None:
+    """Calls `work` on every rank, watched, with log, settings and environment in the run directory, then `finish` on
+    rank 0; outcome.json says how it ended. The ranks leave their group.
+
+    stage: what is done when all is.
+    """
     about = environment()
     if workers.is_main:
         directory.check_writable()
@@ -58,16 +81,16 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
         write_json(directory.root / "environment.json", about)
     workers.barrier()  # where rank 0 cannot write, the others end with it
     with Watchdog(directory.root / "heartbeats", workers.rank, workers.world, config.faults.timeout_s) as watchdog:
-        watched = replace(workers, watchdog=watchdog)
-        _run_all(Context(config, directory, watched, about["commit"]), stages)
+        context = Context(config, directory, replace(workers, watchdog=watchdog), about["commit"])
+        _work_and_tell(context, stage, work, finish)
     workers.close()
 
 
-def _run_all(context: Context, stages: tuple[str, ...]) -> None:
-    """Stages, report and outcome; all ranks leave together."""
-    config, directory, workers = context.config, context.run, context.workers
+def _work_and_tell(context: Context, stage: str, work: Callable[[Context], None], finish: Callable[[], None]) -> None:
+    """The work, the report and the outcome; all ranks leave together."""
+    directory, workers = context.run, context.workers
     try:
-        _run(context, stages)
+        work(context)
     except BaseException as error:
         if workers.is_main:
             with contextlib.suppress(OSError):  # the error itself is what a person must see
@@ -78,10 +101,8 @@ def _run_all(context: Context, stages: tuple[str, ...]) -> None:
         raise
     workers.watchdog.begin("report")
     if workers.is_main:
-        table = publish(directory.root, config.recipe, flatten(config), directory.consistent())
-        if table and "evaluate" in stages:
-            show(f"\n{table}\n\nResults: {directory.root}/report.html, paths.csv, pareto.png, export/\n")
-        write_outcome(directory.root, Outcome("complete", stages[-1]))
+        finish()
+        write_outcome(directory.root, Outcome("complete", stage))
         end_log()
     workers.barrier()
 

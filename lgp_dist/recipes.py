@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
+from lgp_dist.budget import Amount, Budget
 from lgp_dist.config import (
     AncestryConfig,
     AugmentConfig,
-    Budget,
     DataConfig,
     DistilConfig,
     EngineConfig,
@@ -68,7 +68,7 @@ def tiny() -> RunConfig:
         ),
         distil=DistilConfig(train=loop),
         finetune=FinetuneConfig(train=replace(loop, lr=5e-4)),
-        budget=Budget(max_params=400e3),
+        budget=Budget(max_params=Amount(400e3)),
     )
 
 
@@ -86,7 +86,7 @@ def pool12() -> RunConfig:
         engine=EngineConfig(precision="bf16", device="cuda"),
         distil=DistilConfig(train=replace(loop, **DEIT_MIX)),
         finetune=FinetuneConfig(train=replace(loop, epochs=50.0)),
-        budget=Budget(max_params=20e6),
+        budget=Budget(max_params=Amount(20e6)),
     )
 
 

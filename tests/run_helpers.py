@@ -23,6 +23,7 @@ SMALL = (
     "--engine.threads=1",
     "--evaluate.no-before",
     "--export.images=4",
+    "--export.formats",
     *(f"--{stage}.train.{setting}" for stage in ("distil", "finetune") for setting in ("max-steps=2", "batch-size=8")),
 )
 """`tiny` on what the fixture `place` holds: each stage takes about a second."""

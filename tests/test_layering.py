@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "lgp_dist"
 FILES = sorted(ROOT.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 60
 
-BASE = {"config", "meaning", "paths", "depths", "spaces", "protocols", "errors", "files"}
+BASE = {"budget", "config", "meaning", "paths", "depths", "spaces", "protocols", "errors", "files"}
 SAMPLING = {"dealing", "costs", "sampling", "ledger"}
 LEVELS_0_TO_2 = BASE | SAMPLING
 LEVELS_0_TO_2 |= {
@@ -27,7 +27,8 @@ LEVELS_0_TO_2 |= {
     "ops",
 }
 ALLOWED = {
-    "config": {"config_data", "errors"},
+    "budget": {"errors"},
+    "config": {"budget", "config_data", "errors"},
     "config_data": set(),
     "meaning": {"config"},
     "errors": set(),
@@ -56,11 +57,15 @@ ALLOWED = {
     "tasks": LEVELS_0_TO_2,
     "engine": {"config", "meaning", "protocols", "errors", "files", "statuses", "sampling", "metrics", "checkpoints"},
     "report": {"artifacts", "errors", "metrics"},
-    "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report"},
+    "descendants": BASE | {"artifacts", "models", "provenance", "timm_models"},
+    "timm_models": {"models", "paths"},
+    "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report", "descendants"},
     "pipeline": LEVELS_0_TO_2 | {"logs", "tasks", "engine", "report", "stages"},
+    "chosen": BASE | {"artifacts", "checks", "provenance", "descendants", "engine", "models", "report", "stages"},
+    "downstream": LEVELS_0_TO_2 | {"tasks", "engine", "stages", "descendants", "timm_models", "pipeline"},
     "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
-    "cli": {"config", "meaning", "spaces", "errors", "statuses", "outcome", "recipes", "checkpoints", "data"}
-    | {"pipeline", "bench"},
+    "cli": {"budget", "config", "meaning", "spaces", "errors", "statuses", "outcome", "recipes", "checkpoints", "data"}
+    | {"pipeline", "bench", "chosen", "downstream"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -83,6 +88,7 @@ NO_TORCH = {
     "checks",
     "metrics",
     "logs",
+    "budget",
     "statuses",
     "outcome",
     "config",

@@ -4,11 +4,13 @@ import json
 import logging
 import os
 import sys
+from typing import Annotated
 
 import tyro
 
 from lgp_dist.cli.bench import BenchAction, BenchCheckpoint, BenchEngine, BenchPaths, BenchStep, run_bench
 from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
+from lgp_dist.cli.descendants import REGISTRY, Downstream, of_a_run, run_downstream
 from lgp_dist.cli.guard import guarded
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.cli.shards import ShardsAction, run_shards
@@ -22,8 +24,8 @@ SUMMARIES = {
     "pool": "Put rows together and start the stitch layers.",
     "finetune": "Train all paths, each rank on its own.",
     "evaluate": "Accuracy and cost of every path.",
-    "descend": "Choose the best path within a budget.",
-    "export": "Write a descendant as a standalone model.",
+    "descend": "Choose the best path within a budget, of a recipe or of a finished run's directory.",
+    "export": "Write a descendant as a standalone model, of a recipe or of a finished run's directory.",
 }
 """Help of the stages' commands."""
 
@@ -77,6 +79,12 @@ def bench(action: BenchAction) -> None:
     guarded(lambda: run_bench(action), debug=debug)
 
 
+@app.command(name="finetune-descendant")
+def finetune_descendant(action: Annotated[Downstream, tyro.conf.arg(name="")]) -> None:
+    """Train an exported descendant on another data set, with a new head."""
+    guarded(lambda: run_downstream(action), action.debug, action.config.directory)
+
+
 def _run(config: RunConfig, stages: tuple[str, ...]) -> None:
     from lgp_dist.pipeline import run_stages  # torch, timm and deepspeed: 15 s that `lgp --help` must not wait for
 
@@ -103,9 +111,12 @@ def main() -> None:
     # DeepSpeed speaks while it is imported, before anything could lower its level.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if of_a_run(sys.argv[1:]):
+        return
     app.cli(
         prog="lgp",
         description="Learngene Pool: variable-sized vision models from one pretrained model.",
         config=(tyro.conf.CascadeSubcommandArgs,),
         console_outputs=os.environ.get("RANK", "0") == "0",
+        registry=REGISTRY,
     )

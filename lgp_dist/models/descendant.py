@@ -5,6 +5,8 @@ import dataclasses
 from typing import Any
 
 import torch
+from timm.models import PretrainedCfg
+from timm.models._manipulate import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -29,11 +31,26 @@ class Descendant(nn.Module):
         self.stitch = StitchLayer(space.widths[low.row], space.widths[high.row])
         self.high = nn.Sequential(*high_blocks[high.start : high.stop])
         self.has_norm = space.has_norm(path)
+        self.num_classes, self.num_features = space.num_classes, space.widths[high.row]
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks compute their forward again in backward, as timm's models name it."""
+        self.grad_checkpointing = enable
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] images to [B, N, D] tokens, after the final norm if there is one, as timm's models name it."""
+        tokens = self._tokens(images)
+        return self.head.norm(tokens) if self.has_norm else tokens
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] images to [B, classes] logits."""
-        tokens = self.low(embed(self.stem, images))
-        return classify(self.head, self.high(self.stitch(tokens)), self.has_norm)
+        return classify(self.head, self._tokens(images), self.has_norm)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        again = self.grad_checkpointing and torch.is_grad_enabled()
+        run = checkpoint_seq if again else (lambda blocks, tokens: blocks(tokens))
+        return run(self.high, self.stitch(run(self.low, embed(self.stem, images))))
 
 
 def empty_descendant(space: Space, heads: tuple[int, ...], path: AnyPath) -> VisionTransformer | Descendant:
@@ -64,49 +81,109 @@ def descendant_state(pool: LearngenePool, path: AnyPath) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for prefix, part in parts.items() for name, value in part.state_dict().items()}
 
 
-def timm_config(space: Space, heads: tuple[int, ...], path: AnyPath, data: DataConfig) -> dict[str, Any]:
-    """config.json of an exported descendant, in timm's local-dir layout.
-
-    A row alone is a plain ViT: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it. `lgp` holds what
-    `load_descendant` needs for every path.
-    """
-    row, pooling = path.first_row, "token" if space.class_token else "avg"
+def shape_of(model: VisionTransformer | Descendant) -> dict[str, Any]:
+    """What a plain-torch copy of the model needs to know beside its tensors; read from the model itself."""
+    stitched = isinstance(model, Descendant)
+    stem, head = (model.stem, model.head) if stitched else (model, model)
+    rows = [model.low, model.high] if stitched else [model.blocks]
     return {
-        "architecture": "vit_tiny_patch16_224" if path.stitch is None else "lgp_descendant",
-        "num_classes": space.num_classes,
-        "num_features": space.widths[path.last_row],
-        "global_pool": pooling,
-        "model_args": {
-            "img_size": space.image_size,
-            "patch_size": space.patch_size,
-            "in_chans": space.channels,
-            "embed_dim": space.widths[row],
-            "depth": space.depths[row],
-            "num_heads": heads[row],
-            "class_token": space.class_token,
-            "global_pool": pooling,
-        },
-        "pretrained_cfg": {
-            "input_size": [space.channels, space.image_size, space.image_size],
-            "fixed_input_size": True,
-            "interpolation": data.interpolation,
-            "crop_pct": data.crop_pct,
-            "crop_mode": "center",
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "num_classes": space.num_classes,
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
-        "lgp": {"path": path.key, "space": dataclasses.asdict(space), "heads": list(heads)},
+        "segments": [
+            {"width": row[0].norm1.weight.numel(), "heads": row[0].attn.num_heads, "depth": len(row)} for row in rows
+        ],
+        "image_size": stem.patch_embed.img_size[0],
+        "patch_size": stem.patch_embed.patch_size[0],
+        "channels": stem.patch_embed.proj.in_channels,
+        "num_classes": head.head.out_features,
+        "class_token": stem.cls_token is not None,
+        "pool": head.global_pool,
+        "norms": [name for name in ("norm", "fc_norm") if not isinstance(getattr(head, name), nn.Identity)],
+        "final_norm": not stitched or model.has_norm,
     }
+
+
+def vit_arguments(model: VisionTransformer) -> dict[str, Any]:
+    """Arguments of timm's plain ViT that build the model again."""
+    shape = shape_of(model)
+    (row,) = shape["segments"]
+    same = {
+        "img_size": shape["image_size"],
+        "patch_size": shape["patch_size"],
+        "in_chans": shape["channels"],
+        "embed_dim": row["width"],
+        "depth": row["depth"],
+        "num_heads": row["heads"],
+    }
+    return same if shape["class_token"] else {**same, "class_token": False, "global_pool": shape["pool"]}
+
+
+def exported_config(
+    model: VisionTransformer | Descendant,
+    data: DataConfig,
+    arguments: dict[str, Any],
+    about: dict[str, Any],
+    classes: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """config.json of an exported model, in timm's local-dir layout with a full pretrained_cfg.
+
+    arguments: what builds it again, of timm's plain ViT or of `lgp_descendant`. about: goes under `lgp`.
+    classes: names of the labels, where they are known.
+    """
+    shape, plain = shape_of(model), isinstance(model, VisionTransformer)
+    size = (shape["channels"], shape["image_size"], shape["image_size"])
+    architecture = "vit_tiny_patch16_224" if plain else "lgp_descendant"
+    pretrained = PretrainedCfg(
+        architecture=architecture,
+        input_size=size,
+        test_input_size=size,
+        min_input_size=size,
+        fixed_input_size=True,
+        interpolation=data.interpolation,
+        crop_pct=data.crop_pct,
+        test_crop_pct=data.crop_pct,
+        crop_mode="center",
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+        num_classes=shape["num_classes"],
+        first_conv="patch_embed.proj" if plain else "stem.patch_embed.proj",
+        classifier="head" if plain else "head.head",
+    )
+    return {
+        "architecture": architecture,
+        "num_classes": shape["num_classes"],
+        "num_features": shape["segments"][-1]["width"],
+        "global_pool": shape["pool"],
+        "model_args": arguments,
+        "pretrained_cfg": pretrained.to_dict(remove_source=True),
+        **({"label_names": list(classes)} if classes else {}),
+        "lgp": {**about, "shape": shape},
+    }
+
+
+def timm_config(
+    space: Space, heads: tuple[int, ...], path: AnyPath, data: DataConfig, classes: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """config.json of an exported path.
+
+    A row alone is a plain ViT: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it; a stitched path
+    needs `import lgp_dist.timm_models` before.
+    """
+    with torch.device("meta"):
+        model = empty_descendant(space, heads, path)
+    about = {"path": path.key, "space": dataclasses.asdict(space), "heads": list(heads)}
+    arguments = vit_arguments(model) if path.stitch is None else about
+    return exported_config(model, data, arguments, about, classes)
 
 
 def load_descendant(config: dict[str, Any], state: dict[str, Tensor]) -> VisionTransformer | Descendant:
     """The exported model of a config.json and the tensors of its model.safetensors, in eval mode."""
-    about = config["lgp"]
-    space = space_from(about["space"])
-    model = empty_descendant(space, tuple(about["heads"]), space.by_key(about["path"]))
+    model = model_of(config["lgp"])
     model.load_state_dict(state, strict=True)
     return model.eval()
+
+
+def model_of(about: dict[str, Any], **changed: int) -> VisionTransformer | Descendant:
+    """A model with random weights of the path, space and heads that config.json names under `lgp`.
+
+    changed: fields of the space that differ, such as num_classes."""
+    space = space_from({**about["space"], **changed})
+    return empty_descendant(space, tuple(about["heads"]), space.by_key(about["path"]))

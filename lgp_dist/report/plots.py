@@ -79,11 +79,11 @@ def pareto_figure(rows: Sequence[Row], *, title: str, before: Sequence[Row] | No
     """
     with matplotlib.rc_context(STYLE):
         handles = _pareto_legend(kinds(rows), bool(before))
-        figure, (left, right) = _panels(2, 4.0, handles, gap=0.12 if before else 0.07, sharey=not before)
+        figure, (left, right) = new_panels(2, 4.0, handles, gap=0.12 if before else 0.07, sharey=not before)
         figure.suptitle(title, x=0.066, y=0.97, ha="left", va="top", fontsize=11.5, fontweight="bold", color=INK)
         divisor, letter = flops_unit(rows)
-        _accuracy_panel(left, rows, before or [], "flops", divisor)
-        _accuracy_panel(right, rows, [], "params", 1e6)
+        draw_accuracy(left, rows, before or [], "flops", divisor)
+        draw_accuracy(right, rows, [], "params", 1e6)
         left.set_xlabel(f"FLOPs ({letter} multiply-adds)")
         right.set_xlabel("Parameters (M)")
         left.set_ylabel("Top-1 accuracy (%)")
@@ -104,7 +104,7 @@ def loss_figure(metrics: Sequence[dict[str, Any]], stage: str) -> Figure:
             Line2D([], [], color=colour, ls=dash, lw=1.7, label=name)
             for name, (colour, dash) in zip(parts, LINE_STYLES, strict=False)
         ]
-        figure, axes = _panels(2 if parts else 1, 3.3, handles, gap=0.12)
+        figure, axes = new_panels(2 if parts else 1, 3.3, handles, gap=0.12)
         _curve(axes[0], lines, "loss", INK, "-")
         axes[0].set_title(f"{stage}: loss")
         if parts:
@@ -152,7 +152,7 @@ def stage_lines(metrics: Sequence[dict[str, Any]], stage: str) -> list[dict[str,
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _panels(
+def new_panels(
     count: int, height: float, handles: Sequence[Line2D], *, gap: float, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side and one legend below them.
@@ -191,7 +191,7 @@ def kind_style(kind: Kind, all_kinds: Sequence[Kind]) -> tuple[str, str]:
     return SINGLE_STYLES[1 if kind[0] == visited[-1] else 2]
 
 
-def _accuracy_panel(panel: Axes, rows: Sequence[Row], before: Sequence[Row], cost: str, divisor: float) -> None:
+def draw_accuracy(panel: Axes, rows: Sequence[Row], before: Sequence[Row], cost: str, divisor: float) -> None:
     """Draws one panel: faint points before, points after, the Pareto front and the labels at its ends."""
     all_kinds = kinds(rows)
     after = {row["key"]: row for row in rows}

@@ -22,7 +22,7 @@ from lgp_dist.engine.loop import train
 from lgp_dist.engine.optim import Decays, decays_matrix
 from lgp_dist.engine.saving import Saving
 from lgp_dist.engine.setup import Workers
-from lgp_dist.meaning import STAGES, flatten
+from lgp_dist.meaning import flatten, up_to
 from lgp_dist.models.ancestry import Ancestry, timm_model
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.pool import LearngenePool
@@ -115,7 +115,7 @@ class Context:
     def _saving(self, stage: str, stream: ResumableStream) -> Saving:
         """Checkpoints of a stage that trains. Earlier stages count by their artifacts."""
         config = self.config
-        earlier = [self.run.find(name) for name in STAGES[: STAGES.index(stage)]]
+        earlier = [self.run.find(name) for name in up_to(stage) if name != stage]
         made = {f"{artifact.record['stage']}.id": artifact.id for artifact in earlier if artifact}
         return Saving(
             folder=self.run.root / "checkpoints" / stage,

@@ -1,62 +1,84 @@
-"""Stage export: a descendant as a folder that loads anywhere, written only if it equals its path bit for bit."""
+"""Stage export: a descendant as a folder that loads anywhere, written only if every format equals its path."""
 
 import json
 import logging
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import nn
 
-from lgp_dist.artifacts import load_tensors, save_tensors, write_json
+from lgp_dist.data.manifest import ShardManifest
+from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import evaluation_batches, open_split
-from lgp_dist.models.descendant import descendant_from_path, load_descendant, timm_config
-from lgp_dist.models.pool import LearngenePool
+from lgp_dist.descendants.folder import Exported, told, write_folder
+from lgp_dist.descendants.latency import NAME, LatencyFile, with_latencies
+from lgp_dist.errors import UserError
+from lgp_dist.models.descendant import descendant_from_path, empty_descendant, timm_config
+from lgp_dist.protocols import Batch
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")
 
 
 def run(context: Context) -> None:
-    """Writes export/config.json and export/model.safetensors."""
+    """Writes the folder export/: config.json, model.safetensors, README.md, verify.json and the formats asked for."""
     began = time.monotonic()
     tuned, evaluated = context.require("finetune"), context.require("evaluate")
     inputs, key = [evaluated, tuned], context.config.export.path
     if not key:
         inputs.append(context.require("descend"))
         key = inputs[-1].facts["key"]
-    path = context.space.by_key(key)
+    context.write("export", inputs, lambda folder: fill(context, key, folder), time.monotonic() - began)
+
+
+def fill(context: Context, key: str, folder: Path) -> dict[str, Any]:
+    """Writes a path of the run as a descendant's folder and returns its row of paths.json, with the largest difference
+    of a logit of the weights read back."""
+    tuned, evaluated = context.require("finetune"), context.require("evaluate")
+    path, data, settings = context.space.by_key(key), context.config.data, context.config.export
     rows = json.loads((evaluated.folder / "paths.json").read_text())
-    facts = next(row for row in rows if row["key"] == key)
-
-    def fill(folder: Path) -> dict[str, Any]:
-        pool = context.load_pool("finetune").cpu()
-        model = descendant_from_path(pool, context.heads, path)
-        config = timm_config(context.space, context.heads, path, context.config.data)
-        write_json(folder / "config.json", config | {"lgp": {**config["lgp"], "measured": facts, "pool": tuned.id}})
-        save_tensors(folder / "model.safetensors", model.state_dict())
-        difference = largest_difference(context, pool, key, folder)
-        if difference != 0.0:
-            raise RuntimeError(f"the exported model of {key} differs from its path by {difference}")
-        log.info("export: %s, equal to its path on %d images", key, context.config.export.images)
-        return {**facts, "largest_difference": difference}
-
-    context.write("export", inputs, fill, time.monotonic() - began)
-
-
-@torch.no_grad()
-def largest_difference(context: Context, pool: LearngenePool, key: str, folder: Path) -> float:
-    """Largest difference of a logit between the path and the model read back from its folder, on validation images."""
-    data, path = context.config.data, context.space.by_key(key)
-    model = load_descendant(
-        json.loads((folder / "config.json").read_text()), load_tensors(folder / "model.safetensors")
+    facts = next((row for row in rows if row["key"] == key), None)
+    if facts is None:
+        raise UserError(f"{evaluated.folder / 'paths.json'} has no path {key!r}: export one that was evaluated.")
+    pool = context.load_pool("finetune").cpu()
+    config = timm_config(context.space, context.heads, path, data, ShardManifest.load(local_root(data)).classes)
+    exported = Exported(
+        model=descendant_from_path(pool, context.heads, path),
+        config=config | {"lgp": {**config["lgp"], "measured": facts, "pool": tuned.id}},
+        facts=timed(context, facts, tuned.id),
+        origin={
+            "trained pool (artifact finetune)": tuned.id,
+            "sha256 of its pool.safetensors": tuned.record["files"]["pool.safetensors"],
+            "evaluation (artifact evaluate)": evaluated.id,
+            "commit of lgp_dist": context.commit or "none: not a checkout",
+        },
     )
-    batches = evaluation_batches(
-        open_split(data, data.val_split), data, 64, rank=0, world=1, limit=context.config.export.images
-    )
-    differences: list[Tensor] = [
-        (model(batch.images) - pool(batch.images, path=path)).abs().max()
-        for batch in context.workers.watchdog.over(batches)
-    ]
-    return float(torch.stack(differences).max())
+    verdict = write_folder(folder, exported, settings, batches_of(context), partial(pool, path=path))
+    for line in told(verdict):
+        log.info("export: %s, %s", key, line)
+    return {**facts, "largest_difference": verdict["formats"]["timm"]["largest_difference"]}
+
+
+def batches_of(context: Context) -> Callable[[int], Iterable[Batch]]:
+    """A number of validation images to that many, evenly spread, as batches; each that comes is progress."""
+    data = context.config.data
+
+    def batches(images: int) -> Iterable[Batch]:
+        index = open_split(data, data.val_split)
+        return context.workers.watchdog.over(evaluation_batches(index, data, 64, rank=0, world=1, limit=images))
+
+    return batches
+
+
+def timed(context: Context, row: dict[str, Any], pool: str) -> dict[str, Any]:
+    """A path's row with its latency for the budget's device, batch and dtype, measured or from latency.json."""
+    space, heads, file = context.space, context.heads, LatencyFile(context.run.root / NAME, pool)
+    image = (space.channels, space.image_size, space.image_size)
+
+    def build(key: str) -> nn.Module:
+        return empty_descendant(space, heads, space.by_key(key))
+
+    return with_latencies([row], build, image, context.config.budget, file)[0]

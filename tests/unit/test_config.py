@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lgp_dist.config import RunConfig
-from lgp_dist.meaning import STAGES, flatten, meaning
+from lgp_dist.meaning import STAGES, flatten, meaning, unflatten
 from lgp_dist.recipes import (
     RECIPES,
     pool12,
@@ -79,6 +79,11 @@ FIRST_STAGE = {
 """Some settings and the first stage whose artifact depends on them."""
 
 
+def free_keys(config: Any) -> set[str]:
+    """Keys of these fields; the device for which a budget limits latency is part of what is asked."""
+    return {key for key in flatten(config) if key.split(".")[-1] in FREE} - {"budget.device"}
+
+
 def change(config: Any, key: str) -> Any:
     """The configuration with another value under a dotted key."""
     head, _, rest = key.partition(".")
@@ -116,12 +121,22 @@ def test_flatten_names_every_field_once(name: str) -> None:
     assert len(flat) == leaves(config)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_unflatten_gives_back_what_was_flattened(name: str) -> None:
+    """Through JSON, with every field changed that can be; keys that are missing keep their defaults."""
+    config = RECIPES[name]()
+    for key in ("seed", "data.mean", "model.rows.1.width", "finetune.only", "budget.max_params", "engine.audit"):
+        config = change(config, key)
+    assert unflatten(json.loads(json.dumps(flatten(config)))) == config
+    assert unflatten({"seed": 3}) == replace(RunConfig(), seed=3)
+
+
 def test_flatten_without_free_fields() -> None:
     """Exactly the fields that change nothing that is computed are left out, at every depth."""
     config = tiny()
     left_out = flatten(config).keys() - flatten(config, with_free=False).keys()
     assert {key.split(".")[-1] for key in left_out} == FREE
-    assert left_out == {key for key in flatten(config) if key.split(".")[-1] in FREE}
+    assert left_out == free_keys(config)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -146,7 +161,7 @@ def test_setting_counts_from_its_stage_on(key: str, first: str) -> None:
 def test_free_settings_never_count() -> None:
     """Workers, logging, device, run directory, trackers and the recipe's name leave every artifact valid."""
     config = tiny()
-    free = {key for key in flatten(config) if key.split(".")[-1] in FREE}
+    free = free_keys(config)
     assert {"data.threads", "ancestry.train.log_every", "run_dir"} < free
     for key in free:
         other = change(config, key)

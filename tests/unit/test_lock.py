@@ -16,7 +16,7 @@ NAMED = [
     Requirement(text)
     for text in (
         *PROJECT["dependencies"],
-        *(t for e in ("dev", "imagenet") for t in PROJECT["optional-dependencies"][e]),
+        *(t for e in ("dev", "imagenet", "onnx") for t in PROJECT["optional-dependencies"][e]),
     )
     if not text.startswith("lgp_dist")
 ]

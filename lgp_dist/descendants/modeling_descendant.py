@@ -1,0 +1,136 @@
+"""A descendant in plain torch: this file, config.json and model.safetensors are all that it needs.
+
+    from modeling_descendant import load
+
+    model = load("FOLDER")
+    logits = model(images)  # [B, C, H, W] float32, normalised with mean and std of pretrained_cfg in config.json
+
+Needs torch and safetensors, nothing else, and no network.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+EPS = 1e-6
+"""Of every LayerNorm."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] to the same shape."""
+        batch, count, width = tokens.shape
+        qkv = self.qkv(tokens).reshape(batch, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] to the same shape."""
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width, eps=EPS), Attention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=EPS), Mlp(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] to the same shape."""
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class Stem(nn.Module):
+    """Patches, class token, positions."""
+
+    def __init__(self, shape: dict[str, Any], width: int):
+        super().__init__()
+        patch, count = shape["patch_size"], (shape["image_size"] // shape["patch_size"]) ** 2
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(shape["channels"], width, patch, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if shape["class_token"] else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, count + shape["class_token"], width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, N, D]."""
+        tokens = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return tokens + self.pos_embed
+
+
+class Head(nn.Module):
+    """Norm before or after pooling, class token or mean of patches, linear classifier."""
+
+    def __init__(self, shape: dict[str, Any], width: int):
+        super().__init__()
+        self.first, self.mean, self.normed = int(shape["class_token"]), shape["pool"] == "avg", shape["final_norm"]
+        self.norm = nn.LayerNorm(width, eps=EPS) if "norm" in shape["norms"] else nn.Identity()
+        self.fc_norm = nn.LayerNorm(width, eps=EPS) if "fc_norm" in shape["norms"] else nn.Identity()
+        self.head = nn.Linear(width, shape["num_classes"])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] to [B, classes]."""
+        tokens = self.norm(tokens) if self.normed else tokens
+        pooled = tokens[:, self.first :].mean(dim=1) if self.mean else tokens[:, 0]
+        return self.head(self.fc_norm(pooled))
+
+
+class Descendant(nn.Module):
+    """Stem, blocks, and for a stitched path a linear layer into the blocks of another width; then the head."""
+
+    def __init__(self, shape: dict[str, Any]):
+        """shape: what config.json holds under lgp.shape."""
+        super().__init__()
+        segments = [(part["width"], part["heads"], part["depth"]) for part in shape["segments"]]
+        rows = [nn.Sequential(*(Block(width, heads) for _ in range(depth))) for width, heads, depth in segments]
+        self.stem, self.low = Stem(shape, segments[0][0]), rows[0]
+        self.stitch = nn.Linear(segments[0][0], segments[1][0]) if len(rows) == 2 else nn.Identity()
+        self.high = rows[1] if len(rows) == 2 else nn.Identity()
+        self.head = Head(shape, segments[-1][0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] images to [B, classes] logits."""
+        return self.head(self.high(self.stitch(self.low(self.stem(images)))))
+
+
+def renamed(name: str) -> str:
+    """A tensor's name here, from its name in the file: plain ViTs are stored under timm's names."""
+    first = name.split(".")[0]
+    if first in ("patch_embed", "cls_token", "pos_embed"):
+        return f"stem.{name}"
+    if first == "blocks":
+        return "low" + name.removeprefix("blocks")
+    return f"head.{name}" if first in ("norm", "fc_norm") or name in ("head.weight", "head.bias") else name
+
+
+def load(folder: str | Path) -> Descendant:
+    """The model of an exported folder, on the CPU, in eval mode."""
+    shape = json.loads((Path(folder) / "config.json").read_text())["lgp"]["shape"]
+    model = Descendant(shape)
+    tensors = load_file(Path(folder) / "model.safetensors")
+    model.load_state_dict({renamed(name): tensor for name, tensor in tensors.items()}, strict=True)
+    return model.eval()

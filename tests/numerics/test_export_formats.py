@@ -1,0 +1,277 @@
+"""Every way to load an exported descendant gives the logits of its path."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path as File
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from numerics_cases import EVERY_PATH, HEADS, THREE, TWO, path_id, shake
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import lgp_dist.timm_models  # noqa: F401
+from lgp_dist.artifacts import replace_folder
+from lgp_dist.config import DataConfig, ExportConfig
+from lgp_dist.descendants import modeling_descendant
+from lgp_dist.descendants.folder import Exported, largest_difference, write_folder
+from lgp_dist.descendants.formats import FORMATS, wanted
+from lgp_dist.errors import UserError
+from lgp_dist.models.descendant import descendant_from_path, exported_config, timm_config, vit_arguments
+from lgp_dist.models.pool import LearngenePool
+from lgp_dist.paths import Path, PathSpace
+from lgp_dist.protocols import Batch
+
+DATA = DataConfig(
+    image_size=28,
+    channels=1,
+    num_classes=10,
+    mean=(0.2856,),
+    std=(0.3527,),
+    interpolation="bilinear",
+    crop_pct=0.95,
+)
+NAMES = tuple(f"class {number}" for number in range(10))
+FACTS = {
+    "key": "r0.0-3",
+    "params": 1,
+    "flops": 2,
+    "top1": 50.0,
+    "top5": 90.0,
+    "latency_ms": 1.0,
+    "latency_low_ms": 0.5,
+    "latency_high_ms": 2.0,
+    "latency_on": "cpu",
+}
+
+
+@cache
+def pool_of(space: PathSpace) -> LearngenePool:
+    torch.manual_seed(7)
+    pool = LearngenePool.empty(space, HEADS[space])
+    shake(pool)
+    return pool.eval()
+
+
+def images(count: int, seed: int = 3) -> Tensor:
+    return torch.randn(count, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+
+def batches(count: int) -> list[Batch]:
+    labels = torch.arange(count) % 10
+    return [Batch(images(count), labels, torch.ones(count))]
+
+
+def written(space: PathSpace, path: Path, folder: File) -> nn.Module:
+    """The path's model, written to a folder as config.json and model.safetensors."""
+    model = descendant_from_path(pool_of(space), HEADS[space], path)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(timm_config(space, HEADS[space], path, DATA, NAMES)))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize(("space", "path"), EVERY_PATH, ids=path_id)
+def test_timm_loads_every_path(space: PathSpace, path: Path, tmp_path: File) -> None:
+    """Bit for bit, with the run's own normalisation; a new number of classes gives a new head and keeps the rest."""
+    model = written(space, path, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images(3)), pool_of(space)(images(3), path))
+    resolved = timm.data.resolve_model_data_config(loaded)
+    assert (tuple(resolved["mean"]), tuple(resolved["std"])) == (DATA.mean, DATA.std)
+    assert (tuple(resolved["input_size"]), resolved["interpolation"]) == ((1, 28, 28), "bilinear")
+    assert (resolved["crop_pct"], resolved["crop_mode"]) == (0.95, "center")
+    assert tuple(loaded.pretrained_cfg["label_names"]) == NAMES
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).eval()
+    assert other(images(2)).shape == (2, 3) and other.num_features == space.widths[path.last_row]
+    with torch.no_grad():
+        assert torch.equal(other.forward_features(images(2)), model.forward_features(images(2)))
+
+
+def test_stitched_paths_refuse_other_inputs(tmp_path: File) -> None:
+    written(TWO, TWO.by_key("r0.0-1+r1.2-3"), tmp_path)
+    with pytest.raises(ValueError, match="lgp_descendant takes 1 x 28 x 28 images .* leave these out"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=56)
+
+
+def test_plain_torch_file_needs_torch_alone(tmp_path: File) -> None:
+    """The exported file, in a process that cannot import timm or this package, for every path of both pools."""
+    for index, (space, path) in enumerate(EVERY_PATH):
+        folder = tmp_path / str(index)
+        model = written(space, path, folder)
+        FORMATS["torch"].write(model, images(2), folder)
+        with torch.no_grad():
+            save_file({"images": images(4, index), "logits": pool_of(space)(images(4, index), path)}, folder / "x.st")
+    script = """
+import sys
+for name in ("timm", "lgp_dist", "torchvision", "einops"):
+    sys.modules[name] = None
+sys.path.insert(0, "0")
+import torch
+from modeling_descendant import load
+from safetensors.torch import load_file
+worst = 0.0
+for folder in sys.argv[1:]:
+    given = load_file(folder + "/x.st")
+    with torch.no_grad():
+        worst = max(worst, float((load(folder)(given["images"]) - given["logits"]).abs().max()))
+print(worst)
+"""
+    folders = [str(index) for index in range(len(EVERY_PATH))]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", script, *folders]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= FORMATS["torch"].bound == 1e-5
+
+
+def test_plain_torch_file_notices_other_tensors(tmp_path: File) -> None:
+    written(TWO, TWO.paths[0], tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({**state, "blocks.0.ls1.gamma": torch.ones(16)}, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="low.0.ls1.gamma"):
+        modeling_descendant.load(tmp_path)
+
+
+def test_plain_torch_file_without_the_final_norm(tmp_path: File) -> None:
+    """As SN-Net's released code runs stitched paths: the norm is stored and not applied."""
+    model = written(TWO, TWO.by_key("r0.0-1+r1.2-3"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["lgp"]["shape"]["final_norm"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    normed = model.head.norm
+    with torch.no_grad():
+        before = model(images(3))
+        model.head.norm = nn.Identity()
+        assert (modeling_descendant.load(tmp_path)(images(3)) - model(images(3))).abs().max() <= 1e-5
+        assert (model(images(3)) - before).abs().max() > 1e-2 and normed.weight.numel() == 32
+
+
+def test_mean_of_patches_without_class_token(tmp_path: File) -> None:
+    """A plain ViT of another kind: its arguments and its shape are read from the model."""
+    torch.manual_seed(1)
+    arguments = {"img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 3}
+    model = VisionTransformer(**arguments, num_heads=2, class_token=False, global_pool="avg").eval()
+    shake(model)
+    config = exported_config(model, DATA, vit_arguments(model), {"path": "any"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        expected = model(images(3))
+        assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images(3)), expected)
+        assert (modeling_descendant.load(tmp_path)(images(3)) - expected).abs().max() <= 1e-5
+
+
+def test_transformers_loads_a_row(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers' own class for timm's models, with the names of the labels, without a network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    model = written(TWO, TWO.paths[1], tmp_path)
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images(3)).logits, model(images(3)))
+    assert tuple(loaded.config.id2label[number] for number in range(10)) == NAMES
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert tuple(processor.data_config["mean"]) == DATA.mean
+
+
+@pytest.mark.parametrize(
+    ("space", "key"), [(TWO, "r1.0-3"), (TWO, "r0.0-1+r1.2-3"), (THREE, "r1.0-1+r2.1-2")], ids=path_id
+)
+def test_folder_of_all_formats(space: PathSpace, key: str, tmp_path: File) -> None:
+    """ONNX and torch.export take any batch; what verify.json says of the largest differences is so."""
+    path = space.by_key(key)
+    model = descendant_from_path(pool_of(space), HEADS[space], path)
+    config = timm_config(space, HEADS[space], path, DATA)
+
+    def reference(batch: Tensor) -> Tensor:
+        return pool_of(space)(batch, path)
+
+    exported = Exported(model, config, FACTS | {"key": key}, {"pool": "0123abcd"})
+    verdict = write_folder(tmp_path, exported, ExportConfig(images=8, int8_images=30), batches, reference)
+    assert json.loads((tmp_path / "verify.json").read_text()) == verdict
+    assert {name: found["file"] for name, found in verdict["formats"].items()} == {
+        "timm": "model.safetensors",
+        "torch": "modeling_descendant.py",
+        "pt2": "model.pt2",
+        "onnx": "model.onnx",
+        "int8": "model.int8.onnx",
+    }
+    assert verdict["formats"]["timm"]["largest_difference"] == 0
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    with torch.no_grad():
+        for count in (1, 2, 5, 33):
+            batch = images(count, count)
+            logits = torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+            assert 0 < (logits - reference(batch)).abs().max() <= 1e-4, "another library's arithmetic, within its bound"
+            assert (program(batch) - reference(batch)).abs().max() <= 1e-5
+        session = onnxruntime.InferenceSession(tmp_path / "model.int8.onnx", providers=["CPUExecutionProvider"])
+        (given,) = batches(30)
+        int8 = torch.from_numpy(session.run(None, {"images": given.images.numpy()})[0]).argmax(-1)
+        exact = reference(given.images).argmax(-1)
+    top1, top1_path = (100 * float((found == given.targets).float().mean()) for found in (int8, exact))
+    assert verdict["int8"]["top1"] == pytest.approx(top1) and verdict["int8"]["top1_path"] == pytest.approx(top1_path)
+    assert verdict["int8"]["loss"] == pytest.approx(top1_path - top1)
+    assert (tmp_path / "model.int8.onnx").stat().st_size < (tmp_path / "model.onnx").stat().st_size
+    card = (tmp_path / "README.md").read_text()
+    assert all(text in card for text in (f"`{key}`", "0123abcd", "onnxruntime", "torch.export.load", "local-dir:"))
+    assert ("lgp_dist.timm_models" in card) == (path.stitch is not None) == ("transformers" not in card)
+
+
+def test_an_export_that_differs_leaves_nothing(tmp_path: File) -> None:
+    """The path's weights change while it is exported: the folder that was there before stays as it was."""
+    path = TWO.by_key("r0.0-1+r1.2-3")
+    model = descendant_from_path(pool_of(TWO), HEADS[TWO], path)
+    exported = Exported(model, timm_config(TWO, HEADS[TWO], path, DATA), FACTS, {})
+    other = descendant_from_path(pool_of(TWO), HEADS[TWO], path)
+    with torch.no_grad():
+        other.head.head.bias[3] += 1e-6
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "kept").write_text("before")
+    settings = ExportConfig(images=4, formats=())
+    with pytest.raises(UserError, match=r"model.safetensors of r0.0-3 differs from its path by .*e-0\d, above 0"):
+        replace_folder(
+            tmp_path / "export", lambda folder: write_folder(folder, exported, settings, batches, other.forward)
+        )
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["export", "export/kept"]
+
+
+@pytest.mark.parametrize("broken", [0, 5])
+def test_differences_that_hide_are_found(broken: int) -> None:
+    """In one image of a batch, or only where an image comes alone; NaN counts as the largest."""
+    given = batches(6)
+
+    def spoiled(batch: Tensor) -> Tensor:
+        logits = batch.flatten(1)[:, :4].clone()
+        logits[broken if len(batch) > broken else 0, 2] = torch.nan
+        return logits
+
+    def right(batch: Tensor) -> Tensor:
+        return batch.flatten(1)[:, :4]
+
+    def alone(batch: Tensor) -> Tensor:
+        return right(batch) + 0.5 * (len(batch) == 1)
+
+    assert not largest_difference(spoiled, right, given) <= 1e9
+    assert largest_difference(alone, right, given) == pytest.approx(0.5)
+    assert largest_difference(right, right, given) == 0.0
+
+
+def test_without_the_extra_one_sentence_says_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wanted(("pt2", "onnx", "int8")) == (["timm", "torch", "pt2", "onnx", "int8"], "")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    names, sentence = wanted(("pt2", "onnx", "int8"))
+    assert names == ["timm", "torch", "pt2"]
+    assert "model.onnx and model.int8.onnx left out, since onnxruntime is not installed" in sentence
+    assert "pip install 'lgp_dist[onnx]'" in sentence
+    assert wanted(("pt2",)) == (["timm", "torch", "pt2"], "")
+    with pytest.raises(UserError, match="int8 without onnx"):
+        wanted(("int8",))
