@@ -134,6 +134,7 @@ def _check_shapes(config: RunConfig) -> None:
     if config.export.path:
         space.by_key(config.export.path)
     _check_only(config.finetune.only, space)
+    _check_row_lr(config.finetune.row_lr, len(config.model.rows))
     _check_allowed(config)
 
 
@@ -146,6 +147,14 @@ def _check_only(only: tuple[str, ...], space: PathSpace) -> None:
             )
         if only.count(key) > 1:
             raise UserError(f"finetune.only names {key!r} {only.count(key)} times: name each path once.")
+
+
+def _check_row_lr(factors: tuple[float, ...], rows: int) -> None:
+    if factors and (len(factors) != rows or not all(0 <= factor <= 1e3 for factor in factors)):
+        raise UserError(
+            f"finetune.row_lr is {' '.join(map(str, factors))}, but must be {rows} factors from 0 to 1000, one for "
+            "each row of model.rows: change it, or leave it empty."
+        )
 
 
 def _check_allowed(config: RunConfig) -> None:

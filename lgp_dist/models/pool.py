@@ -146,6 +146,11 @@ class LearngenePool(nn.Module):
         ends = {f"stem.rows.{path.first_row}", f"head.rows.{path.last_row}"}
         return frozenset(ends | {f"units.{name}" for name, unit in self.units.items() if unit.runs(path)})
 
+    def row_parts(self, row: int) -> tuple[str, ...]:
+        """Those of `part_names` that belong to one row; stitch layers belong to none."""
+        starts = (f"stem.rows.{row}", f"units.row{row}_", f"head.rows.{row}")
+        return tuple(name for name in self.part_names if name in starts or name.startswith(starts[1]))
+
     @classmethod
     def empty(cls, space: PathSpace, heads: tuple[int, ...]) -> "LearngenePool":
         """A pool with timm's random weights; heads: attention heads of each row."""

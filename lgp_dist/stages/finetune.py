@@ -39,6 +39,7 @@ def run(context: Context) -> None:
         FinetuneTask(pool, ancestry, sampler, config),
         config.train,
         gradients=config.gradients,
+        rates={part: factor for row, factor in enumerate(config.row_lr) for part in pool.row_parts(row)},
         watch=partial(measure, context),
         watch_every=config.watch_every,
         uses=config.paths_per_batch,
