@@ -56,14 +56,26 @@ def _seconds(file: Path, key: str, value: Any) -> float:
     return float(value)
 
 
+def work(images: float, trained: float | None, frozen: float | None = 0.0) -> float | None:
+    """Multiply-adds of training on so many images; None where a size is not known.
+
+    trained: FLOPs of one image's forward through what is trained, to which the backward adds twice as many. frozen:
+    FLOPs of what only runs forward.
+    """
+    return None if frozen is None or trained is None else images * (TRAINING * trained + frozen)
+
+
 PLAIN = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 """Width and depth of the sizes in timm's names of plain ViTs."""
 
 
 def ancestry_forward(config: RunConfig) -> float | None:
-    """FLOPs of the ancestry's forward of one image, 0 where it does not run; None where its size is not known."""
-    if not config.finetune.distil_weight:
-        return 0.0
+    """FLOPs of the ancestry's forward in fine-tuning, 0 where it does not run; None where its size is not known."""
+    return ancestry_flops(config) if config.finetune.distil_weight else 0.0
+
+
+def ancestry_flops(config: RunConfig) -> float | None:
+    """FLOPs of the ancestry's forward of one image; None where its size is not known."""
     ancestry, data = config.ancestry, config.data
     if ancestry.model == "vit":
         size = (ancestry.width, ancestry.depth)

@@ -54,8 +54,9 @@ ALLOWED = {
     "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report"},
     "pipeline": LEVELS_0_TO_2 | {"logs", "tasks", "engine", "report", "stages"},
     "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
+    "study": LEVELS_0_TO_2 | {"report", "pipeline"},
     "cli": {"config", "meaning", "paths", "errors", "statuses", "outcome", "recipes", "checkpoints", "data"}
-    | {"pipeline", "bench"},
+    | {"pipeline", "bench", "study", "report"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -91,6 +92,7 @@ NO_TORCH = {
     "sampling",
     "ledger",
     "provenance",
+    "study",
     "cli",
     "__main__",
     "__init__",

@@ -79,7 +79,7 @@ def pareto_figure(rows: Sequence[Row], *, title: str, before: Sequence[Row] | No
     """
     with matplotlib.rc_context(STYLE):
         handles = _pareto_legend(kinds(rows), bool(before))
-        figure, (left, right) = _panels(2, 4.0, handles, gap=0.12 if before else 0.07, sharey=not before)
+        figure, (left, right) = panels(2, 4.0, handles, gap=0.12 if before else 0.07, sharey=not before)
         figure.suptitle(title, x=0.066, y=0.97, ha="left", va="top", fontsize=11.5, fontweight="bold", color=INK)
         divisor, letter = flops_unit(rows)
         _accuracy_panel(left, rows, before or [], "flops", divisor)
@@ -104,7 +104,7 @@ def loss_figure(metrics: Sequence[dict[str, Any]], stage: str) -> Figure:
             Line2D([], [], color=colour, ls=dash, lw=1.7, label=name)
             for name, (colour, dash) in zip(parts, LINE_STYLES, strict=False)
         ]
-        figure, axes = _panels(2 if parts else 1, 3.3, handles, gap=0.12)
+        figure, axes = panels(2 if parts else 1, 3.3, handles, gap=0.12)
         _curve(axes[0], lines, "loss", INK, "-")
         axes[0].set_title(f"{stage}: loss")
         if parts:
@@ -152,7 +152,7 @@ def stage_lines(metrics: Sequence[dict[str, Any]], stage: str) -> list[dict[str,
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _panels(
+def panels(
     count: int, height: float, handles: Sequence[Line2D], *, gap: float, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side and one legend below them.
@@ -221,12 +221,12 @@ def _accuracy_panel(panel: Axes, rows: Sequence[Row], before: Sequence[Row], cos
             zorder=5 if best else 4,
         )
     if rows:
-        _cost_axis(panel, [row[cost] / divisor for row in rows])
+        cost_axis(panel, [row[cost] / divisor for row in rows])
         _label_ends(panel, front, cost, divisor)
         _pad_accuracy(panel, [row["top1"] for row in (*rows, *before)])
 
 
-def _cost_axis(panel: Axes, costs: Sequence[float]) -> None:
+def cost_axis(panel: Axes, costs: Sequence[float]) -> None:
     """Limits and ticks for a cost: logarithmic where the dearest path costs more than 6 times the cheapest."""
     low, high = min(costs), max(costs)
     if low > 0 and high / low > 6:

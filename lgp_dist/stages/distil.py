@@ -8,6 +8,7 @@ from typing import Any
 from torch.nn import Parameter
 
 from lgp_dist.artifacts import save_tensors
+from lgp_dist.costs import ancestry_flops, work
 from lgp_dist.engine.optim import decays_matrix
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.stages.context import Context
@@ -33,6 +34,9 @@ def run(context: Context) -> None:
     training = context.train(
         "distil", DistilTask(module, ancestry, context.config.distil), context.config.distil.train, decays
     )
+    alone = sum(context.space.cost(path).flops for path in context.space.paths if path.stitch is None)
+    images = training["steps"] * context.config.distil.train.batch_size
+    training |= {"flops": work(images, alone, ancestry_flops(context.config))}
     module.eval()
     measured = context.accuracies({str(index): row.vit for index, row in enumerate(module.rows)})
     facts: dict[str, Any] = {"training": training, "rows": []}
