@@ -42,7 +42,7 @@ def table(text: str, title: str) -> dict[str, dict[str, str]]:
 
 
 def test_a_killed_study_gives_the_table_of_its_commands(place: Path, lgp: Lgp) -> None:
-    """Two arms on two seeds. Killed after the first cell's ancestry, and started again: every cell's accuracies are those
+    """Two arms on two seeds. Killed after a cell's ancestry, and started again: every cell's accuracies are those
     of the command that study.json names, run alone from the beginning, and the table those of SciPy on them."""
     arguments = [*STUDY, *OPTIONS, "--finetune.watch-every=1", "--finetune.watch-images=8"]
     first = place / "out" / ARMS[0]
