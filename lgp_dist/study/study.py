@@ -18,8 +18,9 @@ from lgp_dist.report.plots import save_figure
 from lgp_dist.report.rows import write_atomic
 from lgp_dist.study.cells import Cell, cells_of
 from lgp_dist.study.questions import QUESTIONS, Question
-from lgp_dist.study.results import MEASURES, PAIRED, cell_record, mean_curve, mean_rows, summary, verdicts
+from lgp_dist.study.results import MEASURES, PAIRED, cell_record, layer_fits, mean_curve, mean_rows, summary, verdicts
 from lgp_dist.study.runner import run_cells
+from lgp_dist.study.statistics import Estimate
 
 Say = Callable[[str], None]
 
@@ -68,7 +69,8 @@ def publish(question: Question, cells: Sequence[Cell], out: Path) -> str:
     """Writes what complete cells measured; the tables as Markdown."""
     records = [cell_record(cell, out) for cell in cells]
     found = summary(records, question.reference)
-    text = tables(question, found, verdicts(records, question.reference) if question.keeps_rows else {})
+    judged = verdicts(records, question.reference) if question.keeps_rows else {}
+    text = tables(question, found, layer_fits(records), judged)
     write_json(
         out / "study.json",
         {
@@ -93,8 +95,11 @@ def publish(question: Question, cells: Sequence[Cell], out: Path) -> str:
     return text
 
 
-def tables(question: Question, found: Mapping[str, Any], judged: Mapping[str, Any]) -> str:
-    """Means of every arm, differences from the reference, and what `verdicts` says."""
+def tables(
+    question: Question, found: Mapping[str, Any], fits: Mapping[str, Mapping[int, Estimate]], judged: Mapping[str, Any]
+) -> str:
+    """Means of every arm, differences from the reference, what `layer_fits` found where arms differ in it, and what
+    `verdicts` says."""
     names = [name for name in MEASURES if any(name in arm["means"] for arm in found.values())]
     head = ["arm", *(MEASURES[name] for name in names)]
     means = [[arm, *(str(each["means"].get(name, "-")) for name in names)] for arm, each in found.items()]
@@ -111,6 +116,10 @@ def tables(question: Question, found: Mapping[str, Any], judged: Mapping[str, An
         f"Difference from `{question.reference}` on the same seeds:",
         markdown(["arm", *(MEASURES[name] for name in names if name in PAIRED)], pairs),
     ]
+    if any(fit != fits[question.reference] for fit in fits.values()):
+        layers = sorted({layer for fit in fits.values() for layer in fit})
+        body = [[arm, *(str(fit.get(layer, "-")) for layer in layers)] for arm, fit in fits.items()]
+        parts += ["R² of each stitch layer before fine-tuning:", markdown(["arm", *map(str, layers)], body)]
     if judged:
         lines = [
             [arm, str(each["wide"]), str(each["narrow"]), str(each["mean"]), "yes" if each["passes"] else "no"]

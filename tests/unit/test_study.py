@@ -18,7 +18,7 @@ from lgp_dist.meaning import STAGES
 from lgp_dist.recipes import RECIPES, pool12, tiny
 from lgp_dist.study.cells import Cell, cells_of, leader_of, shared_stages, take_over
 from lgp_dist.study.questions import QUESTIONS, systems
-from lgp_dist.study.results import measures, summary, verdicts
+from lgp_dist.study.results import layer_fits, measures, summary, verdicts
 from lgp_dist.study.settings import arguments, changed_values, with_values
 from lgp_dist.study.statistics import T_95, difference, estimate
 from lgp_dist.study.study import chosen
@@ -167,6 +167,14 @@ def test_summary_pairs_seeds() -> None:
     assert found["b"]["means"]["mean"].half > 20
     pair = found["b"]["differences"]["mean"]
     assert (pair.mean, pair.half, pair.count) == (pytest.approx(1), pytest.approx(0, abs=1e-9), 3)
+
+
+def test_fits_of_layers() -> None:
+    """Paths that share a layer are averaged in each seed, then seeds."""
+    rows = [{"key": key, "stitch": stitch} for key, stitch in (("a", 0), ("b", 0), ("c", 1), ("r", None))]
+    records = [{"arm": "x", "rows": rows, "r2": {"a": fit, "b": fit + 0.2, "c": -1.0}} for fit in (0.1, 0.3)]
+    found = layer_fits(records)["x"]
+    assert [found[layer].mean for layer in (0, 1)] == [pytest.approx(0.3), -1.0] and found[1].half == 0
 
 
 @pytest.mark.parametrize(("after", "passes"), [
