@@ -18,6 +18,8 @@ def stitch_fits(pool: LearngenePool, images: Iterable[Tensor]) -> dict[str, floa
     images: [B, C, H, W].
     """
     stitched = [path for path in pool.space.paths if path.stitch is not None]
+    if not stitched:
+        return {}
     errors = {path.key: 0.0 for path in stitched}
     sums: dict[tuple[int, int], Tensor] = {}
     squares: dict[tuple[int, int], float] = {}

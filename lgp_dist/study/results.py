@@ -34,7 +34,8 @@ MEASURES = {
 }
 """What is compared, in the order of the table: accuracies are top-1 in percent (those at a step on
 `finetune.watch_images` images, all others on the whole validation split), cost is training's in 1e12 multiply-adds,
-CPU seconds are those of the cell's own processes: stages that it took over from another are not in them."""
+CPU seconds are those of the cell's own processes, as far as the study saw them end: stages that it took over from
+another are not in them, nor starts that were killed."""
 PAIRED = [name for name in MEASURES if name not in ("narrow_before", "wide_before", "step_ms", "cost", "cpu_s")]
 """Of these, what the table of differences shows; study.json has all."""
 
@@ -92,7 +93,7 @@ def measures(record: Mapping[str, Any]) -> dict[str, float]:
         "r2": fmean(record["r2"].values()) if record["r2"] else None,
         "step_ms": record["step_ms"],
         "cost": None if record["flops"] is None else record["flops"] / 1e12,
-        "cpu_s": record["starts"]["cpu_s"],
+        "cpu_s": record["starts"]["cpu_s"] if record["starts"]["count"] else None,
     }
     for step in CURVE:
         found[f"mean_{step}"] = fmean(record["curve"][step].values()) if step in record["curve"] else None

@@ -143,7 +143,13 @@ def record(arm: str, seed: int, before: tuple[float, ...], after: tuple[float, .
         return [{"key": key, "flops": flops, "params": flops, "stitch": stitch, "top1": accuracy}
                 for (key, flops, stitch), accuracy in zip(fields, top1, strict=True)]  # fmt: skip
 
-    fixed = {"flops": 2e12, "step_ms": None, "starts": {"cpu_s": 5.0}, "r2": {"a": 0.5, "b": 0.7}, "curve": {}}
+    fixed = {
+        "flops": 2e12,
+        "step_ms": None,
+        "starts": {"count": 1, "cpu_s": 5.0},
+        "r2": {"a": 0.5, "b": 0.7},
+        "curve": {},
+    }
     return {"arm": arm, "seed": seed, "before": rows(before), "rows": rows(after), **fixed, **more}
 
 
@@ -155,7 +161,8 @@ def test_measures_of_a_cell() -> None:
     assert (found["mean_before"], found["mean"], found["best"]) == (pytest.approx(140 / 3), 69, 77)
     assert (found["mean_100"], found["cost"], found["r2"]) == (2.5, 2.0, pytest.approx(0.6))
     assert not {"mean_500", "mean_2000", "step_ms"} & found.keys()
-    assert "cost" not in measures(record("a", 0, (1, 1, 1), (1, 1, 1), flops=None))
+    unknown = {"flops": None, "starts": {"count": 0, "cpu_s": 0.0}}
+    assert not {"cost", "cpu_s"} & measures(record("a", 0, (1, 1, 1), (1, 1, 1), **unknown)).keys()
 
 
 def test_summary_pairs_seeds() -> None:
