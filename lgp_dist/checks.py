@@ -146,6 +146,7 @@ def _check_shapes(config: RunConfig) -> None:
     if not config.finetune.distil_weight + config.finetune.label_weight:
         raise UserError("finetune.distil_weight and finetune.label_weight are both 0: raise one.")
     _check_depths(config, space)
+    _check_row_lr(config.finetune.row_lr, len(space.widths))
     _check_allowed(config)
 
 
@@ -194,6 +195,14 @@ def _check_depths(config: RunConfig, space: Space) -> None:
         raise UserError(
             f"finetune.paths_per_batch is {passes[0]} and finetune.train.accumulate {passes[1]}, but with "
             f"finetune.sandwich each of {count} depths trains once on every batch: set both to {count}."
+        )
+
+
+def _check_row_lr(factors: tuple[float, ...], rows: int) -> None:
+    if factors and (len(factors) != rows or not all(0 <= factor <= 1e3 for factor in factors)):
+        raise UserError(
+            f"finetune.row_lr is {' '.join(map(str, factors))}, but must be {rows} factors from 0 to 1000, one for "
+            "each row: change it, or leave it empty."
         )
 
 

@@ -225,6 +225,8 @@ class FinetuneConfig:
     """How often a row alone is drawn, relative to a stitched path."""
     sandwich: bool = False
     """Every step holds each row alone at least once; ranks times micro-steps must leave room for stitched paths."""
+    row_lr: tuple[float, ...] = ()
+    """Factor of the learning rate for each row, from narrow to wide; stitch layers have 1. Empty for 1 everywhere."""
     only: tuple[str, ...] = ()
     """Keys of the paths to train and measure, as `lgp paths` lists them; empty for all."""
     costs: str = free("")

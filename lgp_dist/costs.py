@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lgp_dist.config import RunConfig
+from lgp_dist.depths import DepthPath, DepthSpace
 from lgp_dist.errors import UserError
 from lgp_dist.paths import PathSpace
-from lgp_dist.spaces import Space
+from lgp_dist.spaces import Space, space_of
 
 TRAINING = 3
 """Forward and backward cost of a path over its forward: the backward computes twice as much."""
@@ -57,14 +58,35 @@ def _seconds(file: Path, key: str, value: Any) -> float:
     return float(value)
 
 
+def work(images: float, trained: float | None, frozen: float | None = 0.0) -> float | None:
+    """Multiply-adds of training on so many images; None where a size is not known.
+
+    trained: FLOPs of one image's forward through what is trained, to which the backward adds twice as many. frozen:
+    FLOPs of what only runs forward.
+    """
+    return None if frozen is None or trained is None else images * (TRAINING * trained + frozen)
+
+
 PLAIN = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 """Width and depth of the sizes in timm's names of plain ViTs."""
 
 
+def trained_rows_flops(config: RunConfig) -> float:
+    """FLOPs of one image's forward through all that stage distil trains."""
+    space = space_of(config)
+    if isinstance(space, DepthSpace):
+        return float(space.cost(DepthPath(0, sum(space.stages))).flops)
+    rows = zip(space.paths, config.model.rows, strict=False)  # rows alone come first
+    return float(sum(space.cost(path).flops for path, row in rows if row.trains))
+
+
 def ancestry_forward(config: RunConfig) -> float | None:
-    """FLOPs of the ancestry's forward of one image, 0 where it does not run; None where it is of no known size."""
-    if not config.finetune.distil_weight:
-        return 0.0
+    """FLOPs of the ancestry's forward in fine-tuning, 0 where it does not run; None where its size is not known."""
+    return ancestry_flops(config) if config.finetune.distil_weight else 0.0
+
+
+def ancestry_flops(config: RunConfig) -> float | None:
+    """FLOPs of the ancestry's forward of one image; None where its size is not known."""
     ancestry, data = config.ancestry, config.data
     if ancestry.model == "vit":
         size = (ancestry.width, ancestry.depth)

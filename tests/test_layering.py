@@ -44,7 +44,7 @@ ALLOWED = {
     "checks": BASE,
     "recipes": BASE,
     "dealing": set(),
-    "costs": {"config", "paths", "spaces", "errors"},
+    "costs": {"config", "depths", "paths", "spaces", "errors"},
     "sampling": BASE | {"dealing", "costs"},
     "ledger": set(),
     "artifacts": BASE,
@@ -64,8 +64,9 @@ ALLOWED = {
     "chosen": BASE | {"artifacts", "checks", "provenance", "descendants", "engine", "models", "report", "stages"},
     "downstream": LEVELS_0_TO_2 | {"tasks", "engine", "stages", "descendants", "timm_models", "pipeline"},
     "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
+    "study": LEVELS_0_TO_2 | {"report", "pipeline"},
     "cli": {"budget", "config", "meaning", "spaces", "errors", "statuses", "outcome", "recipes", "checkpoints", "data"}
-    | {"pipeline", "bench", "chosen", "downstream"},
+    | {"pipeline", "bench", "chosen", "downstream", "study", "report"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -105,6 +106,7 @@ NO_TORCH = {
     "sampling",
     "ledger",
     "provenance",
+    "study",
     "cli",
     "__main__",
     "__init__",

@@ -4,12 +4,13 @@ import json
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from lgp_dist.cli.bench import BenchAction, BenchCheckpoint, BenchEngine, BenchPaths, BenchStep, run_bench
 from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
+from lgp_dist.cli.compare import run_report, run_study
 from lgp_dist.cli.descendants import REGISTRY, Downstream, of_a_run, run_downstream
 from lgp_dist.cli.guard import guarded
 from lgp_dist.cli.recipe import Recipe
@@ -17,6 +18,7 @@ from lgp_dist.cli.shards import ShardsAction, run_shards
 from lgp_dist.config import RunConfig
 from lgp_dist.meaning import STAGES
 from lgp_dist.spaces import space_of
+from lgp_dist.study.questions import QUESTIONS
 
 SUMMARIES = {
     "ancestry": "Train or load the frozen teacher.",
@@ -28,6 +30,8 @@ SUMMARIES = {
     "export": "Write a descendant as a standalone model, of a recipe or of a finished run's directory.",
 }
 """Help of the stages' commands."""
+
+Question = tyro.conf.Positional[Literal[tuple(QUESTIONS)]]  # type: ignore[valid-type]
 
 app = tyro.extras.SubcommandApp()
 
@@ -83,6 +87,39 @@ def bench(action: BenchAction) -> None:
 def finetune_descendant(action: Annotated[Downstream, tyro.conf.arg(name="")]) -> None:
     """Train an exported descendant on another data set, with a new head."""
     guarded(lambda: run_downstream(action), action.debug, action.config.directory)
+
+
+@app.command
+def study(
+    question: Question,
+    recipe: Recipe,
+    out: str = "",
+    seeds: tuple[int, ...] = (0, 1, 2),
+    jobs: int = 1,
+    arms: tuple[str, ...] = (),
+) -> None:
+    """Answer a question by runs: its arms on several seeds, with means and intervals.
+
+    Args:
+        question: What is asked; arms are changes of the recipe.
+        out: Folder of all runs and of the result; empty for runs/study/QUESTION.
+        seeds: Every arm runs once on each.
+        jobs: Runs at a time, each on one thread.
+        arms: Arms to run beside the one that they are compared with; empty for all.
+    """
+    guarded(lambda: run_study(question, recipe, out, seeds, jobs, arms), recipe.debug)
+
+
+@app.command
+def report(runs: tyro.conf.Positional[tuple[str, ...]], snnet: str = "", out: str = "runs/report") -> None:
+    """Lay finished runs over each other: one table, one figure.
+
+    Args:
+        runs: Run directories that `lgp run` has completed.
+        snnet: SN-Net's own file of results, for one more curve: JSON lines with cfg_id, flops, params and acc1.
+        out: Folder for compare.md, compare.png and compare.svg.
+    """
+    guarded(lambda: run_report(runs, snnet, out), debug=False)
 
 
 def _run(config: RunConfig, stages: tuple[str, ...]) -> None:

@@ -3,9 +3,10 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from lgp_dist.config import GradientConfig, TrainConfig
 from lgp_dist.engine.guard import Guard, NotFinite
 from lgp_dist.engine.meters import StepMeter
-from lgp_dist.engine.optim import Decays, build_optimizer, build_schedule, decays_matrix, planned_steps
+from lgp_dist.engine.optim import Decays, build_optimizer, build_schedule, decays_matrix, planned_steps, rate_of
 from lgp_dist.engine.saving import Saver, Saving
 from lgp_dist.engine.setup import Workers
 from lgp_dist.engine.signals import Preemption
@@ -40,6 +41,7 @@ def train(
     trackers: tuple[str, ...] = (),
     tracked_config: dict[str, Any] | None = None,
     decays: Decays = decays_matrix,
+    rates: Mapping[str, float] = MappingProxyType({}),
     gradients: GradientConfig = GradientConfig(),  # noqa: B008  frozen
     watch: Watch | None = None,
     watch_every: int = 0,
@@ -50,18 +52,17 @@ def train(
 ) -> dict[str, Any]:
     """Trains `task.module` in place; afterwards every rank holds the same weights, whole.
 
-    watch: called with the wrapped module in eval mode every `watch_every` optimizer steps; what it measures is logged.
-    check: called on every rank with finished lines of metrics, which hold batches' facts summed over ranks; may raise.
-    guard: of this task and stage; without one, the run stops at the first step that is not finite.
-    saving: how the stage is saved and resumed; None for not at all.
-    Returns steps of the whole run, and seconds and images of this part of it. Raises Preempted once it has saved for a
-    signal.
+    rates: factors of the learning rate by part of the task's walk. watch: called with the wrapped module in eval mode
+    every `watch_every` optimizer steps; what it measures is logged. check: called on every rank with finished lines of
+    metrics, which hold batches' facts summed over ranks; may raise. guard: of this task and stage; without one, the run
+    stops at the first step that is not finite. saving: how the stage is saved and resumed; None for not at all.
+    Returns steps of the whole run, seconds and images of this part. Raises Preempted once it has saved for a signal.
     """
     steps, began = planned_steps(config, steps_per_epoch), time.monotonic()
     workers.watchdog.phase("start")
     with contextlib.ExitStack() as stack:
         task.to(workers.device)
-        optimizer = build_optimizer(task.module.to(workers.device).train(), config, decays, task.walk.parts)
+        optimizer = build_optimizer(task.module.to(workers.device).train(), config, decays, task.walk.parts, rates)
         schedule = build_schedule(optimizer, config, steps, steps_per_epoch)
         guard = guard or Guard(task, workers, config.accumulate, stage=stage)
         trainer = Trainer(workers, task, optimizer, config, gradients, trackers, run_dir / "tracking" / stage, guard)
@@ -72,7 +73,7 @@ def train(
         def one_step(step: int, stream: Iterator[Batch], meter: StepMeter) -> None:
             schedule.step_update(step)
             losses, counts, facts, times = _step(trainer, stream, step, seeds)
-            facts |= {"epoch": round(step / steps_per_epoch, 4), "lr": optimizer.param_groups[0]["lr"]}
+            facts |= {"epoch": round(step / steps_per_epoch, 4), "lr": rate_of(optimizer)}
             if watch and watch_every and (step + 1) % watch_every == 0:
                 facts |= _measure(trainer, watch)
             meter.add(step, losses, partial(_facts, task, step, config.accumulate, workers.world, facts), counts, times)

@@ -1,6 +1,7 @@
 """Optimizers with one parameter group per part and decay, the gate before their step, and timm's cosine schedule."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,23 +22,39 @@ def decays_matrix(name: str, parameter: Parameter) -> bool:
 
 
 def build_optimizer(
-    module: nn.Module, train: TrainConfig, decays: Decays = decays_matrix, parts: tuple[str, ...] = ()
+    module: nn.Module,
+    train: TrainConfig,
+    decays: Decays = decays_matrix,
+    parts: tuple[str, ...] = (),
+    rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Optimizer:
     """The optimizer over all trained parameters, in a group for each part, decayed and not.
 
     parts: names of submodules that a step may leave out as a whole. A group's key `part` names its own, "" for none.
+    rates: factors of the learning rate by part, 1 where none is given; timm's schedule applies a group's `lr_scale`.
     """
     groups: dict[tuple[str, bool], list[Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((part_of(name, parts), decays(name, parameter)), []).append(parameter)
     settings = [
-        {"params": parameters, "weight_decay": train.weight_decay if decay else 0.0, "part": part}
+        {
+            "params": parameters,
+            "weight_decay": train.weight_decay if decay else 0.0,
+            "part": part,
+            "lr_scale": rates.get(part, 1.0),
+        }
         for (part, decay), parameters in groups.items()
     ]
     if train.optimizer == "sgd":
         return SGD(settings, lr=train.lr, momentum=train.momentum)
     return AdamW(settings, lr=train.lr, eps=train.eps)
+
+
+def rate_of(optimizer: Optimizer) -> float:
+    """The present learning rate of parts with factor 1, or of the first part if there are none."""
+    groups = optimizer.param_groups
+    return next((group["lr"] for group in groups if group["lr_scale"] == 1), groups[0]["lr"])
 
 
 class Gate:

@@ -152,6 +152,11 @@ class LearngenePool(nn.Module):
             return frozenset(runs | {head})
         return frozenset(runs | {f"{head}.head"} | ({f"{head}.norm"} if self.space.has_norm(path) else set()))
 
+    def row_parts(self, row: int) -> tuple[str, ...]:
+        """Those of `part_names` that belong to one row; stitch layers belong to none."""
+        starts = (f"stem.rows.{row}", f"units.row{row}_", f"head.rows.{row}")
+        return tuple(name for name in self.part_names if name in starts or name.startswith(starts[1]))
+
     @classmethod
     def empty(cls, space: Space, heads: tuple[int, ...]) -> "LearngenePool":
         """A pool with timm's random weights; heads: attention heads of each row."""

@@ -221,12 +221,12 @@ def draw_accuracy(panel: Axes, rows: Sequence[Row], before: Sequence[Row], cost:
             zorder=5 if best else 4,
         )
     if rows:
-        _cost_axis(panel, [row[cost] / divisor for row in rows])
+        cost_axis(panel, [row[cost] / divisor for row in rows])
         _label_ends(panel, front, cost, divisor)
         _pad_accuracy(panel, [row["top1"] for row in (*rows, *before)])
 
 
-def _cost_axis(panel: Axes, costs: Sequence[float]) -> None:
+def cost_axis(panel: Axes, costs: Sequence[float]) -> None:
     """Limits and ticks for a cost: logarithmic where the dearest path costs more than 6 times the cheapest."""
     low, high = min(costs), max(costs)
     if low > 0 and high / low > 6:

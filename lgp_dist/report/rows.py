@@ -26,6 +26,12 @@ def kind_of(row: Row) -> Kind:
     return tuple(index for index in (row["low_row"], row["high_row"]) if index is not None)
 
 
+def row_alone(rows: Sequence[Row], *, wide: bool) -> Row | None:
+    """The cheapest of the paths that cross no stitch, or, wide, the dearest; None where there is none."""
+    alone = sorted((row for row in rows if row["stitch"] is None), key=lambda row: row["flops"])
+    return alone[-1 if wide else 0] if alone else None
+
+
 def kinds(rows: Sequence[Row]) -> list[Kind]:
     """Every kind among the rows, each once, narrow to wide."""
     return sorted({kind_of(row) for row in rows})

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lgp_dist.artifacts import load_tensors, save_tensors
+from lgp_dist.costs import ancestry_flops, work
 from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import check_normalisation, hub_weights, load_weights
 from lgp_dist.stages.context import Context, ancestry_vit
@@ -30,7 +31,9 @@ def run(context: Context) -> None:
         load_weights(vit, load_tensors(Path(ancestry.weights)), ancestry.weights)
         facts |= {"weights": ancestry.weights}
     if ancestry.source == "train":
-        facts["training"] = context.train("ancestry", ClassifyTask(vit), ancestry.train)
+        training = context.train("ancestry", ClassifyTask(vit), ancestry.train)
+        images = training["steps"] * ancestry.train.batch_size
+        facts["training"] = training | {"flops": work(images, ancestry_flops(config))}
     vit.to(context.workers.device).eval()
     top1, top5 = context.accuracies({"ancestry": vit})["ancestry"]
     facts |= {"top1": top1, "top5": top5, "params": sum(parameter.numel() for parameter in vit.parameters())}

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import Parameter
 
 from lgp_dist.artifacts import load_tensors, save_tensors
+from lgp_dist.costs import ancestry_flops, trained_rows_flops, work
 from lgp_dist.engine.optim import decays_matrix
 from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import Ancestry, check_normalisation, hub_weights, load_weights, timm_model
@@ -39,6 +40,9 @@ def run(context: Context) -> None:
         teacher = ancestry.prepare(config.engine.precision, config.engine.compile) if "distil" in sources else None
         task = DistilTask(trained, teacher, config.distil)
         facts["training"] = context.train("distil", task, config.distil.train, decays)
+        images = facts["training"]["steps"] * config.distil.train.batch_size
+        frozen = ancestry_flops(config) if teacher else 0.0
+        facts["training"] |= {"flops": work(images, trained_rows_flops(config), frozen)}
     module.to(context.workers.device).eval()
     measured = context.accuracies({str(index): row.vit for index, row in enumerate(module.rows)})
     for row, (top1, top5) in zip(facts["rows"], measured.values(), strict=True):

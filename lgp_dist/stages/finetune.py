@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lgp_dist.artifacts import load_tensors, save_tensors, write_json
+from lgp_dist.costs import ancestry_forward, work
 from lgp_dist.files import sha256
 from lgp_dist.ledger import behind, build_ledger
 from lgp_dist.metrics import read_metrics
@@ -40,6 +41,7 @@ def run(context: Context) -> None:
         FinetuneTask(pool, ancestry, sampler, config),
         config.train,
         gradients=config.gradients,
+        rates={part: factor for row, factor in enumerate(config.row_lr) for part in pool.row_parts(row)},
         watch=partial(measure, context),
         watch_every=config.watch_every,
         uses=config.paths_per_batch,
@@ -51,7 +53,9 @@ def run(context: Context) -> None:
         write_json(folder / "ledger.json", ledger)
         if late := behind(ledger):
             log.warning("finetune: %d path(s) were drawn less often than expected: %s", len(late), ", ".join(late))
-        return {"training": training, "policy": config.policy, "behind": late}
+        images, flops = training["steps"] * config.train.batch_size, mean_flops(context, ledger)
+        cost = work(images, config.paths_per_batch * flops, ancestry_forward(context.config))
+        return {"training": training | {"flops": cost}, "policy": config.policy, "behind": late}
 
     context.write("finetune", inputs, fill, time.monotonic() - began)
 
@@ -76,6 +80,12 @@ def measure(context: Context, pool: nn.Module) -> dict[str, float]:
     forwards = {path.key: partial(pool, path=path) for path in context.space.chosen(context.config.finetune.only)}
     found = context.accuracies(forwards, context.config.finetune.watch_images)
     return {f"top1/{key}": top1 for key, (top1, _) in found.items()}
+
+
+def mean_flops(context: Context, ledger: dict[str, Any]) -> float:
+    """FLOPs of one image's forward, averaged over the paths that were drawn."""
+    flops = {path.key: context.space.cost(path).flops for path in context.space.paths}
+    return sum(path["share"] * flops[path["key"]] for path in ledger["paths"] if path["draws"])
 
 
 def draws_of(metrics: Path, sampler: PathSampler) -> dict[str, Any]:

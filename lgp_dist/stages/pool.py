@@ -11,15 +11,19 @@ from torch import Tensor
 
 from lgp_dist.artifacts import Artifact, save_tensors
 from lgp_dist.baselines.sws import expand
-from lgp_dist.data.stream import clean_batches, open_split
+from lgp_dist.data.stream import clean_batches, evaluation_batches, open_split
 from lgp_dist.depths import DepthSpace
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryViT
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.models.stitch_fit import stitch_fits
 from lgp_dist.models.stitch_init import Starts, ancestry_means, least_squares_starts, transformation_starts
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")
+
+HELD_OUT = 256
+"""Validation images on which the start of the stitch layers is measured."""
 
 
 def run(context: Context) -> None:
@@ -41,7 +45,8 @@ def run(context: Context) -> None:
             "stitches": len(starts),
         }
         log.info("pool: %(paths)d paths, %(stored_params)d stored parameters", facts)
-        return {**facts, "stitch_init": context.config.pool.stitch_init}
+        fits = stitch_fits(pool.to(context.workers.device), held_out_images(context))
+        return {**facts, "stitch_init": context.config.pool.stitch_init, "r2": fits}
 
     context.write("pool", [distilled], fill, time.monotonic() - began)
 
@@ -79,3 +84,11 @@ def clean_images(context: Context) -> Iterator[Tensor]:
     batches = clean_batches(index, data, context.config.pool.samples, 100, context.config.seed)
     for batch in context.workers.watchdog.over(batches):
         yield batch.to(context.workers.device).images
+
+
+def held_out_images(context: Context) -> Iterator[Tensor]:
+    """HELD_OUT validation images, evenly spread over the split, in batches [B, C, H, W]."""
+    data, device = context.config.data, context.workers.device
+    index = open_split(data, data.val_split)
+    for batch in evaluation_batches(index, data, 64, 0, 1, HELD_OUT, device):
+        yield batch.images[batch.weight > 0]

@@ -40,6 +40,7 @@ class Cell:
     offload: bool = False
     compile: str = ""
     ops: Ops = "reference"
+    row_lr: tuple[float, ...] = ()
     rows: int = 2
     final_norm: bool = True
     steps: int = 4
@@ -58,6 +59,7 @@ class Cell:
         words += [f"average {self.average}"] * (self.average != "all") + ["union"] * (self.reduction == "union")
         words += ["checkpointed"] * self.checkpointed + ["offload"] * self.offload + [self.compile] * bool(self.compile)
         words += [self.ops] * (self.ops != "reference")
+        words += [f"row rates {' '.join(map(str, self.row_lr))}"] * bool(self.row_lr)
         words += [f"loss scale {self.loss_scale:g}"] * (self.loss_scale != 2.0**16)
         words += [f"broken {self.broken}", f"audit {self.audit}"] * bool(self.broken)
         words += ["no final norm"] * (not self.final_norm)
@@ -155,6 +157,7 @@ def extras() -> list[Cell]:
             replace(base, rows=3, steps=6),
             replace(base, rows=3, steps=6, final_norm=False),
             replace(base, rows=1),
+            replace(base, row_lr=(0.5, 0.125)),
             replace(base, compile="aot_eager", checkpointed=True),
         ]
         if engine in ("zero1", "zero2"):

@@ -1,6 +1,7 @@
 """What one process computes that runs every rank's path in turn: written with torch alone, no engine of the project."""
 
 import math
+import re
 from functools import lru_cache
 
 import torch
@@ -59,14 +60,16 @@ def reference(cell: Cell, nudge: int = 0, left_out: tuple[int, ...] = ()) -> dic
 
 
 def build_optimizer(cell: Cell, pool: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD with decay on matrices, not on vectors, class token and position embedding."""
-    named = list(pool.named_parameters())
-    matrices = [p for n, p in named if p.ndim > 1 and "cls_token" not in n and "pos_embed" not in n]
-    others = [p for _, p in named if not any(p is matrix for matrix in matrices)]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    """AdamW or SGD with decay on matrices, not on vectors, class token and position embedding; rates by row."""
+    rate, groups = 0.1 if cell.optimizer == "sgd" else 1e-2, []
+    for name, parameter in pool.named_parameters():
+        matrix = parameter.ndim > 1 and "cls_token" not in name and "pos_embed" not in name
+        row = re.match(r"(?:stem\.rows\.|units\.row|head\.rows\.)(\d+)", name)
+        factor = cell.row_lr[int(row[1])] if row and cell.row_lr else 1.0
+        groups.append({"params": [parameter], "weight_decay": 0.1 if matrix else 0.0, "lr": rate * factor})
     if cell.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=rate, eps=1e-3)
 
 
 def apply(

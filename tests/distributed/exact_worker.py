@@ -98,6 +98,7 @@ def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
         steps_per_epoch=cell.steps,
         run_dir=folder,
         gradients=cell.finetune_config().gradients,
+        rates={part: rate for row, rate in enumerate(cell.row_lr) for part in pool.row_parts(row)},
         watch=watch,
         watch_every=cell.steps,
     )

@@ -66,6 +66,7 @@ REFUSE: dict[str, Any] = {
     "pool.ridge": 0.5,
     "finetune.policy": "shared",
     "finetune.row_weight": 2.0,
+    "finetune.row_lr": (1.0, 0.1),
     "finetune.sandwich": True,
     "finetune.tau": 2.0,
     "finetune.loss_scale": "paper",
@@ -95,7 +96,7 @@ def state(config: RunConfig) -> TrainState:
 
 @pytest.mark.parametrize("key", [*PASS, *REFUSE])
 def test_verdict(key: str) -> None:
-    """53 configurations with one setting changed; a refusal names key, old and new value and what lets it through."""
+    """54 configurations with one setting changed; a refusal names key, old and new value and what lets it through."""
     value = {**PASS, **REFUSE}[key]
     was, now = flatten(tiny())[key], list(value) if isinstance(value, tuple) else value
     assert was != now, "the setting does change"

@@ -22,7 +22,7 @@ def test_help_answers_without_torch() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
     assert "tyro" in imported and not imported & HEAVY
-    assert all(name in done.stdout for name in (*STAGES, "run", "paths", "shards", "bench"))
+    assert all(name in done.stdout for name in (*STAGES, "run", "paths", "shards", "bench", "study", "report"))
 
 
 def test_every_stage_has_a_summary(lgp: Lgp) -> None:

@@ -372,6 +372,9 @@ def test_row_weight_is_exact(weight: float) -> None:
         ({"only": ("r0.0-5", "r0.0-5")}, ["finetune.only", "'r0.0-5'", "2 times"]),
         ({"row_weight": 0.0}, ["finetune.row_weight", "0.0"]),
         ({"row_weight": float("nan")}, ["finetune.row_weight", "nan"]),
+        ({"row_lr": (1.0,)}, ["finetune.row_lr", "2 factors"]),
+        ({"row_lr": (1.0, -0.1)}, ["finetune.row_lr", "-0.1"]),
+        ({"row_lr": (float("nan"), 1.0)}, ["finetune.row_lr", "nan"]),
         ({"row_weight": 1e6}, ["finetune.row_weight", "1000000.0"]),
     ],
 )

@@ -1,0 +1,103 @@
+"""Cells of a study: an arm on one seed is an ordinary run, which takes over what an earlier one has made alike."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lgp_dist.config import RunConfig
+from lgp_dist.errors import UserError
+from lgp_dist.meaning import STAGES, meaning
+from lgp_dist.study.questions import Arm, Question
+
+WATCH_EVERY = 100
+"""Optimizer steps between two measurements of all paths, where the recipe has none."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    arm: Arm
+    seed: int
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """The cell in words."""
+        return f"{self.arm.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Its run directory."""
+        return Path(self.config.run_dir)
+
+    def has(self, stage: str) -> bool:
+        """Whether the stage's artifact lies there; the run itself judges it."""
+        return (self.folder / stage / "artifact.json").is_file()
+
+
+def cells_of(question: Question, base: RunConfig, seeds: Sequence[int], out: Path) -> list[Cell]:
+    """All cells, one arm after the other. UserError where seeds come twice."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(
+            f"--seeds is {' '.join(map(str, seeds))}, but must name one seed or more, each once: change it."
+        )
+    found = []
+    for arm in question.arms:
+        for seed in seeds:
+            config = arm.change(replace(base, seed=seed))
+            watch = config.finetune.watch_every or WATCH_EVERY
+            found.append(
+                Cell(
+                    arm,
+                    seed,
+                    replace(
+                        config,
+                        force=False,
+                        run_dir=str(out / arm.name / f"seed{seed}"),
+                        finetune=replace(config.finetune, watch_every=watch),
+                        evaluate=replace(config.evaluate, before=True),
+                        engine=replace(config.engine, threads=config.engine.threads or 1),
+                    ),
+                )
+            )
+    return found
+
+
+def shared_stages(one: RunConfig, other: RunConfig) -> tuple[str, ...]:
+    """Stages that two runs make alike: those before the first whose settings differ."""
+    count = next((n for n, stage in enumerate(STAGES) if meaning(one, stage) != meaning(other, stage)), len(STAGES))
+    return STAGES[:count]
+
+
+def leader_of(cell: Cell, cells: Sequence[Cell]) -> tuple[Cell | None, tuple[str, ...]]:
+    """The earlier cell that makes the most of what this one needs, and those stages; None where none makes any."""
+    best: tuple[Cell | None, tuple[str, ...]] = (None, ())
+    for other in cells[: cells.index(cell)]:
+        stages = shared_stages(cell.config, other.config)
+        if len(stages) > len(best[1]):
+            best = (other, stages)
+    return best
+
+
+def take_over(cell: Cell, leader: Cell, stages: Sequence[str]) -> None:
+    """Links the leader's artifacts of these stages into the cell's folder, each whole or not at all.
+
+    They are files that no run changes in place; where the file system has no links they are copied.
+    """
+    for stage in stages:
+        if leader.has(stage) and not cell.has(stage):
+            partial = cell.folder / f".{stage}.linked"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(leader.folder / stage, partial, copy_function=_link)
+            os.replace(partial, cell.folder / stage)
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target

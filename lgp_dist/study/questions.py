@@ -1,0 +1,190 @@
+"""The questions that `lgp study` answers: each a list of arms, and an arm a change of a run's configuration."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+
+from lgp_dist.config import RunConfig
+from lgp_dist.recipes import RECIPES
+from lgp_dist.study.settings import changed_values, with_values
+
+Change = Callable[[RunConfig], RunConfig]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of doing it."""
+
+    name: str
+    """Names a folder."""
+    what: str
+    """In a few words, for the table."""
+    change: Change
+    """Makes the arm's configuration of the study's."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Arms that are compared."""
+
+    name: str
+    asks: str
+    """One sentence."""
+    arms: tuple[Arm, ...]
+    reference: str
+    """The arm that others are compared with, on the same seeds: the published choice where there is one."""
+    ranks: int = 1
+    """Processes of a run."""
+    keeps_rows: bool = False
+    """Whether arms are judged by what fine-tuning makes of the rows alone."""
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if self.reference not in names or len(set(names)) != len(names):
+            raise ValueError(f"question {self.name} needs arms of different names, one of them {self.reference!r}")
+
+
+def finetuned(**values: object) -> Change:
+    """Other values in stage finetune."""
+    return lambda config: replace(config, finetune=replace(config.finetune, **values))
+
+
+def loop(make: Callable[[RunConfig], dict[str, float]]) -> Change:
+    """Other values in the loop of stage finetune, which `make` computes of the configuration."""
+    return lambda config: finetuned(train=replace(config.finetune.train, **make(config)))(config)
+
+
+def slow_wide(config: RunConfig) -> RunConfig:
+    """A tenth of the learning rate for the widest row."""
+    return finetuned(row_lr=(*(1.0 for _ in config.model.rows[1:]), 0.1))(config)
+
+
+def chain(*changes: Change) -> Change:
+    """One change after the other."""
+    return lambda config: reduce(lambda made, change: change(made), changes, config)
+
+
+def same(config: RunConfig) -> RunConfig:
+    """The configuration as it is."""
+    return config
+
+
+def recipe_arm(name: str) -> Arm:
+    """A recipe as an arm, with whatever the study's configuration changes in its own recipe."""
+    summary = (RECIPES[name].__doc__ or "").splitlines()[0].rstrip(".")
+    return Arm(name, summary, lambda config: with_values(RECIPES[name](), changed_values(config)))
+
+
+def systems(recipes: Iterable[str], reference: str) -> Question:
+    """Whole recipes against each other."""
+    asks = "Which system reaches which accuracy at what size and training cost?"
+    return Question("systems", asks, tuple(recipe_arm(name) for name in recipes), reference)
+
+
+STITCH_INIT = Question(
+    "stitch_init",
+    "Where should stitch layers start from?",
+    tuple(
+        Arm(name, what, lambda config, name=name: replace(config, pool=replace(config.pool, stitch_init=name)))
+        for name, what in (
+            ("transformation_paper", "mean of the W, transposed (published)"),
+            ("transformation", "V of the nearest level"),
+            ("transformation_pinv", "pseudo-inverse of the nearest W"),
+            ("least_squares", "ridge least squares of the rows' features"),
+            ("random", "timm's default"),
+        )
+    ),
+    "transformation_paper",
+)
+
+
+def rate(factor: float) -> Change:
+    """So many times the learning rate of stage finetune."""
+    return loop(lambda config: {"lr": factor * config.finetune.train.lr})
+
+
+PAPER_SCALE = finetuned(loss_scale="paper")
+PUBLISHED = chain(PAPER_SCALE, loop(lambda config: {"lr": config.distil.train.lr}))
+"""The published code has one rate for distillation and fine-tuning."""
+FOUR_PATHS = loop(lambda config: {"accumulate": 4 * config.finetune.train.accumulate})
+"""Four paths in a step, which share its images: room for both rows and for stitched paths."""
+
+ROWS = Question(
+    "rows",
+    "What lets fine-tuning keep the wide row, raise the narrow one and still train all paths?",
+    (
+        Arm("published", "soft cross-entropy averaged over classes, the rate of distillation", PUBLISHED),
+        Arm("published_x10", "the same at ten times the recipe's rate", chain(PAPER_SCALE, rate(10))),
+        Arm("recipe", "the recipe", same),
+        Arm("lower_lr", "a tenth of the rate", rate(0.1)),
+        Arm("row_lr", "a tenth of the rate for the wide row", slow_wide),
+        Arm("no_distil", "labels alone", finetuned(distil_weight=0.0)),
+        Arm("four_paths", "four paths a step", FOUR_PATHS),
+        Arm("sandwich", "four paths a step, both rows among them", chain(FOUR_PATHS, finetuned(sandwich=True))),
+        Arm("row_weight", "rows drawn three times as often", finetuned(row_weight=3.0)),
+        Arm(
+            "combined",
+            "row_lr, sandwich and row_weight",
+            chain(FOUR_PATHS, slow_wide, finetuned(sandwich=True, row_weight=3.0)),
+        ),
+    ),
+    "published",
+    keeps_rows=True,
+)
+
+POLICY = Question(
+    "policy",
+    "How should ranks draw their paths?",
+    tuple(
+        Arm(name, what, finetuned(policy=name))
+        for name, what in (
+            ("independent", "each rank alone (published)"),
+            ("shared", "all ranks the same path"),
+            ("spread", "as many different paths as a step has room for"),
+            ("balanced", "spread, at equal work"),
+        )
+    ),
+    "independent",
+    ranks=4,
+)
+
+INSTANCES = Question(
+    "instances",
+    "What do more instances in the pool give?",
+    tuple(
+        Arm(
+            f"depth_{depth}",
+            f"rows of {depth} blocks",
+            lambda config, depth=depth: replace(config, model=replace(config.model, depth=depth)),
+        )
+        for depth in (6, 9)
+    ),
+    "depth_6",
+)
+
+
+def trained_ancestry(epochs: float, **values: object) -> Change:
+    """An ancestry of the recipe's width that is trained in the run, from the run's seed."""
+
+    def change(config: RunConfig) -> RunConfig:
+        train = replace(config.ancestry.train, epochs=epochs)
+        own = replace(config.ancestry, model="vit", source="train", train=train, **values)
+        return replace(config, ancestry=own)
+
+    return change
+
+
+ANCESTRY = Question(
+    "ancestry",
+    "What does the pool owe to its ancestry?",
+    (
+        Arm("recipe", "the recipe's", same),
+        Arm("short", "the same shape, trained here for 8 epochs", trained_ancestry(8.0)),
+        Arm("shallow", "6 blocks, trained here for 8 epochs", trained_ancestry(8.0, depth=6)),
+    ),
+    "recipe",
+)
+
+SYSTEMS = systems(("snnet_tiny", "tiny", "sws_tiny", "vanilla_tiny", "scratch_tiny"), "snnet_tiny")
+
+QUESTIONS = {question.name: question for question in (STITCH_INIT, ROWS, POLICY, INSTANCES, ANCESTRY, SYSTEMS)}

@@ -1,0 +1,48 @@
+"""Configurations by dotted keys: what differs, setting it, and saying it on a command line."""
+
+import dataclasses
+from typing import Any
+
+from lgp_dist.config import RunConfig
+from lgp_dist.meaning import flatten
+from lgp_dist.recipes import RECIPES
+
+
+def changed_values(config: RunConfig) -> dict[str, Any]:
+    """What differs from the configuration's own recipe, by dotted key. ValueError where it has other keys."""
+    own, now = flatten(RECIPES[config.recipe]()), flatten(config)
+    if own.keys() != now.keys():
+        raise ValueError(f"{config.recipe} has other settings: {sorted(own.keys() ^ now.keys())}")
+    return {key: value for key, value in now.items() if value != own[key]}
+
+
+def with_values(config: Any, values: dict[str, Any]) -> Any:
+    """The configuration with other values under dotted keys; keys that it does not have are left out."""
+    for key, value in values.items():
+        config = _with(config, key, value)
+    return config
+
+
+def _with(node: Any, key: str, value: Any) -> Any:
+    head, _, rest = key.partition(".")
+    if isinstance(node, tuple):
+        return tuple(_with(part, rest, value) if str(index) == head else part for index, part in enumerate(node))
+    if not hasattr(node, head):
+        return node
+    inner = _with(getattr(node, head), rest, value) if rest else (tuple(value) if isinstance(value, list) else value)
+    return dataclasses.replace(node, **{head: inner})
+
+
+def arguments(config: RunConfig) -> list[str]:
+    """The recipe's name and the options that make this configuration of it, as `lgp STAGE` takes them."""
+    found = [config.recipe]
+    for key, value in changed_values(config).items():
+        option = key.replace("_", "-")
+        if isinstance(value, bool):
+            parent, _, name = option.rpartition(".")
+            found.append(f"--{parent}{'.' * bool(parent)}{'' if value else 'no-'}{name}")
+        elif isinstance(value, list):
+            found += [f"--{option}", *map(str, value)]
+        else:
+            found += [f"--{option}", str(value)]
+    return found
