@@ -13,6 +13,7 @@ from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
 from lgp_dist.cli.compare import run_report, run_study
 from lgp_dist.cli.descendants import REGISTRY, Downstream, of_a_run, run_downstream
 from lgp_dist.cli.guard import guarded
+from lgp_dist.cli.launch import Check, run_launch
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.cli.shards import ShardsAction, run_shards
 from lgp_dist.config import RunConfig
@@ -74,6 +75,12 @@ def shards(action: ShardsAction) -> None:
 def checkpoint(action: CheckpointAction) -> None:
     """Verify and show checkpoints, and take weights out of them."""
     guarded(lambda: run_checkpoint(action), debug=False)
+
+
+@app.command
+def launch(action: Annotated[Check, tyro.conf.arg(name="")]) -> None:
+    """Check what a launch file would start."""
+    guarded(lambda: run_launch(action), debug=False)
 
 
 @app.command
