@@ -1,5 +1,6 @@
 """What this machine has, asked of the operating system alone."""
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -69,11 +70,11 @@ def _used(prefix: str) -> set[str]:
     """Paths below a folder that a process of this user has mapped or open."""
     used: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
             lines = (process / "maps").read_text(errors="replace").splitlines()
             used |= {line[line.index(prefix) :] for line in lines if prefix in line}
-            targets = (os.readlink(link) for link in (process / "fd").iterdir())
-            used |= {target for target in targets if target.startswith(prefix)}
-        except OSError:
-            continue  # it has ended, or is another user's
+        with contextlib.suppress(OSError):
+            for link in list((process / "fd").iterdir()):
+                with contextlib.suppress(OSError):  # it was closed meanwhile
+                    used.add(os.readlink(link))
     return used

@@ -43,6 +43,7 @@ ALLOWED = {
     "logs": set(),
     "checks": BASE,
     "machine": set(),
+    "doctor": {"config", "errors", "data", "machine"},
     "recipes": BASE,
     "dealing": set(),
     "costs": {"config", "depths", "paths", "spaces", "errors"},
@@ -68,7 +69,7 @@ ALLOWED = {
     "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
     "study": LEVELS_0_TO_2 | {"report", "pipeline"},
     "cli": {"budget", "config", "meaning", "spaces", "errors", "statuses", "outcome", "recipes", "checkpoints", "data"}
-    | {"pipeline", "bench", "chosen", "downstream", "study", "report", "engine"},
+    | {"pipeline", "bench", "chosen", "downstream", "study", "report", "engine", "doctor"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -88,6 +89,7 @@ ONLY_IN = {
 """Library -> the parts that may name it."""
 
 NO_TORCH = {
+    "doctor",
     "machine",
     "checks",
     "metrics",

@@ -12,6 +12,7 @@ from lgp_dist.cli.bench import BenchAction, BenchCheckpoint, BenchEngine, BenchP
 from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
 from lgp_dist.cli.compare import run_report, run_study
 from lgp_dist.cli.descendants import REGISTRY, Downstream, of_a_run, run_downstream
+from lgp_dist.cli.doctor import run_doctor
 from lgp_dist.cli.guard import guarded
 from lgp_dist.cli.launch import Check, run_launch
 from lgp_dist.cli.recipe import Recipe
@@ -81,6 +82,17 @@ def checkpoint(action: CheckpointAction) -> None:
 def launch(action: Annotated[Check, tyro.conf.arg(name="")]) -> None:
     """Check what a launch file would start."""
     guarded(lambda: run_launch(action), debug=False)
+
+
+@app.command
+def doctor(data: str = "", json: bool = False) -> None:  # noqa: A002  the flag's name
+    """Look for what this machine lacks; status 1 where something is to do.
+
+    Args:
+        data: A data.root to reach, as folder or address.
+        json: Print a list of objects.
+    """
+    guarded(lambda: run_doctor(data, as_json=json), debug=False)
 
 
 @app.command
