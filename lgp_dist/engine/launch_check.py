@@ -143,8 +143,8 @@ def _machine(settings: Mapping[str, Any], demand: Demand) -> Iterator[str]:
         yield f"Port {port} is in use on this machine: set main_process_port to {instead}."
     if isinstance(address, str) and nodes != 1 and not addresses(address):
         yield f"main_process_ip {address} has no address on this machine: check the name and the network of nodes."
-    ids = settings.get("gpu_ids", "all")
-    if torch.cuda.device_count() > 1 and ids not in ("", "-1") and 0 < shm_bytes() < SHM_BYTES:
+    on_gpus = settings.get("gpu_ids", "all") not in ("", "-1") and settings.get("num_processes") not in (1, nodes)
+    if on_gpus and 0 < shm_bytes() < SHM_BYTES:
         yield (
             f"/dev/shm has {shm_bytes() / 2**20:.0f} MiB, but NCCL wants {SHM_BYTES / 2**20:.0f}: start the container "
             "with --shm-size=1g, or mount a memory volume there."

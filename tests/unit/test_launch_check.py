@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -123,6 +124,7 @@ ADDRESS = ("--address", "192.0.2.7")
 TRAPS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     "no address": (NODES, (), ("None:29533", "--main_process_ip")),
     "loopback": (NODES, ("--address", "localhost"), ("loopback", "127.0.0.1")),
+    "no such host": (NODES, ("--address", "node0.invalid"), ("node0.invalid", "has no address")),
     "no rank": ({**NODES, "main_process_ip": "192.0.2.7"}, (), ("no machine_rank", "every node would be node 0")),
     "rank": (NODES, (*ADDRESS, "--rank", "2"), ("machine_rank is 2", "0 to 1")),
     "15 of 2": ({**NODES, "num_processes": 15}, ADDRESS, ("15", "7 on each, 14 in all", "take 14 or 16")),
@@ -172,6 +174,19 @@ def test_disk(tmp_path: Path, lgp: Lgp) -> None:
     small = Path("/proc")  # a file system without a free byte
     problems = found(lgp, write(tmp_path, CPU), "--recipe", "pool12", "--run-dir", f"{small}/run")["problems"]
     assert any("needs 2.3 GB" in problem and "0.0 GB left" in problem for problem in problems), problems
+
+
+def test_shared_memory(tmp_path: Path) -> None:
+    """The 64 MiB that a container has by default are too few for NCCL, and enough without it."""
+    small = ["unshare", "-Urm", "bash", "-c", 'mount -t tmpfs -o size=64m none /dev/shm && exec "$@"', "small"]
+    if shutil.which("unshare") is None or subprocess.run([*small, "true"], capture_output=True).returncode:
+        pytest.skip("a smaller /dev/shm needs namespaces, which are not allowed here")
+    gpu, cpu = ROOT / "launch_configs" / "gpu_8.yaml", ROOT / "launch_configs" / "cpu_2.yaml"
+    for path, wanted in ((gpu, True), (cpu, False)):
+        check = [sys.executable, "-m", "lgp_dist", "launch", "check", path]
+        done = subprocess.run([*small, *check], capture_output=True, text=True, cwd=tmp_path)
+        assert ("/dev/shm has 64 MiB, but NCCL wants 1024" in done.stdout) == wanted, done.stdout
+        assert done.returncode == (2 if wanted else 0), done.stderr
 
 
 @pytest.mark.parametrize(
