@@ -12,7 +12,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from lgp_dist.config import EngineConfig, TrainConfig
 from lgp_dist.engine.launch import Launch, check_launch
-from lgp_dist.engine.launch_file import read_launch_file, schema_problems
+from lgp_dist.engine.launch_file import option_problems, read_launch_file, schema_problems, sound_settings
 from lgp_dist.engine.launch_plan import Given, Node, plan
 from lgp_dist.engine.zero import deepspeed_config
 from lgp_dist.errors import UserError
@@ -58,12 +58,13 @@ def check_file(path: Path, given: Given, demand: Demand, *, here: bool = True) -
     here: this machine is one of the nodes, so that its ports, GPUs, memory and disk count.
     """
     stored = read_launch_file(path)
+    if problems := option_problems(given.settings()):
+        return Report(path, problems=problems)
     problems = schema_problems(path, stored)
-    settings = {key: value for key, value in stored.items() if key != "deepspeed_config" and value is not None}
-    section = stored.get("deepspeed_config")
-    settings |= (section if isinstance(section, dict) else {}) | given.settings()
-    if not problems:
-        problems += _traps(path, settings, stored)
+    settings = sound_settings(stored) | given.settings()
+    problems += _traps(path, settings)
+    if settings.get("num_machines", 1) > 1:
+        problems += _several_nodes(path, settings, stored)
     if here:
         problems += _machine(settings, demand)
     if problems:
@@ -76,13 +77,13 @@ def check_file(path: Path, given: Given, demand: Demand, *, here: bool = True) -
     return Report(path, nodes, problems, list(_notes(path, settings, nodes)))
 
 
-def _traps(path: Path, settings: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterator[str]:
+def _traps(path: Path, settings: Mapping[str, Any]) -> Iterator[str]:
     """What accelerate takes without a word, and starts something else than was meant."""
-    nodes, processes = settings.get("num_machines", 1), settings["num_processes"]
-    rank = settings.get("machine_rank")
+    nodes = settings.get("num_machines", 1)
+    processes, rank = settings.get("num_processes", nodes), settings.get("machine_rank")
     if settings.get("use_cpu"):
         yield f'{path} sets use_cpu, with which accelerate ignores DeepSpeed: leave it false, and set gpu_ids to "".'
-    if settings["distributed_type"] == "NO" and processes > 1:
+    if settings.get("distributed_type") == "NO" and processes > 1:
         yield f"{path} has distributed_type NO, which starts one process, not {processes}: take DEEPSPEED or MULTI_GPU."
     if processes % nodes:
         yield (
@@ -98,16 +99,14 @@ def _traps(path: Path, settings: Mapping[str, Any], stored: Mapping[str, Any]) -
         )
     if rank is not None and rank >= nodes:
         yield f"machine_rank is {rank}, but num_machines is {nodes}: nodes count from 0 to {nodes - 1}."
-    if nodes > 1:
-        yield from _several_nodes(path, settings, stored)
 
 
 def _several_nodes(path: Path, settings: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterator[str]:
     address, port = settings.get("main_process_ip"), settings.get("main_process_port", PORT)
-    if settings["distributed_type"] == "NO":
+    if settings.get("distributed_type") == "NO":
         yield f"{path} has distributed_type NO and several nodes: take DEEPSPEED or MULTI_GPU."
     launcher = settings.get("deepspeed_multinode_launcher", "pdsh")
-    if settings["distributed_type"] == "DEEPSPEED" and launcher != "standard":
+    if settings.get("distributed_type") == "DEEPSPEED" and launcher != "standard":
         how = (
             "sets" if "deepspeed_multinode_launcher" in settings else "has no deepspeed_multinode_launcher, which means"
         )
@@ -138,12 +137,12 @@ def _machine(settings: Mapping[str, Any], demand: Demand) -> Iterator[str]:
     """What this machine lacks."""
     nodes, port = settings.get("num_machines", 1), settings.get("main_process_port", PORT)
     rank, address = settings.get("machine_rank"), settings.get("main_process_ip")
-    if isinstance(port, int) and 0 <= port <= 65535 and rank in (0, None) and not port_free(port):
+    if rank in (0, None) and not port_free(port):
         instead = "0 for any that is free" if nodes == 1 else "another that is free on node 0"
         yield f"Port {port} is in use on this machine: set main_process_port to {instead}."
-    if isinstance(address, str) and nodes != 1 and not addresses(address):
+    if address is not None and nodes != 1 and not addresses(address):
         yield f"main_process_ip {address} has no address on this machine: check the name and the network of nodes."
-    on_gpus = settings.get("gpu_ids", "all") not in ("", "-1") and settings.get("num_processes") not in (1, nodes)
+    on_gpus = settings.get("gpu_ids", "all") not in ("", "-1") and settings.get("num_processes", nodes) > nodes
     if on_gpus and 0 < shm_bytes() < SHM_BYTES:
         yield (
             f"/dev/shm has {shm_bytes() / 2**20:.0f} MiB, but NCCL wants {SHM_BYTES / 2**20:.0f}: start the container "

@@ -103,6 +103,9 @@ REFUSED = {
 }
 """Other keys that accelerate knows -> why they are refused where they say anything."""
 
+NULL = {"main_process_ip", "main_process_port", "gpu_ids", "same_network", "rdzv_backend", "mixed_precision"}
+"""Keys of the top level at which accelerate takes null as if they were left out; so it does in `deepspeed_config`."""
+
 NOTHING = (None, False, {}, [], "", "no", "NO")
 """Values by which `accelerate config` says that a key is not used."""
 
@@ -142,7 +145,7 @@ def schema_problems(path: Path, stored: Mapping[str, Any]) -> list[str]:
     found = [
         f"{path} has no {key}, without which accelerate does not start: add it."
         for key in ("distributed_type", "num_processes")
-        if stored.get(key) is None
+        if key not in stored
     ]
     section = stored.get("deepspeed_config")
     if section is not None and not isinstance(section, dict):
@@ -155,12 +158,32 @@ def schema_problems(path: Path, stored: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def option_problems(given: Mapping[str, Any]) -> list[str]:
+    """One sentence for each option of a command line that holds what its key in a file could not."""
+    rules = {**TOP, **DEEPSPEED}
+    return [
+        f"--{key} is {value!r}, but it must be {rules[key].wanted()}."
+        for key, value in given.items()
+        if not rules[key].holds(value)
+    ]
+
+
+def sound_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of both levels that hold what they may, in one dictionary."""
+    section = stored.get("deepspeed_config")
+    pairs = [(TOP, stored), (DEEPSPEED, section if isinstance(section, dict) else {})]
+    return {
+        key: value for rules, part in pairs for key, value in part.items() if key in rules and rules[key].holds(value)
+    }
+
+
 def _section(
     path: Path, prefix: str, section: Mapping[Any, Any], rules: Mapping[str, Rule], known: list[str]
 ) -> Iterator[str]:
     for key, value in section.items():
         if key in rules:
-            if value is not None and not rules[key].holds(value):
+            unset = value is None and (prefix or key in NULL)
+            if not unset and not rules[key].holds(value):
                 wanted = rules[key].wanted() + _hint(key, value)
                 yield f"{path} sets {prefix}{key} to {value!r}, but it must be {wanted}."
         elif key in REFUSED and not prefix:

@@ -16,7 +16,9 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from run_helpers import Lgp
 
+from lgp_dist.engine.launch_check import Demand, check_file
 from lgp_dist.engine.launch_file import DEEPSPEED, REFUSED, TOP, read_launch_file, schema_problems
+from lgp_dist.engine.launch_plan import Given
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "launch_configs").glob("*.yaml"))
@@ -74,8 +76,7 @@ SCHEMA: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "precision": ({"mixed_precision": False}, ("mixed_precision", 'write "no"')),
     "port": ({"main_process_port": 70000}, ("70000", "from 0 to 65535")),
     "processes": ({"num_processes": 0}, ("num_processes to 0", "1 or more")),
-    "no processes": ({"num_processes": None}, ("has no num_processes",)),
-    "no type": ({"distributed_type": None}, ("has no distributed_type",)),
+    "null": ({"num_machines": None}, ("num_machines to None", "1 or more")),
     "fsdp": ({"fsdp_config": {"fsdp_version": 2}}, ("fsdp_config", "leave it out")),
     "section": ({"deepspeed_config": 2}, ("deepspeed_config 2",)),
 }
@@ -91,6 +92,10 @@ def test_schema(tmp_path: Path, name: str) -> None:
     assert sentence.endswith(".") and "\n" not in sentence
     good = write(tmp_path, {**CPU, "fsdp_config": {}, "downcast_bf16": "no", "tpu_env": [], "tpu_use_sudo": False})
     assert schema_problems(good, read_launch_file(good)) == []
+    for key in ("distributed_type", "num_processes"):
+        short = write(tmp_path, {name: value for name, value in CPU.items() if name != key})
+        (sentence,) = schema_problems(short, read_launch_file(short))
+        assert f"has no {key}" in sentence
 
 
 @pytest.mark.parametrize(
@@ -132,6 +137,8 @@ TRAPS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     "pdsh": ({**NODES, "deepspeed_config": {}}, ADDRESS, ("has no deepspeed_multinode_launcher", "pdsh", "standard")),
     "port 0": ({**NODES, "main_process_port": 0}, ADDRESS, ("main_process_port 0", "name one")),
     "gpu ids": ({**NODES, "gpu_ids": "0,1,2,3"}, ADDRESS, ("names 4 GPU(s)", "starts 2", "num_processes to 8")),
+    "no nodes": (CPU, ("--nodes", "0"), ("--num_machines is 0", "1 or more")),
+    "no port": (CPU, ("--port", "70000"), ("--main_process_port is 70000", "0 to 65535")),
     "use_cpu": ({**CPU, "use_cpu": True}, (), ("use_cpu", "ignores DeepSpeed")),
     "one process": ({**CPU, "distributed_type": "NO"}, (), ("starts one process, not 2",)),
     "batch": (CPU, ("--processes", "3", "--recipe", "tiny"), ("batch_size 128", "world size 3")),
@@ -167,6 +174,11 @@ def test_all_problems_are_listed(tmp_path: Path, lgp: Lgp) -> None:
     assert len(lines) == 3 and f"Port {port} is in use" in lines[-1]
     assert "3 problem(s)" in result.sentence
     assert not found(lgp, write(tmp_path, {**CPU, "main_process_port": port}))["problems"]
+    section = {"zero_stage": 5, "deepspeed_multinode_laucher": "standard"}
+    problems = found(lgp, write(tmp_path, {**NODES, "num_processes": 15, "deepspeed_config": section}))["problems"]
+    words = ("deepspeed_multinode_laucher", "zero_stage to 5", "7 on each", "pdsh", "None:29533")
+    assert len(problems) == len(words)
+    assert all(any(word in problem for problem in problems) for word in words), problems
 
 
 def test_disk(tmp_path: Path, lgp: Lgp) -> None:
@@ -241,3 +253,20 @@ def test_what_is_shown_is_what_runs(tmp_path: Path, lgp: Lgp, monkeypatch: pytes
         assert environment["WORLD_SIZE"] == str(node["world"])
         assert {name: environment[name] for name in node["environment"]} == node["environment"]
     assert not (tmp_path / str(last + 1)).exists()
+
+
+ODD: tuple[Any, ...] = (None, "", "7", 0, -1, 3, 1.5, True, [], ["a"], {}, {"a": 1}, "none", "no")
+
+
+@pytest.mark.parametrize("section", ["top", "deepspeed"])
+def test_odd_values_are_never_a_traceback(tmp_path: Path, section: str) -> None:
+    """Whatever stands at a key, a check ends with sentences, and plans nodes where it has none."""
+    for key in [*TOP, "deepspeed_config", *REFUSED] if section == "top" else [*DEEPSPEED]:
+        for value in ODD:
+            changed = (
+                {key: value} if section == "top" else {"deepspeed_config": {**NODES["deepspeed_config"], key: value}}
+            )
+            path = write(tmp_path, {**NODES, **changed})
+            report = check_file(path, Given(main_process_ip="192.0.2.7"), Demand())
+            assert bool(report.nodes) or bool(report.problems), (key, value)
+            assert all(problem.endswith(".") and "\n" not in problem for problem in report.problems), report.problems
