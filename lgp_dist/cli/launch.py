@@ -11,6 +11,7 @@ import tyro
 
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
+from lgp_dist.meaning import STAGES
 from lgp_dist.recipes import RECIPES
 from lgp_dist.spaces import space_of
 
@@ -101,7 +102,7 @@ def _data(config: RunConfig, world: int) -> tuple[list[str], list[str]]:
     """Problems and notes of shards and batches at so many ranks."""
     from lgp_dist.data.manifest import ShardManifest  # torch, as above
     from lgp_dist.data.roots import open_root
-    from lgp_dist.data.stream import check_batch
+    from lgp_dist.pipeline import check_world
 
     problems = []
     try:
@@ -112,9 +113,9 @@ def _data(config: RunConfig, world: int) -> tuple[list[str], list[str]]:
         shards = manifest.entries(config.data.train_split)
     except UserError as error:
         return [str(error)], []
-    for stage in ("distil", "finetune"):
+    for stage in STAGES:
         try:
-            check_batch(getattr(config, stage).train, world, sum(entry.samples for entry in shards), f"{stage}.train.")
+            check_world(config, (stage,), world, sum(entry.samples for entry in shards))
         except UserError as error:
             problems.append(str(error))
     threads = world * max(1, config.data.threads)

@@ -25,6 +25,10 @@ SHM_BYTES = 2**30
 """/dev/shm for NCCL on a node, as its troubleshooting guide advises for containers (`--shm-size=1g`)."""
 
 
+UNREAD = {"enable_cpu_affinity": False, "rdzv_backend": "static"}
+"""Keys whose options have a default in accelerate's parser, so that what a file says is never read -> the default."""
+
+
 @dataclass(frozen=True)
 class Demand:
     """What a run asks of its launch."""
@@ -81,8 +85,11 @@ def _traps(path: Path, settings: Mapping[str, Any]) -> Iterator[str]:
     """What accelerate takes without a word, and starts something else than was meant."""
     nodes = settings.get("num_machines", 1)
     processes, rank = settings.get("num_processes", nodes), settings.get("machine_rank")
-    if settings.get("use_cpu"):
-        yield f'{path} sets use_cpu, with which accelerate ignores DeepSpeed: leave it false, and set gpu_ids to "".'
+    if settings.get("use_cpu") and settings.get("distributed_type") != "NO":
+        yield f'{path} sets use_cpu, which accelerate reads for one process alone: set gpu_ids to "" for the CPU.'
+    for key, neutral in UNREAD.items():
+        if settings.get(key, neutral) != neutral:
+            yield f"{path} sets {key}, which accelerate takes from its command line alone: give --{key} there instead."
     if settings.get("distributed_type") == "NO" and processes > 1:
         yield f"{path} has distributed_type NO, which starts one process, not {processes}: take DEEPSPEED or MULTI_GPU."
     if processes % nodes:

@@ -23,7 +23,9 @@ CARD = {"cuda": "13.0", "devices": ["NVIDIA H100"] * 2, "nccl": "2.28.3", "gloo"
 
 def test_doctor_prints_a_line_for_each(lgp: Lgp) -> None:
     """Text and --json say the same, and the status follows; nothing is a traceback, with or without a GPU."""
-    rows = json.loads(lgp("doctor", "--json", "--data", SAMPLE).out)
+    result = lgp("doctor", "--json", "--data", SAMPLE)
+    rows = json.loads(result.out)
+    assert result.status == (0 if all(row["ok"] for row in rows) else 1)
     names = [row["name"] for row in rows]
     assert set(names) - {"nccl"} == {
         "python", "versions", "gpu", "gloo", "compiler", "shared memory", "open files", "data"
@@ -32,7 +34,6 @@ def test_doctor_prints_a_line_for_each(lgp: Lgp) -> None:
     assert result.status == 1 and "Traceback" not in result.out + result.err
     last = result.out.splitlines()[-1]
     assert last.startswith("to do  data:") and "no folder /nowhere" in last
-    assert lgp("doctor").status == (0 if all(row["ok"] for row in rows) else 1)
 
 
 def test_doctor_itself_needs_no_torch() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from run_helpers import Lgp
 
 from lgp_dist.engine.launch_check import Demand, check_file
 from lgp_dist.engine.launch_file import DEEPSPEED, REFUSED, TOP, read_launch_file, schema_problems
-from lgp_dist.engine.launch_plan import Given
+from lgp_dist.engine.launch_plan import Given, plan
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "launch_configs").glob("*.yaml"))
@@ -139,7 +140,9 @@ TRAPS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     "gpu ids": ({**NODES, "gpu_ids": "0,1,2,3"}, ADDRESS, ("names 4 GPU(s)", "starts 2", "num_processes to 8")),
     "no nodes": (CPU, ("--nodes", "0"), ("--num_machines is 0", "1 or more")),
     "no port": (CPU, ("--port", "70000"), ("--main_process_port is 70000", "0 to 65535")),
-    "use_cpu": ({**CPU, "use_cpu": True}, (), ("use_cpu", "ignores DeepSpeed")),
+    "use_cpu": ({**CPU, "use_cpu": True}, (), ("use_cpu", "for one process alone", "gpu_ids")),
+    "affinity": ({**CPU, "enable_cpu_affinity": True}, (), ("enable_cpu_affinity", "command line alone")),
+    "rendezvous": ({**NODES, "rdzv_backend": "c10d"}, ADDRESS, ("rdzv_backend", "give --rdzv_backend there")),
     "one process": ({**CPU, "distributed_type": "NO"}, (), ("starts one process, not 2",)),
     "batch": (CPU, ("--processes", "3", "--recipe", "tiny"), ("batch_size 128", "world size 3")),
     "recipe owns": (
@@ -162,6 +165,16 @@ def test_traps(tmp_path: Path, lgp: Lgp, name: str, monkeypatch: pytest.MonkeyPa
     problems = found(lgp, write(tmp_path, settings), *options)["problems"]
     assert any(all(word in problem for word in words) for problem in problems), problems
     assert all(problem.endswith(".") and "\n" not in problem for problem in problems)
+
+
+def test_what_accelerate_does_not_read(tmp_path: Path) -> None:
+    """The keys that are refused because they have no effect have none: the day accelerate reads them, this fails."""
+    given, words = Given(main_process_ip="192.0.2.7", machine_rank=0), ("run", "tiny")
+    (plain,) = plan(write(tmp_path, NODES), given, 2, words)
+    changes = {"enable_cpu_affinity": True, "rdzv_backend": "c10d", "use_cpu": True, "same_network": True}
+    assert plan(write(tmp_path, {**NODES, **changes}), given, 2, words) == [plain]
+    (one,) = plan(write(tmp_path, {**CPU, "distributed_type": "NO", "use_cpu": True}), Given(), 1, words)
+    assert one.environment["ACCELERATE_USE_CPU"] == "True" and one.world == 1
 
 
 def test_all_problems_are_listed(tmp_path: Path, lgp: Lgp) -> None:
@@ -253,6 +266,17 @@ def test_what_is_shown_is_what_runs(tmp_path: Path, lgp: Lgp, monkeypatch: pytes
         assert environment["WORLD_SIZE"] == str(node["world"])
         assert {name: environment[name] for name in node["environment"]} == node["environment"]
     assert not (tmp_path / str(last + 1)).exists()
+
+
+COMMANDS = re.findall(r"^    lgp (.+)$", (ROOT / "docs" / "launching.md").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_guide(lgp: Lgp, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end well as they stand there; a doctor may find something on this machine."""
+    monkeypatch.chdir(ROOT)
+    result = lgp(*command.split())
+    assert result.status == 0 or command.startswith("doctor") and result.status == 1, result
 
 
 ODD: tuple[Any, ...] = (None, "", "7", 0, -1, 3, 1.5, True, [], ["a"], {}, {"a": 1}, "none", "no")
