@@ -16,7 +16,7 @@ from lgp_dist.recipes import RECIPES
 from lgp_dist.spaces import space_of
 
 if TYPE_CHECKING:
-    from lgp_dist.engine.launch_check import Report
+    from lgp_dist.engine.launch_check import Demand, Report
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: weight and two moments, 4 bytes each."""
@@ -73,7 +73,7 @@ def run_launch(action: Check) -> None:
         raise UserError(f"{action.file} has {len(report.problems)} problem(s), listed above: put them right first.")
 
 
-def _demand(action: Check):  # noqa: ANN202  engine's type, which is imported when it is used
+def _demand(action: Check) -> "tuple[Demand, RunConfig | None]":
     """What the recipe asks for, and the recipe."""
     from lgp_dist.engine.launch_check import Demand
 
