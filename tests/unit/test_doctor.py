@@ -134,8 +134,8 @@ def test_stale_files(shared: Path) -> None:
     names = ["deepspeed_allreduce_buffer_0_127.0.0.1_29500_1", "nccl-Abc123"]
     assert stale_shm(shared) == [shared / name for name in names]
     code = (
-        "import mmap, sys\nwith open(sys.argv[1], 'r+b') as file: kept = mmap.mmap(file.fileno(), 0)\n"
-        "print(1, flush=True)\nsys.stdin.read()"
+        "import mmap, os, sys\nkept = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 0)\n"
+        "os.closerange(3, 64)\nprint(1, flush=True)\nsys.stdin.read()"  # mapped, and no longer open
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, shared / names[0]], stdin=subprocess.PIPE, stdout=subprocess.PIPE
