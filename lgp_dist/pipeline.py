@@ -183,6 +183,11 @@ def check_stages(config: RunConfig, stages: tuple[str, ...], directory: RunDirec
     for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
         if not (config.force and stage in stages):
             directory.check_settings(stage, config)
+    check_world(config, stages, world, images)
+
+
+def check_world(config: RunConfig, stages: tuple[str, ...], world: int, images: int) -> None:
+    """UserError where batch or schedule of a stage do not fit so many ranks and images."""
     trains = {"finetune": config.finetune.train}
     if any(row.trains for row in config.model.rows):
         trains["distil"] = config.distil.train

@@ -42,6 +42,8 @@ ALLOWED = {
     "metrics": set(),
     "logs": set(),
     "checks": BASE,
+    "machine": set(),
+    "doctor": {"config", "errors", "data", "machine"},
     "recipes": BASE,
     "dealing": set(),
     "costs": {"config", "depths", "paths", "spaces", "errors"},
@@ -55,7 +57,8 @@ ALLOWED = {
     "models": {"config", "paths", "spaces", "errors", "ops"},
     "baselines": {"config", "depths", "errors", "models"},
     "tasks": LEVELS_0_TO_2,
-    "engine": {"config", "meaning", "protocols", "errors", "files", "statuses", "sampling", "metrics", "checkpoints"},
+    "engine": {"config", "meaning", "protocols", "errors", "files", "statuses", "sampling", "metrics", "checkpoints"}
+    | {"machine"},
     "report": {"artifacts", "errors", "metrics"},
     "descendants": BASE | {"artifacts", "models", "provenance", "timm_models"},
     "timm_models": {"models", "paths"},
@@ -66,7 +69,7 @@ ALLOWED = {
     "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
     "study": LEVELS_0_TO_2 | {"report", "pipeline"},
     "cli": {"budget", "config", "meaning", "spaces", "errors", "statuses", "outcome", "recipes", "checkpoints", "data"}
-    | {"pipeline", "bench", "chosen", "downstream", "study", "report"},
+    | {"pipeline", "bench", "chosen", "downstream", "study", "report", "engine", "doctor"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -86,6 +89,8 @@ ONLY_IN = {
 """Library -> the parts that may name it."""
 
 NO_TORCH = {
+    "doctor",
+    "machine",
     "checks",
     "metrics",
     "logs",

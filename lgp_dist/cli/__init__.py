@@ -12,7 +12,9 @@ from lgp_dist.cli.bench import BenchAction, BenchCheckpoint, BenchEngine, BenchP
 from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
 from lgp_dist.cli.compare import run_report, run_study
 from lgp_dist.cli.descendants import REGISTRY, Downstream, of_a_run, run_downstream
+from lgp_dist.cli.doctor import run_doctor
 from lgp_dist.cli.guard import guarded
+from lgp_dist.cli.launch import Check, run_launch
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.cli.shards import ShardsAction, run_shards
 from lgp_dist.config import RunConfig
@@ -74,6 +76,23 @@ def shards(action: ShardsAction) -> None:
 def checkpoint(action: CheckpointAction) -> None:
     """Verify and show checkpoints, and take weights out of them."""
     guarded(lambda: run_checkpoint(action), debug=False)
+
+
+@app.command
+def launch(action: Annotated[Check, tyro.conf.arg(name="")]) -> None:
+    """Check what a launch file would start."""
+    guarded(lambda: run_launch(action), debug=False)
+
+
+@app.command
+def doctor(data: str = "", json: bool = False) -> None:  # noqa: A002  the flag's name
+    """Look for what this machine lacks; status 1 where something is to do.
+
+    Args:
+        data: A data.root to reach, as folder or address.
+        json: Print a list of objects.
+    """
+    guarded(lambda: run_doctor(data, as_json=json), debug=False)
 
 
 @app.command

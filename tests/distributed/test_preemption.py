@@ -15,7 +15,7 @@ from lgp_dist.engine.signals import Preemption
 from lgp_dist.outcome import Outcome, clear_outcome, read_outcome, write_outcome
 from lgp_dist.statuses import PREEMPTED
 
-SLURM = ROOT / "launch_configs" / "slurm.sh"
+SLURM = ROOT / "launch_configs" / "slurm" / "train.sbatch"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 SAVE_S = 33 if os.environ.get("LGP_LONG_TESTS") else 1
@@ -77,7 +77,7 @@ def test_launcher_passes_signals_on(tmp_path: Path, mark: str, forwarded: bool) 
 
 
 def batch(folder: Path, mark: str, launch: str, **environment: str) -> subprocess.Popen[str]:
-    """slurm.sh with a scheduler on PATH and another launcher in accelerate's place; the run directory is RUN."""
+    """train.sbatch with a scheduler on PATH and another launcher in accelerate's place; the run directory is RUN."""
     programs = folder / "bin"
     programs.mkdir()
     for name, text in FAKES.items():
@@ -129,6 +129,7 @@ def test_batch_script_decides(
     out, _ = process.communicate(timeout=60)
     assert process.returncode == expected, out
     assert said(tmp_path, "scontrol") == ("requeue 42\n" if requeued else "")
+    assert "--num_machines 1 --num_processes 8 --main_process_ip localhost" in said(tmp_path, "accelerate")
     assert said(tmp_path, "accelerate").endswith(f"-m lgp_dist run tiny --seed=1 --run-dir={run}\n")
 
 
