@@ -21,7 +21,7 @@ from lgp_dist.descendants.folder import Exported, told, write_folder
 from lgp_dist.descendants.latency import NAME, LatencyFile, with_latencies
 from lgp_dist.errors import UserError
 from lgp_dist.models.descendant import exported_config
-from lgp_dist.pipeline import inputs, join, recorded
+from lgp_dist.pipeline import inputs, joined, recorded
 from lgp_dist.stages.context import Context
 from lgp_dist.stages.export import batches_of
 from lgp_dist.tasks.classify import ClassifyTask
@@ -43,11 +43,11 @@ def finetune_descendant(folder: Path, config: RunConfig) -> None:
         config = completed(folder, config)
     except UserError as error:  # on this rank; the others must hear of it
         config, refusal = replace(config, data=replace(config.data, num_classes=1000)), error
-    workers, refused = join(config)
-    manifest, directory = inputs(config, (STAGE,), workers, refusal or refused)
-    images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
-    check_batch(config.finetune.train, workers.world, images, "train.")
-    recorded(config, directory, workers, STAGE, lambda context: _work(context, folder, manifest.classes))
+    with joined(config) as (workers, refused):
+        manifest, directory = inputs(config, (STAGE,), workers, refusal or refused)
+        images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
+        check_batch(config.finetune.train, workers.world, images, "train.")
+        recorded(config, directory, workers, STAGE, lambda context: _work(context, folder, manifest.classes))
 
 
 def completed(folder: Path, config: RunConfig) -> RunConfig:

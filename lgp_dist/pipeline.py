@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lgp_dist.config import RunConfig
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import check_batch
-from lgp_dist.engine.agreement import REFUSAL, check_equal, facts_of
+from lgp_dist.engine.agreement import COMPARED_S, REFUSAL, check_equal, facts_of
 from lgp_dist.engine.setup import Workers, check_trackers
 from lgp_dist.engine.watchdog import Watchdog
 from lgp_dist.errors import Preempted, UserError
@@ -46,17 +46,17 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
 
     Raises UserError for whatever a person can put right; what can be known before the first stage is checked before it.
     """
-    workers, refusal = join(config)
-    manifest, directory = inputs(config, stages, workers, refusal)
-    images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
-    check_stages(config, stages, directory, workers.world, images)
+    with joined(config) as (workers, refusal):
+        manifest, directory = inputs(config, stages, workers, refusal)
+        images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
+        check_stages(config, stages, directory, workers.world, images)
 
-    def finish() -> None:
-        table = publish(directory.root, config.recipe, flatten(config), directory.consistent())
-        if table and "evaluate" in stages:
-            show(f"\n{table}\n\nResults: {directory.root}/report.html, paths.csv, pareto.png, export/\n")
+        def finish() -> None:
+            table = publish(directory.root, config.recipe, flatten(config), directory.consistent())
+            if table and "evaluate" in stages:
+                show(f"\n{table}\n\nResults: {directory.root}/report.html, paths.csv, pareto.png, export/\n")
 
-    recorded(config, directory, workers, stages[-1], lambda context: _run(context, stages), finish)
+        recorded(config, directory, workers, stages[-1], lambda context: _run(context, stages), finish)
 
 
 def recorded(
@@ -67,8 +67,8 @@ def recorded(
     work: Callable[[Context], None],
     finish: Callable[[], None] = lambda: None,
 ) -> None:
-    """Calls `work` on every rank, watched, with log, settings and environment in the run directory, then `finish` on
-    rank 0; outcome.json says how it ended. The ranks leave their group.
+    """Calls `work` on every rank, with log, settings and environment in the run directory, then `finish` on rank 0;
+    outcome.json says how it ended.
 
     stage: what is done when all is.
     """
@@ -79,11 +79,9 @@ def recorded(
         open_log(directory.root / "log.txt")
         write_json(directory.root / "config.json", flatten(config))
         write_json(directory.root / "environment.json", about)
+    workers.watchdog.phase("start")
     workers.barrier()  # where rank 0 cannot write, the others end with it
-    with Watchdog(directory.root / "heartbeats", workers.rank, workers.world, config.faults.timeout_s) as watchdog:
-        context = Context(config, directory, replace(workers, watchdog=watchdog), about["commit"])
-        _work_and_tell(context, stage, work, finish)
-    workers.close()
+    _work_and_tell(Context(config, directory, workers, about["commit"]), stage, work, finish)
 
 
 def _work_and_tell(context: Context, stage: str, work: Callable[[Context], None], finish: Callable[[], None]) -> None:
@@ -129,13 +127,23 @@ def _outcome(error: BaseException) -> Outcome:
     return Outcome("failed", sentence=str(error) or type(error).__name__)
 
 
-def join(config: RunConfig) -> tuple[Workers, UserError | None]:
-    """Joins the other ranks, also where this one's settings are refused: ranks of other nodes would wait for it."""
+@contextlib.contextmanager
+def joined(config: RunConfig) -> Iterator[tuple[Workers, UserError | None]]:
+    """This rank among the others, watched until it leaves; also where its settings are refused, with the refusal: ranks
+    of other nodes would wait for it."""
+    refusal = None
     try:
         check_config(config)
     except UserError as error:
-        return Workers.start(replace(config.engine, threads=0)), error
-    return Workers.start(config.engine, config.faults.timeout_s), None
+        refusal = error
+    timeout_s = 0.0 if refusal else config.faults.timeout_s
+    with Watchdog.launched(Path(config.directory) / "heartbeats", timeout_s) as watchdog:
+        watchdog.phase("join")
+        engine = replace(config.engine, threads=0) if refusal else config.engine
+        workers = replace(Workers.start(engine, timeout_s), watchdog=watchdog)
+        watchdog.phase("compare", COMPARED_S)
+        yield workers, refusal
+    workers.close()
 
 
 def inputs(

@@ -23,6 +23,8 @@ from lgp_dist.meaning import flatten
 
 PATIENCE = timedelta(minutes=5)
 """How long a rank waits here for one that has joined, and reads the manifest of a remote root."""
+COMPARED_S = 240.0
+"""Seconds after which the watchdog says for whom it waits, before that."""
 
 PER_RANK = frozenset(
     {

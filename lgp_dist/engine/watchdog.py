@@ -13,6 +13,7 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import os
 import secrets
 import socket
@@ -22,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from lgp_dist.engine.heartbeat import Beat, Pulse, judge, main_thread, read_beats, sentence, write_beat, write_text
 from lgp_dist.statuses import HUNG
@@ -76,12 +77,18 @@ class Watchdog:
         self._life, self._host, self._beats = secrets.token_hex(8), socket.gethostname(), 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._stacks: TextIO | None = None
         self._failed = False
 
     @classmethod
     def off(cls) -> "Watchdog":
         """One that watches nothing."""
         return cls(Path(), 0, 1, 0.0)
+
+    @classmethod
+    def launched(cls, folder: Path, timeout_s: float) -> "Watchdog":
+        """That of this process as its launcher has numbered it, before it has joined the others."""
+        return cls(folder, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), timeout_s)
 
     def note(self, step: int, phase: str, path: str | None = None) -> None:
         """A step is here; path: None for that of before. Costs no I/O."""
@@ -97,9 +104,12 @@ class Watchdog:
         self._note = replace(self._note, stage=stage, step=None, path="")
         self.phase("begin")
 
-    def phase(self, phase: str) -> None:
-        """Something outside of steps, or long, begins on every rank. Step and path stay those of the last step."""
-        self._first, self._limit = None, longest(self.timeout_s)
+    def phase(self, phase: str, at_most_s: float = math.inf) -> None:
+        """Something outside of steps, or long, begins on every rank. Step and path stay those of the last step.
+
+        at_most_s: after which it has failed anyhow, if that is earlier.
+        """
+        self._first, self._limit = None, min(longest(self.timeout_s), at_most_s)
         self._note = replace(self._note, phase=phase, number=self._note.number + 1)
 
     def alive(self) -> None:
@@ -114,10 +124,9 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.timeout_s:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.rank == 0:
-                (self.folder / "hang.json").unlink(missing_ok=True)
-            self._stacks = (self.folder / f"stacks-rank-{self.rank}.txt").open("w")
+            with contextlib.suppress(OSError):
+                for name in ("hang.json",) * (self.rank == 0) + (f"rank-{self.rank}.json",):
+                    (self.folder / name).unlink(missing_ok=True)
             self._thread.start()
         return self
 
@@ -126,7 +135,8 @@ class Watchdog:
             self._stop.set()
             self._thread.join(self.timeout_s)
             faulthandler.cancel_dump_traceback_later()
-            self._stacks.close()
+            if self._stacks is not None:
+                self._stacks.close()
             if any(failure):
                 return
             with contextlib.suppress(OSError):
@@ -137,8 +147,9 @@ class Watchdog:
         note, pulse, noted, since, now, last = None, None, 0.0, 0.0, 0.0, time.monotonic()
         while not self._stop.wait(self.interval):
             limit = self._limit
-            # In a thread of C: it also writes where a call keeps Python's lock and this thread stands still.
-            faulthandler.dump_traceback_later(limit, file=self._stacks)
+            if self._open():
+                # In a thread of C: it also writes where a call keeps Python's lock and this thread stands still.
+                faulthandler.dump_traceback_later(limit, file=self._stacks)
             # `now` does not count the time in which this process was stopped: a suspended job does not grow old.
             now, last = now + min(time.monotonic() - last, 2 * self.interval), time.monotonic()
             if note is not self._note:
@@ -156,6 +167,15 @@ class Watchdog:
                 silent = [rank for rank in pulse.silent(now, (STILL - 1) * self.interval) if rank != self.rank]
                 if all(rank in silent or other.age_s >= limit / 2 for rank, other in pulse.beats.items()):
                     self._end(self._accuse(pulse, silent, limit))
+
+    def _open(self) -> bool:
+        """Whether the folder is there and takes stacks; made at the first beat, so that what is refused at once leaves
+        nothing."""
+        if self._stacks is None:
+            with contextlib.suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._stacks = (self.folder / f"stacks-rank-{self.rank}.txt").open("w")
+        return self._stacks is not None
 
     def _beat(self, note: Note, age_s: float) -> Beat:
         waits, where = main_thread()
@@ -197,8 +217,9 @@ class Watchdog:
     def _end(self, text: str) -> None:
         """Stacks, last words, and the end of the process, whatever its other threads hold."""
         faulthandler.cancel_dump_traceback_later()
-        with contextlib.suppress(OSError):
-            faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        if self._stacks is not None:
+            with contextlib.suppress(OSError):
+                faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         if text:
             speaker = threading.Thread(target=_say, args=(text,), daemon=True)
             speaker.start()

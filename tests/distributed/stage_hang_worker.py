@@ -19,7 +19,7 @@ from torture import Life
 
 from lgp_dist import pipeline
 from lgp_dist.artifacts import RunDirectory
-from lgp_dist.engine import evaluate
+from lgp_dist.engine import evaluate, setup
 from lgp_dist.engine.setup import Workers
 from lgp_dist.stages import finetune
 
@@ -50,6 +50,8 @@ def before(function: Callable[..., Any], go_wrong: Callable[[], None]) -> Callab
 
 
 CASES: dict[str, tuple[str, int, Any, str, Callable[[], None]]] = {
+    "joins": ("evaluate", 1, setup, "_join", stop),
+    "compares": ("evaluate", 0, pipeline, "inputs", stop),
     "waits": ("finetune", 1, Workers, "barrier", at_second_call(stop)),  # the first is that of the start
     "writes": ("finetune", 0, RunDirectory, "_record", stop),
     "ledger": ("finetune", 0, finetune, "draws_of", partial(time.sleep, 120)),

@@ -1,4 +1,4 @@
-"""A rank that stands still outside of training steps, in a real stage on two ranks, is named and ends the run."""
+"""A rank that stands still at the start, or outside of steps in a real stage, is named and ends the run; two ranks."""
 
 import json
 import os
@@ -20,6 +20,8 @@ STOPPED = "gives no sign of life .*: last seen in "
 LAST = "step 1, path [^,]+, "
 """Of training, which stands before the artifact."""
 CASES = {
+    "joins": ("evaluate", 1, f"{STOPPED}phase join", "phase join"),
+    "compares": ("evaluate", 0, f"{STOPPED}phase compare", "phase compare"),
     "waits": ("finetune", 1, f"{STOPPED}stage finetune, {LAST}phase artifact", "step 1, phase artifact"),
     "writes": ("finetune", 0, f"{STOPPED}stage finetune, {LAST}phase artifact", "step 1, phase artifact"),
     "ledger": (
