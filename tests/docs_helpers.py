@@ -16,6 +16,9 @@ COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(lgp|accelerate|torchrun|sbatch|pip|scri
 MENTION = re.compile(r"(lgp|accelerate|torchrun|sbatch)( [a-z-]+){0,2}")
 """Between backticks: the name of a command, without what it needs."""
 
+SAID_BEHIND = re.compile(r"\s{2,}|\s#\s|\s>\s")
+"""What divides a command in a block from words that explain it, or from the file that takes what it prints."""
+
 PLACEHOLDERS = {
     "STAGE": "finetune",
     "RECIPE": "tiny",
@@ -80,7 +83,7 @@ def spans(prose: str) -> list[str]:
 def commands(page: str, text: str) -> list[Command]:
     """Every command of a page, each once; in blocks without the words that explain it."""
     code, prose = blocks(text)
-    lines = [re.split(r"\s{2,}|\s#\s|\s>\s", line)[0] for line in code]
+    lines = [SAID_BEHIND.split(line)[0] for line in code]
     mentions = [Command(page, text, tuple(text.split()), True) for text in spans(prose) if MENTION.fullmatch(text)]
     lines += [text for text in spans(prose) if not MENTION.fullmatch(text)]
     found = [command for line in lines if COMMAND.match(line) for command in expanded(page, line)]
@@ -88,12 +91,19 @@ def commands(page: str, text: str) -> list[Command]:
 
 
 def expanded(page: str, line: str) -> Iterator[Command]:
-    """A command for each of the alternatives `a | b`, or `a|b`, with examples for placeholders."""
+    """A command for each of the alternatives `a | b`, or `a|b`, with examples for placeholders.
+
+    `RUN RUN ...` stands for any number, `--option ...` for a value; with more options behind the dots it is only named.
+    """
     text = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line)
     if several := re.search(r"[\w-]+(?: \| [\w-]+)+", text):
         for name in several[0].split(" | "):
             yield Command(page, line, tuple(shlex.split(text[: several.start()] + name)), named=True)
         return
+    if " ... --" in text:
+        yield Command(page, line, tuple(re.split(r" [A-Z]", text)[0].split()), named=True)
+        return
+    text = re.sub(r"(--[\w.-]+) \.\.\.$", r"\1 NAME", text)
     text = text.replace("[--", "--").replace("] ", " ").replace(" ...", "").removesuffix("]")
     for old, new in PLACEHOLDERS.items():
         text = re.sub(rf"(?<![\w$/]){re.escape(old)}(?!\w)|(?<=/){re.escape(old)}(?!\w)", new, text)
@@ -104,10 +114,14 @@ def expanded(page: str, line: str) -> Iterator[Command]:
     yield Command(page, line, tuple(shlex.split(text)))
 
 
-def files_named(page: str, text: str) -> set[str]:
-    """Files of this repository that a page names between backticks or in a command, by their path from its root."""
+def files_named(text: str) -> set[str]:
+    """Files of this repository that a page names between backticks or in a command, by their path from its root.
+
+    What stands behind a command tells what it writes, which need not be there.
+    """
     code, prose = blocks(text)
-    words = {word for line in [*code, *spans(prose)] for word in line.split()}
+    words = {word for line in code for word in SAID_BEHIND.split(line)[0].split()}
+    words |= {word for span in spans(prose) for word in span.split()}
     words = {word.strip("`'\"(),;:").split("::")[0] for word in words}
     tops = ("lgp_dist/", "tests/", "scripts/", "launch_configs/", "benchmarks/", "docs/")
     return {word for word in words if word.startswith(tops) and not re.search(r"[A-Z*{=]|seed\d", word)}

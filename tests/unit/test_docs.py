@@ -25,9 +25,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BEHIND = {"prove_exact": "prove.py", "torture": "torture.py", "soak": "soak.py"}
 """Script -> the file of tests/distributed that reads its arguments."""
 
-MADE_LATER = {"benchmarks/gpu_op.json", "benchmarks/gpu_step.json"}
-"""Files that a command of the pages writes."""
-
 ELSEWHERE = {"docs/launching.md", "docs/throughput.md"}
 """Pages that have their place in the navigation; scripts/docs leaves out those that are not there."""
 
@@ -135,7 +132,8 @@ def test_commands_are_found() -> None:
             "```",
             "A=1 lgp report RUN RUN ... [--snnet FILE] > table.md",
             "```",
-            "| a | `scripts/torture --seed S` |",
+            "| a | `scripts/torture --seed S` | `lgp bench paths RECIPE ... --out FILE` |",
+            "| b | `lgp bench data --folder ...` |",
         ]
     )
     launch = "accelerate launch --config_file launch_configs/cpu_2.yaml --zero_stage {} -m lgp_dist finetune tiny"
@@ -147,6 +145,8 @@ def test_commands_are_found() -> None:
         "lgp report runs/tiny runs/tiny --snnet some.file",
         "lgp paths tiny --json",
         "scripts/torture --seed 1",
+        "lgp bench paths",
+        "lgp bench data --folder name",
         "lgp shards",
     ]
     everywhere = [command for page in PAGES for command in commands(page, (ROOT / page).read_text())]
@@ -181,14 +181,21 @@ def test_wrong_command_is_found(line: str, parsed: Callable[..., str]) -> None:
     assert any(complaint(command, parsed) for command in commands("page", line if "`" in line else f"\n    {line}"))
 
 
+def not_there(text: str) -> set[str]:
+    """Files and settings that a page names and nobody has."""
+    known = {key for recipe in RECIPES.values() for key in flatten(recipe())}
+    settings = {name for name in settings_named(text) if name.replace(".no_", ".") not in known}
+    return settings | {file for file in files_named(text) if not (ROOT / file).exists()}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_and_settings_are_there(page: str) -> None:
-    text = (ROOT / page).read_text()
-    missing = {file for file in files_named(page, text) - MADE_LATER if not (ROOT / file).exists()}
-    assert not missing, f"{page} names files that are not there"
-    known = {key for recipe in RECIPES.values() for key in flatten(recipe())}
-    unknown = {name for name in settings_named(text) if name.replace(".no_", ".") not in known}
-    assert not unknown, f"{page} names settings that are none"
+    assert not not_there((ROOT / page).read_text())
+
+
+def test_missing_file_and_setting_are_found() -> None:
+    text = "`scripts/none --data.rot X` of `lgp_dist/none.py` and `tests/conftest.py`, `--model.no-final-norm`\n"
+    assert not_there(text) == {"scripts/none", "lgp_dist/none.py", "data.rot"}
 
 
 @pytest.mark.parametrize("page", PAGES)
