@@ -16,7 +16,7 @@ from lgp_dist.errors import UserError
 from lgp_dist.spaces import AnyPath, Space
 
 Plan = tuple[tuple[AnyPath, ...], ...]
-"""The paths of a step, indexed [micro-step][rank]."""
+"""The paths of a step, indexed by micro-step, then rank."""
 
 KEPT = 4
 """Plans that a sampler remembers."""
@@ -89,7 +89,7 @@ class PathSampler:
         return self.plan(step, world)[micro_step][rank]
 
     def plan(self, step: int, world: int) -> Plan:
-        """The paths of all ranks in a step, indexed [micro-step][rank]."""
+        """The paths of all ranks in a step, indexed by micro-step, then rank."""
         found = self._recent.get((step, world))
         if found is None:
             found = tuple(tuple(self.paths[index] for index in row) for row in self.schedule(step, world))
