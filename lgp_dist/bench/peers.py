@@ -87,8 +87,8 @@ def own_draws(bench: Finetuning) -> PathSampler:
 class Rival:
     """One way of training, which does some steps when it is told to."""
 
-    def __init__(self, bench: Finetuning, step: Step, loader: Any = None):
-        self.bench, self._step, self.loader = bench, step, loader
+    def __init__(self, bench: Finetuning, module: nn.Module, step: Step, loader: Any = None):
+        self.bench, self.module, self._step, self.loader = bench, module, step, loader
         self.batches: Iterator[Any] = iter(())
 
     def run(self, steps: range, warm_up: int) -> float:
@@ -127,7 +127,7 @@ def bare(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Rival(bench, step)
+    return Rival(bench, pool, step)
 
 
 def snnet(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
@@ -168,7 +168,7 @@ def snnet(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
         _end(model, optimizer, bench)
         meter.update(value)
 
-    rival = Rival(bench, step, loader)
+    rival = Rival(bench, model, step, loader)
     return rival
 
 
@@ -203,7 +203,7 @@ def timm_loop(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
         if number % bench.train.log_every == 0:
             meter.update(loss.item())
 
-    rival = Rival(bench, step, loader)
+    rival = Rival(bench, model, step, loader)
     return rival
 
 
