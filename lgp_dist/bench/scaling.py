@@ -29,6 +29,8 @@ FACTORS = ("work", "micro_steps", "weights", "rounds", "bytes")
 """What a step's seconds are made of."""
 SCHEDULED = 200
 """Steps of the schedule that skew is taken from."""
+TRUSTED = 0.25
+"""Median relative error of held-out steps above which predictions are worth nothing."""
 NEEDED = ("ranks", "ms", "gmacs", "gmacs_slowest", "bytes_weights", "micro_steps", "engine", "machine")
 
 
@@ -178,10 +180,18 @@ def _shares(config: RunConfig, space: PathSpace, world: int) -> list[tuple[Any, 
 
 
 def scaling_table(rows: list[dict[str, Any]]) -> str:
-    """The objects of `bench_scaling` as text."""
+    """The objects of `bench_scaling` as text, and how far predictions can be relied on."""
     kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("fit", "measured", "predicted")}
     fitted = ("fitted_rows", "fitted_error", "fitted_error_most", "held_out_rows", "held_out_error")
     measured = ("engine", "policy", "ranks", "widths", "images", "ms", "spread", "predicted_ms", "error", "held_out")
     predicted = ("policy", "ranks", "predicted_ms", "compute_ms", "skew_ms", "exchange_ms", "efficiency")
     tables = {"fit": (*fitted, "held_out_error_most"), "measured": measured, "predicted": predicted}
-    return "\n\n".join(as_table(kinds[kind], names) for kind, names in tables.items())
+    return "\n\n".join([*(as_table(kinds[kind], names) for kind, names in tables.items()), _trust(kinds["fit"][0])])
+
+
+def _trust(about: dict[str, Any]) -> str:
+    error = about["held_out_error"]
+    if error is None:
+        return "no step of more than two ranks was held out: nothing says how good the predictions are."
+    verdict = "do not rely on the predictions" if error > TRUSTED else "as good as the predictions can be"
+    return f"{about['held_out_rows']} held-out steps are predicted with a median error of {error:.0%}: {verdict}."

@@ -117,6 +117,18 @@ def test_scaling_judges_what_was_held_out_and_predicts(lgp: Lgp, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("factor", "held", "pieces"),
+    [(1.1, 4, ["4 held-out", "9%", "as good as"]), (3.0, 4, ["67%", "do not rely"]), (1.0, 2, ["nothing says"])],
+)
+def test_the_text_says_how_far_to_trust(lgp: Lgp, tmp_path: Path, factor: float, held: int, pieces: list[str]) -> None:
+    slow = [row | {"ms": factor * row["ms"]} if row["ranks"] == 4 else row for row in rows() if row["ranks"] <= held]
+    file = tmp_path / "engine.json"
+    file.write_text(json.dumps(slow))
+    call = ("bench", "scaling", "tiny", "--measured", file, "--ranks=1", "--policies=shared")
+    has(lgp(*call).out.splitlines()[-1], *pieces)
+
+
+@pytest.mark.parametrize(
     ("content", "pieces"),
     [(None, ["cannot be read"]), ('[{"ranks": 1}]', ["without ms"]), ("{}", ["without ranks"]), ("[]", ["0 objects"])],
 )
