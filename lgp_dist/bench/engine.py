@@ -12,6 +12,7 @@ from lgp_dist.bench.figures import check_least, facts, spread
 from lgp_dist.bench.sampler import with_policy
 from lgp_dist.checks import check_config
 from lgp_dist.config import RunConfig
+from lgp_dist.costs import TRAINING, ancestry_forward
 from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.probe import Gathered, Traffic, peak_bytes, reset_peak
 from lgp_dist.engine.setup import Workers
@@ -36,9 +37,11 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
     Policies take turns within each round, so that a slow moment of the machine meets all of them. One object for each
     policy: engine, ranks, micro_steps, ms (of an optimizer step: median over rounds), spread ((most - least) / median),
     gflops (mean of a rank's paths in a step, an image's forward), ms_per_work (ms over gflops: what it takes to train
-    the same work), bytes (that a rank gives to collectives in a step, by operation), bytes_unused (of the gradients of
-    parameters that no rank used, in the same steps), peak_mb (largest over ranks) and, under ZeRO-3, the most units and
-    elements gathered at once, and the elements of the largest unit. UserError where rounds or steps are below 1.
+    the same work), gmacs and gmacs_slowest (multiply-adds of a step's forwards and backwards, the ancestry's too, of a
+    mean rank and of those that others wait for), bytes (that a rank gives to collectives in a step, by operation),
+    bytes_unused (of the gradients of parameters that no rank used, in the same steps), peak_mb (largest over ranks)
+    and, under ZeRO-3, the most units and elements gathered at once, and the elements of the largest unit. UserError
+    where rounds or steps are below 1.
     """
     bench = Bench(config, join(config, rounds, steps))
     seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
@@ -136,6 +139,13 @@ class Bench:
         schedule = self._schedule(step)
         return fmean(sum(self.space.cost(path).flops for path in row) for row in schedule) / 1e9
 
+    def _waited(self, step: int) -> float:
+        """Forward and backward of an image on the paths that others wait for, in a step or in every micro-step."""
+        schedule = [[self.space.cost(path).flops for path in row] for row in self._schedule(step)]
+        if self.workers.launch.zero_stage >= 2 and self.workers.engine.reduction == "all":
+            return TRAINING * sum(map(max, zip(*schedule, strict=True))) / 1e9
+        return TRAINING * max(map(sum, schedule)) / 1e9
+
     def _unused(self, step: int) -> int:
         used = frozenset().union(*(self.task.module.parts_of(path) for row in self._schedule(step) for path in row))
         return sum(4 * size for part, size in self.parts.items() if part not in used)
@@ -150,7 +160,8 @@ class Bench:
         peak = torch.zeros(self.workers.world, dtype=torch.float64)
         peak[self.workers.rank] = peak_bytes(self.workers.device) / 2**20
         ms, work = 1000 * median(seconds), fmean(map(self._work, steps))
-        launch = self.workers.launch
+        launch, images = self.workers.launch, len(self.batch.images)
+        teacher = (ancestry_forward(self.config) or 0.0) * self.train.accumulate / 1e9
         row = {
             "recipe": self.config.recipe,
             "engine": f"zero{launch.zero_stage}" if launch.deepspeed else "ddp",
@@ -165,6 +176,8 @@ class Bench:
             "spread": spread(seconds),
             "gflops": round(work, 5),
             "ms_per_work": round(ms / work, 2),
+            "gmacs": round(images * (TRAINING * work + teacher), 5),
+            "gmacs_slowest": round(images * (fmean(map(self._waited, steps)) + teacher), 5),
             "bytes": {name: size // COUNTED for name, size in sorted(sent.items())},
             "bytes_weights": 4 * sum(self.units.values()),
             "bytes_unused": round(fmean(map(self._unused, range(COUNTED)))),

@@ -1,7 +1,6 @@
 """Seconds that each path takes on this machine, for `finetune.costs`."""
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -113,10 +112,10 @@ def _timed(call: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def say(table: dict[str, Any], out: Path) -> None:
+def paths_line(table: dict[str, Any], out: Path) -> str:
     """One line on what was measured."""
     costs = table["costs"].values()
-    sys.stdout.write(
+    return (
         f"{len(costs)} paths of {table['recipe']} on {table['machine']['device']}, batch {table['batch']}: "
-        f"{1000 * min(costs):.2f} to {1000 * max(costs):.2f} ms; written to {out}\n"
+        f"{1000 * min(costs):.2f} to {1000 * max(costs):.2f} ms; written to {out}"
     )

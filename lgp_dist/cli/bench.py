@@ -3,13 +3,18 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from lgp_dist.cli.recipe import Recipe
+
+Rows = list[dict[str, Any]]
+Result = tuple[Rows, Callable[[Rows], str]]
+"""What was measured, and what makes text of it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class BenchSampler:
     """Of the schedule."""
     json: bool = False
     """Print a list of objects."""
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class BenchPaths:
     """Images of a micro-step; 0 for the recipe's, on one rank."""
     repeats: int = 5
     """Rounds over all paths; the median counts."""
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class BenchEngine:
     """Rounds over the policies; the median counts."""
     steps: int = 24
     """Optimizer steps of each policy in a round."""
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,8 @@ class BenchCheckpoint:
     """Saves of either kind; the median counts."""
     steps: int = 8
     """Optimizer steps before each save, which say what a step takes without one."""
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,8 @@ class BenchOp:
     """Rounds over the ways; the median counts."""
     json: bool = False
     """Print a list of objects."""
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,8 @@ class BenchStep:
     """Also what torch.compile makes, which takes minutes to compile on a CPU."""
     json: bool = False
     """Print a list of objects."""
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,76 @@ class BenchData:
     """Rounds over all loaders; the median counts."""
     json: bool = False
     """Print a list of objects."""
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
+
+
+@dataclass(frozen=True)
+class BenchTrain:
+    """Throughput of stage finetune on this launch, where the time of its steps goes, and what to change."""
+
+    recipe: Recipe
+    out: Path
+    """File to write: a JSON list of one object."""
+    rounds: int = 5
+    """Rounds, each of a block without and one with a clock; the median counts."""
+    steps: int = 24
+    """Optimizer steps of a block."""
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
+
+
+@dataclass(frozen=True)
+class BenchPeers:
+    """The loop of stage finetune against others' in turns: a bare loop, SN-Net's way, timm's loop."""
+
+    recipe: Recipe
+    out: Path
+    """File to write: a JSON list of objects."""
+    peers: str = ""
+    """bare (one process alone), snnet, timm, separated by commas; empty for all that can be."""
+    workers: int = 1
+    """Worker processes of the others' DataLoader on each rank; this project's loader has data.threads."""
+    rounds: int = 5
+    """Rounds over both; the median counts."""
+    steps: int = 24
+    """Optimizer steps of a block."""
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
+
+
+@dataclass(frozen=True)
+class BenchDistil:
+    """Distilling all rows in one pass over the ancestry, against a run for each row."""
+
+    recipe: Recipe
+    batch: int = 0
+    """Images; 0 for the recipe's in a micro-step."""
+    repeats: int = 5
+    """Rounds over both; the median counts."""
+    json: bool = False
+    """Print a list of objects."""
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
+
+
+@dataclass(frozen=True)
+class BenchScaling:
+    """Steps on many ranks, by a model that is fitted to steps on one and two and judged by those on more."""
+
+    recipe: Recipe
+    measured: str
+    """Files of `lgp bench engine`, separated by commas; scripts/bench_scaling makes them."""
+    ranks: str = "1,2,4,8,16,64,256,1024"
+    """Numbers of ranks to predict, separated by commas."""
+    policies: str = ""
+    """Policies, separated by commas; empty for all."""
+    images: int = 0
+    """Images of a rank's micro-step; 0 for the recipe's on one rank."""
+    json: bool = False
+    """Print a list of objects."""
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
 BenchAction = Annotated[
@@ -131,12 +218,16 @@ BenchAction = Annotated[
     | Annotated[BenchCheckpoint, tyro.conf.subcommand("checkpoint", prefix_name=False)]
     | Annotated[BenchOp, tyro.conf.subcommand("op", prefix_name=False)]
     | Annotated[BenchStep, tyro.conf.subcommand("step", prefix_name=False)]
-    | Annotated[BenchData, tyro.conf.subcommand("data", prefix_name=False)],
+    | Annotated[BenchData, tyro.conf.subcommand("data", prefix_name=False)]
+    | Annotated[BenchTrain, tyro.conf.subcommand("train", prefix_name=False)]
+    | Annotated[BenchPeers, tyro.conf.subcommand("peers", prefix_name=False)]
+    | Annotated[BenchDistil, tyro.conf.subcommand("distil", prefix_name=False)]
+    | Annotated[BenchScaling, tyro.conf.subcommand("scaling", prefix_name=False)],
     tyro.conf.arg(name=""),
 ]
 
 
-def _bench_sampler(action: BenchSampler) -> None:
+def _bench_sampler(action: BenchSampler) -> Result:
     from lgp_dist.bench import sampler
 
     rows = sampler.bench_sampler(
@@ -148,75 +239,128 @@ def _bench_sampler(action: BenchSampler) -> None:
         action.seed,
         action.meet,
     )
-    sys.stdout.write((json.dumps(rows, indent=2) if action.json else sampler.sampler_table(rows)) + "\n")
+    return rows, sampler.sampler_table
 
 
-def _bench_paths(action: BenchPaths) -> None:
-    from lgp_dist.bench.paths import bench_paths, say  # torch and timm, as in those below
+def _bench_paths(action: BenchPaths) -> Result:
+    from lgp_dist.bench.compare import as_rows
+    from lgp_dist.bench.paths import bench_paths, paths_line  # torch and timm, as in those below
 
-    say(bench_paths(action.recipe, action.out, action.batch, action.repeats), action.out)
+    table = bench_paths(action.recipe, action.out, action.batch, action.repeats)
+    return as_rows(table), lambda rows: paths_line(table, action.out)
 
 
-def _bench_engine(action: BenchEngine) -> None:
+def _bench_engine(action: BenchEngine) -> Result:
     from lgp_dist.bench.engine import bench_engine, engine_table  # torch, timm and deepspeed, as above
 
-    rows = bench_engine(action.recipe, action.out, action.rounds, action.steps)
-    if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(engine_table(rows) + "\n")
+    return bench_engine(action.recipe, action.out, action.rounds, action.steps), engine_table
 
 
-def _bench_checkpoint(action: BenchCheckpoint) -> None:
+def _bench_checkpoint(action: BenchCheckpoint) -> Result:
     from lgp_dist.bench.checkpoint import bench_checkpoint, checkpoint_table  # as above
 
-    rows = bench_checkpoint(action.recipe, action.out, action.rounds, action.steps)
-    if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(checkpoint_table(rows) + "\n")
+    return bench_checkpoint(action.recipe, action.out, action.rounds, action.steps), checkpoint_table
 
 
-def _bench_op(action: BenchOp) -> None:
+def _bench_op(action: BenchOp) -> Result:
     from lgp_dist.bench.op import bench_op, op_table  # torch, as above
 
-    rows = bench_op(action.device, action.batch, action.repeats)
-    sys.stdout.write((json.dumps(rows, indent=2) if action.json else op_table(rows)) + "\n")
+    return bench_op(action.device, action.batch, action.repeats), op_table
 
 
-def _bench_step(action: BenchStep) -> None:
+def _bench_step(action: BenchStep) -> Result:
     from lgp_dist.bench.step import bench_step, step_table  # torch and timm, as above
 
-    rows = bench_step(action.recipe, action.batch, action.repeats, action.compiled)
-    sys.stdout.write((json.dumps(rows, indent=2) if action.json else step_table(rows)) + "\n")
+    return bench_step(action.recipe, action.batch, action.repeats, action.compiled), step_table
 
 
-def _bench_data(action: BenchData) -> None:
+def _bench_data(action: BenchData) -> Result:
     from lgp_dist.bench.data import bench_data, data_table  # torch and timm, as above
 
     rows = bench_data(
         action.folder,
-        [Path(part) for part in action.photos.split(",") if part],
+        [Path(part) for part in _parts(action.photos)],
         action.samples,
-        [part.strip() for part in action.loaders.split(",") if part],
+        _parts(action.loaders),
         action.threads,
         action.batch,
         action.repeats,
         lambda line: sys.stderr.write(line + "\n") and None,
     )
-    sys.stdout.write((json.dumps(rows, indent=2) if action.json else data_table(rows)) + "\n")
+    return rows, data_table
 
 
-BENCHES = {
-    BenchSampler: _bench_sampler,
-    BenchPaths: _bench_paths,
-    BenchEngine: _bench_engine,
-    BenchCheckpoint: _bench_checkpoint,
-    BenchOp: _bench_op,
-    BenchStep: _bench_step,
-    BenchData: _bench_data,
+def _bench_train(action: BenchTrain) -> Result:
+    from lgp_dist.bench.train import bench_train, train_table  # torch, timm and deepspeed, as above
+
+    return bench_train(action.recipe, action.out, action.rounds, action.steps), train_table
+
+
+def _bench_peers(action: BenchPeers) -> Result:
+    from lgp_dist.bench.versus import bench_peers, peers_table  # as above
+
+    peers = _parts(action.peers)
+    return bench_peers(action.recipe, action.out, peers, action.workers, action.rounds, action.steps), peers_table
+
+
+def _bench_distil(action: BenchDistil) -> Result:
+    from lgp_dist.bench.distil import bench_distil, distil_table  # as above
+
+    return bench_distil(action.recipe, action.batch, action.repeats), distil_table
+
+
+def _bench_scaling(action: BenchScaling) -> Result:
+    from lgp_dist.bench import sampler, scaling  # torch, as above
+
+    ranks, policies = sampler.parse_numbers("--ranks", action.ranks), sampler.parse_policies(action.policies)
+    files = [Path(part) for part in _parts(action.measured)]
+    return scaling.bench_scaling(action.recipe, files, ranks, policies, action.images), scaling.scaling_table
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+Action = (
+    BenchSampler
+    | BenchPaths
+    | BenchEngine
+    | BenchCheckpoint
+    | BenchOp
+    | BenchStep
+    | BenchData
+    | BenchTrain
+    | BenchPeers
+    | BenchDistil
+    | BenchScaling
+)
+BENCHES: dict[type, tuple[str, Callable[[Any], Result]]] = {
+    BenchSampler: ("sampler", _bench_sampler),
+    BenchPaths: ("paths", _bench_paths),
+    BenchEngine: ("engine", _bench_engine),
+    BenchCheckpoint: ("checkpoint", _bench_checkpoint),
+    BenchOp: ("op", _bench_op),
+    BenchStep: ("step", _bench_step),
+    BenchData: ("data", _bench_data),
+    BenchTrain: ("train", _bench_train),
+    BenchPeers: ("peers", _bench_peers),
+    BenchDistil: ("distil", _bench_distil),
+    BenchScaling: ("scaling", _bench_scaling),
 }
-"""What each kind of arguments calls."""
+"""The name of each benchmark, and what measures it."""
 
 
-def run_bench(
-    action: BenchSampler | BenchPaths | BenchEngine | BenchCheckpoint | BenchOp | BenchStep | BenchData,
-) -> None:
-    """Does what the arguments ask for."""
-    BENCHES[type(action)](action)
+def run_bench(action: Action) -> None:
+    """Measures what the arguments ask for; rank 0 prints a table or JSON, and ratios to an earlier result."""
+    from lgp_dist.bench.compare import comparison, read_rows  # torch, as above
+
+    name, measure = BENCHES[type(action)]
+    before = read_rows(name, action.compare) if action.compare else None
+    rows, table = measure(action)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    as_json = getattr(action, "json", False)
+    sys.stdout.write((json.dumps(rows, indent=2) if as_json else table(rows)) + "\n")
+    if before is not None:
+        stream = sys.stderr if as_json else sys.stdout
+        stream.write(comparison(name, rows, before, action.compare) + "\n")

@@ -48,7 +48,7 @@ def build_optimizer(
     ]
     if train.optimizer == "sgd":
         return SGD(settings, lr=train.lr, momentum=train.momentum)
-    return AdamW(settings, lr=train.lr, eps=train.eps)
+    return AdamW(settings, lr=train.lr, eps=train.eps, fused=True)  # one pass over each tensor, on CPUs too
 
 
 def rate_of(optimizer: Optimizer) -> float:

@@ -1,6 +1,7 @@
 """What an engine costs beside time: bytes that ranks exchange, peak memory, weights that ZeRO-3 holds gathered."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,43 @@ from lgp_dist.engine.defects import gathered
 
 
 class Traffic:
-    """Bytes that this rank gives to collective operations while `counting`, by operation."""
+    """Bytes that this rank gives to collective operations while `counting`, by operation, and seconds in them."""
 
     def __init__(self, module: Any):
         """module: as `Trainer.module`, before its first backward."""
         self.bytes: dict[str, int] = {}
-        self._on = False
+        self._on, self._seconds = False, 0.0
         if isinstance(module, DistributedDataParallel):
             module.register_comm_hook(None, self._reduce)
 
     def _reduce(self, state: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
-        if self._on:
-            self.bytes["all_reduce"] = self.bytes.get("all_reduce", 0) + bucket.buffer().nbytes
-        return allreduce_hook(state, bucket)
+        if not self._on:
+            return allreduce_hook(state, bucket)
+        self.bytes["all_reduce"] = self.bytes.get("all_reduce", 0) + bucket.buffer().nbytes
+        began, future = time.perf_counter(), allreduce_hook(state, bucket)
+        future.wait()
+        if bucket.buffer().is_cuda:
+            torch.cuda.synchronize()
+        self._seconds += time.perf_counter() - began
+        return future
+
+    def seconds(self) -> float:
+        """Seconds in gradients' and weights' operations since `counting` began, waits for other ranks among them.
+
+        While they are counted each is waited for where it stands, except on a CPU those that DeepSpeed starts ahead
+        (ZeRO-3's gathers), of which only the start counts.
+        """
+        timers = deepspeed.comm.comm.timers.get_timers().values()
+        self._seconds += sum(timer.elapsed() for timer in timers) / 1000
+        return self._seconds
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[dict[str, int]]:
-        """Counts within the context; makes DeepSpeed's operations wait, so nothing is timed at the same time."""
+        """Counts within the context; makes operations wait, so that overlap is not seen."""
         logger = deepspeed.comm.comm.comms_logger
         logger.reset_data()
-        self.bytes, self._on = {}, True
+        self.seconds()
+        self.bytes, self._on, self._seconds = {}, True, 0.0
         logger.enabled = logger.prof_all = True
         try:
             yield self.bytes

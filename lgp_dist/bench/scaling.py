@@ -1,0 +1,197 @@
+"""Steps on more ranks than there are: a model of compute, skew and exchange, fitted to `lgp bench engine`.
+
+Seconds of a step = a * work + b * micro-steps + c * weights + d * rounds + e * bytes, with every factor 0 or more.
+work: multiply-adds of the rank that others wait for; where ranks share cores, no less than what the cores have to do in
+sum. weights: bytes whose optimizer state a rank steps. rounds and bytes: 2 (ranks - 1) hand-overs of a ring and what a
+rank sends in them. The schedule says what skew is; no number of the model is of it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from lgp_dist.bench.figures import as_table, check_least, facts
+from lgp_dist.bench.sampler import measure, with_policy
+from lgp_dist.checks import check_config
+from lgp_dist.config import RunConfig
+from lgp_dist.costs import TRAINING, ancestry_forward
+from lgp_dist.errors import UserError
+from lgp_dist.paths import PathSpace
+from lgp_dist.sampling import PathSampler
+
+FACTORS = ("work", "micro_steps", "weights", "rounds", "bytes")
+"""What a step's seconds are made of."""
+SCHEDULED = 200
+"""Steps of the schedule that skew is taken from."""
+TRUSTED = 0.25
+"""Median relative error of held-out steps above which predictions are worth nothing."""
+NEEDED = ("ranks", "ms", "gmacs", "gmacs_slowest", "bytes_weights", "micro_steps", "engine", "machine")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Seconds for each unit of FACTORS."""
+
+    seconds: tuple[float, ...]
+
+    def predict(self, amounts: Sequence[float]) -> float:
+        """Seconds of a step with these amounts of FACTORS."""
+        return float(np.dot(self.seconds, amounts))
+
+
+def amounts_of(row: dict[str, Any]) -> tuple[float, ...]:
+    """FACTORS of an object of `lgp bench engine`."""
+    ranks, machine = row["ranks"], row["machine"]
+    crowd = max(1.0, ranks * machine["threads"] / machine["cores"])
+    work = max(row["gmacs_slowest"], crowd * row["gmacs"])
+    shared = ranks if row["engine"] in ("zero1", "zero2", "zero3") else 1
+    sent = row["bytes_weights"] * (ranks - 1) / ranks
+    return (work, crowd * row["micro_steps"], crowd * row["bytes_weights"] / shared, 2.0 * (ranks - 1), crowd * sent)
+
+
+def fit(rows: Sequence[dict[str, Any]]) -> Model:
+    """The factors, none below 0, with the least squared relative errors of these objects."""
+    table = np.array([amounts_of(row) for row in rows])
+    seconds = np.array([row["ms"] / 1e3 for row in rows])
+    relative = table / seconds[:, None]
+    best, least = np.zeros(len(FACTORS)), np.inf
+    for size in range(1, len(FACTORS) + 1):
+        for chosen in map(list, combinations(range(len(FACTORS)), size)):
+            scale = np.abs(relative[:, chosen]).max(0)
+            if not scale.all():
+                continue
+            found = np.linalg.lstsq(relative[:, chosen] / scale, np.ones(len(rows)), rcond=None)[0] / scale
+            error = float(((relative[:, chosen] @ found - 1) ** 2).sum())
+            if found.min() >= 0 and error < least - 1e-12:
+                best, least = np.zeros(len(FACTORS)), error
+                best[chosen] = found
+    return Model(tuple(best.tolist()))
+
+
+def read_measured(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """The objects of some files of `lgp bench engine`; UserError where one is none."""
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            found = json.loads(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--measured {file} cannot be read ({error}): make it with `lgp bench engine`.") from None
+        for row in found if isinstance(found, list) else [None]:
+            missing = [name for name in NEEDED if not isinstance(row, dict) or name not in row]
+            if missing:
+                raise UserError(
+                    f"--measured {file} has an object without {missing[0]}: make it again with `lgp bench engine`."
+                )
+            rows.append(row)
+    return rows
+
+
+def bench_scaling(
+    config: RunConfig, files: Sequence[Path], ranks: Sequence[int], policies: Sequence[str], images: int = 0
+) -> list[dict[str, Any]]:
+    """Objects of `kind` fit, measured and predicted.
+
+    The model is fitted to the measured steps of one and two ranks; those of more are held out. fit: seconds of each
+    factor, and the median and largest relative error of fitted_rows and of held_out_rows. measured: an object for each
+    measured step: ms, predicted_ms, error, held_out. predicted: for each policy and number of ranks of the recipe:
+    predicted_ms, compute_ms, skew_ms (waiting for the slowest rank, by the schedule), exchange_ms, and efficiency (of
+    one rank's images a second, how much each rank keeps). Ranks are taken to have cores of their own, like those
+    measured, and a network like the measured one. images: of a rank's micro-step; 0 for the recipe's on one rank.
+    UserError where files cannot be used or hold too few objects.
+    """
+    check_config(config)
+    check_least("--images", images, 0)
+    rows = read_measured(files)
+    known, held = ([row for row in rows if (row["ranks"] <= 2) == low] for low in (True, False))
+    if len(known) <= len(FACTORS) or {row["ranks"] for row in known} != {1, 2}:
+        raise UserError(
+            f"--measured has {len(known)} objects of one and two ranks, but more than {len(FACTORS)} with both are "
+            "needed: make them with scripts/bench_scaling."
+        )
+    model = fit(known)
+    judged = [_judged(model, row, row["ranks"] > 2) for row in known + held]
+    errors = {late: [abs(row["error"]) for row in judged if row["held_out"] == late] for late in (False, True)}
+    about = {"kind": "fit", "recipe": config.recipe, "engine": sorted({row["engine"] for row in rows})}
+    about |= {f"s_per_{name}": seconds for name, seconds in zip(FACTORS, model.seconds, strict=True)}
+    for late, name in ((False, "fitted"), (True, "held_out")):
+        found = errors[late]
+        about |= {f"{name}_rows": len(found), f"{name}_error": round(median(found), 4) if found else None}
+        about |= {f"{name}_error_most": round(max(found), 4) if found else None}
+    found = [about, *judged]
+    for policy in policies:
+        one = _predicted(model, config, policy, 1, images, rows[0])
+        for world in ranks:
+            row = _predicted(model, config, policy, world, images, rows[0])
+            found.append(row | {"efficiency": round(one["predicted_ms"] / row["predicted_ms"], 4)})
+    return [row | facts() if row["kind"] == "fit" else row for row in found]
+
+
+def _judged(model: Model, row: dict[str, Any], held_out: bool) -> dict[str, Any]:
+    predicted = 1e3 * model.predict(amounts_of(row))
+    names = ("recipe", "engine", "policy", "ranks", "micro_steps", "widths", "images", "ms", "spread")
+    return (
+        {"kind": "measured"}
+        | {name: row.get(name) for name in names}
+        | {"predicted_ms": round(predicted, 2), "error": round(predicted / row["ms"] - 1, 4), "held_out": held_out}
+    )
+
+
+def _predicted(
+    model: Model, config: RunConfig, policy: str, world: int, images: int, like: dict[str, Any]
+) -> dict[str, Any]:
+    """A step on ranks that have cores of their own. like: an object of the engine that is predicted."""
+    train, space = config.finetune.train, PathSpace.from_config(config)
+    images = images or max(1, train.batch_size // train.accumulate)
+    teacher = ancestry_forward(config) or 0.0
+    mean = sum(share * space.cost(path).flops for path, share in _shares(config, space, world)) * train.accumulate
+    found = measure(with_policy(config, policy, train.accumulate, config.finetune.meet), world, SCHEDULED)
+    meets = like["engine"] in ("zero2", "zero3") and like.get("reduction") != "union"
+    efficiency = found["efficiency_micro_step" if meets else "efficiency"]
+    weights = 4 * space.stored_params
+    row = like | {"ranks": world, "micro_steps": train.accumulate, "bytes_weights": weights}
+    row |= {"gmacs": images * (TRAINING * mean + train.accumulate * teacher) / 1e9}
+    row |= {"gmacs_slowest": images * (TRAINING * mean / efficiency + train.accumulate * teacher) / 1e9}
+    row |= {"machine": like["machine"] | {"cores": world * like["machine"]["threads"]}}
+    parts = 1e3 * np.array(model.seconds) * np.array(amounts_of(row))
+    skew = parts[0] * (1 - row["gmacs"] / row["gmacs_slowest"])
+    return {
+        "kind": "predicted",
+        "recipe": config.recipe,
+        "engine": like["engine"],
+        "policy": policy,
+        "ranks": world,
+        "micro_steps": train.accumulate,
+        "images_per_rank": images,
+        "predicted_ms": round(float(parts.sum()), 3),
+        "compute_ms": round(float(parts[:3].sum() - skew), 3),
+        "skew_ms": round(float(skew), 3),
+        "exchange_ms": round(float(parts[3:].sum()), 3),
+    }
+
+
+def _shares(config: RunConfig, space: PathSpace, world: int) -> list[tuple[Any, float]]:
+    return list(PathSampler.from_config(config, space).shares(world).items())
+
+
+def scaling_table(rows: list[dict[str, Any]]) -> str:
+    """The objects of `bench_scaling` as text, and how far predictions can be relied on."""
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("fit", "measured", "predicted")}
+    fitted = ("fitted_rows", "fitted_error", "fitted_error_most", "held_out_rows", "held_out_error")
+    measured = ("engine", "policy", "ranks", "widths", "images", "ms", "spread", "predicted_ms", "error", "held_out")
+    predicted = ("policy", "ranks", "predicted_ms", "compute_ms", "skew_ms", "exchange_ms", "efficiency")
+    tables = {"fit": (*fitted, "held_out_error_most"), "measured": measured, "predicted": predicted}
+    return "\n\n".join([*(as_table(kinds[kind], names) for kind, names in tables.items()), _trust(kinds["fit"][0])])
+
+
+def _trust(about: dict[str, Any]) -> str:
+    error = about["held_out_error"]
+    if error is None:
+        return "no step of more than two ranks was held out: nothing says how good the predictions are."
+    verdict = "do not rely on the predictions" if error > TRUSTED else "as good as the predictions can be"
+    return f"{about['held_out_rows']} held-out steps are predicted with a median error of {error:.0%}: {verdict}."
