@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lgp_dist.cli.bench import BenchAction, BenchCheckpoint, BenchEngine, BenchPaths, BenchStep, run_bench
+from lgp_dist.cli.bench import BenchAction, run_bench
 from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
 from lgp_dist.cli.compare import run_report, run_study
 from lgp_dist.cli.descendants import REGISTRY, Downstream, of_a_run, run_downstream
@@ -98,8 +98,8 @@ def doctor(data: str = "", json: bool = False) -> None:  # noqa: A002  the flag'
 @app.command
 def bench(action: BenchAction) -> None:
     """Measure policies (by arithmetic), paths, engines, checkpoints, operations and loaders (by the clock)."""
-    debug = isinstance(action, BenchPaths | BenchEngine | BenchCheckpoint | BenchStep) and action.recipe.debug
-    guarded(lambda: run_bench(action), debug=debug)
+    recipe = getattr(action, "recipe", None)
+    guarded(lambda: run_bench(action), debug=isinstance(recipe, RunConfig) and recipe.debug)
 
 
 @app.command(name="finetune-descendant")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
@@ -17,8 +17,24 @@ Result = tuple[Rows, Callable[[Rows], str]]
 """What was measured, and what makes text of it."""
 
 
-@dataclass(frozen=True)
-class BenchSampler:
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What every benchmark takes."""
+
+    compare: Path | None = None
+    """File of an earlier result of this benchmark: also print ratios to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Printed(Compared):
+    """What those take that write no file."""
+
+    json: bool = False
+    """Print a list of objects."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSampler(Printed):
     """Work, coverage and shares of each policy, by arithmetic."""
 
     recipe: str = "pool12"
@@ -35,14 +51,10 @@ class BenchSampler:
     """Steps to look at; 0 for as many as 60,000 draws need, from 200 to 4,000."""
     seed: int = 0
     """Of the schedule."""
-    json: bool = False
-    """Print a list of objects."""
-    compare: Path | None = None
-    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
-@dataclass(frozen=True)
-class BenchPaths:
+@dataclass(frozen=True, kw_only=True)
+class BenchPaths(Compared):
     """Measure seconds of every path on this machine, for --finetune.costs."""
 
     recipe: Recipe
@@ -52,12 +64,10 @@ class BenchPaths:
     """Images of a micro-step; 0 for the recipe's, on one rank."""
     repeats: int = 5
     """Rounds over all paths; the median counts."""
-    compare: Path | None = None
-    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
-@dataclass(frozen=True)
-class BenchEngine:
+@dataclass(frozen=True, kw_only=True)
+class BenchEngine(Compared):
     """Time, bytes and memory of a step on this launch's engine: one shared path against a path for every rank."""
 
     recipe: Recipe
@@ -67,12 +77,10 @@ class BenchEngine:
     """Rounds over the policies; the median counts."""
     steps: int = 24
     """Optimizer steps of each policy in a round."""
-    compare: Path | None = None
-    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
-@dataclass(frozen=True)
-class BenchCheckpoint:
+@dataclass(frozen=True, kw_only=True)
+class BenchCheckpoint(Compared):
     """What a checkpoint costs on this launch's engine: in the background, as runs write it, and waited for."""
 
     recipe: Recipe
@@ -82,12 +90,10 @@ class BenchCheckpoint:
     """Saves of either kind; the median counts."""
     steps: int = 8
     """Optimizer steps before each save, which say what a step takes without one."""
-    compare: Path | None = None
-    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
-@dataclass(frozen=True)
-class BenchOp:
+@dataclass(frozen=True, kw_only=True)
+class BenchOp(Printed):
     """The fused operations: checked against float64 on this device, then timed beside eager and compiled ones."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -96,14 +102,10 @@ class BenchOp:
     """Images of 197 tokens."""
     repeats: int = 20
     """Rounds over the ways; the median counts."""
-    json: bool = False
-    """Print a list of objects."""
-    compare: Path | None = None
-    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
-@dataclass(frozen=True)
-class BenchStep:
+@dataclass(frozen=True, kw_only=True)
+class BenchStep(Printed):
     """Paths of a recipe on eager, compiled and fused blocks, and several paths for one forward of the ancestry."""
 
     recipe: Recipe
@@ -113,14 +115,10 @@ class BenchStep:
     """Rounds over the ways; the median counts."""
     compiled: bool = True
     """Also what torch.compile makes, which takes minutes to compile on a CPU."""
-    json: bool = False
-    """Print a list of objects."""
-    compare: Path | None = None
-    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
-@dataclass(frozen=True)
-class BenchData:
+@dataclass(frozen=True, kw_only=True)
+class BenchData(Printed):
     """Images per CPU second of this loader and its index, and of others, on generated photographs."""
 
     folder: Path
@@ -137,14 +135,10 @@ class BenchData:
     """Images of a batch."""
     repeats: int = 3
     """Rounds over all loaders; the median counts."""
-    json: bool = False
-    """Print a list of objects."""
-    compare: Path | None = None
-    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
-@dataclass(frozen=True)
-class BenchTrain:
+@dataclass(frozen=True, kw_only=True)
+class BenchTrain(Compared):
     """Throughput of stage finetune on this launch, where the time of its steps goes, and what to change."""
 
     recipe: Recipe
@@ -154,12 +148,10 @@ class BenchTrain:
     """Rounds, each of a block without and one with a clock; the median counts."""
     steps: int = 24
     """Optimizer steps of a block."""
-    compare: Path | None = None
-    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
-@dataclass(frozen=True)
-class BenchPeers:
+@dataclass(frozen=True, kw_only=True)
+class BenchPeers(Compared):
     """The loop of stage finetune against others' in turns: a bare loop, SN-Net's way, timm's loop."""
 
     recipe: Recipe
@@ -173,12 +165,10 @@ class BenchPeers:
     """Rounds over both; the median counts."""
     steps: int = 24
     """Optimizer steps of a block."""
-    compare: Path | None = None
-    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
-@dataclass(frozen=True)
-class BenchDistil:
+@dataclass(frozen=True, kw_only=True)
+class BenchDistil(Printed):
     """Distilling all rows in one pass over the ancestry, against a run for each row."""
 
     recipe: Recipe
@@ -186,14 +176,10 @@ class BenchDistil:
     """Images; 0 for the recipe's in a micro-step."""
     repeats: int = 5
     """Rounds over both; the median counts."""
-    json: bool = False
-    """Print a list of objects."""
-    compare: Path | None = None
-    """File of an earlier result of this benchmark: also print ratios to it."""
 
 
-@dataclass(frozen=True)
-class BenchScaling:
+@dataclass(frozen=True, kw_only=True)
+class BenchScaling(Printed):
     """Steps on many ranks, by a model that is fitted to steps on one and two and judged by those on more."""
 
     recipe: Recipe
@@ -205,26 +191,6 @@ class BenchScaling:
     """Policies, separated by commas; empty for all."""
     images: int = 0
     """Images of a rank's micro-step; 0 for the recipe's on one rank."""
-    json: bool = False
-    """Print a list of objects."""
-    compare: Path | None = None
-    """File of an earlier result of this benchmark: also print ratios to it."""
-
-
-BenchAction = Annotated[
-    Annotated[BenchSampler, tyro.conf.subcommand("sampler", prefix_name=False)]
-    | Annotated[BenchPaths, tyro.conf.subcommand("paths", prefix_name=False)]
-    | Annotated[BenchEngine, tyro.conf.subcommand("engine", prefix_name=False)]
-    | Annotated[BenchCheckpoint, tyro.conf.subcommand("checkpoint", prefix_name=False)]
-    | Annotated[BenchOp, tyro.conf.subcommand("op", prefix_name=False)]
-    | Annotated[BenchStep, tyro.conf.subcommand("step", prefix_name=False)]
-    | Annotated[BenchData, tyro.conf.subcommand("data", prefix_name=False)]
-    | Annotated[BenchTrain, tyro.conf.subcommand("train", prefix_name=False)]
-    | Annotated[BenchPeers, tyro.conf.subcommand("peers", prefix_name=False)]
-    | Annotated[BenchDistil, tyro.conf.subcommand("distil", prefix_name=False)]
-    | Annotated[BenchScaling, tyro.conf.subcommand("scaling", prefix_name=False)],
-    tyro.conf.arg(name=""),
-]
 
 
 def _bench_sampler(action: BenchSampler) -> Result:
@@ -321,19 +287,6 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-Action = (
-    BenchSampler
-    | BenchPaths
-    | BenchEngine
-    | BenchCheckpoint
-    | BenchOp
-    | BenchStep
-    | BenchData
-    | BenchTrain
-    | BenchPeers
-    | BenchDistil
-    | BenchScaling
-)
 BENCHES: dict[type, tuple[str, Callable[[Any], Result]]] = {
     BenchSampler: ("sampler", _bench_sampler),
     BenchPaths: ("paths", _bench_paths),
@@ -348,9 +301,14 @@ BENCHES: dict[type, tuple[str, Callable[[Any], Result]]] = {
     BenchScaling: ("scaling", _bench_scaling),
 }
 """The name of each benchmark, and what measures it."""
+BenchAction = Annotated[
+    Union[tuple(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for kind, (name, _) in BENCHES.items())],  # type: ignore[valid-type]  # noqa: UP007
+    tyro.conf.arg(name=""),
+]
+"""One of them, as the command line names it."""
 
 
-def run_bench(action: Action) -> None:
+def run_bench(action: Compared) -> None:
     """Measures what the arguments ask for; rank 0 prints a table or JSON, and ratios to an earlier result."""
     from lgp_dist.bench.compare import comparison, read_rows  # torch, as above
 
@@ -359,7 +317,7 @@ def run_bench(action: Action) -> None:
     rows, table = measure(action)
     if os.environ.get("RANK", "0") != "0":
         return
-    as_json = getattr(action, "json", False)
+    as_json = isinstance(action, Printed) and action.json
     sys.stdout.write((json.dumps(rows, indent=2) if as_json else table(rows)) + "\n")
     if before is not None:
         stream = sys.stderr if as_json else sys.stdout
