@@ -9,13 +9,12 @@ from lgp_dist.artifacts import Artifact, RunDirectory, replace_folder
 from lgp_dist.budget import Budget
 from lgp_dist.checks import check_config
 from lgp_dist.config import ExportConfig, RunConfig
-from lgp_dist.descendants.choice import LIMITS, choose
+from lgp_dist.descendants.choice import choose, limits_of
 from lgp_dist.descendants.folder import told
-from lgp_dist.descendants.latency import NAME, LatencyFile, with_latencies
+from lgp_dist.descendants.latency import NAME, LatencyFile, with_path_latencies
 from lgp_dist.engine.setup import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.meaning import flatten, unflatten
-from lgp_dist.models.descendant import empty_descendant
 from lgp_dist.provenance import git_commit
 from lgp_dist.report.choice import choice_figure
 from lgp_dist.report.plots import save_figure
@@ -35,10 +34,10 @@ def evaluated_run(run: Path) -> Artifact:
     return found
 
 
-def config_of(run: Path, **changed: Any) -> tuple[RunConfig, dict[str, str]]:
+def config_of(run: Path, evaluated: Artifact, **changed: Any) -> tuple[RunConfig, dict[str, str]]:
     """The settings with which a run directory's evaluation was made, and some that differ, and the fingerprints of what
     the run read; UserError where a value is out of range."""
-    made = evaluated_run(run).record["config"]
+    made = evaluated.record["config"]
     settings = flatten(unflatten(made), with_free=False).keys() & made.keys()
     sources = {name: value for name, value in made.items() if name not in settings}
     kept = _kept(run / "config.json")
@@ -62,21 +61,20 @@ def choose_of_run(run: Path, budget: Budget, *, plot: bool) -> dict[str, Any]:
     Latencies are measured where a limit or a plot asks for all, else for the choice alone, and kept in
     RUN/latency.json. plot: also writes RUN/descend.png and descend.svg.
     """
-    evaluated, (config, _) = evaluated_run(run), config_of(run, budget=budget)
+    evaluated = evaluated_run(run)
+    config, _ = config_of(run, evaluated, budget=budget)
     space, heads = space_of(config), heads_of(config)
     file = LatencyFile(run / NAME, evaluated.record["inputs"]["finetune"])
     rows = json.loads((evaluated.folder / "paths.json").read_text())
 
     def timed(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        image = (space.channels, space.image_size, space.image_size)
-        return with_latencies(some, lambda key: empty_descendant(space, heads, space.by_key(key)), image, budget, file)
+        return with_path_latencies(some, space, heads, budget, file)
 
     if plot or budget.max_latency_ms:
         rows = timed(rows)
     chosen = choose(rows, budget, "--")
     if plot:
-        limits = {field: getattr(budget, name) for field, name in LIMITS.items() if getattr(budget, name)}
-        save_figure(choice_figure(rows, chosen, limits), run / "descend")
+        save_figure(choice_figure(rows, chosen, limits_of(budget)), run / "descend")
     return chosen if "latency_ms" in chosen else timed([chosen])[0]
 
 
@@ -102,7 +100,7 @@ def export_of_run(run: Path, out: Path, settings: ExportConfig, root: str = "") 
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: choose another --out, or remove it.")
-    config, sources = config_of(run, export=settings)
+    config, sources = config_of(run, evaluated_run(run), export=settings)
     data, engine = replace(config.data, root=root or config.data.root), replace(config.engine, device="auto")
     config = replace(config, data=data, engine=engine)
     workers = Workers.start(config.engine)

@@ -10,7 +10,16 @@ from functools import cached_property
 
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.paths import NORM_FLOPS, PathCost, Segment, block_flops, block_params
+from lgp_dist.paths import (
+    NORM_FLOPS,
+    PathCost,
+    Segment,
+    block_flops,
+    block_params,
+    by_key,
+    check_patches,
+    chosen,
+)
 
 
 def layers_per_stage(stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
@@ -99,10 +108,7 @@ class DepthSpace:
                 f"model.depths is {list(self.depths)}, but must rise from {len(self.stages)}, one layer for each of "
                 "model.stages, or more: change one of them."
             )
-        if self.image_size % self.patch_size:
-            raise UserError(
-                f"data.image_size {self.image_size} is no multiple of model.patch_size {self.patch_size}: change one."
-            )
+        check_patches(self.image_size, self.patch_size)
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "DepthSpace":
@@ -166,15 +172,11 @@ class DepthSpace:
 
     def by_key(self, key: str) -> DepthPath:
         """The path of that key; UserError where there is none."""
-        for path in self.paths:
-            if path.key == key:
-                return path
-        raise UserError(f"The pool has no path {key!r}: `lgp paths` lists its {len(self.paths)} keys.")
+        return by_key(self.paths, key)
 
     def chosen(self, keys: Collection[str]) -> tuple[DepthPath, ...]:
         """The paths of these keys from few blocks to many, all where there are none; UserError where one is missing."""
-        wanted = {self.by_key(key) for key in keys}
-        return tuple(path for path in self.paths if path in wanted or not wanted)
+        return chosen(self.paths, keys)
 
     @property
     def tokens(self) -> int:

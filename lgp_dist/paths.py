@@ -8,6 +8,7 @@ row at block k"; the pairs that are new in one window share one stitch layer. Ea
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, TypeVar
 
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
@@ -29,6 +30,38 @@ def block_flops(width: int, tokens: int) -> int:
     linear = tokens * (4 + 2 * MLP_RATIO) * width * width
     attention = 2 * tokens * tokens * width
     return linear + attention + 2 * NORM_FLOPS * tokens * width
+
+
+def check_patches(image_size: int, patch_size: int) -> None:
+    """UserError where patches do not cover the image."""
+    if image_size % patch_size:
+        raise UserError(f"data.image_size {image_size} is no multiple of model.patch_size {patch_size}: change one.")
+
+
+class Keyed(Protocol):
+    """A path of any kind."""
+
+    @property
+    def key(self) -> str:
+        """Printable name, unique among its kind."""
+        ...
+
+
+Kind = TypeVar("Kind", bound=Keyed)
+
+
+def by_key(paths: Collection[Kind], key: str) -> Kind:
+    """The path of that key; UserError where there is none."""
+    known = {path.key: path for path in paths}
+    if key not in known:
+        raise UserError(f"The pool has no path {key!r}: `lgp paths` lists its {len(known)} keys.")
+    return known[key]
+
+
+def chosen(paths: Collection[Kind], keys: Collection[str]) -> tuple[Kind, ...]:
+    """The paths of these keys in their own order, all where there are none; UserError where one is missing."""
+    wanted = {by_key(paths, key) for key in keys}
+    return tuple(path for path in paths if path in wanted or not wanted)
 
 
 @dataclass(frozen=True, order=True)
@@ -111,10 +144,7 @@ class PathSpace:
                 f"model.rows has widths {list(self.widths)}, but rows go from narrow to wide, each wider than the one "
                 "before: reorder or change them."
             )
-        if self.image_size % self.patch_size:
-            raise UserError(
-                f"data.image_size {self.image_size} is no multiple of model.patch_size {self.patch_size}: change one."
-            )
+        check_patches(self.image_size, self.patch_size)
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "PathSpace":
@@ -168,20 +198,13 @@ class PathSpace:
                             found.append(Path(ends, low * self.stitches_per_pair + window))
         return tuple(found)
 
-    @cached_property
-    def _by_key(self) -> dict[str, Path]:
-        return {path.key: path for path in self.paths}
-
     def by_key(self, key: str) -> Path:
         """The path of that key; UserError where the pool has none."""
-        if key not in self._by_key:
-            raise UserError(f"The pool has no path {key!r}: `lgp paths` lists its {len(self.paths)} keys.")
-        return self._by_key[key]
+        return by_key(self.paths, key)
 
     def chosen(self, keys: Collection[str]) -> tuple[Path, ...]:
         """The paths of these keys in the pool's order, all where there are none; UserError where the pool lacks one."""
-        wanted = {self.by_key(key) for key in keys}
-        return tuple(path for path in self.paths if path in wanted or not wanted)
+        return chosen(self.paths, keys)
 
     def has_norm(self, path: Path) -> bool:
         """Whether the path applies its last row's final norm; it holds the norm's parameters in any case."""

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.engine import Bench, join
+from lgp_dist.bench.engine import Bench
 from lgp_dist.bench.figures import facts, spread
+from lgp_dist.bench.ranks import join
 from lgp_dist.checkpoints.manifest import Manifest, TrainState, read_manifest
 from lgp_dist.checkpoints.shelf import Shelf
 from lgp_dist.config import RunConfig
@@ -32,7 +33,7 @@ def bench_checkpoint(config: RunConfig, out: Path, rounds: int = 5, steps: int =
     over rounds, with cost_spread and publish_spread ((most - least) / median). first_stall_ms is of the first save,
     which makes its buffers, in either mode. UserError where rounds or steps are below 1, or there is such a folder.
     """
-    workers = join(config, rounds, steps)
+    workers = join(config, rounds=rounds, steps=steps)
     folder = out.with_name(out.name + ".checkpoints")
     if workers.highest([folder.exists()])[0]:
         raise UserError(f"{folder} is there already: remove it, or choose another --out.")

@@ -1,7 +1,6 @@
 """Distilling all auxiliary models in one pass over the ancestry, against one run for each."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from lgp_dist.bench.figures import as_table, check_least, chosen_device, facts, in_turns, spread
 from lgp_dist.checks import check_config
 from lgp_dist.config import RunConfig
-from lgp_dist.costs import TRAINING, ancestry_forward
+from lgp_dist.costs import TRAINING, ancestry_flops
 from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.setup import autocast
 from lgp_dist.models.ancestry import Ancestry
@@ -65,7 +64,7 @@ def bench_distil(config: RunConfig, batch: int = 0, repeats: int = 5) -> list[di
 
 def by_arithmetic(config: RunConfig, space: PathSpace) -> float | None:
     """Multiply-adds of one pass over the ancestry and all rows, over those of a pass for each row."""
-    teacher = ancestry_forward(replace(config, finetune=replace(config.finetune, distil_weight=1.0)))
+    teacher = ancestry_flops(config)
     if teacher is None:
         return None
     rows = [TRAINING * space.cost(path).flops for path in space.paths[: len(space.widths)]]

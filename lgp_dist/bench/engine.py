@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from lgp_dist.artifacts import write_json
-from lgp_dist.bench.figures import check_least, facts, spread
+from lgp_dist.bench.figures import facts, spread
+from lgp_dist.bench.ranks import join, leave, wait
 from lgp_dist.bench.sampler import with_policy
-from lgp_dist.checks import check_config
 from lgp_dist.config import RunConfig
 from lgp_dist.costs import TRAINING, ancestry_forward
 from lgp_dist.engine.optim import build_optimizer
@@ -43,7 +42,7 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
     and, under ZeRO-3, the most units and elements gathered at once, and the elements of the largest unit. UserError
     where rounds or steps are below 1.
     """
-    bench = Bench(config, join(config, rounds, steps))
+    bench = Bench(config, join(config, rounds=rounds, steps=steps))
     seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     for turn in range(rounds + 1):
         for policy in POLICIES:
@@ -53,14 +52,6 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
     rows = [bench.row(policy, seconds[policy], range(steps, (rounds + 1) * steps)) for policy in POLICIES]
     bench.end(out, rows)
     return rows
-
-
-def join(config: RunConfig, rounds: int, steps: int) -> Workers:
-    """The processes of this launch; UserError where rounds or steps are below 1, or the recipe is refused."""
-    for option, value in (("--rounds", rounds), ("--steps", steps)):
-        check_least(option, value, 1)
-    check_config(config)
-    return Workers.start(config.engine)
 
 
 class Bench:
@@ -115,17 +106,12 @@ class Bench:
 
     def wait(self) -> None:
         """Until all ranks' devices have done what they were given."""
-        if self.workers.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.workers.barrier()
+        wait(self.workers)
 
     def end(self, out: Path, rows: list[dict[str, Any]]) -> None:
         """Rank 0 writes the objects; all ranks leave."""
-        if self.workers.is_main:
-            write_json(out, rows)
-        self.workers.barrier()
         self.trainer.close()
-        self.workers.close()
+        leave(self.workers, out, rows)
 
     def _schedule(self, step: int) -> list[list[Any]]:
         """The paths of a step by rank."""

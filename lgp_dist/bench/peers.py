@@ -30,6 +30,7 @@ from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.models.pool import row_vit
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.sampling import PathSampler
+from lgp_dist.spaces import heads_of
 from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 
 Step = Callable[[int], None]
@@ -176,7 +177,7 @@ def timm_loop(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
     """timm's training loop on the widest row."""
     config, device = bench.config, bench.workers.device
     torch.manual_seed(config.seed)
-    heads = tuple(row.heads for row in config.model.rows)
+    heads = heads_of(config)
     model = _parallel(row_vit(bench.space, len(heads) - 1, heads).to(device).train(), bench)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=bench.train.lr, weight_decay=bench.train.weight_decay)
     side, channels = config.data.image_size, config.data.channels

@@ -15,6 +15,7 @@ from lgp_dist.engine.setup import autocast
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths import Path, PathSpace
+from lgp_dist.spaces import heads_of
 from lgp_dist.stages.context import ancestry_vit
 from lgp_dist.tasks.losses import soft_cross_entropy
 
@@ -82,7 +83,7 @@ class _Bench:
     def pool(self, way: str) -> LearngenePool:
         """The pool with the same random weights for every way."""
         torch.manual_seed(self.config.seed)
-        pool = LearngenePool.empty(self.space, tuple(row.heads for row in self.config.model.rows)).to(self.device)
+        pool = LearngenePool.empty(self.space, heads_of(self.config)).to(self.device)
         ops, compiled = WAYS[way]
         pool.set_ops(ops)
         for unit in pool.units.values() if compiled else ():

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from lgp_dist.artifacts import write_json
 from lgp_dist.bench.figures import as_table, ceilings, facts, spread
 from lgp_dist.bench.phases import PHASES, Clock, advice, watched
-from lgp_dist.bench.turns import Finetuning, Turns, start
+from lgp_dist.bench.ranks import join, leave
+from lgp_dist.bench.turns import Finetuning, Turns
 from lgp_dist.config import RunConfig
 from lgp_dist.costs import ancestry_forward
 from lgp_dist.engine.probe import peak_bytes, reset_peak
@@ -50,8 +50,8 @@ def bench_train(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24) 
     fastest matrix product seen on this device by one rank; null where the ancestry's size is not known. advice: the
     largest waste and what to change. UserError where a number is below 1 or the recipe is refused.
     """
-    bench = start(config, rounds=rounds, steps=steps)
-    workers, clock = bench.workers, Clock(bench.workers.device)
+    workers = join(config, rounds=rounds, steps=steps)
+    bench, clock = Finetuning(config, workers), Clock(workers.device)
     quiet: list[tuple[float, float]] = []
     parts: list[dict[str, float]] = []
     peak, _ = ceilings(workers.device, DTYPES[config.engine.precision])
@@ -72,10 +72,7 @@ def bench_train(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24) 
     )
     bench.run(watched(bench.task(), clock, workers.world > 1), turns, clock)
     rows = [_row(bench, quiet[1:], parts[steps:], peak, steps)]
-    if workers.is_main:
-        write_json(out, rows)
-    workers.barrier()
-    workers.close()
+    leave(workers, out, rows)
     return rows
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lgp_dist.bench.figures import check_least
-from lgp_dist.checks import check_config
+from lgp_dist.bench.ranks import wait
 from lgp_dist.config import RunConfig
 from lgp_dist.costs import TRAINING
 from lgp_dist.data.stream import TrainStream, open_split
@@ -27,6 +26,7 @@ from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths import PathSpace
 from lgp_dist.protocols import Batch, Task
 from lgp_dist.sampling import PathSampler
+from lgp_dist.spaces import heads_of
 from lgp_dist.stages.context import ancestry_vit
 from lgp_dist.tasks.finetune import FinetuneTask
 
@@ -106,7 +106,7 @@ class Finetuning:
     def pool(self) -> LearngenePool:
         """The pool, with the same weights at every call and on every rank."""
         torch.manual_seed(self.config.seed)
-        pool = LearngenePool.empty(self.space, tuple(row.heads for row in self.config.model.rows))
+        pool = LearngenePool.empty(self.space, heads_of(self.config))
         return pool.to(self.workers.device).train()
 
     def ancestry(self, *, prepared: bool) -> Ancestry | None:
@@ -130,9 +130,7 @@ class Finetuning:
 
     def wait(self) -> None:
         """Until all ranks' devices have done what they were given."""
-        if self.workers.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.workers.barrier()
+        wait(self.workers)
 
     def run(self, task: Task, turns: Turns, watchdog: Watchdog) -> None:
         """The loop, whole; metrics go to a folder that is removed."""
@@ -159,11 +157,3 @@ class Finetuning:
             work = [sum(TRAINING * images * self.space.cost(path).flops for path in hand) for hand in hands]
             mean, slowest = mean + sum(work) / world, slowest + max(work)
         return mean, slowest
-
-
-def start(config: RunConfig, **numbers: int) -> Finetuning:
-    """What the processes of this launch train; UserError where a number is below 1 or the recipe is refused."""
-    for name, value in numbers.items():
-        check_least("--" + name.replace("_", "-"), value, 1)
-    check_config(config)
-    return Finetuning(config, Workers.start(config.engine))

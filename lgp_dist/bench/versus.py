@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from lgp_dist.artifacts import write_json
 from lgp_dist.bench.figures import as_table, check_least, facts, spread
 from lgp_dist.bench.peers import RIVALS, own_draws
+from lgp_dist.bench.ranks import join, leave
 from lgp_dist.bench.train import WARM_UP, about
-from lgp_dist.bench.turns import Finetuning, Turns, start
+from lgp_dist.bench.turns import Finetuning, Turns
 from lgp_dist.config import RunConfig
 from lgp_dist.costs import TRAINING
 from lgp_dist.engine.watchdog import Watchdog
@@ -40,16 +40,13 @@ def bench_peers(
     for name in peers:
         if name not in RIVALS:
             raise UserError(f"--peers names {name!r}, which is none: choose from {', '.join(RIVALS)}.")
-    bench = start(config, rounds=rounds, steps=steps)
+    bench = Finetuning(config, join(config, rounds=rounds, steps=steps))
     world = bench.workers.world
     if "bare" in peers and world > 1:
         raise UserError(f"--peers names bare, which is for one process, but {world} run: start lgp without a launcher.")
     chosen = tuple(peers) or tuple(name for name in RIVALS if name != "bare" or world == 1)
     rows = [_against(_of(bench, name), name, workers, rounds, steps) for name in chosen]
-    if bench.workers.is_main:
-        write_json(out, rows)
-    bench.workers.barrier()
-    bench.workers.close()
+    leave(bench.workers, out, rows)
     return rows
 
 

@@ -10,12 +10,17 @@ LIMITS = {"params": "max_params", "flops": "max_flops", "latency_ms": "max_laten
 """Field of a path's row and of the budget."""
 
 
+def limits_of(budget: Budget) -> dict[str, float]:
+    """What the budget limits: field of a path's row -> the most that it may be."""
+    return {field: getattr(budget, name) for field, name in LIMITS.items() if getattr(budget, name)}
+
+
 def choose(rows: Sequence[dict[str, Any]], budget: Budget, prefix: str = "--budget.") -> dict[str, Any]:
     """The most accurate row within the budget, the cheaper of two equals; UserError naming the nearest if none is.
 
     rows: fields of paths.json, and latency_ms where the budget limits it. prefix: of the options that a person gave.
     """
-    limits = {field: getattr(budget, name) for field, name in LIMITS.items() if getattr(budget, name)}
+    limits = limits_of(budget)
 
     def excess(row: dict[str, Any]) -> float:
         return max((row[field] / limit for field, limit in limits.items()), default=0.0)

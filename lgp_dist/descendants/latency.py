@@ -16,7 +16,9 @@ from torch import nn
 from lgp_dist.artifacts import write_json
 from lgp_dist.budget import Budget
 from lgp_dist.errors import UserError
+from lgp_dist.models.descendant import empty_descendant
 from lgp_dist.provenance import processor
+from lgp_dist.spaces import Space
 
 NAME = "latency.json"
 """The file in a run directory."""
@@ -140,3 +142,11 @@ def with_latencies(
         spread = {"latency_low_ms": found.low_ms, "latency_high_ms": found.high_ms, "latency_on": place.words}
         timed.append({**row, "latency_ms": found.median_ms, **spread})
     return timed
+
+
+def with_path_latencies(
+    rows: Iterable[dict[str, Any]], space: Space, heads: tuple[int, ...], budget: Budget, file: LatencyFile
+) -> list[dict[str, Any]]:
+    """`with_latencies` of paths of a pool. heads: attention heads of each row."""
+    image = (space.channels, space.image_size, space.image_size)
+    return with_latencies(rows, lambda key: empty_descendant(space, heads, space.by_key(key)), image, budget, file)

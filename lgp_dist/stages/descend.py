@@ -8,8 +8,8 @@ from typing import Any
 
 from lgp_dist.artifacts import save_tensors, write_json
 from lgp_dist.descendants.choice import choose
-from lgp_dist.descendants.latency import NAME, LatencyFile, with_latencies
-from lgp_dist.models.descendant import descendant_from_path, empty_descendant
+from lgp_dist.descendants.latency import NAME, LatencyFile, with_path_latencies
+from lgp_dist.models.descendant import descendant_from_path
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")
@@ -25,12 +25,8 @@ def run(context: Context) -> None:
     def fill(folder: Path) -> dict[str, Any]:
         timed, space, heads = rows, context.space, context.heads
         if budget.max_latency_ms:
-            image = (space.channels, space.image_size, space.image_size)
-            file = LatencyFile(context.run.root / NAME, tuned.id)
-            watched = context.workers.watchdog.over(rows)
-            timed = with_latencies(
-                watched, lambda key: empty_descendant(space, heads, space.by_key(key)), image, budget, file
-            )
+            watched, file = context.workers.watchdog.over(rows), LatencyFile(context.run.root / NAME, tuned.id)
+            timed = with_path_latencies(watched, space, heads, budget, file)
         chosen = choose(timed, budget)
         model = descendant_from_path(context.load_pool("finetune").cpu(), heads, space.by_key(chosen["key"]))
         save_tensors(folder / "model.safetensors", model.state_dict())

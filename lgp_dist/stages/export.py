@@ -8,15 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.data.roots import local_root
 from lgp_dist.data.stream import evaluation_batches, open_split
 from lgp_dist.descendants.folder import Exported, told, write_folder
-from lgp_dist.descendants.latency import NAME, LatencyFile, with_latencies
+from lgp_dist.descendants.latency import NAME, LatencyFile, with_path_latencies
 from lgp_dist.errors import UserError
-from lgp_dist.models.descendant import descendant_from_path, empty_descendant, timm_config
+from lgp_dist.models.descendant import descendant_from_path, timm_config
 from lgp_dist.protocols import Batch
 from lgp_dist.stages.context import Context
 
@@ -45,10 +43,12 @@ def fill(context: Context, key: str, folder: Path) -> dict[str, Any]:
         raise UserError(f"{evaluated.folder / 'paths.json'} has no path {key!r}: export one that was evaluated.")
     pool = context.load_pool("finetune").cpu()
     config = timm_config(context.space, context.heads, path, data, ShardManifest.load(local_root(data)).classes)
+    file = LatencyFile(context.run.root / NAME, tuned.id)
+    (timed,) = with_path_latencies([facts], context.space, context.heads, context.config.budget, file)
     exported = Exported(
         model=descendant_from_path(pool, context.heads, path),
         config=config | {"lgp": {**config["lgp"], "measured": facts, "pool": tuned.id}},
-        facts=timed(context, facts, tuned.id),
+        facts=timed,
         origin={
             "trained pool (artifact finetune)": tuned.id,
             "sha256 of its pool.safetensors": tuned.record["files"]["pool.safetensors"],
@@ -71,14 +71,3 @@ def batches_of(context: Context) -> Callable[[int], Iterable[Batch]]:
         return context.workers.watchdog.over(evaluation_batches(index, data, 64, rank=0, world=1, limit=images))
 
     return batches
-
-
-def timed(context: Context, row: dict[str, Any], pool: str) -> dict[str, Any]:
-    """A path's row with its latency for the budget's device, batch and dtype, measured or from latency.json."""
-    space, heads, file = context.space, context.heads, LatencyFile(context.run.root / NAME, pool)
-    image = (space.channels, space.image_size, space.image_size)
-
-    def build(key: str) -> nn.Module:
-        return empty_descendant(space, heads, space.by_key(key))
-
-    return with_latencies([row], build, image, context.config.budget, file)[0]

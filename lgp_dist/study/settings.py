@@ -1,10 +1,9 @@
 """Configurations by dotted keys: what differs, setting it, and saying it on a command line."""
 
-import dataclasses
 from typing import Any
 
 from lgp_dist.config import RunConfig
-from lgp_dist.meaning import flatten
+from lgp_dist.meaning import flatten, unflatten
 from lgp_dist.recipes import RECIPES
 
 
@@ -16,21 +15,10 @@ def changed_values(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in now.items() if value != own[key]}
 
 
-def with_values(config: Any, values: dict[str, Any]) -> Any:
+def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     """The configuration with other values under dotted keys; keys that it does not have are left out."""
-    for key, value in values.items():
-        config = _with(config, key, value)
-    return config
-
-
-def _with(node: Any, key: str, value: Any) -> Any:
-    head, _, rest = key.partition(".")
-    if isinstance(node, tuple):
-        return tuple(_with(part, rest, value) if str(index) == head else part for index, part in enumerate(node))
-    if not hasattr(node, head):
-        return node
-    inner = _with(getattr(node, head), rest, value) if rest else (tuple(value) if isinstance(value, list) else value)
-    return dataclasses.replace(node, **{head: inner})
+    own = flatten(config)
+    return unflatten(own | {key: value for key, value in values.items() if key in own}, config)
 
 
 def arguments(config: RunConfig) -> list[str]:

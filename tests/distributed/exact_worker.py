@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lgp_dist.engine import trainer
 from lgp_dist.engine.audit import bits
 from lgp_dist.engine.defects import gathered
-from lgp_dist.engine.loop import train
+from lgp_dist.engine.loop import Batches, train
 from lgp_dist.engine.probe import Gathered
 from lgp_dist.engine.setup import Workers
 from lgp_dist.protocols import Batch, StepContext
@@ -60,6 +60,23 @@ def workers_of(cell: Cell, started: Workers) -> Workers:
     return replace(started, launch=launch, engine=cell.engine_config())
 
 
+def train_cell(
+    task: Any, batches: Batches, cell: Any, workers: Workers, folder: Path, index: int, **more: Any
+) -> dict[str, Any]:
+    """The project's loop on a cell's settings. more: options of `engine.loop.train`."""
+    return train(
+        task,
+        batches,
+        cell.train_config(),
+        workers,
+        stage=f"cell{index}",
+        steps_per_epoch=cell.steps,
+        run_dir=folder,
+        gradients=cell.finetune_config().gradients,
+        **more,
+    )
+
+
 def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
     """Trains one cell; ranks compare their weights, rank 0 writes them."""
     workers = workers_of(cell, started)
@@ -89,15 +106,13 @@ def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
         return found
 
     task = Watched(pool, ancestry, sampler, cell.finetune_config())
-    done = train(
+    done = train_cell(
         task,
         batches,
-        cell.train_config(),
+        cell,
         workers,
-        stage=f"cell{index}",
-        steps_per_epoch=cell.steps,
-        run_dir=folder,
-        gradients=cell.finetune_config().gradients,
+        folder,
+        index,
         rates={part: rate for row, rate in enumerate(cell.row_lr) for part in pool.row_parts(row)},
         watch=watch,
         watch_every=cell.steps,

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from exact_worker import workers_of
+from exact_worker import train_cell, workers_of
 from safetensors.torch import save_file
 from sws_cells import SPACE, SwsCell
 
-from lgp_dist.engine.loop import train
 from lgp_dist.engine.setup import Workers
 from lgp_dist.protocols import Batch
 
@@ -28,16 +27,7 @@ def run(cell: SwsCell, started: Workers, folder: Path, index: int) -> None:
             for number in range(cell.accumulate):
                 yield from cell.batch(step, number, workers.rank).repeated(cell.uses)
 
-    train(
-        task,
-        batches,
-        cell.train_config(),
-        workers,
-        stage=f"cell{index}",
-        steps_per_epoch=cell.steps,
-        run_dir=folder,
-        gradients=cell.finetune_config().gradients,
-    )
+    train_cell(task, batches, cell, workers, folder, index)
     state = module.state_dict()
     if cell.kind == "finetune":
         rows = {path.key: module.row_state(path.row) for path in SPACE.paths}
