@@ -116,6 +116,7 @@ def study(
     seeds: tuple[int, ...] = (0, 1, 2),
     jobs: int = 1,
     arms: tuple[str, ...] = (),
+    beside: tuple[str, ...] = (),
 ) -> None:
     """Answer a question by runs: its arms on several seeds, with means and intervals.
 
@@ -125,8 +126,9 @@ def study(
         seeds: Every arm runs once on each.
         jobs: Runs at a time, each on one thread.
         arms: Arms to run beside the one that they are compared with; empty for all.
+        beside: Folders of other studies, of which runs and stages that are made alike are taken over.
     """
-    guarded(lambda: run_study(question, recipe, out, seeds, jobs, arms), recipe.debug)
+    guarded(lambda: run_study(question, recipe, out, seeds, jobs, arms, beside), recipe.debug)
 
 
 @app.command

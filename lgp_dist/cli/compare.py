@@ -7,12 +7,20 @@ from pathlib import Path
 from lgp_dist.config import RunConfig
 
 
-def run_study(name: str, base: RunConfig, out: str, seeds: tuple[int, ...], jobs: int, arms: tuple[str, ...]) -> None:
+def run_study(
+    name: str,
+    base: RunConfig,
+    out: str,
+    seeds: tuple[int, ...],
+    jobs: int,
+    arms: tuple[str, ...],
+    beside: tuple[str, ...],
+) -> None:
     """Runs what is left of the study and prints its tables."""
     from lgp_dist.study.study import study  # torch and timm, as above
 
     folder = Path(out or f"runs/study/{name}")
-    text = study(name, base, seeds, folder, jobs, arms, _say)
+    text = study(name, base, seeds, folder, jobs, arms, _say, [Path(each) for each in beside])
     sys.stdout.write(f"{text}\n\nResults: {folder}/study.json, table.md, arms.png, paths.png\n")
 
 

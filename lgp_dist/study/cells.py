@@ -2,10 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lgp_dist.artifacts import RunDirectory
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.meaning import STAGES, meaning
@@ -93,6 +94,44 @@ def take_over(cell: Cell, leader: Cell, stages: Sequence[str]) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(leader.folder / stage, partial, copy_function=_link)
             os.replace(partial, cell.folder / stage)
+
+
+def adopt(cell: Cell, folders: Sequence[Path], found: Mapping[str, str]) -> None:
+    """Takes over what a run in one of these folders has made as this cell would: the whole run, metrics too, or what
+    comes before stage finetune.
+
+    found: content of the cell's sources, as `pipeline.sources` has it.
+    """
+    if cell.folder.exists():
+        return
+    before = STAGES[: STAGES.index("finetune")]
+    made = [(count_alike(RunDirectory(path, found), cell.config), path) for path in folders]
+    count, path = max(made, key=lambda each: each[0], default=(0, cell.folder))
+    if count == len(STAGES):
+        partial = cell.folder.with_name(f".{cell.folder.name}.adopted")
+        shutil.rmtree(partial, ignore_errors=True)
+        leave_out = shutil.ignore_patterns("checkpoints", "study.lock")
+        shutil.copytree(path, partial, copy_function=_link_artifacts, ignore=leave_out)
+        os.replace(partial, cell.folder)
+    elif count:
+        cell.folder.mkdir(parents=True)
+        take_over(cell, replace(cell, config=replace(cell.config, run_dir=str(path))), before[:count])
+
+
+def count_alike(run: RunDirectory, config: RunConfig) -> int:
+    """How many stages, from the first on, a run has made as this configuration would."""
+    for count, stage in enumerate(STAGES):
+        try:
+            if not run.is_current(stage, config):
+                return count
+        except UserError:
+            return count
+    return len(STAGES)
+
+
+def _link_artifacts(source: str, target: str) -> str:
+    """A link to an artifact's file, which never changes; a copy of any other, which may grow."""
+    return _link(source, target) if (Path(source).parent / "artifact.json").is_file() else shutil.copy2(source, target)
 
 
 def _link(source: str, target: str) -> str:

@@ -163,11 +163,11 @@ INSTANCES = Question(
 )
 
 
-def trained_ancestry(epochs: float, **values: object) -> Change:
-    """An ancestry of the recipe's width that is trained in the run, from the run's seed."""
+def trained_ancestry(**values: object) -> Change:
+    """An ancestry of the recipe's width that is trained in the run, from the run's seed, for as long as its rows."""
 
     def change(config: RunConfig) -> RunConfig:
-        train = replace(config.ancestry.train, epochs=epochs)
+        train = replace(config.ancestry.train, epochs=config.distil.train.epochs)
         own = replace(config.ancestry, model="vit", source="train", train=train, **values)
         return replace(config, ancestry=own)
 
@@ -179,8 +179,8 @@ ANCESTRY = Question(
     "What does the pool owe to its ancestry?",
     (
         Arm("recipe", "the recipe's", same),
-        Arm("short", "the same shape, trained here for 8 epochs", trained_ancestry(8.0)),
-        Arm("shallow", "6 blocks, trained here for 8 epochs", trained_ancestry(8.0, depth=6)),
+        Arm("short", "the same shape, trained here for as long as the rows", trained_ancestry()),
+        Arm("shallow", "6 blocks, trained here for as long as the rows", trained_ancestry(depth=6)),
     ),
     "recipe",
 )

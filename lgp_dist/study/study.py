@@ -16,7 +16,7 @@ from lgp_dist.provenance import environment
 from lgp_dist.report.compare import System, arms_figure, compare_figure, markdown
 from lgp_dist.report.plots import save_figure
 from lgp_dist.report.rows import write_atomic
-from lgp_dist.study.cells import Cell, cells_of
+from lgp_dist.study.cells import Cell, adopt, cells_of
 from lgp_dist.study.questions import QUESTIONS, Question
 from lgp_dist.study.results import MEASURES, PAIRED, cell_record, layer_fits, mean_curve, mean_rows, summary, verdicts
 from lgp_dist.study.runner import run_cells
@@ -25,17 +25,30 @@ from lgp_dist.study.statistics import Estimate
 Say = Callable[[str], None]
 
 
-def study(name: str, base: RunConfig, seeds: Sequence[int], out: Path, jobs: int, arms: Sequence[str], say: Say) -> str:
+def study(
+    name: str,
+    base: RunConfig,
+    seeds: Sequence[int],
+    out: Path,
+    jobs: int,
+    arms: Sequence[str],
+    say: Say,
+    beside: Sequence[Path] = (),
+) -> str:
     """Runs what is left of a question's cells and writes study.json, table.md and figures into `out`; the table.
 
     name: of QUESTIONS. base: a recipe, with what all arms change in it. arms: their names, empty for all; the one that
-    others are compared with always runs. UserError for whatever a person can put right.
+    others are compared with always runs. beside: folders of other studies, of which runs are taken over that are made
+    alike. UserError for whatever a person can put right.
     """
     if jobs < 1:
         raise UserError(f"--jobs is {jobs}, but must be 1 or more: choose another value.")
     question = chosen(QUESTIONS[name], arms)
     cells = cells_of(question, base, seeds, out)
+    folders = runs_of(beside)
     out.mkdir(parents=True, exist_ok=True)
+    for cell in cells if folders else ():
+        adopt(cell, folders, sources_of(cell))
     run_cells(cells, is_done, out, jobs, question.ranks, say)
     return publish(question, cells, out)
 
@@ -52,10 +65,23 @@ def chosen(question: Question, arms: Sequence[str]) -> Question:
     return replace(question, arms=tuple(kept))
 
 
+def runs_of(studies: Sequence[Path]) -> list[Path]:
+    """The runs in folders of studies; UserError where one holds none."""
+    found = {path: sorted(path.glob("*/seed*")) for path in studies}
+    for path, runs in found.items():
+        if not runs:
+            raise UserError(f"--beside names {path}, which holds no runs of a study: name the --out of one.")
+    return [run for runs in found.values() for run in runs]
+
+
+def sources_of(cell: Cell) -> dict[str, str]:
+    """Content of its shards and files, by setting."""
+    return sources(cell.config, ShardManifest.load(local_root(cell.config.data)))
+
+
 def is_done(cell: Cell) -> bool:
     """Whether all its stages are complete; UserError where they were made with other settings."""
-    found = sources(cell.config, ShardManifest.load(local_root(cell.config.data)))
-    directory = RunDirectory(cell.folder, found)
+    directory = RunDirectory(cell.folder, sources_of(cell))
     try:
         return all(directory.is_current(stage, cell.config) for stage in ("evaluate", STAGES[-1]))
     except UserError as error:
