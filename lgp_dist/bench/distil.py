@@ -11,7 +11,7 @@ from lgp_dist.checks import check_config
 from lgp_dist.config import RunConfig
 from lgp_dist.costs import TRAINING, ancestry_flops
 from lgp_dist.engine.optim import build_optimizer
-from lgp_dist.engine.setup import autocast
+from lgp_dist.engine.setup import autocast, choose_attention
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.paths import PathSpace
@@ -75,6 +75,7 @@ def _step(config: RunConfig, space: PathSpace, rows: tuple[int, ...], batch: Bat
     """One optimizer step of a run that distils some rows."""
     device, engine, train = batch.images.device, config.engine, config.distil.train
     torch.manual_seed(config.seed)
+    choose_attention(device.type, engine.precision)
     ancestry = Ancestry(ancestry_vit(config)).to(device)
     every = build_rows(space, config.model.rows, config.distil, ancestry.depth, ancestry.vit.embed_dim)
     ancestry.prepare(engine.precision, engine.compile)

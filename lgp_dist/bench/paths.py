@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from lgp_dist.bench.figures import check_least, chosen_device, facts, spread
 from lgp_dist.checks import check_config
 from lgp_dist.config import RunConfig
-from lgp_dist.engine.setup import autocast
+from lgp_dist.engine.setup import autocast, choose_attention
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
@@ -75,6 +75,7 @@ def _device(config: RunConfig) -> torch.device:
 def _calls(config: RunConfig, space: Space, device: torch.device, batch: int) -> dict[str, Callable[[], None]]:
     """What is timed: a forward and backward of each path, by its key, and the ancestry's forward."""
     torch.manual_seed(config.seed)
+    choose_attention(device.type, config.engine.precision)
     pool = LearngenePool.empty(space, heads_of(config)).to(device).train()
     images = torch.randn(batch, space.channels, space.image_size, space.image_size, device=device)
     targets = torch.randint(space.num_classes, (batch,), device=device)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from lgp_dist.bench.figures import as_table, ceilings, check_least, chosen_device, facts, in_turns, spread
 from lgp_dist.checks import check_config
 from lgp_dist.config import Ops, Precision, RunConfig
-from lgp_dist.engine.setup import autocast
+from lgp_dist.engine.setup import autocast, choose_attention
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths import Path, PathSpace
@@ -50,6 +50,7 @@ def bench_step(config: RunConfig, batch: int = 0, repeats: int = 5, compiled: bo
     device, space = chosen_device(config.engine.device, "--engine.device"), PathSpace.from_config(config)
     bench, rows = _Bench(config, space, device, batch), []
     for precision in PRECISIONS:
+        choose_attention(device.type, precision)
         peak, _ = ceilings(device, DTYPES[precision])
         for path in _chosen(space):
             rows += bench.paths(path, precision, repeats, peak, compiled)

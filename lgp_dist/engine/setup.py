@@ -39,7 +39,7 @@ def autocast(device_type: str, precision: Precision) -> contextlib.AbstractConte
 
 
 def choose_attention(device_type: str, precision: Precision) -> None:
-    """How models that timm builds from now on compute attention: by torch's fused kernel, if timm was not told otherwise.
+    """How models that timm builds from now on compute attention: by torch's fused kernel, as timm's environment says.
 
     But in bf16 on a CPU, where the kernel's backward is slow, by products and a softmax: forward and backward of 17
     tokens take a tenth of the time, of 197 a third.

@@ -10,18 +10,19 @@ import tyro
 from run_helpers import has
 from scipy import stats
 
+from lgp_dist.artifacts import Artifact, RunDirectory
 from lgp_dist.checks import check_config
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.meaning import STAGES
 from lgp_dist.recipes import RECIPES, pool12, tiny
-from lgp_dist.study.cells import Cell, cells_of, leader_of, shared_stages, take_over
+from lgp_dist.study.cells import Cell, adopt, cells_of, leader_of, shared_stages, take_over
 from lgp_dist.study.questions import QUESTIONS, systems
 from lgp_dist.study.results import layer_fits, measures, summary, verdicts
 from lgp_dist.study.settings import arguments, changed_values, with_values
 from lgp_dist.study.statistics import T_95, difference, estimate
-from lgp_dist.study.study import chosen
+from lgp_dist.study.study import chosen, runs_of
 
 ARMS = [(name, arm) for name, question in QUESTIONS.items() for arm in question.arms]
 MADE_ONCE = {"stitch_init": 2, "rows": 3, "policy": 3, "instances": 1, "ancestry": 0}
@@ -73,6 +74,43 @@ def test_taken_over_is_the_same_file_and_whole_or_absent(tmp_path: Path) -> None
     assert sorted(path.name for path in cell.folder.iterdir()) == ["ancestry", "distil"]
 
 
+SOURCES = {"data.train": "of the shards"}
+
+
+def write_weights(folder: Path) -> dict[str, Any]:
+    (folder / "weights").write_bytes(b"made")
+    return {}
+
+
+def test_a_study_beside_another_takes_over_what_is_alike(tmp_path: Path) -> None:
+    """A whole run where all is, its metrics as a file of its own; what comes before fine-tuning where that differs;
+    nothing of another seed, of other sources or of a stage that is not complete."""
+    done, other = cells("rows", str(tmp_path / "rows"))[:2]
+    run, made = RunDirectory(done.folder, SOURCES), list[Artifact]()
+    for stage in STAGES:
+        made.append(run.write(stage, done.config, made[-1:], write_weights, {}))
+    (done.folder / "metrics.jsonl").write_text("{}\n")
+    (done.folder / "checkpoints").mkdir()
+    arms = {(cell.arm.name, cell.seed): cell for cell in cells("stitch_init", str(tmp_path / "init"))}
+    same = replace(done, config=replace(done.config, run_dir=str(tmp_path / "new" / "same")))
+    for cell in (same, other, *arms.values()):
+        adopt(cell, [done.folder], SOURCES)
+    kept = {path.name for path in same.folder.iterdir()}
+    assert kept == {*STAGES, "metrics.jsonl"}
+    assert (same.folder / "distil" / "weights").samefile(done.folder / "distil" / "weights")
+    assert not (same.folder / "metrics.jsonl").samefile(done.folder / "metrics.jsonl")
+    assert not other.folder.exists()
+    found = {path.name for path in arms["random", 0].folder.iterdir()}
+    assert found == {"ancestry", "distil"} and not arms["random", 1].folder.exists()
+    late = replace(done, config=replace(done.config, run_dir=str(tmp_path / "new" / "late")))
+    (done.folder / "finetune" / "artifact.json").unlink()
+    adopt(late, [done.folder], SOURCES)
+    assert {path.name for path in late.folder.iterdir()} == {"ancestry", "distil", "pool"}
+    changed = replace(done, config=replace(done.config, run_dir=str(tmp_path / "new" / "changed")))
+    adopt(changed, [done.folder], {name: "other" for name in SOURCES})
+    assert not changed.folder.exists()
+
+
 def test_the_rows_arms_are_what_they_say() -> None:
     found = {arm.name: arm.change(tiny()).finetune for arm in QUESTIONS["rows"].arms}
     own = tiny().finetune
@@ -105,6 +143,12 @@ def test_what_a_person_can_put_right(seeds: tuple[int, ...], arms: tuple[str, ..
     with pytest.raises(UserError) as caught:
         cells_of(chosen(QUESTIONS["rows"], arms), tiny(), seeds, Path("out"))
     has(str(caught.value), *pieces)
+
+
+def test_a_folder_beside_that_holds_no_runs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        runs_of([tmp_path / "none"])
+    has(str(caught.value), "--beside", str(tmp_path / "none"))
 
 
 def test_chosen_arms_keep_the_reference() -> None:
