@@ -1,6 +1,10 @@
 """requirements.lock: what pyproject.toml asks for, all that it needs, each version with hashes, and nothing else."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -16,7 +20,7 @@ NAMED = [
     Requirement(text)
     for text in (
         *PROJECT["dependencies"],
-        *(t for e in ("dev", "imagenet", "onnx") for t in PROJECT["optional-dependencies"][e]),
+        *(t for e in ("dev", "audit", "imagenet", "onnx") for t in PROJECT["optional-dependencies"][e]),
     )
     if not text.startswith("lgp_dist")
 ]
@@ -72,3 +76,21 @@ def test_what_that_needs_is_locked() -> None:
     locked, seen = entries(), set[str]()
     names = {name for requirement in NAMED for name in needed(requirement, seen)}
     assert len(names) > 60 and names <= locked.keys(), sorted(names - locked.keys())
+
+
+def test_the_bill_of_materials_is_the_lock(tmp_path: Path) -> None:
+    """Every package of the lock, in its version and with all its hashes, and no other."""
+    out = tmp_path / "sbom.json"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment, command = {**os.environ, "PATH": path}, ["scripts/audit", "--sbom", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    bill = json.loads(out.read_text())
+    assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "lgp_dist")
+    listed = {canonicalize_name(each["name"]): each for each in bill["components"]}
+    locked = entries()
+    assert len(bill["components"]) == len(listed) and listed.keys() == locked.keys()
+    for name, (requirement, lines) in locked.items():
+        hashes = {kept["content"] for source in listed[name]["externalReferences"] for kept in source.get("hashes", ())}
+        assert requirement.specifier.contains(listed[name]["version"])
+        assert hashes == {line.split("sha256:")[1] for line in lines}
