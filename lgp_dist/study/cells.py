@@ -45,6 +45,10 @@ def cells_of(question: Question, base: RunConfig, seeds: Sequence[int], out: Pat
         raise UserError(
             f"--seeds is {' '.join(map(str, seeds))}, but must name one seed or more, each once: change it."
         )
+    if question.keeps_rows and not base.evaluate.before:
+        raise UserError(
+            f"evaluate.before is off, but study {question.name} compares the rows with what they were: leave it on."
+        )
     found = []
     for arm in question.arms:
         for seed in seeds:
@@ -59,7 +63,6 @@ def cells_of(question: Question, base: RunConfig, seeds: Sequence[int], out: Pat
                         force=False,
                         run_dir=str(out / arm.name / f"seed{seed}"),
                         finetune=replace(config.finetune, watch_every=watch),
-                        evaluate=replace(config.evaluate, before=True),
                         engine=replace(config.engine, threads=config.engine.threads or 1),
                     ),
                 )

@@ -60,7 +60,7 @@ def cell_record(cell: Cell, out: Path) -> dict[str, Any]:
         "step_ms": 1000 * median(line["step_time_s"] for line in lines) if lines else None,
         "r2": artifacts["pool"].facts.get("r2", {}) if "pool" in artifacts else {},
         "curve": {line["step"] + 1: _watched(line) for line in lines if _watched(line)},
-        "before": json.loads((evaluated / "before.json").read_text()),
+        "before": json.loads((evaluated / "before.json").read_text()) if cell.config.evaluate.before else [],
         "rows": json.loads((evaluated / "paths.json").read_text()),
     }
 
@@ -87,7 +87,7 @@ def measures(record: Mapping[str, Any]) -> dict[str, float]:
         "narrow": _top1(row_alone(rows, wide=False)),
         "wide_before": _top1(row_alone(before, wide=True)),
         "wide": _top1(row_alone(rows, wide=True)),
-        "mean_before": fmean(row["top1"] for row in before),
+        "mean_before": fmean(row["top1"] for row in before) if before else None,
         "mean": fmean(row["top1"] for row in rows),
         "best": max(row["top1"] for row in rows),
         "r2": fmean(record["r2"].values()) if record["r2"] else None,

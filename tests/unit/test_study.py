@@ -42,7 +42,7 @@ def test_an_arm_is_a_command_that_a_person_can_type(question: str, arm: Any, bas
     check_config(found.config)
     read = tyro.cli(Recipe, args=arguments(found.config), config=(tyro.conf.CascadeSubcommandArgs,))
     assert read == found.config
-    assert read.run_dir == f"out/{arm.name}/seed1" and read.seed == 1 and read.evaluate.before
+    assert read.run_dir == f"out/{arm.name}/seed1" and read.seed == 1
 
 
 @pytest.mark.parametrize(("question", "count"), MADE_ONCE.items())
@@ -149,6 +149,20 @@ def test_a_folder_beside_that_holds_no_runs_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         runs_of([tmp_path / "none"])
     has(str(caught.value), "--beside", str(tmp_path / "none"))
+
+
+def test_rows_are_judged_by_what_they_were() -> None:
+    base = replace(tiny(), evaluate=replace(tiny().evaluate, before=False))
+    with pytest.raises(UserError) as caught:
+        cells("rows", base=base)
+    has(str(caught.value), "evaluate.before", "rows")
+    assert not any(cell.config.evaluate.before for cell in cells("policy", base=base))
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    found = record("one", 0, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    left = measures(found).keys() - measures({**found, "before": []}).keys()
+    assert left == {"narrow_before", "wide_before", "mean_before"}
 
 
 def test_chosen_arms_keep_the_reference() -> None:
