@@ -3,21 +3,24 @@
 A module is walked in one order by every rank (`protocols.Walk`): each unit is called once in every forward, and passes
 its input through where the rank's path has no use for it. On this order stands one contract per engine:
 
-* ZeRO-1, ZeRO-2, DDP and one process: **anchors**. At the entry of a unit stands one node of the autograd graph for
-  each of its parameters, which passes the gradient on and gives a zero to the parameter if the path does not use it.
-  Every parameter then has a gradient on every rank, and gets it when the unit's backward is over, in the order of the
-  chain: by data dependency, not by autograd's queue. ZeRO-2 and DDP reduce buckets in the order of gradients.
+* ZeRO-1 and ZeRO-2: a **chain** of anchors. At the entry of a unit stands one node of the autograd graph for each of
+  its parameters, which passes the gradient on and gives a zero to the parameter if the path does not use it. Every
+  parameter then has a gradient on every rank, and gets it when the unit's backward is over, in the order of the chain:
+  by data dependency, not by autograd's queue. ZeRO fills its buckets in the order of gradients.
+* DDP: **anchors**, one for all parameters of a unit. DDP's buckets hold fixed parameters and are reduced in a fixed
+  order, so that every parameter must get a gradient on every rank, in whatever order.
 * ZeRO-3: **leaves**. Every unit is a leaf module of DeepSpeed: gathered as a whole when it is called, used or not, and
   its gradients reduced as a whole when its backward is over, with zeros for what has none. A tick, one number that
   wants a gradient, is tied to the images: DeepSpeed sees the end of a backward only through the gradient of an input.
 * ZeRO-0: nothing. DeepSpeed reduces all parameters in the module's order, with zeros for what has no gradient.
-* The union, in place of anchors at ZeRO-1 and ZeRO-2: nothing is reduced before the last micro-step's backward; then
+* One process: nothing. Zeros are filled in before the optimizer's step.
+* The union, in place of the chain at ZeRO-1 and ZeRO-2: nothing is reduced before the last micro-step's backward; then
   zeros are filled in for what this rank lacks of the step's union, and the union alone is reduced, in module order.
 
 Models know nothing of this.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,25 +30,26 @@ from torch.nn import Parameter
 
 from lgp_dist.protocols import Walk
 
-Contract = Literal["anchors", "leaves", "none"]
+Contract = Literal["chain", "anchors", "leaves", "none"]
 
 
 class Anchor(torch.autograd.Function):
-    """The identity on tokens, with a parameter as a second input: its gradient waits for this node."""
+    """The identity on tokens, with parameters as further inputs: their gradients wait for this node."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, parameter: Tensor, used: bool) -> Tensor:
-        """tokens: any shape, passed through. used: whether the forward behind this node uses the parameter."""
-        ctx.missing = None if used else (parameter.shape, parameter.dtype, parameter.device)
+    def forward(ctx: Any, tokens: Tensor, used: Sequence[bool], *parameters: Tensor) -> Tensor:
+        """tokens: any shape, passed through. used: of each parameter, whether the forward behind this node uses it."""
+        ctx.missing = [None if uses else _shape(tensor) for uses, tensor in zip(used, parameters, strict=True)]
         return tokens.view_as(tokens)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """The gradient, and a zero for a parameter that the forward does not use."""
-        if ctx.missing is None:
-            return gradient, None, None
-        shape, dtype, device = ctx.missing
-        return gradient, torch.zeros(shape, dtype=dtype, device=device), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient, and a zero for every parameter that the forward does not use."""
+        return (gradient, None, *(kind and torch.zeros(kind[0], **kind[1]) for kind in ctx.missing))
+
+
+def _shape(tensor: Tensor) -> tuple[torch.Size, dict[str, Any]]:
+    return tensor.shape, {"dtype": tensor.dtype, "device": tensor.device}
 
 
 def part_of(name: str, parts: Collection[str]) -> str:
@@ -70,18 +74,20 @@ class Gradients:
             set_z3_leaf_module(leaf, True)
         if self._leaves:
             self._hooks.append(self._leaves[0].register_forward_pre_hook(_tick))
-        if contract == "anchors":
+        if contract in ("chain", "anchors"):
             for name in walk.units:
                 mine = [(tensor, part) for full, tensor, part in self.parameters if full.startswith(name + ".")]
-                self._hooks.append(module.get_submodule(name).register_forward_pre_hook(self._anchors(mine[::-1])))
+                nodes = [[one] for one in mine[::-1]] if contract == "chain" else [mine]
+                self._hooks.append(module.get_submodule(name).register_forward_pre_hook(self._anchors(nodes)))
 
-    def _anchors(self, parameters: list[tuple[Parameter, str]]) -> Any:
+    def _anchors(self, nodes: list[list[tuple[Parameter, str]]]) -> Any:
         def hook(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not torch.is_grad_enabled():
                 return None
             tokens, *others = arguments
-            for parameter, part in parameters:
-                tokens = Anchor.apply(tokens, parameter, not part or part in self.used)
+            for node in nodes:
+                used = [not part or part in self.used for _, part in node]
+                tokens = Anchor.apply(tokens, used, *(parameter for parameter, _ in node))
             return (tokens, *others)
 
         return hook
@@ -112,4 +118,4 @@ def _tick(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None
     if not torch.is_grad_enabled():
         return None
     images, *others = arguments
-    return (Anchor.apply(images, images.new_zeros(1, dtype=torch.float32, requires_grad=True), False), *others)
+    return (Anchor.apply(images, [False], images.new_zeros(1, dtype=torch.float32, requires_grad=True)), *others)

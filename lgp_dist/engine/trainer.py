@@ -36,9 +36,11 @@ Watch = Callable[[nn.Module], dict[str, float]]
 
 def contract_of(launch: Launch, engine: EngineConfig) -> Contract:
     """How this engine is kept exact (engine/gradients.py)."""
-    if launch.deepspeed and launch.zero_stage == 3:
+    if not launch.deepspeed:
+        return "anchors" if launch.world > 1 else "none"
+    if launch.zero_stage == 3:
         return "leaves"
-    return "none" if launch.deepspeed and launch.zero_stage == 0 or engine.reduction == "union" else "anchors"
+    return "none" if launch.zero_stage == 0 or engine.reduction == "union" else "chain"
 
 
 class LossScale:
@@ -113,7 +115,7 @@ class Trainer:
         )
 
     def _audit(self) -> Audit:
-        ordered = not self.deepspeed or self.stage in (1, 2)
+        ordered = self.deepspeed and self.stage in (1, 2)
         return Audit(self.task.module, self.task.walk, self.workers, gradients=ordered and not self.union)
 
     def _prepare_module(self, module: nn.Module) -> None:

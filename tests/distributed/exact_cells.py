@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from lgp_dist.config import EngineConfig, FinetuneConfig, GradientConfig, Ops, Precision, TrainConfig
+from lgp_dist.engine.setup import choose_attention
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.vit import build_vit
@@ -112,12 +113,14 @@ class Cell:
 
     def build(self) -> tuple[LearngenePool, Ancestry, PathSampler]:
         """A pool of rows of six blocks (18 paths with two rows), an ancestry and the schedule; the same everywhere."""
+        choose_attention("cpu", self.precision)
         torch.manual_seed(1)
         depth = 6 if self.rows == 2 else 3
         space = PathSpace((8, 16, 24)[: self.rows], depth, **IMAGE, final_norm=self.final_norm)
         pool = LearngenePool.empty(space, (1, 2, 3)[: self.rows])
         pool.set_ops(self.ops)
         vit = build_vit(image_size=14, patch_size=7, channels=1, num_classes=5, width=8, depth=1, heads=1)
+        choose_attention("cpu", "fp32")
         return pool, Ancestry(vit), PathSampler(space.paths, "independent", self.seed)
 
     def batch(self, step: int, micro: int, rank: int) -> Batch:

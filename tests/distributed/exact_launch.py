@@ -68,18 +68,18 @@ def difference(cell: Cell, folder: Path, index: int, left_out: tuple[int, ...] =
 
 
 def allowed(cell: Cell) -> float:
-    """How far a run may be from its reference: 1e-6, and in bf16 and fp16 the reference's own rounding if that is more.
+    """How far a run may be from its reference: 1e-6, and in bf16 and fp16 the reference's own rounding on top.
 
     Where the last bit of a weight in fp32 decides how it rounds to 8 or 11 bits, as the last bit of a norm does in
     clipping, the reference differs from itself: it is run again with weights moved to the float beside them.
     """
     if cell.precision == "fp32":
         return TOLERANCE
-    exact, found = reference(cell.meaning), TOLERANCE
+    exact, found = reference(cell.meaning), 0.0
     for nudge in (1, 2, 3, 4):
         other = reference(cell.meaning, nudge)
         found = max(found, *(float((other[name] - exact[name]).abs().max()) for name in exact))
-    return found
+    return TOLERANCE + found
 
 
 def groups(cells: Iterable[Cell]) -> dict[tuple[int, bool], list[Cell]]:

@@ -47,8 +47,11 @@ class Watched(FinetuneTask):
 class Backwards(trainer.Gradients):
     """Gradients of a unit in the opposite order."""
 
-    def _anchors(self, parameters: list[Any]) -> Any:
-        return super()._anchors(parameters[::-1])
+    def __init__(self, module: Any, walk: Any, contract: str):
+        super().__init__(module, walk, "chain")
+
+    def _anchors(self, nodes: list[Any]) -> Any:
+        return super()._anchors(nodes[::-1])
 
 
 def workers_of(cell: Cell, started: Workers) -> Workers:
