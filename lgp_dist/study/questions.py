@@ -70,9 +70,20 @@ def same(config: RunConfig) -> RunConfig:
 
 
 def recipe_arm(name: str) -> Arm:
-    """A recipe as an arm, with whatever the study's configuration changes in its own recipe."""
+    """A recipe as an arm, with whatever the study's configuration changes in its own recipe.
+
+    One whose rows are random has nothing to train in stage distil: it fine-tunes for the epochs of both stages.
+    """
     summary = (RECIPES[name].__doc__ or "").splitlines()[0].rstrip(".")
-    return Arm(name, summary, lambda config: with_values(RECIPES[name](), changed_values(config)))
+
+    def change(config: RunConfig) -> RunConfig:
+        made = with_values(RECIPES[name](), changed_values(config))
+        if any(row.source != "random" for row in made.model.rows):
+            return made
+        both = config.distil.train.epochs + config.finetune.train.epochs
+        return loop(lambda made: {"epochs": both})(made)
+
+    return Arm(name, summary, change)
 
 
 def systems(recipes: Iterable[str], reference: str) -> Question:

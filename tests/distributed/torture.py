@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -41,6 +41,7 @@ from lgp_dist.statuses import HUNG, PREEMPTED
 STEPS, EVERY = 18, 2
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "ddp")
 KILLS = ("kill one", "kill all")
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGTERM twice", "SIGUSR1 twice")
 KINDS = (*KILLS * 4, "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
 """Faults that are drawn from; each as often as it stands here."""
 PATIENCE_S = 240.0
@@ -65,11 +66,30 @@ class Report:
     tried: Counter[str] = field(default_factory=Counter)
     seen: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
+    longest_leave_s: float = 0.0
+    """From a signal to the end of both ranks."""
+    useful_s: float = 0.0
+    """What runs that ended exactly take without faults."""
+    spent_s: float = 0.0
+    """What they took."""
+
+    @classmethod
+    def read(cls, known: dict[str, Any]) -> "Report":
+        """As `as_dict` gave it."""
+        times = {name: known.get(name, 0.0) for name in ("longest_leave_s", "useful_s", "spent_s")}
+        return cls(Counter(known["tried"]), Counter(known["seen"]), known["violations"], **times)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        goodput = round(self.useful_s / self.spent_s, 3) if self.spent_s else None
+        return {**vars(self), "goodput": goodput}
 
     def show(self) -> str:
         """For people."""
         lines = [f"tried: {', '.join(f'{name} {count}' for name, count in sorted(self.tried.items()))}"]
         lines += [f"seen:  {', '.join(f'{name} {count}' for name, count in sorted(self.seen.items()))}"]
+        spent = self.as_dict()
+        lines += [f"goodput {spent['goodput']}, longest from a signal to the end {self.longest_leave_s} s"]
         return "\n".join([*lines, f"violations: {len(self.violations)}", *self.violations])
 
 
@@ -201,8 +221,8 @@ def result(place: Path) -> dict[str, Any]:
 class Campaign:
     """Runs with faults, compared with runs without."""
 
-    def __init__(self, root: Path, seed: int, report: Report):
-        self.root, self.seed, self.report = root, seed, report
+    def __init__(self, root: Path, seed: int, report: Report, kinds: tuple[str, ...] = KINDS):
+        self.root, self.seed, self.report, self.kinds = root, seed, report, kinds
         self.base, self.expected, self.seconds = root / "base", dict[str, Any](), dict[str, float]()
         self.hurt: set[Path] = set()
         if not (self.base / "run" / "pool").exists():
@@ -248,9 +268,9 @@ class Campaign:
         engine, place = draw.choice(ENGINES), self._place(f"run-{index}")
         expected, before = self.undisturbed(engine), len(self.report.violations)
         said = f"seed {self.seed}, run {index}, {engine}"
-        story: list[str] = []
+        story, began = list[str](), time.monotonic()
         for _ in range(draw.randint(2, 12)):
-            kind = draw.choice(KINDS)
+            kind = draw.choice(self.kinds)
             if self._fault(kind, place, engine, draw, story, said):
                 break
         life = Life(place, engine, place / "out.log")
@@ -261,6 +281,8 @@ class Campaign:
             self._violation(said, story, f"ended with other {', '.join(parts)}")
         else:
             self.report.seen["exact ends"] += 1
+            self.report.useful_s += self.seconds[engine]
+            self.report.spent_s += time.monotonic() - began
             self.report.seen["exact resumes"] += (place / "out.log").read_text().count("goes on from step")
         if len(self.report.violations) == before:
             shutil.rmtree(place)
@@ -287,12 +309,18 @@ class Campaign:
         report.tried[kind] += 1
         story.append(f"{kind} (rank {rank}) after {moment:.2f} s")
         numbers = {"kill one": signal.SIGKILL, "kill all": signal.SIGKILL, "stop one": signal.SIGSTOP}
-        numbers |= {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}
+        numbers |= {name: signal.Signals[name.split()[0]] for name in SIGNALS}
+        sent = time.monotonic()
         if kind in numbers:
             life.send(numbers[kind], rank if kind in ("kill one", "stop one") else None)
+        if kind.endswith("twice"):
+            time.sleep(0.2 * draw.random())
+            life.send(numbers[kind])
         alone = draw.random() < 0.1
         if not life.wait(PATIENCE_S, 20.0 if alone else 0.5):
             self._violation(said, story, f"a rank did not end within {PATIENCE_S:.0f} s")
+        if kind in SIGNALS:
+            report.longest_leave_s = max(report.longest_leave_s, round(time.monotonic() - sent, 2))
         report.seen["ends without a launcher"] += (
             alone and kind == "kill one" and life.statuses[1 - rank] != -signal.SIGKILL
         )
@@ -305,14 +333,15 @@ class Campaign:
     def _judge(self, kind: str, life: Life, place: Path, story: list[str], said: str) -> None:
         """Whether the statuses are those that are documented."""
         statuses, seen = life.statuses, self.report.seen
-        allowed: dict[str, set[Any]] = {
-            "SIGTERM": {0, PREEMPTED, -signal.SIGTERM},
-            "SIGUSR1": {0, PREEMPTED, -signal.SIGUSR1},
-        }
-        if kind in allowed:
-            if PREEMPTED in statuses:
+        if kind in SIGNALS:
+            if statuses == [PREEMPTED, PREEMPTED]:
+                outcome = json.loads((place / "run" / "outcome.json").read_text())
+                saved = [folder.name for folder in checkpoints(place)[:1]]
                 seen["preempted with a checkpoint"] += 1
-            if set(statuses) - allowed[kind] and -signal.SIGKILL not in statuses:
+                if outcome["outcome"] != "preempted" or saved != [f"step-{outcome['step']:08d}"]:
+                    self._violation(said, story, f"left with {outcome}, newest checkpoint {saved}")
+            allowed = {0, PREEMPTED, -signal.Signals[kind.split()[0]]}
+            if set(statuses) - allowed and -signal.SIGKILL not in statuses:
                 self._violation(said, story, f"statuses {statuses}")
         elif kind == "stop one" and HUNG in statuses:
             seen["hung rank named"] += (place / "run" / "heartbeats" / "hang.json").exists()
@@ -343,6 +372,9 @@ class Options:
     """Begin no run after so many seconds."""
     seed: int = 0
     """Of everything that is drawn."""
+    kinds: tuple[Literal["kill one", "kill all", "SIGTERM", "SIGUSR1", "SIGTERM twice", "SIGUSR1 twice", "stop one",
+                         "full disk", "damage"], ...] = ()  # fmt: skip
+    """Faults to draw from, alike; empty for all but second signals, kills most often."""
     out: Path | None = None
     """JSON of the campaign; it goes on where the file stands."""
 
@@ -357,17 +389,16 @@ def main() -> int:
         if known["seed"] != options.seed:
             sys.stderr.write(f"{options.out} is of seed {known['seed']}: choose it, or another --out.\n")
             return 2
-        report = Report(Counter(known["tried"]), Counter(known["seen"]), known["violations"])
+        report = Report.read(known)
         first = known["runs"]
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-        campaign, index = Campaign(Path(folder), options.seed, report), first
+        campaign, index = Campaign(Path(folder), options.seed, report, options.kinds or KINDS), first
         while time.monotonic() - began < options.seconds or index == first:
             campaign.run(index)
             index += 1
             if options.out:
                 content = {"seed": options.seed, "runs": index, "kills": sum(report.tried[kind] for kind in KILLS)}
-                content |= {"tried": dict(report.tried), "seen": dict(report.seen), "violations": report.violations}
-                content |= about
+                content |= report.as_dict() | about
                 options.out.write_text(json.dumps(content, indent=2) + "\n")
         for log in Path(folder).glob("run-*/out.log"):  # of runs with a violation
             sys.stdout.write(f"--- {log.parent.name}\n{log.read_text()[-3000:]}\n")

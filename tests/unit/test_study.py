@@ -151,6 +151,14 @@ def test_a_folder_beside_that_holds_no_runs_is_named(tmp_path: Path) -> None:
     has(str(caught.value), "--beside", str(tmp_path / "none"))
 
 
+def test_scratch_trains_for_the_epochs_of_both_stages() -> None:
+    base = tiny()
+    short = replace(base.finetune, train=replace(base.finetune.train, epochs=2.0))
+    base = replace(base, finetune=short, distil=replace(base.distil, train=replace(base.distil.train, epochs=3.0)))
+    epochs = {arm.name: arm.change(base).finetune.train.epochs for arm in QUESTIONS["systems"].arms}
+    assert epochs == {"snnet_tiny": 2, "tiny": 2, "sws_tiny": 2, "vanilla_tiny": 2, "scratch_tiny": 5}
+
+
 def test_rows_are_judged_by_what_they_were() -> None:
     base = replace(tiny(), evaluate=replace(tiny().evaluate, before=False))
     with pytest.raises(UserError) as caught:
