@@ -99,9 +99,9 @@ def take_over(cell: Cell, leader: Cell, stages: Sequence[str]) -> None:
             os.replace(partial, cell.folder / stage)
 
 
-def adopt(cell: Cell, folders: Sequence[Path], found: Mapping[str, str]) -> None:
-    """Takes over what a run in one of these folders has made as this cell would: the whole run, metrics too, or what
-    comes before stage finetune.
+def adopt(cell: Cell, folders: Sequence[Path], found: Mapping[str, str], ranks: int) -> None:
+    """Takes over what a run in one of these folders has made as this cell would: the whole run, metrics too, if it was
+    fine-tuned on as many ranks, or what comes before stage finetune.
 
     found: content of the cell's sources, as `pipeline.sources` has it.
     """
@@ -110,7 +110,7 @@ def adopt(cell: Cell, folders: Sequence[Path], found: Mapping[str, str]) -> None
     before = STAGES[: STAGES.index("finetune")]
     made = [(count_alike(RunDirectory(path, found), cell.config), path) for path in folders]
     count, path = max(made, key=lambda each: each[0], default=(0, cell.folder))
-    if count == len(STAGES):
+    if count == len(STAGES) and _ranks_of(path) == ranks:
         partial = cell.folder.with_name(f".{cell.folder.name}.adopted")
         shutil.rmtree(partial, ignore_errors=True)
         leave_out = shutil.ignore_patterns("checkpoints", "study.lock")
@@ -119,6 +119,11 @@ def adopt(cell: Cell, folders: Sequence[Path], found: Mapping[str, str]) -> None
     elif count:
         cell.folder.mkdir(parents=True)
         take_over(cell, replace(cell, config=replace(cell.config, run_dir=str(path))), before[:count])
+
+
+def _ranks_of(path: Path) -> int:
+    artifact = RunDirectory(path).find("finetune")
+    return artifact.record["world"] if artifact else 0
 
 
 def count_alike(run: RunDirectory, config: RunConfig) -> int:

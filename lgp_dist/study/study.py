@@ -48,7 +48,7 @@ def study(
     folders = runs_of(beside)
     out.mkdir(parents=True, exist_ok=True)
     for cell in cells if folders else ():
-        adopt(cell, folders, sources_of(cell))
+        adopt(cell, folders, sources_of(cell), question.ranks)
     run_cells(cells, is_done, out, jobs, question.ranks, say)
     return publish(question, cells, out)
 

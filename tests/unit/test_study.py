@@ -83,18 +83,18 @@ def write_weights(folder: Path) -> dict[str, Any]:
 
 
 def test_a_study_beside_another_takes_over_what_is_alike(tmp_path: Path) -> None:
-    """A whole run where all is, its metrics as a file of its own; what comes before fine-tuning where that differs;
-    nothing of another seed, of other sources or of a stage that is not complete."""
+    """A whole run where all is, its metrics as a file of its own; what comes before fine-tuning where that differs or
+    had other ranks; nothing of another seed, of other sources or of a stage that is not complete."""
     done, other = cells("rows", str(tmp_path / "rows"))[:2]
     run, made = RunDirectory(done.folder, SOURCES), list[Artifact]()
     for stage in STAGES:
-        made.append(run.write(stage, done.config, made[-1:], write_weights, {}))
+        made.append(run.write(stage, done.config, made[-1:], write_weights, {"world": 1}))
     (done.folder / "metrics.jsonl").write_text("{}\n")
     (done.folder / "checkpoints").mkdir()
     arms = {(cell.arm.name, cell.seed): cell for cell in cells("stitch_init", str(tmp_path / "init"))}
     same = replace(done, config=replace(done.config, run_dir=str(tmp_path / "new" / "same")))
     for cell in (same, other, *arms.values()):
-        adopt(cell, [done.folder], SOURCES)
+        adopt(cell, [done.folder], SOURCES, 1)
     kept = {path.name for path in same.folder.iterdir()}
     assert kept == {*STAGES, "metrics.jsonl"}
     assert (same.folder / "distil" / "weights").samefile(done.folder / "distil" / "weights")
@@ -102,12 +102,15 @@ def test_a_study_beside_another_takes_over_what_is_alike(tmp_path: Path) -> None
     assert not other.folder.exists()
     found = {path.name for path in arms["random", 0].folder.iterdir()}
     assert found == {"ancestry", "distil"} and not arms["random", 1].folder.exists()
+    ranks = replace(done, config=replace(done.config, run_dir=str(tmp_path / "new" / "ranks")))
+    adopt(ranks, [done.folder], SOURCES, 4)
+    assert {path.name for path in ranks.folder.iterdir()} == {"ancestry", "distil", "pool"}
     late = replace(done, config=replace(done.config, run_dir=str(tmp_path / "new" / "late")))
     (done.folder / "finetune" / "artifact.json").unlink()
-    adopt(late, [done.folder], SOURCES)
+    adopt(late, [done.folder], SOURCES, 1)
     assert {path.name for path in late.folder.iterdir()} == {"ancestry", "distil", "pool"}
     changed = replace(done, config=replace(done.config, run_dir=str(tmp_path / "new" / "changed")))
-    adopt(changed, [done.folder], {name: "other" for name in SOURCES})
+    adopt(changed, [done.folder], {name: "other" for name in SOURCES}, 1)
     assert not changed.folder.exists()
 
 
