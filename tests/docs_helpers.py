@@ -25,11 +25,13 @@ PLACEHOLDERS = {
     "QUESTION": "rows",
     "ARM": "recipe",
     "LAYOUT": "imagefolder",
+    "RUN RUN": "runs/tiny runs/other",
     "RUN": "runs/tiny",
     "PATH": "runs/tiny/checkpoints/finetune/step-00000500",
     "KEY": "r0.0-5",
+    "FILES_OF_BENCH_ENGINE": "engines.json",
     "FOLDER": "folder",
-    "FOLDERS_OF_PHOTOGRAPHS": "folder,other",
+    "FOLDERS_OF_PHOTOGRAPHS": "photographs,others",
     "SHARDS": "shards/sample",
     "ROOT": "shards/sample",
     "ADDRESS": "https://host/shards",
@@ -40,7 +42,7 @@ PLACEHOLDERS = {
     "S": "1",
     "$NODE_RANK": "0",
     "$HEAD_NODE": "10.0.0.5",
-    "--dotted.overrides": "--seed 1",
+    "--dotted.overrides": "--finetune.policy shared",
 }
 """What stands for something -> an example of it."""
 

@@ -1,7 +1,9 @@
 """What the tests of shards share: small images, tars, and data sets in every layout that a build reads."""
 
+import gzip
 import io
 import json
+import struct
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +177,20 @@ def webdataset(root: Path) -> Made:
                     members.append((f"{key}.cls", str(n % 3).encode()))
             (root / f"imagenet1k-{split}-{number}.tar").write_bytes(tar_of(members))
     return Made(root, splits, ())
+
+
+def idx_files(source: Path, train: int = 200, test: int = 40) -> None:
+    """A small Fashion-MNIST: classes equally frequent, random pixels."""
+    source.mkdir()
+    generator = np.random.default_rng(0)
+    for prefix, count in (("train", train), ("t10k", test)):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for name, head, array in (
+            ("images-idx3", struct.pack(">IIII", 0x803, count, 28, 28), images),
+            ("labels-idx1", struct.pack(">II", 0x801, count), labels),
+        ):
+            (source / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
 
 
 LAYOUTS = {made.__name__: made for made in (imagefolder, imagenet, kaggle, parquet, webdataset)}

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import shutil
-import struct
 import tarfile
 import zlib
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from shard_helpers import idx_files
 
 from lgp_dist.data.build import BuildOptions, build_shards
 from lgp_dist.data.fashion import CLASSES, DEFAULT_SOURCE
@@ -65,20 +65,6 @@ def foreign_shards(root: Path) -> dict[str, np.ndarray]:
             members.append((f"{key}.cls", f" {number % 3}\n".encode()))
         write_tar(root / f"imagenet1k-{name}.tar", members)
     return pixels
-
-
-def idx_files(source: Path, train: int = 200, test: int = 40) -> None:
-    """A small Fashion-MNIST: classes equally frequent, random pixels."""
-    source.mkdir()
-    generator = np.random.default_rng(0)
-    for prefix, count in (("train", train), ("t10k", test)):
-        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        for name, head, array in (
-            ("images-idx3", struct.pack(">IIII", 0x803, count, 28, 28), images),
-            ("labels-idx1", struct.pack(">II", 0x801, count), labels),
-        ):
-            (source / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
 
 
 def source_images(source: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -266,17 +265,6 @@ def test_what_is_shown_is_what_runs(tmp_path: Path, lgp: Lgp, monkeypatch: pytes
         assert environment["WORLD_SIZE"] == str(node["world"])
         assert {name: environment[name] for name in node["environment"]} == node["environment"]
     assert not (tmp_path / str(last + 1)).exists()
-
-
-COMMANDS = re.findall(r"^    lgp (.+)$", (ROOT / "docs" / "launching.md").read_text(), flags=re.MULTILINE)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_guide(lgp: Lgp, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They end well as they stand there; a doctor may find something on this machine."""
-    monkeypatch.chdir(ROOT)
-    result = lgp(*command.split())
-    assert result.status == 0 or command.startswith("doctor") and result.status == 1, result
 
 
 ODD: tuple[Any, ...] = (None, "", "7", 0, -1, 3, 1.5, True, [], ["a"], {}, {"a": 1}, "none", "no")
