@@ -132,6 +132,16 @@ ROWS = Question(
         Arm("no_distil", "labels alone", finetuned(distil_weight=0.0)),
         Arm("four_paths", "four paths a step", FOUR_PATHS),
         Arm("sandwich", "four paths a step, both rows among them", chain(FOUR_PATHS, finetuned(sandwich=True))),
+        Arm(
+            "sandwich_x2",
+            "the same at twice the rate",
+            chain(FOUR_PATHS, finetuned(sandwich=True), rate(2)),
+        ),
+        Arm(
+            "sandwich_x4",
+            "the same at four times the rate",
+            chain(FOUR_PATHS, finetuned(sandwich=True), rate(4)),
+        ),
         Arm("row_weight", "rows drawn three times as often", finetuned(row_weight=3.0)),
         Arm(
             "combined",
