@@ -54,9 +54,9 @@ def loop(make: Callable[[RunConfig], dict[str, float]]) -> Change:
     return lambda config: finetuned(train=replace(config.finetune.train, **make(config)))(config)
 
 
-def slow_wide(config: RunConfig) -> RunConfig:
-    """A tenth of the learning rate for the widest row."""
-    return finetuned(row_lr=(*(1.0 for _ in config.model.rows[1:]), 0.1))(config)
+def wide(factor: float) -> Change:
+    """So many times the learning rate of the others for the widest row."""
+    return lambda config: finetuned(row_lr=(*(1.0 for _ in config.model.rows[1:]), factor))(config)
 
 
 def chain(*changes: Change) -> Change:
@@ -119,6 +119,7 @@ PUBLISHED = chain(PAPER_SCALE, loop(lambda config: {"lr": config.distil.train.lr
 """The published code has one rate for distillation and fine-tuning."""
 FOUR_PATHS = loop(lambda config: {"accumulate": 4 * config.finetune.train.accumulate})
 """Four paths in a step, which share its images: room for both rows and for stitched paths."""
+SANDWICH = chain(FOUR_PATHS, finetuned(sandwich=True))
 
 ROWS = Question(
     "rows",
@@ -128,25 +129,23 @@ ROWS = Question(
         Arm("published_x10", "the same at ten times the recipe's rate", chain(PAPER_SCALE, rate(10))),
         Arm("recipe", "the recipe", same),
         Arm("lower_lr", "a tenth of the rate", rate(0.1)),
-        Arm("row_lr", "a tenth of the rate for the wide row", slow_wide),
+        Arm("row_lr", "a tenth of the rate for the wide row", wide(0.1)),
         Arm("no_distil", "labels alone", finetuned(distil_weight=0.0)),
         Arm("four_paths", "four paths a step", FOUR_PATHS),
-        Arm("sandwich", "four paths a step, both rows among them", chain(FOUR_PATHS, finetuned(sandwich=True))),
+        Arm("sandwich", "four paths a step, both rows among them", SANDWICH),
+        Arm("sandwich_x2", "the same at twice the rate", chain(SANDWICH, rate(2))),
+        Arm("sandwich_x4", "the same at four times the rate", chain(SANDWICH, rate(4))),
         Arm(
-            "sandwich_x2",
-            "the same at twice the rate",
-            chain(FOUR_PATHS, finetuned(sandwich=True), rate(2)),
+            "narrow_x2",
+            "sandwich_x2 with half the recipe's rate for the wide row",
+            chain(SANDWICH, rate(2), wide(0.25)),
         ),
-        Arm(
-            "sandwich_x4",
-            "the same at four times the rate",
-            chain(FOUR_PATHS, finetuned(sandwich=True), rate(4)),
-        ),
+        Arm("narrow_x4", "sandwich_x4 with four tenths of the recipe's for it", chain(SANDWICH, rate(4), wide(0.1))),
         Arm("row_weight", "rows drawn three times as often", finetuned(row_weight=3.0)),
         Arm(
             "combined",
             "row_lr, sandwich and row_weight",
-            chain(FOUR_PATHS, slow_wide, finetuned(sandwich=True, row_weight=3.0)),
+            chain(SANDWICH, wide(0.1), finetuned(row_weight=3.0)),
         ),
     ),
     "published",
