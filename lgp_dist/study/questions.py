@@ -133,14 +133,11 @@ ROWS = Question(
         Arm("no_distil", "labels alone", finetuned(distil_weight=0.0)),
         Arm("four_paths", "four paths a step", FOUR_PATHS),
         Arm("sandwich", "four paths a step, both rows among them", SANDWICH),
-        Arm("sandwich_x2", "the same at twice the rate", chain(SANDWICH, rate(2))),
-        Arm("sandwich_x4", "the same at four times the rate", chain(SANDWICH, rate(4))),
         Arm(
-            "narrow_x2",
-            "sandwich_x2 with half the recipe's rate for the wide row",
-            chain(SANDWICH, rate(2), wide(0.25)),
+            "narrow_x4",
+            "sandwich at four times the rate, the wide row at four tenths of the recipe's",
+            chain(SANDWICH, rate(4), wide(0.1)),
         ),
-        Arm("narrow_x4", "sandwich_x4 with four tenths of the recipe's for it", chain(SANDWICH, rate(4), wide(0.1))),
         Arm("row_weight", "rows drawn three times as often", finetuned(row_weight=3.0)),
         Arm(
             "combined",

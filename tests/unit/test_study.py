@@ -123,6 +123,9 @@ def test_the_rows_arms_are_what_they_say() -> None:
     assert found["combined"].row_lr == (1.0, 0.1) and found["combined"].train.accumulate == 4
     assert found["combined"].train.batch_size == own.train.batch_size
     assert replace(found["sandwich"], sandwich=False) == found["four_paths"]
+    kept = found["narrow_x4"]
+    rates = {kept.train.lr: 4 * own.train.lr, kept.train.lr * kept.row_lr[1]: 0.4 * own.train.lr}
+    assert kept.sandwich and kept.row_lr[0] == 1 and all(mine == pytest.approx(right) for mine, right in rates.items())
 
 
 def test_systems_are_recipes_with_the_same_changes() -> None:
