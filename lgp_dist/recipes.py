@@ -67,9 +67,28 @@ def tiny() -> RunConfig:
             train=replace(loop, epochs=24.0, label_smoothing=0.1),
         ),
         distil=DistilConfig(train=loop),
-        finetune=FinetuneConfig(train=replace(loop, lr=5e-4)),
+        # Both rows in every step, and a tenth of the rate for the wide one: docs/results.md, question rows.
+        finetune=FinetuneConfig(sandwich=True, row_lr=(1.0, 0.1), train=replace(loop, lr=2e-3, accumulate=4)),
         budget=Budget(max_params=Amount(400e3)),
     )
+
+
+def tiny_paper() -> RunConfig:
+    """The quickstart's pool with the paper's fine-tuning: a path a step on every rank, distillation's learning rate for
+    all, the soft cross-entropy averaged over classes.
+
+    Command: lgp run tiny_paper
+    Time: not yet measured
+    Accuracy: not yet measured
+    """
+    base = tiny()
+    return replace(base, recipe="tiny_paper", finetune=FinetuneConfig(train=base.distil.train, loss_scale="paper"))
+
+
+def one_path_a_step(base: RunConfig) -> RunConfig:
+    """Fine-tuning with a path a step on every rank, at half of distillation's learning rate for all."""
+    train = replace(base.distil.train, lr=base.distil.train.lr / 2)
+    return replace(base, finetune=FinetuneConfig(train=train))
 
 
 def pool12() -> RunConfig:
@@ -146,7 +165,7 @@ def snnet_tiny() -> RunConfig:
     Time: not yet measured
     Accuracy: not yet measured
     """
-    return undistilled(tiny(), "snnet_tiny")
+    return undistilled(one_path_a_step(tiny()), "snnet_tiny")
 
 
 def vanilla_tiny() -> RunConfig:
@@ -156,7 +175,7 @@ def vanilla_tiny() -> RunConfig:
     Time: not yet measured
     Accuracy: not yet measured
     """
-    return tail_alone(tiny(), "vanilla_tiny")
+    return tail_alone(one_path_a_step(tiny()), "vanilla_tiny")
 
 
 def scratch_tiny() -> RunConfig:
@@ -166,7 +185,7 @@ def scratch_tiny() -> RunConfig:
     Time: not yet measured
     Accuracy: not yet measured
     """
-    base = tiny()
+    base = one_path_a_step(tiny())
     loop = replace(base.distil.train, epochs=base.distil.train.epochs + base.finetune.train.epochs)
     return from_scratch(base, "scratch_tiny", "r0.0-3+r1.4-5", loop)
 
@@ -314,7 +333,7 @@ def each_alone(depths: int, train: TrainConfig) -> FinetuneConfig:
 RECIPES = {
     recipe.__name__: recipe
     for recipe in (
-        *(tiny, pool12, pool18),
+        *(tiny, tiny_paper, pool12, pool18),
         *(snnet_tiny, vanilla_tiny, scratch_tiny),
         *(snnet_deit, snnet_same_rows, vanilla_base, scratch_pool12),
         *(sws_tiny, sws_small, sws_base),

@@ -15,8 +15,11 @@ from lgp_dist.data.manifest import ShardManifest
 
 SAMPLE = Path(__file__).parents[1] / "shards" / "sample"
 LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
+ONE_PATH = ("--finetune.no-sandwich", "--finetune.train.accumulate=1", "--finetune.row-lr")
+"""A path a step on every rank, with one learning rate."""
 SMALL = (
     "tiny",
+    *ONE_PATH,
     "--data.root=shards",
     "--ancestry.weights=ancestry.safetensors",
     "--run-dir=run",

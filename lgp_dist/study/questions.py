@@ -110,14 +110,16 @@ STITCH_INIT = Question(
 
 
 def rate(factor: float) -> Change:
-    """So many times the learning rate of stage finetune."""
-    return loop(lambda config: {"lr": factor * config.finetune.train.lr})
+    """So many times distillation's learning rate in stage finetune."""
+    return loop(lambda config: {"lr": factor * config.distil.train.lr})
 
 
 PAPER_SCALE = finetuned(loss_scale="paper")
-PUBLISHED = chain(PAPER_SCALE, loop(lambda config: {"lr": config.distil.train.lr}))
-"""The published code has one rate for distillation and fine-tuning."""
-FOUR_PATHS = loop(lambda config: {"accumulate": 4 * config.finetune.train.accumulate})
+ONE_PATH = chain(
+    finetuned(sandwich=False, row_lr=(), row_weight=1.0, paths_per_batch=1), loop(lambda config: {"accumulate": 1})
+)
+"""A path a step on every rank, drawn alike, with one learning rate."""
+FOUR_PATHS = chain(ONE_PATH, loop(lambda config: {"accumulate": 4}))
 """Four paths in a step, which share its images: room for both rows and for stitched paths."""
 SANDWICH = chain(FOUR_PATHS, finetuned(sandwich=True))
 
@@ -125,25 +127,27 @@ ROWS = Question(
     "rows",
     "What lets fine-tuning keep the wide row, raise the narrow one and still train all paths?",
     (
-        Arm("published", "soft cross-entropy averaged over classes, the rate of distillation", PUBLISHED),
-        Arm("published_x10", "the same at ten times the recipe's rate", chain(PAPER_SCALE, rate(10))),
-        Arm("recipe", "the recipe", same),
-        Arm("lower_lr", "a tenth of the rate", rate(0.1)),
-        Arm("row_lr", "a tenth of the rate for the wide row", wide(0.1)),
-        Arm("no_distil", "labels alone", finetuned(distil_weight=0.0)),
-        Arm("four_paths", "four paths a step", FOUR_PATHS),
-        Arm("sandwich", "four paths a step, both rows among them", SANDWICH),
         Arm(
-            "narrow_x4",
-            "sandwich at four times the rate, the wide row at four tenths of the recipe's",
-            chain(SANDWICH, rate(4), wide(0.1)),
+            "published",
+            "soft cross-entropy averaged over classes, the rate of distillation",
+            chain(ONE_PATH, PAPER_SCALE, rate(1)),
         ),
-        Arm("row_weight", "rows drawn three times as often", finetuned(row_weight=3.0)),
+        Arm("published_x10", "the same at ten times one_path's rate", chain(ONE_PATH, PAPER_SCALE, rate(5))),
+        Arm("one_path", "soft cross-entropy at its own scale, half the rate", chain(ONE_PATH, rate(0.5))),
+        Arm("lower_lr", "one_path at a tenth of its rate", chain(ONE_PATH, rate(0.05))),
+        Arm("row_lr", "one_path, the wide row at a tenth", chain(ONE_PATH, rate(0.5), wide(0.1))),
+        Arm("no_distil", "one_path, labels alone", chain(ONE_PATH, rate(0.5), finetuned(distil_weight=0.0))),
+        Arm(
+            "row_weight", "one_path, rows drawn thrice as often", chain(ONE_PATH, rate(0.5), finetuned(row_weight=3.0))
+        ),
+        Arm("four_paths", "four paths a step, which share its images", chain(FOUR_PATHS, rate(0.5))),
+        Arm("sandwich", "four paths a step, both rows among them", chain(SANDWICH, rate(0.5))),
         Arm(
             "combined",
-            "row_lr, sandwich and row_weight",
-            chain(SANDWICH, wide(0.1), finetuned(row_weight=3.0)),
+            "sandwich, row_lr and row_weight",
+            chain(SANDWICH, rate(0.5), wide(0.1), finetuned(row_weight=3.0)),
         ),
+        Arm("recipe", "the recipe; tiny: sandwich at four times the rate, the wide row at a tenth of that", same),
     ),
     "published",
     keeps_rows=True,
@@ -153,7 +157,7 @@ POLICY = Question(
     "policy",
     "How should ranks draw their paths?",
     tuple(
-        Arm(name, what, finetuned(policy=name))
+        Arm(name, what, chain(ONE_PATH, rate(0.5), finetuned(policy=name)))
         for name, what in (
             ("independent", "each rank alone (published)"),
             ("shared", "all ranks the same path"),

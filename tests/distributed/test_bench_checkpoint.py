@@ -16,7 +16,7 @@ SMALL = ("--rounds=1", "--steps=2", "--finetune.train.batch-size=4", "--engine.d
 
 
 def test_figures_agree_with_each_other(tmp_path: Path) -> None:
-    call = [*command(2, deepspeed=True), "-m", "lgp_dist", "bench", "checkpoint", "tiny"]
+    call = [*command(2, deepspeed=True), "-m", "lgp_dist", "bench", "checkpoint", "tiny_paper"]
     call += ["--out", str(tmp_path / "bench.json"), *SMALL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
@@ -38,6 +38,6 @@ def test_figures_agree_with_each_other(tmp_path: Path) -> None:
 def test_what_is_in_the_way_stays(lgp: Lgp, tmp_path: Path) -> None:
     folder = tmp_path / "bench.json.checkpoints"
     folder.mkdir()
-    sentence = lgp("bench", "checkpoint", "tiny", "--out", tmp_path / "bench.json", *SMALL).sentence
+    sentence = lgp("bench", "checkpoint", "tiny_paper", "--out", tmp_path / "bench.json", *SMALL).sentence
     assert sentence == f"{folder} is there already: remove it, or choose another --out."
     assert os.listdir(tmp_path) == [folder.name]

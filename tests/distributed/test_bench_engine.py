@@ -18,7 +18,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str],
     for number, (engine, *more) in enumerate([("zero2",), ("zero2", "--engine.reduction=union"), ("zero3",), ("ddp",)]):
         out = tmp_path_factory.mktemp("bench") / f"{number}.json"
         launch = command(2, deepspeed=engine != "ddp") + ([] if engine == "ddp" else ["--zero_stage", engine[-1]])
-        call = [*launch, "-m", "lgp_dist", "bench", "engine", "tiny", "--out", str(out), *SMALL, *more]
+        call = [*launch, "-m", "lgp_dist", "bench", "engine", "tiny_paper", "--out", str(out), *SMALL, *more]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]

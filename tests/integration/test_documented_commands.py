@@ -15,7 +15,7 @@ import pytest
 import torch
 from data_helpers import photograph
 from docs_helpers import PAGES, ROOT, Command, commands
-from run_helpers import SMALL, Lgp, call_main, write_ancestry
+from run_helpers import ONE_PATH, SMALL, Lgp, call_main, write_ancestry
 from shard_helpers import LAYOUTS, idx_files, image, quiet
 
 from lgp_dist.artifacts import save_tensors
@@ -35,7 +35,8 @@ LIKE = {"pool12": "tiny", "snnet_deit": "snnet_tiny", "sws_base": "sws_tiny"}
 CLASSES = 37
 """Of a person's own images, as the page has it."""
 
-TRAINED = " ".join(option for option in SMALL[1:] if not option.startswith(("--run-dir", "--data", "--ancestry")))
+OWN = ("--run-dir", "--data", "--ancestry", *ONE_PATH)
+TRAINED = " ".join(option for option in SMALL[1:] if not option.startswith(OWN))
 SMALLER = {
     rf"(run|{STAGE}) {RECIPE}\b(?!.*--help)": f"{TRAINED} --ancestry.train.max-steps=2 --ancestry.train.batch-size=8"
     " --pool.samples=16 --engine.device=cpu",

@@ -11,7 +11,7 @@ from run_helpers import Lgp, has
 from lgp_dist.bench.sampler import POLICIES, bench_sampler, measure, with_policy
 from lgp_dist.costs import ancestry_forward
 from lgp_dist.paths import PathSpace
-from lgp_dist.recipes import pool12, snnet_deit, tiny
+from lgp_dist.recipes import pool12, snnet_deit, tiny_paper
 from lgp_dist.sampling import PathSampler
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def test_size_of_the_ancestry_is_known_for_plain_vits_alone(name: str, known: bo
 
 def test_measure_against_a_plain_count() -> None:
     """Efficiency, with the ancestry's 12 blocks of width 96 too, coverage and blocks, counted from the plan."""
-    config = with_policy(tiny(), "independent", 2)
+    config = with_policy(tiny_paper(), "independent", 2)
     space = PathSpace.from_config(config)
     sampler = PathSampler(space.paths, "independent", config.seed, 2)
     teacher = PathSpace((96,), 12, 28, 7, 1, 10)

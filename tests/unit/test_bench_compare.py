@@ -12,7 +12,7 @@ from lgp_dist.bench.compare import FIELDS, as_rows, compare
 from lgp_dist.bench.sampler import measure, with_policy
 from lgp_dist.bench.scaling import FACTORS, amounts_of, fit
 from lgp_dist.paths import PathSpace
-from lgp_dist.recipes import tiny
+from lgp_dist.recipes import tiny_paper
 
 STORED = Path(__file__).parents[2] / "benchmarks"
 
@@ -101,7 +101,16 @@ def test_scaling_judges_what_was_held_out_and_predicts(lgp: Lgp, tmp_path: Path)
     file = tmp_path / "engine.json"
     slow = [row | {"ms": 1.1 * row["ms"]} if row["ranks"] == 4 else row for row in rows()]
     file.write_text(json.dumps(slow))
-    asked = ("bench", "scaling", "tiny", "--measured", file, "--ranks=1,8", "--policies=shared,independent", "--json")
+    asked = (
+        "bench",
+        "scaling",
+        "tiny_paper",
+        "--measured",
+        file,
+        "--ranks=1,8",
+        "--policies=shared,independent",
+        "--json",
+    )
     found = json.loads(lgp(*asked).out)
     about = found[0]
     assert about["fitted_rows"] == 8 and about["held_out_rows"] == 4
@@ -109,7 +118,7 @@ def test_scaling_judges_what_was_held_out_and_predicts(lgp: Lgp, tmp_path: Path)
     predicted = {(row["policy"], row["ranks"]): row for row in found if row["kind"] == "predicted"}
     assert predicted["shared", 1]["efficiency"] == 1 > predicted["shared", 8]["efficiency"]
     assert predicted["shared", 8]["skew_ms"] == 0 < predicted["independent", 8]["skew_ms"]
-    space, config = PathSpace.from_config(tiny()), tiny()
+    space, config = PathSpace.from_config(tiny_paper()), tiny_paper()
     mean = sum(space.cost(path).flops for path in space.paths) / len(space.paths)
     slowest = mean / measure(with_policy(config, "independent", 1), 8, 200)["efficiency"]
     skew = 1e3 * TRUE[0] * 128 * 3 * (slowest - mean) / 1e9
@@ -124,7 +133,7 @@ def test_the_text_says_how_far_to_trust(lgp: Lgp, tmp_path: Path, factor: float,
     slow = [row | {"ms": factor * row["ms"]} if row["ranks"] == 4 else row for row in rows() if row["ranks"] <= held]
     file = tmp_path / "engine.json"
     file.write_text(json.dumps(slow))
-    call = ("bench", "scaling", "tiny", "--measured", file, "--ranks=1", "--policies=shared")
+    call = ("bench", "scaling", "tiny_paper", "--measured", file, "--ranks=1", "--policies=shared")
     has(lgp(*call).out.splitlines()[-1], *pieces)
 
 
@@ -136,4 +145,4 @@ def test_measurements_that_cannot_be_used(lgp: Lgp, tmp_path: Path, content: str
     file = tmp_path / "x.json"
     if content is not None:
         file.write_text(content)
-    has(lgp("bench", "scaling", "tiny", "--measured", file).sentence, "--measured", *pieces)
+    has(lgp("bench", "scaling", "tiny_paper", "--measured", file).sentence, "--measured", *pieces)

@@ -22,14 +22,20 @@ from lgp_dist.engine.watchdog import Watchdog
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths import PathSpace
 from lgp_dist.protocols import Batch
-from lgp_dist.recipes import pool12, tiny
+from lgp_dist.recipes import pool12, tiny_paper
 
-SMALL = ("tiny", f"--data.root={SAMPLE}", "--finetune.train.batch-size=4", "--engine.device=cpu", "--engine.threads=1")
+SMALL = (
+    "tiny_paper",
+    f"--data.root={SAMPLE}",
+    "--finetune.train.batch-size=4",
+    "--engine.device=cpu",
+    "--engine.threads=1",
+)
 
 
 def finetuning(**changes: Any) -> Finetuning:
     """Four images in a step, at a rate that stays the same; eps keeps gradients of rounding alone small."""
-    config = tiny()
+    config = tiny_paper()
     fixed = {"warmup_epochs": 0.0, "min_lr": config.finetune.train.lr, "eps": 1e-3}
     train = replace(config.finetune.train, batch_size=4, **fixed)
     finetune = replace(config.finetune, train=train, **changes)
@@ -99,7 +105,7 @@ def test_train_writes_one_object(lgp: Lgp, tmp_path: Path) -> None:
     assert row["exchange_ms"] == 0 and row["mfu"] is None and row["peak_mb"] > 0
     assert row["tflops_per_rank"] > 0 and row["advice"] in result.out
     again = lgp("bench", "train", *SMALL, "--rounds=1", "--steps=2", "--out", out, "--compare", out)
-    has(again.out, "now over before", "images_per_s", "tiny one all independent")
+    has(again.out, "now over before", "images_per_s", "tiny_paper one all independent")
 
 
 def test_peers_compares_in_one_run(lgp: Lgp, tmp_path: Path) -> None:
@@ -112,7 +118,7 @@ def test_peers_compares_in_one_run(lgp: Lgp, tmp_path: Path) -> None:
     for row in rows.values():
         ratio = row["images_per_s"] / row["peer_images_per_s"]
         assert row["ratio"] == pytest.approx(ratio, rel=1e-2) and row["gmacs"] == row["peer_gmacs"]
-    space = PathSpace.from_config(tiny())
+    space = PathSpace.from_config(tiny_paper())
     assert rows["timm"]["only"] == ["r1.0-5"] and not rows["timm"]["ancestry"]
     assert rows["timm"]["gmacs"] == pytest.approx(3 * space.cost(space.by_key("r1.0-5")).flops / 1e9, abs=1e-6)
 
@@ -158,7 +164,9 @@ def test_distil_by_arithmetic_and_measured(lgp: Lgp) -> None:
     call = ("bench", "distil", "tiny", "--batch=2", "--repeats=1", "--engine.device=cpu", "--json")
     (found,) = json.loads(lgp(*call).out)
     assert found["ratio"] == pytest.approx(found["together_ms"] / found["apart_ms"], rel=1e-2)
-    assert found["batch"] == 2 and found["by_arithmetic"] == by_arithmetic(tiny(), PathSpace.from_config(tiny()))
+    assert found["batch"] == 2 and found["by_arithmetic"] == by_arithmetic(
+        tiny_paper(), PathSpace.from_config(tiny_paper())
+    )
 
 
 @pytest.mark.parametrize(("ops", "graphs"), [("reference", 2), ("fused", 3)])
@@ -166,7 +174,7 @@ def test_a_graph_for_each_width_serves_all_blocks_and_paths(ops: Any, graphs: in
     """Fused, the block that a stitch enters has a graph of its own. No path makes another."""
     torch.compiler.reset()
     counters.clear()
-    space = PathSpace.from_config(tiny())
+    space = PathSpace.from_config(tiny_paper())
     pool = LearngenePool.empty(space, (1, 3)).train()
     pool.set_ops(ops)
     for unit in pool.units.values():

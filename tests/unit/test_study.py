@@ -16,7 +16,7 @@ from lgp_dist.cli.recipe import Recipe
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.meaning import STAGES
-from lgp_dist.recipes import RECIPES, pool12, tiny
+from lgp_dist.recipes import RECIPES, one_path_a_step, pool12, snnet_tiny, tiny, tiny_paper
 from lgp_dist.study.cells import Cell, adopt, cells_of, leader_of, shared_stages, take_over
 from lgp_dist.study.questions import QUESTIONS, systems
 from lgp_dist.study.results import layer_fits, measures, summary, verdicts
@@ -116,16 +116,31 @@ def test_a_study_beside_another_takes_over_what_is_alike(tmp_path: Path) -> None
 
 def test_the_rows_arms_are_what_they_say() -> None:
     found = {arm.name: arm.change(tiny()).finetune for arm in QUESTIONS["rows"].arms}
-    own = tiny().finetune
-    assert found["recipe"] == own
-    assert (found["published"].train.lr, found["published"].loss_scale) == (tiny().distil.train.lr, "paper")
-    assert found["published_x10"].train.lr == 10 * own.train.lr and found["lower_lr"].train.lr == own.train.lr / 10
-    assert found["combined"].row_lr == (1.0, 0.1) and found["combined"].train.accumulate == 4
-    assert found["combined"].train.batch_size == own.train.batch_size
+    own, unit = tiny().finetune, tiny().distil.train.lr
+    assert found["recipe"] == own and found["published"] == tiny_paper().finetune
+    assert found["one_path"] == one_path_a_step(tiny()).finetune == snnet_tiny().finetune
+    rates = {
+        "published": 1,
+        "published_x10": 5,
+        "one_path": 0.5,
+        "lower_lr": 0.05,
+        "row_lr": 0.5,
+        "sandwich": 0.5,
+        "recipe": 2,
+    }
+    assert all(found[name].train.lr == pytest.approx(factor * unit) for name, factor in rates.items())
+    for name in ("row_lr", "combined", "recipe"):
+        assert found[name].row_lr == (1.0, 0.1)
+    assert {name for name, arm in found.items() if arm.train.accumulate == 4} == {
+        "four_paths",
+        "sandwich",
+        "combined",
+        "recipe",
+    }
+    assert {arm.train.batch_size for arm in found.values()} == {own.train.batch_size}
     assert replace(found["sandwich"], sandwich=False) == found["four_paths"]
-    kept = found["narrow_x4"]
-    rates = {kept.train.lr: 4 * own.train.lr, kept.train.lr * kept.row_lr[1]: 0.4 * own.train.lr}
-    assert kept.sandwich and kept.row_lr[0] == 1 and all(mine == pytest.approx(right) for mine, right in rates.items())
+    again = replace(found["sandwich"], row_lr=own.row_lr, train=replace(found["sandwich"].train, lr=own.train.lr))
+    assert again == own
 
 
 def test_systems_are_recipes_with_the_same_changes() -> None:
