@@ -67,22 +67,28 @@ def tiny() -> RunConfig:
             train=replace(loop, epochs=24.0, label_smoothing=0.1),
         ),
         distil=DistilConfig(train=loop),
-        # Both rows in every step, and a tenth of the rate for the wide one: docs/results.md, question rows.
+        pool=PoolConfig(stitch_init="least_squares"),
+        # Stitches by least squares, both rows in every step, and a tenth of the rate for the wide one: docs/results.md.
         finetune=FinetuneConfig(sandwich=True, row_lr=(1.0, 0.1), train=replace(loop, lr=2e-3, accumulate=4)),
         budget=Budget(max_params=Amount(400e3)),
     )
 
 
 def tiny_paper() -> RunConfig:
-    """The quickstart's pool with the paper's fine-tuning: a path a step on every rank, distillation's learning rate for
-    all, the soft cross-entropy averaged over classes.
+    """The quickstart with the paper's stitches, started from mean transformations, and its fine-tuning: a path a step on
+    every rank, distillation's learning rate for all, the soft cross-entropy averaged over classes.
 
     Command: lgp run tiny_paper
     Time: not yet measured
     Accuracy: not yet measured
     """
     base = tiny()
-    return replace(base, recipe="tiny_paper", finetune=FinetuneConfig(train=base.distil.train, loss_scale="paper"))
+    return replace(
+        base,
+        recipe="tiny_paper",
+        pool=PoolConfig(stitch_init="transformation_paper"),
+        finetune=FinetuneConfig(train=base.distil.train, loss_scale="paper"),
+    )
 
 
 def one_path_a_step(base: RunConfig) -> RunConfig:

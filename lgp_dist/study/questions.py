@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from lgp_dist.config import RunConfig
+from lgp_dist.config import RunConfig, StitchInit
 from lgp_dist.recipes import RECIPES
 from lgp_dist.study.settings import changed_values, with_values
 
@@ -92,21 +92,9 @@ def systems(recipes: Iterable[str], reference: str) -> Question:
     return Question("systems", asks, tuple(recipe_arm(name) for name in recipes), reference)
 
 
-STITCH_INIT = Question(
-    "stitch_init",
-    "Where should stitch layers start from?",
-    tuple(
-        Arm(name, what, lambda config, name=name: replace(config, pool=replace(config.pool, stitch_init=name)))
-        for name, what in (
-            ("transformation_paper", "mean of the W, transposed (published)"),
-            ("transformation", "V of the nearest level"),
-            ("transformation_pinv", "pseudo-inverse of the nearest W"),
-            ("least_squares", "ridge least squares of the rows' features"),
-            ("random", "timm's default"),
-        )
-    ),
-    "transformation_paper",
-)
+def stitches(start: StitchInit) -> Change:
+    """Stitch layers that start so."""
+    return lambda config: replace(config, pool=replace(config.pool, stitch_init=start))
 
 
 def rate(factor: float) -> Change:
@@ -122,6 +110,22 @@ ONE_PATH = chain(
 FOUR_PATHS = chain(ONE_PATH, loop(lambda config: {"accumulate": 4}))
 """Four paths in a step, which share its images: room for both rows and for stitched paths."""
 SANDWICH = chain(FOUR_PATHS, finetuned(sandwich=True))
+
+STITCH_INIT = Question(
+    "stitch_init",
+    "Where should stitch layers start from?",
+    tuple(
+        Arm(name, what, chain(ONE_PATH, rate(0.5), stitches(name)))
+        for name, what in (
+            ("transformation_paper", "mean of the W, transposed (published)"),
+            ("transformation", "V of the nearest level"),
+            ("transformation_pinv", "pseudo-inverse of the nearest W"),
+            ("least_squares", "ridge least squares of the rows' features"),
+            ("random", "timm's default"),
+        )
+    ),
+    "transformation_paper",
+)
 
 ROWS = Question(
     "rows",

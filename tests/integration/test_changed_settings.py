@@ -66,8 +66,8 @@ REFUSE: dict[str, Any] = {
     "pool.ridge": 0.5,
     "finetune.policy": "shared",
     "finetune.row_weight": 2.0,
-    "finetune.row_lr": (1.0, 0.1),
-    "finetune.sandwich": True,
+    "finetune.row_lr": (1.0, 0.25),
+    "finetune.sandwich": False,
     "finetune.tau": 2.0,
     "finetune.loss_scale": "paper",
     "finetune.gradients.unused": "zero",
@@ -169,7 +169,7 @@ def place(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.mark.parametrize(
     ("option", "key", "was", "now"),
     [
-        ("--finetune.train.lr=0.25", "finetune.train.lr", "0.0005", "0.25"),
+        ("--finetune.train.lr=0.25", "finetune.train.lr", "0.002", "0.25"),
         ("--finetune.train.max-steps=3", "finetune.train.max_steps", "2", "3"),
         ("--finetune.policy=shared", "finetune.policy", "'independent'", "'shared'"),
     ],

@@ -15,7 +15,7 @@ import pytest
 import torch
 from data_helpers import photograph
 from docs_helpers import PAGES, ROOT, Command, commands
-from run_helpers import ONE_PATH, SMALL, Lgp, call_main, write_ancestry
+from run_helpers import PLAIN, SMALL, Lgp, call_main, write_ancestry
 from shard_helpers import LAYOUTS, idx_files, image, quiet
 
 from lgp_dist.artifacts import save_tensors
@@ -28,14 +28,14 @@ from lgp_dist.recipes import RECIPES, tiny
 from lgp_dist.stages.context import ancestry_vit
 
 STAGE = rf"({'|'.join(STAGES)})"
-RECIPE = r"(tiny|sws_tiny|snnet_tiny)"
-LIKE = {"pool12": "tiny", "snnet_deit": "snnet_tiny", "sws_base": "sws_tiny"}
+RECIPE = r"(tiny|tiny_paper|sws_tiny|snnet_tiny)"
+LIKE = {"pool12": "tiny_paper", "snnet_deit": "snnet_tiny", "sws_base": "sws_tiny"}
 """Recipe that needs ImageNet -> one that does the same on 28 x 28 pixels; only where images are read."""
 
 CLASSES = 37
 """Of a person's own images, as the page has it."""
 
-OWN = ("--run-dir", "--data", "--ancestry", *ONE_PATH)
+OWN = ("--run-dir", "--data", "--ancestry", *PLAIN)
 TRAINED = " ".join(option for option in SMALL[1:] if not option.startswith(OWN))
 SMALLER = {
     rf"(run|{STAGE}) {RECIPE}\b(?!.*--help)": f"{TRAINED} --ancestry.train.max-steps=2 --ancestry.train.batch-size=8"

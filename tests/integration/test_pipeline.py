@@ -58,7 +58,7 @@ def test_metrics_have_a_line_per_step(finished: tuple[Path, str]) -> None:
         for line in steps:
             assert {"loss", "lr", "images_per_s", "data_wait_s", "step_time_s"} <= line.keys()
     finetune = [line for line in lines if line["stage"] == "finetune"]
-    assert all({"cls", "pred"} <= line.keys() and len(line["path"]) == 2 for line in finetune)
+    assert all({"cls", "pred"} <= line.keys() and len(line["path"]) == 8 for line in finetune)
     assert any(line["path"][0] != line["path"][1] for line in finetune), "ranks should draw different paths"
     for line in finetune:
         assert line["loss"] == pytest.approx(line["cls"] + line["pred"], rel=1e-5)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from run_helpers import SMALL, Lgp, has
+from run_helpers import PLAIN, SMALL, Lgp, has
 from safetensors.torch import load_file, save_file
 
 from lgp_dist.meaning import STAGES
@@ -20,7 +20,7 @@ from lgp_dist.recipes import sws_tiny
 from lgp_dist.spaces import space_of
 
 ROOT = Path(__file__).parents[2]
-SWS = ("sws_tiny", *SMALL[1:])
+SWS = ("sws_tiny", *(option for option in SMALL[1:] if option not in PLAIN))
 """`sws_tiny` on what the fixture `place` holds: each stage takes about a second."""
 DEPTHS = (3, 4, 5, 6)
 

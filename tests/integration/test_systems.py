@@ -8,7 +8,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from run_helpers import SMALL, Lgp, has, refused
+from run_helpers import PLAIN, SMALL, Lgp, has, refused
 from safetensors.torch import load_file, save_file
 
 from lgp_dist.errors import UserError
@@ -34,7 +34,7 @@ ANCHOR = (
 
 def small(recipe: str, *more: str) -> tuple[str, ...]:
     """A recipe of the sample on what the fixture `place` holds, each stage of about a second."""
-    return (recipe, *SMALL[1:], "--pool.samples=16", *more)
+    return (recipe, *(option for option in SMALL[1:] if option not in PLAIN), "--pool.samples=16", *more)
 
 
 @pytest.mark.parametrize(
