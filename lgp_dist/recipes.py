@@ -75,8 +75,9 @@ def tiny() -> RunConfig:
 
 
 def tiny_paper() -> RunConfig:
-    """The quickstart with the paper's stitches, started from mean transformations, and its fine-tuning: a path a step on
-    every rank, distillation's learning rate for all, the soft cross-entropy averaged over classes.
+    """The quickstart with the paper's stitches, started from mean transformations, and its fine-tuning.
+
+    A path a step on every rank, distillation's learning rate for all, soft cross-entropy averaged over classes.
 
     Command: lgp run tiny_paper
     Time: not yet measured
