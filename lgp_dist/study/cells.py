@@ -71,7 +71,9 @@ def cells_of(question: Question, base: RunConfig, seeds: Sequence[int], out: Pat
 
 
 def shared_stages(one: RunConfig, other: RunConfig) -> tuple[str, ...]:
-    """Stages that two runs make alike: those before the first whose settings differ."""
+    """Stages that two runs make alike: those before the first whose settings differ; none where one has no ancestry."""
+    if one.needs_ancestry != other.needs_ancestry:
+        return ()
     count = next((n for n, stage in enumerate(STAGES) if meaning(one, stage) != meaning(other, stage)), len(STAGES))
     return STAGES[:count]
 

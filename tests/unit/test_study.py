@@ -172,6 +172,12 @@ def test_a_folder_beside_that_holds_no_runs_is_named(tmp_path: Path) -> None:
     has(str(caught.value), "--beside", str(tmp_path / "none"))
 
 
+def test_a_run_without_ancestry_takes_over_nothing_from_one_with() -> None:
+    found = cells("systems")
+    alone = next(cell for cell in found if cell.arm.name == "scratch_tiny" and cell.seed == 0)
+    assert not alone.config.needs_ancestry and leader_of(alone, found) == (None, ())
+
+
 def test_scratch_trains_for_the_epochs_of_both_stages() -> None:
     base = tiny()
     short = replace(base.finetune, train=replace(base.finetune.train, epochs=2.0))
