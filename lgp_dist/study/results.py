@@ -143,13 +143,14 @@ def verdicts(records: Sequence[Mapping[str, Any]], reference: str) -> dict[str, 
 
 
 def layer_fits(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Estimate]]:
-    """By arm and stitch layer, R² before fine-tuning, averaged over the paths that share the layer."""
+    """By arm and stitch layer, R² before fine-tuning, averaged over the evaluated paths that share the layer."""
     values: dict[str, dict[int, list[float]]] = {}
     for record in records:
         stitch = {row["key"]: row["stitch"] for row in record["rows"]}
         layers: dict[int, list[float]] = {}
         for key, fit in record["r2"].items():
-            layers.setdefault(stitch[key], []).append(fit)
+            if key in stitch:
+                layers.setdefault(stitch[key], []).append(fit)
         for layer, fits in sorted(layers.items()):
             values.setdefault(record["arm"], {}).setdefault(layer, []).append(fmean(fits))
     return {arm: {layer: estimate(fits) for layer, fits in each.items()} for arm, each in values.items()}
