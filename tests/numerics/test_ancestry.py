@@ -20,7 +20,7 @@ from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.protocols import Batch, StepContext
-from lgp_dist.recipes import tiny
+from lgp_dist.recipes import tiny, tiny_paper
 from lgp_dist.sampling import PathSampler
 from lgp_dist.stages import context
 from lgp_dist.tasks.finetune import FinetuneTask
@@ -144,7 +144,7 @@ def parts() -> tuple[LearngenePool, None, PathSampler]:
 
 
 def test_paths_that_do_not_divide_the_micro_steps_are_refused() -> None:
-    config = tiny()
+    config = tiny_paper()
     config = replace(config, finetune=replace(config.finetune, paths_per_batch=3))
     with pytest.raises(UserError, match=r"finetune.paths_per_batch is 3, .*accumulate \d+: set accumulate to 3,"):
         check_config(config)
