@@ -19,6 +19,8 @@ from lgp_dist.report.pareto import pareto_front
 from lgp_dist.report.plots import LINE_STYLES, STYLE, cost_axis, new_panels, save_figure
 from lgp_dist.report.rows import Row, amount, flops_unit, row_alone, write_atomic
 
+COLOURS = (*dict.fromkeys(colour for colour, _ in LINE_STYLES), "#56B4E9", "#000000")
+"""The palette of Okabe and Ito; beyond it markers tell apart."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
 SNNET_FIELDS = {"cfg_id": "key", "flops": "flops", "params": "params", "acc1": "top1"}
 """What a line of SN-Net's file must hold, and the field of a row that it becomes."""
@@ -210,13 +212,12 @@ def arms_figure(
             curve = curves.get(name, {})
             axes[1].plot(list(curve), list(curve.values()), color=_colour(index), marker=_marker(index), ms=3, lw=1.2)
         axes[1].set_xlabel("Optimiser step of fine-tuning")
-        axes[1].set_title("Mean over paths while training")
+        axes[1].set_ylabel("Mean over paths while training (%)")
     return figure
 
 
 def _colour(index: int) -> str:
-    colours = list(dict.fromkeys(colour for colour, _ in LINE_STYLES))
-    return colours[index % len(colours)]
+    return COLOURS[index % len(COLOURS)]
 
 
 def _marker(index: int) -> str:
