@@ -88,10 +88,14 @@ class Trainer:
         self.schedule: list[frozenset[str]] = []
         self._prepare_module(task.module)
         self.accelerator = self._accelerator(trackers, log_dir)
-        wrapped = (task.module, optimizer) if self.deepspeed else (task.module,)
-        prepared = self.accelerator.prepare(*wrapped)
-        self.module: Any = prepared[0] if self.deepspeed else prepared
+        self.module: Any = self._wrapped(task.module)
         self._open = contextlib.ExitStack()
+
+    def _wrapped(self, module: nn.Module) -> nn.Module:
+        """DeepSpeed's engine, or DDP; one process without DeepSpeed has the module itself, under a launcher too."""
+        if self.deepspeed:
+            return self.accelerator.prepare(module, self.optimizer)[0]
+        return self.accelerator.prepare(module) if self.workers.world > 1 else module.to(self.workers.device)
 
     def _accelerator(self, trackers: tuple[str, ...], log_dir: Path) -> Accelerator:
         AcceleratorState._reset_state()  # each stage has a DeepSpeed configuration of its own; the group stays

@@ -149,7 +149,7 @@ def table(worlds: tuple[int, ...] = (2, 4)) -> list[Cell]:
 
 def extras() -> list[Cell]:
     """What the table leaves out: fp16, other rules for unused parameters, three rows or one, stitched paths without the
-    final norm, offload, union, compilation."""
+    final norm, offload, union, compilation, a launch of one rank."""
     cells = []
     for engine in ENGINES:
         base = Cell(engine, 2, accumulate=2, clip=0.5)
@@ -167,7 +167,7 @@ def extras() -> list[Cell]:
             cells += [replace(base, reduction="union", unused=unused) for unused in ("skip", "zero")]
         if engine in ("zero1", "zero2", "zero3"):
             cells.append(replace(base, offload=True))
-    return cells
+    return cells + [Cell(engine, 1, accumulate=2, clip=0.5) for engine in ENGINES]
 
 
 def sample() -> list[Cell]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lgp_dist.config import TrainConfig
 from lgp_dist.protocols import Batch
 
-GLOBAL = 12
+GLOBAL = 24
 """Images of an optimizer step."""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 from footprint import Footprint, grown, summary
 from torture import RECIPE, Campaign, Life, Report, checkpoints
+from torture import Options as Torture
 
 from lgp_dist.checkpoints.manifest import read_manifest
 from lgp_dist.provenance import environment
@@ -66,8 +67,8 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         place = Path(folder) / "place"
-        shutil.copytree(Campaign(Path(folder), 0, Report()).base, place)
-        life = Life(place, options.engine, place / "out.log", arguments=("finetune", *RECIPE, *LIMITS))
+        shutil.copytree(Campaign(Path(folder), Report(), Torture()).base, place)
+        life = Life(place, options.engine, place / "out.log", ("finetune", *RECIPE, *LIMITS))
         series = watch(life, options.seconds)
         life.send(signal.SIGTERM)
         ended = life.wait(120)

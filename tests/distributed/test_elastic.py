@@ -25,6 +25,7 @@ MOVES: list[tuple[Engine, int, Engine, int]] = [
 if os.environ.get("LGP_LONG_TESTS"):
     MOVES += [*((engine, 4, engine, 2) for engine in ZERO[:2]), *((engine, 2, engine, 3) for engine in ZERO)]
     MOVES += [("zero3", 4, "zero2", 3), ("zero3", 2, "ddp", 4)]
+    MOVES += [(engine, 8, engine, 6) for engine in (*ZERO, "ddp")]
 
 
 def name(move: tuple[Engine, int, Engine, int]) -> str:
@@ -60,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("move", MOVES, ids=name)
 def test_goes_on_with_other_ranks(runs: Path, move: tuple[Engine, int, Engine, int]) -> None:
-    """Weights at the end equal those of one process that runs 2 paths a step, then 4."""
+    """Weights at the end equal those of one process that runs as many paths a step as there are ranks."""
     before, ranks, _, then = move
     base = Cell(before, ranks, **SETTINGS)
     fields = {**replace(base.meaning, world=ranks).as_dict(), "at": AT, "then": then}

@@ -24,6 +24,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # with torch's inductor: seconds that each life would spend again
+import numpy as np
 import safetensors.torch
 import torch
 import transformers
@@ -44,19 +45,13 @@ KILLS = ("kill one", "kill all")
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGTERM twice", "SIGUSR1 twice")
 KINDS = (*KILLS * 4, "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
 """Faults that are drawn from; each as often as it stands here."""
-PATIENCE_S = 240.0
-"""Longest life of two ranks, and longest time for the other to end once one is dead."""
+PATIENCE_S, STEP_S = 240.0, 2.0
+"""Longest life of two ranks, and longest time for the other to end once one is dead: so long, and so much a step."""
 HANG_S = 5.0
 """The watchdog's."""
-RECIPE = (
-    *SMALL,
-    f"--finetune.train.max-steps={STEPS}",
-    f"--checkpoint.every={EVERY}",
-    "--finetune.train.log-every=1",
-    "--engine.device=cpu",
-    "--trackers",
-)
-COMMAND = ("finetune", *RECIPE, f"--faults.timeout-s={HANG_S}")
+METRICS_LINE = 500
+"""Bytes of a line of metrics.jsonl, or fewer: a full disk shall meet checkpoints, not the file of all lines."""
+RECIPE = (*SMALL, "--finetune.train.log-every=1", "--engine.device=cpu", "--trackers")
 
 
 @dataclass
@@ -68,15 +63,17 @@ class Report:
     violations: list[str] = field(default_factory=list)
     longest_leave_s: float = 0.0
     """From a signal to the end of both ranks."""
+    alone_s: list[float] = field(default_factory=list)
+    """From the kill of a rank to the end of the other, where no launcher ended it."""
     useful_s: float = 0.0
-    """What runs that ended exactly take without faults."""
+    """In the steps of runs that ended exactly, those left out that were done again."""
     spent_s: float = 0.0
-    """What they took."""
+    """From the first start to the end of those runs."""
 
     @classmethod
     def read(cls, known: dict[str, Any]) -> "Report":
         """As `as_dict` gave it."""
-        times = {name: known.get(name, 0.0) for name in ("longest_leave_s", "useful_s", "spent_s")}
+        times = {name: known[name] for name in ("longest_leave_s", "alone_s", "useful_s", "spent_s") if name in known}
         return cls(Counter(known["tried"]), Counter(known["seen"]), known["violations"], **times)
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,6 +87,9 @@ class Report:
         lines += [f"seen:  {', '.join(f'{name} {count}' for name, count in sorted(self.seen.items()))}"]
         spent = self.as_dict()
         lines += [f"goodput {spent['goodput']}, longest from a signal to the end {self.longest_leave_s} s"]
+        if self.alone_s:
+            low, high = (float(value) for value in np.percentile(self.alone_s, (50, 99)))
+            lines += [f"alone after a kill: half left within {low:.1f} s, 99 % within {high:.1f} s"]
         return "\n".join([*lines, f"violations: {len(self.violations)}", *self.violations])
 
 
@@ -117,8 +117,8 @@ class Life:
         place: Path,
         engine: str,
         log: Path,
+        arguments: tuple[str, ...],
         prepare: Callable[[int], None] = lambda rank: None,
-        arguments: tuple[str, ...] = COMMAND,
     ):
         port, self.statuses, self.arguments = free_port(), [None, None], arguments
         self.began = time.monotonic()
@@ -218,12 +218,22 @@ def result(place: Path) -> dict[str, Any]:
     return {"metrics": metrics, "weights": sums, "ledger": json.loads((place / "run/finetune/ledger.json").read_text())}
 
 
+def step_seconds(place: Path) -> float:
+    """In the steps that led to the end."""
+    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    return sum(line["step_time_s"] for line in lines if line["stage"] == "finetune" and "step_time_s" in line)
+
+
 class Campaign:
     """Runs with faults, compared with runs without."""
 
-    def __init__(self, root: Path, seed: int, report: Report, kinds: tuple[str, ...] = KINDS):
-        self.root, self.seed, self.report, self.kinds = root, seed, report, kinds
+    def __init__(self, root: Path, report: Report, options: "Options"):
+        self.root, self.report, self.options, self.seed = root, report, options, options.seed
         self.base, self.expected, self.seconds = root / "base", dict[str, Any](), dict[str, float]()
+        self.patience_s = PATIENCE_S + STEP_S * options.steps
+        self.command = ("finetune", *RECIPE, f"--faults.timeout-s={options.timeout_s}")
+        self.command += (f"--finetune.train.max-steps={options.steps}", f"--finetune.train.epochs={options.steps}")
+        self.command += (f"--checkpoint.every={options.every}",)
         self.hurt: set[Path] = set()
         if not (self.base / "run" / "pool").exists():
             self._prepare()
@@ -254,8 +264,8 @@ class Campaign:
         """What a run without faults gives; made once for an engine."""
         if engine not in self.expected:
             place = self._place(f"plain-{engine}")
-            life = Life(place, engine, place / "out.log")
-            if not life.wait(PATIENCE_S) or any(life.statuses):
+            life = Life(place, engine, place / "out.log", self.command)
+            if not life.wait(self.patience_s) or any(life.statuses):
                 raise RuntimeError((place / "out.log").read_text()[-3000:])
             self.seconds[engine] = time.monotonic() - life.began
             self.expected[engine] = result(place)
@@ -265,23 +275,23 @@ class Campaign:
     def run(self, index: int) -> None:
         """One run, through several faults to its end."""
         draw = random.Random(self.seed * 1_000_003 + index)
-        engine, place = draw.choice(ENGINES), self._place(f"run-{index}")
+        engine, place = draw.choice(self.options.engines), self._place(f"run-{index}")
         expected, before = self.undisturbed(engine), len(self.report.violations)
         said = f"seed {self.seed}, run {index}, {engine}"
         story, began = list[str](), time.monotonic()
         for _ in range(draw.randint(2, 12)):
-            kind = draw.choice(self.kinds)
+            kind = draw.choice(self.options.kinds or KINDS)
             if self._fault(kind, place, engine, draw, story, said):
                 break
-        life = Life(place, engine, place / "out.log")
-        if not life.wait(PATIENCE_S) or any(life.statuses):
+        life = Life(place, engine, place / "out.log", self.command)
+        if not life.wait(self.patience_s) or any(life.statuses):
             self._violation(said, story, f"did not go on: statuses {life.statuses}")
         elif (found := result(place)) != expected:
             parts = [name for name in expected if found[name] != expected[name]]
             self._violation(said, story, f"ended with other {', '.join(parts)}")
         else:
             self.report.seen["exact ends"] += 1
-            self.report.useful_s += self.seconds[engine]
+            self.report.useful_s += step_seconds(place)
             self.report.spent_s += time.monotonic() - began
             self.report.seen["exact resumes"] += (place / "out.log").read_text().count("goes on from step")
         if len(self.report.violations) == before:
@@ -297,9 +307,10 @@ class Campaign:
                 report.tried[kind] += 1
                 story.append(done)
             return False
-        limit = limit_files(draw.randrange(1_000, 400_000), rank) if kind == "full disk" else lambda mine: None
+        room = METRICS_LINE * self.options.steps + draw.randrange(1_000, 400_000)
+        limit = limit_files(room, rank) if kind == "full disk" else lambda mine: None
         moment = draw.random() * self.seconds[engine]
-        life = Life(place, engine, place / "out.log", limit)
+        life = Life(place, engine, place / "out.log", self.command, limit)
         if kind != "full disk":
             while time.monotonic() - life.began < moment and not life.look():
                 time.sleep(0.005)
@@ -308,22 +319,26 @@ class Campaign:
                 return not any(life.statuses)
         report.tried[kind] += 1
         story.append(f"{kind} (rank {rank}) after {moment:.2f} s")
-        numbers = {"kill one": signal.SIGKILL, "kill all": signal.SIGKILL, "stop one": signal.SIGSTOP}
+        numbers = {"kill one": signal.SIGKILL, "kill all": signal.SIGKILL}
+        numbers |= {"stop one": signal.SIGSTOP, "pause one": signal.SIGSTOP}
         numbers |= {name: signal.Signals[name.split()[0]] for name in SIGNALS}
         sent = time.monotonic()
         if kind in numbers:
-            life.send(numbers[kind], rank if kind in ("kill one", "stop one") else None)
+            life.send(numbers[kind], rank if kind in ("kill one", "stop one", "pause one") else None)
         if kind.endswith("twice"):
             time.sleep(0.2 * draw.random())
             life.send(numbers[kind])
+        if kind == "pause one":
+            time.sleep(draw.random() * self.options.timeout_s / 2)
+            life.send(signal.SIGCONT, rank)
         alone = draw.random() < 0.1
-        if not life.wait(PATIENCE_S, 20.0 if alone else 0.5):
-            self._violation(said, story, f"a rank did not end within {PATIENCE_S:.0f} s")
+        if not life.wait(self.patience_s, 20.0 if alone else 0.5):
+            self._violation(said, story, f"a rank did not end within {self.patience_s:.0f} s")
+        took = round(time.monotonic() - sent, 2)
         if kind in SIGNALS:
-            report.longest_leave_s = max(report.longest_leave_s, round(time.monotonic() - sent, 2))
-        report.seen["ends without a launcher"] += (
-            alone and kind == "kill one" and life.statuses[1 - rank] != -signal.SIGKILL
-        )
+            report.longest_leave_s = max(report.longest_leave_s, took)
+        if alone and kind == "kill one" and life.statuses[1 - rank] not in (-signal.SIGKILL, 0):
+            report.alone_s.append(took)
         self._judge(kind, life, place, story, said)
         self._check_checkpoints(place, story, said)
         if life.statuses == [0, 0]:
@@ -345,6 +360,8 @@ class Campaign:
                 self._violation(said, story, f"statuses {statuses}")
         elif kind == "stop one" and HUNG in statuses:
             seen["hung rank named"] += (place / "run" / "heartbeats" / "hang.json").exists()
+        elif kind == "pause one" and statuses != [0, 0]:
+            self._violation(said, story, f"statuses {statuses} after a pause shorter than the watchdog's time")
         elif kind in KILLS and 0 in statuses and statuses != [0, 0]:
             self._violation(said, story, f"a rank ended well beside a dead one: {statuses}")
 
@@ -373,8 +390,16 @@ class Options:
     seed: int = 0
     """Of everything that is drawn."""
     kinds: tuple[Literal["kill one", "kill all", "SIGTERM", "SIGUSR1", "SIGTERM twice", "SIGUSR1 twice", "stop one",
-                         "full disk", "damage"], ...] = ()  # fmt: skip
-    """Faults to draw from, alike; empty for all but second signals, kills most often."""
+                         "pause one", "full disk", "damage"], ...] = ()  # fmt: skip
+    """Faults to draw from, alike; empty for all but second signals and pauses, kills most often."""
+    engines: tuple[Literal["zero0", "zero1", "zero2", "zero3", "ddp"], ...] = ENGINES
+    """Engines to draw from."""
+    steps: int = STEPS
+    """Of a run. A fault meets it as late as the run takes without faults, or earlier."""
+    every: int = EVERY
+    """Steps between two checkpoints."""
+    timeout_s: float = HANG_S
+    """The watchdog's."""
     out: Path | None = None
     """JSON of the campaign; it goes on where the file stands."""
 
@@ -392,7 +417,7 @@ def main() -> int:
         report = Report.read(known)
         first = known["runs"]
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-        campaign, index = Campaign(Path(folder), options.seed, report, options.kinds or KINDS), first
+        campaign, index = Campaign(Path(folder), report, options), first
         while time.monotonic() - began < options.seconds or index == first:
             campaign.run(index)
             index += 1
