@@ -3,13 +3,14 @@
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from lgp_dist.artifacts import RunDirectory
 from lgp_dist.config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.meaning import STAGES, meaning
+from lgp_dist.meaning import STAGES
 from lgp_dist.study.questions import Arm, Question
 
 WATCH_EVERY = 100
@@ -23,6 +24,8 @@ class Cell:
     arm: Arm
     seed: int
     config: RunConfig
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Content of its shards and files by setting, as `pipeline.sources` has it."""
 
     @property
     def name(self) -> str:
@@ -33,6 +36,10 @@ class Cell:
     def folder(self) -> Path:
         """Its run directory."""
         return Path(self.config.run_dir)
+
+    def meaning(self, stage: str) -> dict[str, Any]:
+        """All that the stage's artifact depends on."""
+        return RunDirectory(self.folder, dict(self.sources)).meaning(self.config, stage)
 
     def has(self, stage: str) -> bool:
         """Whether the stage's artifact lies there; the run itself judges it."""
@@ -70,19 +77,20 @@ def cells_of(question: Question, base: RunConfig, seeds: Sequence[int], out: Pat
     return found
 
 
-def shared_stages(one: RunConfig, other: RunConfig) -> tuple[str, ...]:
-    """Stages that two runs make alike: those before the first whose settings differ; none where one has no ancestry."""
-    if one.needs_ancestry != other.needs_ancestry:
+def shared_stages(one: Cell, other: Cell) -> tuple[str, ...]:
+    """Stages that two runs make alike: those before the first whose settings or files differ; none where one alone has
+    an ancestry."""
+    if one.config.needs_ancestry != other.config.needs_ancestry:
         return ()
-    count = next((n for n, stage in enumerate(STAGES) if meaning(one, stage) != meaning(other, stage)), len(STAGES))
-    return STAGES[:count]
+    differ = (number for number, stage in enumerate(STAGES) if one.meaning(stage) != other.meaning(stage))
+    return STAGES[: next(differ, len(STAGES))]
 
 
 def leader_of(cell: Cell, cells: Sequence[Cell]) -> tuple[Cell | None, tuple[str, ...]]:
     """The earlier cell that makes the most of what this one needs, and those stages; None where none makes any."""
     best: tuple[Cell | None, tuple[str, ...]] = (None, ())
     for other in cells[: cells.index(cell)]:
-        stages = shared_stages(cell.config, other.config)
+        stages = shared_stages(cell, other)
         if len(stages) > len(best[1]):
             best = (other, stages)
     return best
@@ -101,16 +109,14 @@ def take_over(cell: Cell, leader: Cell, stages: Sequence[str]) -> None:
             os.replace(partial, cell.folder / stage)
 
 
-def adopt(cell: Cell, folders: Sequence[Path], found: Mapping[str, str], ranks: int) -> None:
+def adopt(cell: Cell, folders: Sequence[Path], ranks: int) -> None:
     """Takes over what a run in one of these folders has made as this cell would: the whole run, metrics too, if it was
     fine-tuned on as many ranks, or what comes before stage finetune.
-
-    found: content of the cell's sources, as `pipeline.sources` has it.
     """
     if cell.folder.exists():
         return
     before = STAGES[: STAGES.index("finetune")]
-    made = [(count_alike(RunDirectory(path, found), cell.config), path) for path in folders]
+    made = [(count_alike(RunDirectory(path, dict(cell.sources)), cell.config), path) for path in folders]
     count, path = max(made, key=lambda each: each[0], default=(0, cell.folder))
     if count == len(STAGES) and _ranks_of(path) == ranks:
         partial = cell.folder.with_name(f".{cell.folder.name}.adopted")

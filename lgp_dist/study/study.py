@@ -44,11 +44,11 @@ def study(
     if jobs < 1:
         raise UserError(f"--jobs is {jobs}, but must be 1 or more: choose another value.")
     question = chosen(QUESTIONS[name], arms)
-    cells = cells_of(question, base, seeds, out)
+    cells = [replace(cell, sources=sources_of(cell)) for cell in cells_of(question, base, seeds, out)]
     folders = runs_of(beside)
     out.mkdir(parents=True, exist_ok=True)
     for cell in cells if folders else ():
-        adopt(cell, folders, sources_of(cell), question.ranks)
+        adopt(cell, folders, question.ranks)
     run_cells(cells, is_done, out, jobs, question.ranks, say)
     return publish(question, cells, out)
 
@@ -81,7 +81,7 @@ def sources_of(cell: Cell) -> dict[str, str]:
 
 def is_done(cell: Cell) -> bool:
     """Whether all its stages are complete; UserError where they were made with other settings."""
-    directory = RunDirectory(cell.folder, sources_of(cell))
+    directory = RunDirectory(cell.folder, dict(cell.sources))
     try:
         return all(directory.is_current(stage, cell.config) for stage in ("evaluate", STAGES[-1]))
     except UserError as error:

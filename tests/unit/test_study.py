@@ -50,7 +50,7 @@ def test_arms_share_the_stages_before_what_they_change(question: str, count: int
     """As many as the table above says, never over seeds, and all arms differ somewhere."""
     found = cells(question)
     first = [cell for cell in found if cell.seed == 0]
-    shared = [shared_stages(first[0].config, cell.config) for cell in first[1:]]
+    shared = [shared_stages(first[0], cell) for cell in first[1:]]
     assert min(map(len, shared)) == count and all(stages == STAGES[: len(stages)] for stages in shared)
     for cell in found:
         leader, stages = leader_of(cell, found)
@@ -85,16 +85,17 @@ def write_weights(folder: Path) -> dict[str, Any]:
 def test_a_study_beside_another_takes_over_what_is_alike(tmp_path: Path) -> None:
     """A whole run where all is, its metrics as a file of its own; what comes before fine-tuning where that differs or
     had other ranks; nothing of another seed, of other sources or of a stage that is not complete."""
-    done, other = cells("rows", str(tmp_path / "rows"))[:2]
+    done, other = (replace(cell, sources=SOURCES) for cell in cells("rows", str(tmp_path / "rows"))[:2])
     run, made = RunDirectory(done.folder, SOURCES), list[Artifact]()
     for stage in STAGES:
         made.append(run.write(stage, done.config, made[-1:], write_weights, {"world": 1}))
     (done.folder / "metrics.jsonl").write_text("{}\n")
     (done.folder / "checkpoints").mkdir()
-    arms = {(cell.arm.name, cell.seed): cell for cell in cells("stitch_init", str(tmp_path / "init"))}
+    init = [replace(cell, sources=SOURCES) for cell in cells("stitch_init", str(tmp_path / "init"))]
+    arms = {(cell.arm.name, cell.seed): cell for cell in init}
     same = replace(done, config=replace(done.config, run_dir=str(tmp_path / "new" / "same")))
     for cell in (same, other, *arms.values()):
-        adopt(cell, [done.folder], SOURCES, 1)
+        adopt(cell, [done.folder], 1)
     kept = {path.name for path in same.folder.iterdir()}
     assert kept == {*STAGES, "metrics.jsonl"}
     assert (same.folder / "distil" / "weights").samefile(done.folder / "distil" / "weights")
@@ -103,14 +104,15 @@ def test_a_study_beside_another_takes_over_what_is_alike(tmp_path: Path) -> None
     found = {path.name for path in arms["random", 0].folder.iterdir()}
     assert found == {"ancestry", "distil"} and not arms["random", 1].folder.exists()
     ranks = replace(done, config=replace(done.config, run_dir=str(tmp_path / "new" / "ranks")))
-    adopt(ranks, [done.folder], SOURCES, 4)
+    adopt(ranks, [done.folder], 4)
     assert {path.name for path in ranks.folder.iterdir()} == {"ancestry", "distil", "pool"}
     late = replace(done, config=replace(done.config, run_dir=str(tmp_path / "new" / "late")))
     (done.folder / "finetune" / "artifact.json").unlink()
-    adopt(late, [done.folder], SOURCES, 1)
+    adopt(late, [done.folder], 1)
     assert {path.name for path in late.folder.iterdir()} == {"ancestry", "distil", "pool"}
     changed = replace(done, config=replace(done.config, run_dir=str(tmp_path / "new" / "changed")))
-    adopt(changed, [done.folder], {name: "other" for name in SOURCES}, 1)
+    changed = replace(changed, sources={name: "other" for name in SOURCES})
+    adopt(changed, [done.folder], 1)
     assert not changed.folder.exists()
 
 
@@ -170,6 +172,21 @@ def test_a_folder_beside_that_holds_no_runs_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         runs_of([tmp_path / "none"])
     has(str(caught.value), "--beside", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("file", "before"),
+    [
+        ("data.train", "ancestry"),
+        ("ancestry.weights", "ancestry"),
+        ("model.rows.0.weights", "distil"),
+        ("finetune.costs", "finetune"),
+    ],
+)
+def test_files_of_other_content_share_what_comes_before_them(file: str, before: str) -> None:
+    one = cells("rows")[0]
+    assert shared_stages(one, one) == STAGES
+    assert shared_stages(one, replace(one, sources={file: "other"})) == STAGES[: STAGES.index(before)]
 
 
 def test_a_run_without_ancestry_takes_over_nothing_from_one_with() -> None:
