@@ -1,13 +1,15 @@
 """A campaign of kills and faults against stage finetune on the sample, by scripts/torture.
 
-Each life of a run is two ranks, forked from a process that has imported everything, so that a life takes seconds. A
-fault meets it at a random moment; the next life resumes it. A run that reaches its end must have the weights, the
-metrics and the ledger of one that nothing happened to, bit for bit. Everything is a function of seed and run number.
+Each life of a run is two ranks, forked from a process that has imported everything, so that a life takes seconds;
+their clocks are wrong, by up to an hour. A fault meets it at a random moment; the next life resumes it. A run that
+reaches its end must have the weights, the metrics and the ledger of one that nothing happened to, bit for bit, and
+nothing but checkpoints beside its checkpoints. Everything is a function of seed and run number.
 """
 
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -187,6 +189,22 @@ def limit_files(size: int, rank: int) -> Callable[[int], None]:
     return prepare
 
 
+def shift_clock(seconds: float) -> None:
+    """Makes this process's clock wrong by so much."""
+    now, gmtime, localtime = time.time, time.gmtime, time.localtime
+    time.time = lambda: now() + seconds
+    time.gmtime = lambda moment=None: gmtime(time.time() if moment is None else moment)
+    time.localtime = lambda moment=None: localtime(time.time() if moment is None else moment)
+
+
+def strays(place: Path) -> list[str]:
+    """What lies beside whole checkpoints, or in one, and is not theirs; what was set aside is."""
+    folder = place / "run" / "checkpoints" / "finetune"
+    allowed = re.compile(r"step-\d{8}(/manifest\.json|/rank-0000[01]\.safetensors)?|\.aside(/.*)?")
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")))
+    return [name for name in names if not allowed.fullmatch(name)]
+
+
 def checkpoints(place: Path) -> list[Path]:
     """Of stage finetune, newest first."""
     return sorted((place / "run" / "checkpoints" / "finetune").glob("step-*"), reverse=True)
@@ -279,23 +297,38 @@ class Campaign:
         expected, before = self.undisturbed(engine), len(self.report.violations)
         said = f"seed {self.seed}, run {index}, {engine}"
         story, began = list[str](), time.monotonic()
+        self.clocks = random.Random(f"clocks of seed {self.seed}, run {index}")
         for _ in range(draw.randint(2, 12)):
             kind = draw.choice(self.options.kinds or KINDS)
             if self._fault(kind, place, engine, draw, story, said):
                 break
-        life = Life(place, engine, place / "out.log", self.command)
+        life = self._life(place, engine)
         if not life.wait(self.patience_s) or any(life.statuses):
             self._violation(said, story, f"did not go on: statuses {life.statuses}")
-        elif (found := result(place)) != expected:
-            parts = [name for name in expected if found[name] != expected[name]]
+        elif (ended := result(place)) != expected:
+            parts = [name for name in expected if ended[name] != expected[name]]
             self._violation(said, story, f"ended with other {', '.join(parts)}")
         else:
             self.report.seen["exact ends"] += 1
+            if found := strays(place):
+                self._violation(said, story, f"left {', '.join(found)}")
             self.report.useful_s += step_seconds(place)
             self.report.spent_s += time.monotonic() - began
             self.report.seen["exact resumes"] += (place / "out.log").read_text().count("goes on from step")
         if len(self.report.violations) == before:
             shutil.rmtree(place)
+
+    def _life(self, place: Path, engine: str, limit: Callable[[int], None] | None = None) -> Life:
+        """Two ranks whose clocks are wrong by up to an hour, each by its own."""
+        shifts = [self.clocks.uniform(-3600, 3600) for _ in range(2)]
+
+        def prepare(rank: int) -> None:
+            shift_clock(shifts[rank])
+            if limit:
+                limit(rank)
+
+        self.report.seen["lives with wrong clocks"] += 1
+        return Life(place, engine, place / "out.log", self.command, prepare)
 
     def _fault(self, kind: str, place: Path, engine: str, draw: random.Random, story: list[str], said: str) -> bool:
         """One life with one fault; whether the run came to its end all the same."""
@@ -308,9 +341,9 @@ class Campaign:
                 story.append(done)
             return False
         room = METRICS_LINE * self.options.steps + draw.randrange(1_000, 400_000)
-        limit = limit_files(room, rank) if kind == "full disk" else lambda mine: None
+        limit = limit_files(room, rank) if kind == "full disk" else None
         moment = draw.random() * self.seconds[engine]
-        life = Life(place, engine, place / "out.log", self.command, limit)
+        life = self._life(place, engine, limit)
         if kind != "full disk":
             while time.monotonic() - life.began < moment and not life.look():
                 time.sleep(0.005)
