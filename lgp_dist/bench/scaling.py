@@ -1,9 +1,10 @@
 """Steps on more ranks than there are: a model of compute, skew and exchange, fitted to `lgp bench engine`.
 
-Seconds of a step = a * work + b * micro-steps + c * weights + d * rounds + e * bytes, with every factor 0 or more.
-work: multiply-adds of the rank that others wait for; where ranks share cores, no less than what the cores have to do in
-sum. weights: bytes whose optimizer state a rank steps. rounds and bytes: 2 (ranks - 1) hand-overs of a ring and what a
-rank sends in them. The schedule says what skew is; no number of the model is of it.
+Seconds of a step = a * work + b * micro-steps + c * weights + d * meeting + e * rounds + f * bytes, with every factor 0
+or more. work: multiply-adds of the rank that others wait for; where ranks share cores, no less than what the cores have
+to do in sum. weights: bytes whose optimizer state a rank steps. meeting: 1 where there are others at all: hooks, copies
+into buckets, threads. rounds and bytes: 2 (ranks - 1) hand-overs of a ring and what a rank sends in them. The schedule
+says what skew is; no number of the model is of it. One and two ranks cannot tell meeting from rounds, which are 0 then.
 """
 
 import json
@@ -25,7 +26,7 @@ from lgp_dist.errors import UserError
 from lgp_dist.paths import PathSpace
 from lgp_dist.sampling import PathSampler
 
-FACTORS = ("work", "micro_steps", "weights", "rounds", "bytes")
+FACTORS = ("work", "micro_steps", "weights", "meeting", "rounds", "bytes")
 """What a step's seconds are made of."""
 SCHEDULED = 200
 """Steps of the schedule that skew is taken from."""
@@ -52,7 +53,8 @@ def amounts_of(row: dict[str, Any]) -> tuple[float, ...]:
     work = max(row["gmacs_slowest"], crowd * row["gmacs"])
     shared = ranks if row["engine"] in ("zero1", "zero2", "zero3") else 1
     sent = row["bytes_weights"] * (ranks - 1) / ranks
-    return (work, crowd * row["micro_steps"], crowd * row["bytes_weights"] / shared, 2.0 * (ranks - 1), crowd * sent)
+    own = (work, crowd * row["micro_steps"], crowd * row["bytes_weights"] / shared)
+    return (*own, crowd * (ranks > 1), 2.0 * (ranks - 1), crowd * sent)
 
 
 def fit(rows: Sequence[dict[str, Any]]) -> Model:
@@ -97,25 +99,28 @@ def bench_scaling(
 ) -> list[dict[str, Any]]:
     """Objects of `kind` fit, measured and predicted.
 
-    The model is fitted to the measured steps of one and two ranks; those of more are held out. fit: seconds of each
-    factor, and the median and largest relative error of fitted_rows and of held_out_rows. measured: an object for each
-    measured step: ms, predicted_ms, error, held_out. predicted: for each policy and number of ranks of the recipe:
-    predicted_ms, compute_ms, skew_ms (waiting for the slowest rank, by the schedule), exchange_ms, and efficiency (of
-    one rank's images a second, how much each rank keeps). Ranks are taken to have cores of their own, like those
-    measured, and a network like the measured one. images: of a rank's micro-step; 0 for the recipe's on one rank.
+    The model is fitted to the measured steps of all numbers of ranks but the largest, or of one and two where there
+    are no more; those of more are held out. fit: seconds of each factor, and the median and largest relative error of
+    fitted_rows and of held_out_rows. measured: an object for each measured step: ms, predicted_ms, error, held_out.
+    predicted: for each policy and number of ranks of the recipe: predicted_ms, compute_ms, skew_ms (waiting for the
+    slowest rank, by the schedule), exchange_ms, and efficiency (of one rank's images a second, how much each rank
+    keeps). Ranks are taken to have cores of their own, like those measured, and a network like the measured one.
+    images: of a rank's micro-step; 0 for the recipe's on one rank.
     UserError where files cannot be used or hold too few objects.
     """
     check_config(config)
     check_least("--images", images, 0)
     rows = read_measured(files)
-    known, held = ([row for row in rows if (row["ranks"] <= 2) == low] for low in (True, False))
-    if len(known) <= len(FACTORS) or {row["ranks"] for row in known} != {1, 2}:
+    counts = sorted({row["ranks"] for row in rows})
+    most = counts[-2] if len(counts) > 2 else 2
+    known, held = ([row for row in rows if (row["ranks"] <= most) == low] for low in (True, False))
+    if len(known) <= len(FACTORS) or not {1, 2} <= {row["ranks"] for row in known}:
         raise UserError(
-            f"--measured has {len(known)} objects of one and two ranks, but more than {len(FACTORS)} with both are "
-            "needed: make them with scripts/bench_scaling."
+            f"--measured has {len(known)} objects to fit to, but more than {len(FACTORS)} are needed, of one and two "
+            "ranks among them: make them with scripts/bench_scaling."
         )
     model = fit(known)
-    judged = [_judged(model, row, row["ranks"] > 2) for row in known + held]
+    judged = [_judged(model, row, row["ranks"] > most) for row in known + held]
     errors = {late: [abs(row["error"]) for row in judged if row["held_out"] == late] for late in (False, True)}
     about = {"kind": "fit", "recipe": config.recipe, "engine": sorted({row["engine"] for row in rows})}
     about |= {f"s_per_{name}": seconds for name, seconds in zip(FACTORS, model.seconds, strict=True)}
@@ -192,6 +197,6 @@ def scaling_table(rows: list[dict[str, Any]]) -> str:
 def _trust(about: dict[str, Any]) -> str:
     error = about["held_out_error"]
     if error is None:
-        return "no step of more than two ranks was held out: nothing says how good the predictions are."
+        return "no step of more ranks was held out: nothing says how good the predictions are."
     verdict = "do not rely on the predictions" if error > TRUSTED else "as good as the predictions can be"
     return f"{about['held_out_rows']} held-out steps are predicted with a median error of {error:.0%}: {verdict}."

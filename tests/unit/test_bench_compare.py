@@ -68,7 +68,7 @@ def test_a_file_that_is_none_is_refused_first(lgp: Lgp, tmp_path: Path, content:
     has(lgp("bench", "sampler", "--compare", file).sentence, "--compare", str(file), *pieces)
 
 
-TRUE = (0.05, 0.002, 1e-9, 0.0004, 2e-9)
+TRUE = (0.05, 0.002, 1e-9, 0.003, 0.0004, 2e-9)
 """Seconds for each unit of FACTORS."""
 
 
@@ -82,14 +82,21 @@ def measured(ranks: int, gmacs: float, weights: int, **more: Any) -> dict[str, A
 
 def rows() -> list[dict[str, Any]]:
     sizes = [(1.0, 10**6), (3.0, 10**6), (2.0, 10**8), (0.5, 10**7)]
-    return [measured(ranks, work, weights) for ranks in (1, 2, 4) for work, weights in sizes]
+    return [measured(ranks, work, weights) for ranks in (1, 2, 4, 8) for work, weights in sizes]
 
 
 def test_the_model_is_found_again() -> None:
     """Least squares without a bound, by NumPy alone, give the same where no factor is at it."""
-    model = fit([row for row in rows() if row["ranks"] <= 2])
+    model = fit([row for row in rows() if row["ranks"] <= 4])
     assert model.seconds == pytest.approx(TRUE, rel=1e-4)
     assert all(model.predict(amounts_of(row)) == pytest.approx(row["ms"] / 1e3, rel=1e-6) for row in rows())
+
+
+def test_two_ranks_cannot_tell_a_meeting_from_its_rounds() -> None:
+    found = dict(zip(FACTORS, fit([row for row in rows() if row["ranks"] <= 2]).seconds, strict=True))
+    true = dict(zip(FACTORS, TRUE, strict=True))
+    assert found["rounds"] == 0 and found["meeting"] == pytest.approx(true["meeting"] + 2 * true["rounds"], rel=1e-4)
+    assert found["work"] == pytest.approx(true["work"], rel=1e-4)
 
 
 def test_no_factor_is_below_zero() -> None:
@@ -99,7 +106,7 @@ def test_no_factor_is_below_zero() -> None:
 
 def test_scaling_judges_what_was_held_out_and_predicts(lgp: Lgp, tmp_path: Path) -> None:
     file = tmp_path / "engine.json"
-    slow = [row | {"ms": 1.1 * row["ms"]} if row["ranks"] == 4 else row for row in rows()]
+    slow = [row | {"ms": 1.1 * row["ms"]} if row["ranks"] == 8 else row for row in rows()]
     file.write_text(json.dumps(slow))
     asked = (
         "bench",
@@ -113,7 +120,7 @@ def test_scaling_judges_what_was_held_out_and_predicts(lgp: Lgp, tmp_path: Path)
     )
     found = json.loads(lgp(*asked).out)
     about = found[0]
-    assert about["fitted_rows"] == 8 and about["held_out_rows"] == 4
+    assert about["fitted_rows"] == 12 and about["held_out_rows"] == 4
     assert about["fitted_error"] < 1e-3 and about["held_out_error"] == pytest.approx(1 - 1 / 1.1, abs=1e-3)
     predicted = {(row["policy"], row["ranks"]): row for row in found if row["kind"] == "predicted"}
     assert predicted["shared", 1]["efficiency"] == 1 > predicted["shared", 8]["efficiency"]
@@ -127,10 +134,10 @@ def test_scaling_judges_what_was_held_out_and_predicts(lgp: Lgp, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("factor", "held", "pieces"),
-    [(1.1, 4, ["4 held-out", "9%", "as good as"]), (3.0, 4, ["67%", "do not rely"]), (1.0, 2, ["nothing says"])],
+    [(1.1, 8, ["4 held-out", "9%", "as good as"]), (3.0, 8, ["67%", "do not rely"]), (1.0, 2, ["nothing says"])],
 )
 def test_the_text_says_how_far_to_trust(lgp: Lgp, tmp_path: Path, factor: float, held: int, pieces: list[str]) -> None:
-    slow = [row | {"ms": factor * row["ms"]} if row["ranks"] == 4 else row for row in rows() if row["ranks"] <= held]
+    slow = [row | {"ms": factor * row["ms"]} if row["ranks"] == 8 else row for row in rows() if row["ranks"] <= held]
     file = tmp_path / "engine.json"
     file.write_text(json.dumps(slow))
     call = ("bench", "scaling", "tiny_paper", "--measured", file, "--ranks=1", "--policies=shared")
