@@ -70,7 +70,7 @@ class EngineConfig:
     activation_checkpointing: Literal["auto", "on", "off"] = free("auto")
     """Compute activations again in backward. auto does so under ZeRO-3 alone, where they would keep whole weights."""
     compile: str = free("")
-    """torch.compile's backend for every block, such as inductor; empty for none."""
+    """torch.compile's backend for every block, such as inductor or cudagraphs; empty for none."""
     ops: Ops = free("auto")
     """How the pool computes a stitch with the block that it enters, and a block's residual add with its norm: reference
     (as timm does), fused (one operation each; kernels on GPUs), compiled (by torch.compile), auto (fused on cards on
