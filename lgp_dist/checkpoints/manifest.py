@@ -12,10 +12,13 @@ A folder gets its name after all ranks have written, read back and hashed their 
 absent. There is no pointer to the latest: it is the one with the highest step that is whole.
 """
 
+import errno
 import hashlib
+import itertools
 import json
 import stat
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -97,35 +100,68 @@ class Manifest:
         for name in self.files:
             self.check_file(name)
 
-    def check_file(self, name: str) -> None:
-        """Reads one file; UserError where it is missing, cut or changed."""
-        size, digest = self.files[name]
-        path = self.folder / name
+    def check_sizes(self) -> None:
+        """Reads no file; UserError naming the first that is missing or cut."""
+        for name in self.files:
+            self._check_size(name)
+
+    def _check_size(self, name: str) -> None:
+        path, size = self.folder / name, self.files[name][0]
         try:
-            found = _size(path)
-            if found == size:
-                content = sha256(path)
+            found = _reading(path, _size)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): {ADVICE}.") from error
         if found != size:
             raise UserError(f"{path} has {found} bytes, but its manifest says {size}: {ADVICE}.")
+
+    def check_file(self, name: str) -> None:
+        """Reads one file; UserError where it is missing, cut or changed."""
+        self._check_size(name)
+        path, digest = self.folder / name, self.files[name][1]
+        try:
+            content = _reading(path, sha256)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): {ADVICE}.") from error
         if content != digest:
             raise UserError(f"{path} is damaged: its sha256 is {content}, not {digest}: {ADVICE}.")
 
 
 ADVICE = "resume from another checkpoint, or copy this one again from where it is whole"
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EREMOTEIO}
+"""Errors of storage that say nothing about a file."""
+TRIES, PAUSE_S = 3, 0.5
+
+
+class Unreadable(UserError):
+    """Storage fails, again and again: what lies there may be whole."""
+
+
+def _reading(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` gives, tried again where storage fails: Unreadable if it does TRIES times. Other OSErrors pass."""
+    for attempt in itertools.count(1):
+        try:
+            return read(path)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            if attempt == TRIES:
+                raise Unreadable(
+                    f"{path} cannot be read ({error.strerror}, {TRIES} times): the storage fails, so nothing was set "
+                    "aside; start again when it works."
+                ) from error
+        time.sleep(PAUSE_S)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint; UserError where it is missing, damaged or of another format."""
     path = folder / MANIFEST
     try:
-        if _size(path) > LARGEST:
-            raise ValueError(f"more than {LARGEST} bytes")
-        content = json.loads(path.read_text())
+        content = json.loads(_reading(path, _text))
         given, found = content.pop("sha256"), _digest(content)
         version = content["format"]
         manifest = _parsed(folder, content, found) if (given, version) == (found, FORMAT) else None
+    except Unreadable:
+        raise
     except OSError as error:
         raise UserError(f"{folder} is not a checkpoint: {MANIFEST} cannot be read ({error.strerror}).") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -165,6 +201,12 @@ def _parsed(folder: Path, content: Mapping[str, Any], digest: str) -> Manifest:
         files=files,
         digest=digest,
     )
+
+
+def _text(path: Path) -> str:
+    if _size(path) > LARGEST:
+        raise ValueError(f"more than {LARGEST} bytes")
+    return path.read_text()
 
 
 def _size(path: Path) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lgp_dist.checkpoints.disk import Disk
-from lgp_dist.checkpoints.manifest import MANIFEST, Manifest, read_manifest
+from lgp_dist.checkpoints.manifest import MANIFEST, Manifest, Unreadable, read_manifest
 from lgp_dist.errors import UserError
 
 log = logging.getLogger("lgp")
@@ -57,6 +57,8 @@ class Shelf:
             try:
                 manifest = read_manifest(self.final(step))
                 manifest.check_files()
+            except Unreadable:
+                raise
             except UserError as error:
                 damaged.append(str(error))
                 log.warning("%s", error)
@@ -95,12 +97,14 @@ class Shelf:
     def prune(self, keep: int) -> None:
         """Removes all but the newest `keep` complete checkpoints and the one with the best score.
 
-        An incomplete one neither counts nor goes. A checkpoint loses its name before its files.
+        One that lacks a part, or has a cut one, neither counts nor goes. A checkpoint loses its name before its files.
         """
         scores: dict[int, float | None] = {}
         for step in self.steps():
             try:
-                scores[step] = read_manifest(self.final(step)).state.score
+                manifest = read_manifest(self.final(step))
+                manifest.check_sizes()
+                scores[step] = manifest.state.score
             except UserError:
                 continue
         kept = set(sorted(scores, reverse=True)[: max(keep, 1)])

@@ -185,7 +185,7 @@ class Checkpointer:
         return manifest.state
 
     def _choose(self, resume: str, stage: str, check: Callable[[TrainState], None]) -> Manifest | None:
-        """The same on every rank."""
+        """The same on every rank, its files read in full on every node."""
         found, problem = None, ""
         if self.workers.is_main:
             try:
@@ -202,7 +202,10 @@ class Checkpointer:
         if step < 0:
             return None
         try:
-            found = found or read_manifest(Path(resume) if named else self.shelf.final(step))
+            if found is None:
+                found = read_manifest(Path(resume) if named else self.shelf.final(step))
+                if self.workers.rank % self.workers.launch.local_world == 0:
+                    found.check_files()
             digest = int(found.digest[:12], 16)
         except UserError as error:
             digest, problem = 0, str(error)

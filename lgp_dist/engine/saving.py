@@ -75,6 +75,12 @@ class Saver:
 
         found = self.checkpointer.restore(resume or self.saving.resume, self.state.stage, check)
         if found is None:
+            none = (
+                "--resume never"
+                if self.saving.resume == "never"
+                else f"no checkpoint in {self.checkpointer.shelf.folder}"
+            )
+            log.info("%s: begins at step 0 of %d (%s)", self.state.stage, self.state.steps, none)
             return 0
         self.saving.data_restore(found.data, found.step)
         if found.guard:

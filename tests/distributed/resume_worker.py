@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def run(job: Job, started: Workers, root: Path) -> None:
     """Trains one job, or writes down the sentence that it ends with."""
     cell, folder = job.cell, root / job.name
     workers = workers_of(cell, started)
+    if job.elsewhere:  # every rank on a node of its own
+        workers = replace(workers, launch=replace(workers.launch, local_world=1))
     pool, ancestry, sampler = cell.build()
     task, at = FinetuneTask(pool, ancestry, sampler, cell.finetune_config()), [0, 0]
 

@@ -63,15 +63,23 @@ def test_resumed_is_uninterrupted(runs: Path, index: int) -> None:
 
 
 def test_ranks_that_do_not_see_the_same_checkpoint_load_none(tmp_path: Path) -> None:
-    """One rank has none where rank 0 has one, or another of the same step: all stop, before any weight is touched."""
+    """One rank has none where rank 0 has one, another of the same step, or the same with a part that is damaged on its
+    node: all stop, before any weight is touched."""
     cell = Cell("zero2", 2, steps=3)
     other = replace(cell, seed=1)
     jobs = [Job("one", cell), Job("two", other), Job("none", cell, "never", every=0)]
     launch(jobs, tmp_path)
-    for name in ("lacks", "differs"):
+    for name in ("lacks", "differs", "flips", "flipped"):
         shutil.copytree(tmp_path / "one" / "checkpoints", tmp_path / name / "checkpoints")
-    launch([Job("lacks", cell, elsewhere="none"), Job("differs", cell, elsewhere="two")], tmp_path)
-    for name, sentence in (("lacks", "is not a checkpoint"), ("differs", "Ranks see different checkpoints of step 2")):
+    part = tmp_path / "flipped" / "checkpoints" / "job" / "step-00000002" / "rank-00001.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    sentences = {"lacks": "is not a checkpoint", "differs": "Ranks see different checkpoints of step 2"}
+    sentences |= {"flips": f"{part} is damaged"}
+    places = dict(zip(sentences, ("none", "two", "flipped"), strict=True))
+    launch([Job(name, cell, elsewhere=place) for name, place in places.items()], tmp_path)
+    for name, sentence in sentences.items():
         found = [(tmp_path / name / f"error-{rank}.txt").read_text() for rank in range(2)]
         assert any(sentence in text for text in found) and not (tmp_path / name / "end.safetensors").exists()
         assert not (tmp_path / name / "metrics.jsonl").exists(), "no step was taken"

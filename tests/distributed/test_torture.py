@@ -23,3 +23,4 @@ def test_a_minute_of_faults(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert report["violations"] == [] and report["seen"]["exact ends"] == report["runs"] >= 1
     assert sum(report["tried"].values()) >= 1 and report["seen"]["whole checkpoints"] >= 1
+    assert report["seen"]["exact resumes"] >= 1

@@ -6,6 +6,8 @@ reaches its end must have the weights, the metrics and the ledger of one that no
 nothing but checkpoints beside its checkpoints. Everything is a function of seed and run number.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -20,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +38,7 @@ from run_helpers import SAMPLE, SMALL, call_main, write_ancestry, write_shard
 
 import lgp_dist.pipeline
 import lgp_dist.report.plots
+from lgp_dist.checkpoints.disk import Disk
 from lgp_dist.checkpoints.manifest import read_manifest
 from lgp_dist.data.index import index_shards
 from lgp_dist.errors import UserError
@@ -44,6 +48,8 @@ from lgp_dist.statuses import HUNG, PREEMPTED
 STEPS, EVERY = 18, 2
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "ddp")
 KILLS = ("kill one", "kill all")
+CALLS = ("make", "write_tensors", "write_text", "rename", "remove")
+"""Of `checkpoints.disk.Disk`, in which a rank dies."""
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGTERM twice", "SIGUSR1 twice")
 KINDS = (*KILLS * 4, "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
 """Faults that are drawn from; each as often as it stands here."""
@@ -51,6 +57,10 @@ PATIENCE_S, STEP_S = 240.0, 2.0
 """Longest life of two ranks, and longest time for the other to end once one is dead: so long, and so much a step."""
 HANG_S = 5.0
 """The watchdog's."""
+ALONE_S = 60.0
+"""For a rank whose peer was killed to leave by itself, and the watchdog's time beside; it leaves within 15 s."""
+GOES_ON, BEGINS = "finetune: goes on from step ", "finetune: begins at step "
+"""What rank 0 says of its start."""
 METRICS_LINE = 500
 """Bytes of a line of metrics.jsonl, or fewer: a full disk shall meet checkpoints, not the file of all lines."""
 RECIPE = (*SMALL, "--finetune.train.log-every=1", "--engine.device=cpu", "--trackers")
@@ -153,10 +163,10 @@ class Life:
                     self.statuses[rank] = os.waitstatus_to_exitcode(status)
         return None not in self.statuses
 
-    def wait(self, seconds: float, alone_s: float = 20.0) -> bool:
+    def wait(self, seconds: float, alone_s: float = ALONE_S) -> bool:
         """Whether both end in time. As a launcher, ends the other a while after one has failed.
 
-        alone_s: the while. A rank whose peer is gone leaves by itself within 15 seconds.
+        alone_s: the while.
         """
         end, failed = time.monotonic() + seconds, 0.0
         while not self.look():
@@ -189,6 +199,24 @@ def limit_files(size: int, rank: int) -> Callable[[int], None]:
     return prepare
 
 
+def die_in(call: str, number: int, when: str) -> None:
+    """Kills this process (-9) at its so manieth call of Disk's method: before it, behind it, or as it is half done."""
+    real, calls = getattr(Disk, call), itertools.count(1)
+
+    def dying(self: Disk, *arguments: Any) -> None:
+        mine = next(calls) == number
+        if mine and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if mine and when == "half" and call.startswith("write"):
+            arguments[0].write_bytes(b"half of what was to be written")
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, *arguments)
+        if mine:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(Disk, call, dying)
+
+
 def shift_clock(seconds: float) -> None:
     """Makes this process's clock wrong by so much."""
     now, gmtime, localtime = time.time, time.gmtime, time.localtime
@@ -208,6 +236,15 @@ def strays(place: Path) -> list[str]:
 def checkpoints(place: Path) -> list[Path]:
     """Of stage finetune, newest first."""
     return sorted((place / "run" / "checkpoints" / "finetune").glob("step-*"), reverse=True)
+
+
+def newest_whole(place: Path) -> int:
+    """The step that a start must go on from; 0 to begin."""
+    for folder in checkpoints(place):
+        with contextlib.suppress(UserError):
+            read_manifest(folder).check_files()
+            return int(folder.name.removeprefix("step-"))
+    return 0
 
 
 def damage(place: Path, draw: random.Random) -> str:
@@ -303,7 +340,9 @@ class Campaign:
             if self._fault(kind, place, engine, draw, story, said):
                 break
         life = self._life(place, engine)
-        if not life.wait(self.patience_s) or any(life.statuses):
+        in_time = life.wait(self.patience_s)
+        self._check_start(life, place, story, said)
+        if not in_time or any(life.statuses):
             self._violation(said, story, f"did not go on: statuses {life.statuses}")
         elif (ended := result(place)) != expected:
             parts = [name for name in expected if ended[name] != expected[name]]
@@ -314,7 +353,7 @@ class Campaign:
                 self._violation(said, story, f"left {', '.join(found)}")
             self.report.useful_s += step_seconds(place)
             self.report.spent_s += time.monotonic() - began
-            self.report.seen["exact resumes"] += (place / "out.log").read_text().count("goes on from step")
+            self.report.seen["exact resumes"] += (place / "out.log").read_text().count(GOES_ON)
         if len(self.report.violations) == before:
             shutil.rmtree(place)
 
@@ -328,7 +367,29 @@ class Campaign:
                 limit(rank)
 
         self.report.seen["lives with wrong clocks"] += 1
-        return Life(place, engine, place / "out.log", self.command, prepare)
+        log = place / "out.log"
+        self.start = newest_whole(place), log.stat().st_size if log.exists() else 0
+        return Life(place, engine, log, self.command, prepare)
+
+    @staticmethod
+    def _dies(rank: int, call: str, number: int, when: str, mine: int) -> None:
+        if mine == rank:
+            die_in(call, number, when)
+
+    def _check_start(self, life: Life, place: Path, story: list[str], said: str) -> None:
+        """Whether the latest life went on from the newest whole checkpoint, if it came so far as to say."""
+        step, before = self.start
+        lines = (place / "out.log").read_bytes()[before:].decode(errors="replace").splitlines()
+        starts = [line for line in lines if GOES_ON in line or BEGINS in line]
+        wanted = f"{GOES_ON}{step} of" if step else f"{BEGINS}0 of"
+        if any(wanted not in line for line in starts):
+            self._violation(said, story, f"had step {step}, but: {'; '.join(starts)}")
+        if (
+            not starts
+            and set(life.statuses) & {0, PREEMPTED}
+            and not any("finetune: complete in" in line for line in lines)
+        ):
+            self._violation(said, story, f"had step {step}, ended with {life.statuses} and did not say where it began")
 
     def _fault(self, kind: str, place: Path, engine: str, draw: random.Random, story: list[str], said: str) -> bool:
         """One life with one fault; whether the run came to its end all the same."""
@@ -342,16 +403,20 @@ class Campaign:
             return False
         room = METRICS_LINE * self.options.steps + draw.randrange(1_000, 400_000)
         limit = limit_files(room, rank) if kind == "full disk" else None
+        if kind == "kill saving":
+            call, number, when = draw.choice(CALLS), draw.randint(1, 6), draw.choice(("before", "half", "behind"))
+            limit = partial(self._dies, rank, call, number, when)
         moment = draw.random() * self.seconds[engine]
         life = self._life(place, engine, limit)
-        if kind != "full disk":
+        if kind not in ("full disk", "kill saving"):
             while time.monotonic() - life.began < moment and not life.look():
                 time.sleep(0.005)
             if life.look():
                 report.seen["ended before the fault"] += 1
                 return not any(life.statuses)
         report.tried[kind] += 1
-        story.append(f"{kind} (rank {rank}) after {moment:.2f} s")
+        details = f"{when} call {number} of {call}" if kind == "kill saving" else f"after {moment:.2f} s"
+        story.append(f"{kind} (rank {rank}) {details}")
         numbers = {"kill one": signal.SIGKILL, "kill all": signal.SIGKILL}
         numbers |= {"stop one": signal.SIGSTOP, "pause one": signal.SIGSTOP}
         numbers |= {name: signal.Signals[name.split()[0]] for name in SIGNALS}
@@ -365,13 +430,16 @@ class Campaign:
             time.sleep(draw.random() * self.options.timeout_s / 2)
             life.send(signal.SIGCONT, rank)
         alone = draw.random() < 0.1
-        if not life.wait(self.patience_s, 20.0 if alone else 0.5):
+        if not life.wait(self.patience_s, ALONE_S + self.options.timeout_s if alone else 0.5):
             self._violation(said, story, f"a rank did not end within {self.patience_s:.0f} s")
         took = round(time.monotonic() - sent, 2)
         if kind in SIGNALS:
             report.longest_leave_s = max(report.longest_leave_s, took)
-        if alone and kind == "kill one" and life.statuses[1 - rank] not in (-signal.SIGKILL, 0):
+        if alone and kind == "kill one" and life.statuses != [0, 0]:
             report.alone_s.append(took)
+            if life.statuses[1 - rank] == -signal.SIGKILL:
+                self._violation(said, story, f"the other rank did not leave by itself within {took:.0f} s")
+        self._check_start(life, place, story, said)
         self._judge(kind, life, place, story, said)
         self._check_checkpoints(place, story, said)
         if life.statuses == [0, 0]:
@@ -392,10 +460,13 @@ class Campaign:
             if set(statuses) - allowed and -signal.SIGKILL not in statuses:
                 self._violation(said, story, f"statuses {statuses}")
         elif kind == "stop one" and HUNG in statuses:
-            seen["hung rank named"] += (place / "run" / "heartbeats" / "hang.json").exists()
+            named = json.loads((place / "run" / "heartbeats" / "hang.json").read_text())["ranks"]
+            seen["hung rank named"] += len(named) == 1 and statuses[named[0]] == -signal.SIGKILL
+            if len(named) != 1 or statuses[named[0]] != -signal.SIGKILL:
+                self._violation(said, story, f"ranks {named} were named, statuses {statuses}")
         elif kind == "pause one" and statuses != [0, 0]:
             self._violation(said, story, f"statuses {statuses} after a pause shorter than the watchdog's time")
-        elif kind in KILLS and 0 in statuses and statuses != [0, 0]:
+        elif kind in (*KILLS, "kill saving") and 0 in statuses and statuses != [0, 0]:
             self._violation(said, story, f"a rank ended well beside a dead one: {statuses}")
 
     def _check_checkpoints(self, place: Path, story: list[str], said: str) -> None:
@@ -423,7 +494,7 @@ class Options:
     seed: int = 0
     """Of everything that is drawn."""
     kinds: tuple[Literal["kill one", "kill all", "SIGTERM", "SIGUSR1", "SIGTERM twice", "SIGUSR1 twice", "stop one",
-                         "pause one", "full disk", "damage"], ...] = ()  # fmt: skip
+                         "kill saving", "pause one", "full disk", "damage"], ...] = ()  # fmt: skip
     """Faults to draw from, alike; empty for all but second signals and pauses, kills most often."""
     engines: tuple[Literal["zero0", "zero1", "zero2", "zero3", "ddp"], ...] = ENGINES
     """Engines to draw from."""

@@ -18,6 +18,7 @@ import pytest
 from checkpoint_helpers import FailingDisk, Toy, equal
 from torch import Tensor
 
+from lgp_dist.checkpoints import manifest
 from lgp_dist.checkpoints.disk import Disk
 from lgp_dist.checkpoints.manifest import FORMAT, read_manifest
 from lgp_dist.engine.checkpoint import RUNNING, WRITTEN
@@ -173,3 +174,32 @@ def test_unknown_format_is_refused(tmp_path: Path, version: object) -> None:
     with pytest.raises(UserError, match=f"has format {version!r}, this version reads {FORMAT}"):
         Toy(tmp_path / "s").restore()
     assert path.is_file()
+
+
+@pytest.mark.parametrize("read", ["sha256", "_text", "_size"])
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT"])
+def test_storage_that_fails_for_a_moment_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: str
+) -> None:
+    """Twice and the newest is loaded; for good and the run stops with a sentence, and every checkpoint stays."""
+    toy = Toy(tmp_path / "s")
+    for step in (1, 2):
+        toy.train(step)
+        toy.save(step)
+    saved, left = toy.values(), [2]
+    real = getattr(manifest, read)
+
+    def failing(path: Path) -> object:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(getattr(errno, name), "storage")
+        return real(path)
+
+    monkeypatch.setattr(manifest, read, failing)
+    monkeypatch.setattr(manifest, "PAUSE_S", 0.0)
+    again = Toy(tmp_path / "s")
+    assert again.restore() == 2 and equal(again.values(), saved)
+    left[0] = 1000
+    with pytest.raises(UserError, match="cannot be read .* 3 times.: the storage fails"):
+        Toy(tmp_path / "s").restore()
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["step-00000001", "step-00000002"]

@@ -273,7 +273,8 @@ def test_latest_is_derived(two: tuple[Path, dict[int, dict[str, torch.Tensor]]])
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("LGP_HISTORIES", "200"))))
 def test_pruning_keeps_a_whole_checkpoint_in_any_history(tmp_path: Path, seed: int) -> None:
-    """Random saves, crashes in the middle and damage: the newest whole one and the best are never removed.
+    """Random saves, some left unfinished, some that lose a part or have it cut: neither the newest whole ones nor the
+    best of them are ever removed.
 
     LGP_HISTORIES sets how many histories.
     """
@@ -282,10 +283,16 @@ def test_pruning_keeps_a_whole_checkpoint_in_any_history(tmp_path: Path, seed: i
     whole: dict[int, float | None] = {}
     for step in range(1, 12):
         score = draw.choice([None, draw.random()])
-        what = draw.choice(["save", "save", "save", "torn", "incomplete"])
-        if what == "save":
+        what = draw.choice(["save", "save", "save", "torn", "incomplete", "lost", "cut"])
+        if what in ("save", "lost", "cut"):
             toy.save(step, score=score)
-            whole[step] = score
+            part = toy.shelf.final(step) / "rank-00000.safetensors"
+            if what == "lost":
+                part.unlink()
+            elif what == "cut":
+                os.truncate(part, draw.randrange(part.stat().st_size))
+            else:
+                whole[step] = score
         elif what == "torn":
             toy.shelf.partial(step).mkdir(parents=True)
         else:
