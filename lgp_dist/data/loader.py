@@ -4,6 +4,7 @@ The decoders and torch's resize leave Python's lock to others while they work, s
 without copies between processes.
 """
 
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -80,14 +81,15 @@ class Loader:
     def load(self, plans: Iterable[Plan]) -> Iterator[Loaded]:
         """The plans in order, read by data.threads threads (0: in this one, when asked).
 
-        A bad sample, or one whose shard was cut or vanished, is replaced: by the next good one of its shard, in a
+        A bad sample, one whose bytes are not those that were indexed (compared when it is first read, where the index
+        has their sum), or one whose shard was cut or vanished, is replaced: by the next good one of its shard, in a
         circle, else by one of the next shards, or by zeros where the plan says so. With data.max_bad 0 it raises
         BadImage or LostBytes. Raises UserError for a remote shard that cannot be fetched, and where none of 2 *
         NEIGHBOURS samples is good. Errors come when their batch is asked for.
         """
         if self.data.threads < 0:
             raise UserError(f"data.threads is {self.data.threads}: set it to 0 or to a number of threads.")
-        _ = self.crop, self.regions  # made once, before threads ask for them
+        _ = self.crop, self.regions, self._due  # made once, before threads ask for them
         if self.data.threads:
             yield from self._ahead(plans)
             return
@@ -160,6 +162,10 @@ class Loader:
     def _decode(self, sample: int, draws: list[float] | None, out: Tensor) -> None:
         """One image into out [1, C, S, S]; draws: of its random crop, None for the centre."""
         content = self.index.content(sample)
+        if self._due[sample]:
+            if zlib.crc32(content) != self.index.crc[sample]:
+                raise BadImage(self.index.describe(sample), "its bytes are not those that were indexed")
+            self._due[sample] = False
         if draws is not None and self.regions is not None:
             part = self.regions.crop(content, self.crop, draws)
             if part is not None:
@@ -192,6 +198,11 @@ class Loader:
             other = (shard + step) % shards
             if edges[other] < edges[other + 1]:
                 yield edges[other] + place % (edges[other + 1] - edges[other])
+
+    @cached_property
+    def _due(self) -> NDArray[np.bool_]:
+        """[n] samples whose bytes have a sum in the index, and have not been compared with it yet."""
+        return self.index.crc >= 0
 
     @cached_property
     def crop(self) -> Crop:

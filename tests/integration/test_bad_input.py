@@ -132,7 +132,10 @@ def test_bad_images_within_the_limit(lgp: Lgp, finished_place: Path) -> None:
     result = lgp("distil", *SMALL, "--force", "--data.max-bad=3", "--data.threads=2")
     assert result.status == 0
     for sample in samples:
-        has(Path("run/log.txt").read_text(), f"bad sample: {index.describe(sample)}: its bytes are no image")
+        has(
+            Path("run/log.txt").read_text(),
+            f"bad sample: {index.describe(sample)}: its bytes are not those that were indexed",
+        )
     lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "distil"]
     assert [line["bad_samples"] for line in lines] == [2, 1]
     sentence = refused(lgp, "distil", "--force", "--data.max-bad=2", begun=True)

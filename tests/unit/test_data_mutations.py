@@ -15,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from shard_helpers import image, quiet, tar_of
 
+from lgp_dist.config import DataConfig
 from lgp_dist.data.index import ShardIndex, index_shards, sidecar_path
+from lgp_dist.data.loader import Loader, Plan
 from lgp_dist.data.manifest import ShardManifest
 from lgp_dist.data.scan import scan_shard
 from lgp_dist.data.verify import Problem, summary, verify_shards
@@ -26,6 +29,7 @@ from lgp_dist.errors import UserError
 COUNT = int(os.environ.get("LGP_MUTATIONS", "10000"))
 """Of the slow run."""
 SAMPLES = 20
+DATA = DataConfig(image_size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3, max_bad=SAMPLES, threads=0)
 KINDS = ("flip", "cut", "zero", "duplicate", "swap", "insert", "delete")
 SHARD = "x-train-0000.tar"
 
@@ -168,6 +172,42 @@ def test_mutated_tars(case: Case) -> None:
 @pytest.mark.skipif("LGP_MUTATIONS" not in os.environ, reason="set LGP_MUTATIONS=10000 for the long run")
 def test_many_mutated_tars(case: Case) -> None:
     print(run(case, range(1000, 1000 + COUNT)))
+
+
+def read_for_training(case: Case, seed: int) -> int:
+    """Reads a mutated shard whose size fits its manifest as a run does; how many samples have other bytes.
+
+    Each of them must be counted as bad and named, and no other.
+    """
+    content = mutate(case.content, random.Random(seed))
+    if len(content) != len(case.content):
+        return 0  # refused at the start
+    case.path.write_bytes(content)
+    places = zip(case.index.offset.tolist(), case.index.size.tolist(), strict=True)
+    changed = {n for n, (at, size) in enumerate(places) if content[at : at + size] != case.content[at : at + size]}
+    loader = Loader(case.index, DATA, torch.device("cpu"))
+    (found,) = loader.load([Plan(np.arange(SAMPLES), replaces=False)])
+    assert {sample for sample, _ in found.bad} == changed, f"seed {seed}"
+    assert all(case.index.describe(sample) in str(reason) for sample, reason in found.bad)
+    assert set(found.samples.tolist()) - {-1} == set(range(SAMPLES)) - changed
+    return len(changed)
+
+
+def test_training_takes_no_changed_image(case: Case) -> None:
+    """Bytes that still decode, as another sample's do, are no exception."""
+    try:
+        assert sum(read_for_training(case, seed) for seed in range(400)) > 100
+    finally:
+        case.path.write_bytes(case.content)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LGP_MUTATIONS" not in os.environ, reason="set LGP_MUTATIONS=10000 for the long run")
+def test_training_takes_no_changed_image_of_many(case: Case) -> None:
+    try:
+        print(sum(read_for_training(case, seed) for seed in range(1000, 1000 + COUNT)), "samples changed")
+    finally:
+        case.path.write_bytes(case.content)
 
 
 @pytest.mark.parametrize("seed", range(0, 400, 10))

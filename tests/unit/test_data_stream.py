@@ -5,6 +5,7 @@ import dataclasses
 import multiprocessing
 import os
 import threading
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -243,6 +244,7 @@ def broken(folder: Path, samples: list[int], count: int = 24) -> ShardIndex:
         offset[mine] = np.cumsum([0, *(len(content[i]) for i in mine[:-1])])
         path.write_bytes(b"".join(content[i] for i in mine))
     arrays = {name: getattr(index, name)[:count] for name in ("label", "keys")}
+    arrays["crc"] = np.array([zlib.crc32(image) for image in content])
     size = np.array([len(image) for image in content], dtype=np.int64)
     names = tuple(path.name for path in paths)
     return dataclasses.replace(
