@@ -137,6 +137,7 @@ ROWS = Question(
             chain(ONE_PATH, PAPER_SCALE, rate(1)),
         ),
         Arm("published_x10", "the same at ten times one_path's rate", chain(ONE_PATH, PAPER_SCALE, rate(5))),
+        Arm("own_scale", "soft cross-entropy at its own scale, published rate", chain(ONE_PATH, rate(1))),
         Arm("one_path", "soft cross-entropy at its own scale, half the rate", chain(ONE_PATH, rate(0.5))),
         Arm("lower_lr", "one_path at a tenth of its rate", chain(ONE_PATH, rate(0.05))),
         Arm("row_lr", "one_path, the wide row at a tenth", chain(ONE_PATH, rate(0.5), wide(0.1))),

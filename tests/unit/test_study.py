@@ -124,6 +124,7 @@ def test_the_rows_arms_are_what_they_say() -> None:
     rates = {
         "published": 1,
         "published_x10": 5,
+        "own_scale": 1,
         "one_path": 0.5,
         "lower_lr": 0.05,
         "row_lr": 0.5,
