@@ -37,29 +37,54 @@ def small(recipe: str, *more: str) -> tuple[str, ...]:
     return (recipe, *(option for option in SMALL[1:] if option not in PLAIN), "--pool.samples=16", *more)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "keys"),
-    [
-        ("snnet_tiny", [path.key for path in PathSpace.from_config(tiny()).paths]),
-        ("vanilla_tiny", ["r0.0-5"]),
-        ("scratch_tiny", ["r0.0-3+r1.4-5"]),
-    ],
-)
-def test_a_system_from_shards_to_export(lgp: Lgp, place: Path, recipe: str, keys: list[str]) -> None:
-    """Each runs through the same stages, measures what it trains, and ends with a model that loads and a report."""
-    done = lgp("run", *small(recipe))
+POOL = [path.key for path in PathSpace.from_config(tiny()).paths]
+SYSTEMS = {
+    "tiny": POOL,
+    "snnet_tiny": POOL,
+    "vanilla_tiny": ["r0.0-5"],
+    "scratch_tiny": ["r0.0-3+r1.4-5"],
+    "sws_tiny": ["d3", "d4", "d5", "d6"],
+}
+"""Recipes and the models that each gives."""
+
+
+def test_every_system_from_shards_to_export_and_in_one_report(lgp: Lgp, place: Path) -> None:
+    """Each runs through the same stages, measures what it trains, and ends with a model that loads and a report; one
+    report has them all, beside a result file of SN-Net's authors."""
+    for recipe, keys in SYSTEMS.items():
+        run = Path(recipe)
+        call = ("run", *small(recipe, f"--run-dir={run}"))
+        done = lgp(*call)
+        assert done.status == 0, done.err
+        needed = [stage for stage in STAGES if (recipe, stage) != ("scratch_tiny", "ancestry")]
+        assert sorted(path.parent.name for path in run.glob("*/artifact.json")) == sorted(needed)
+        measured = json.loads((run / "paths.json").read_text())
+        assert sorted(row["key"] for row in measured) == sorted(keys)
+        assert all(key in done.out for key in keys) and (run / "report.html").is_file()
+        config = json.loads((run / "export/config.json").read_text())
+        if recipe == "sws_tiny":
+            model = timm.create_model(f"local-dir:{run}/export", pretrained=True)
+        else:
+            model = load_descendant(config, load_file(run / "export/model.safetensors"))
+            assert config["lgp"]["path"] in keys
+        assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+        trained = {key for line in read_metrics(run / "metrics.jsonl") for key in line.get("path", ())}
+        assert trained <= set(keys)
+        again = lgp(*call)
+        assert again.status == 0 and again.err.count("skipped") == len(STAGES)
+    Path("stitches.txt").write_text(
+        json.dumps({"cfg_id": 0, "flops": 1258411200, "params": 5717416, "acc1": 71.0}) + "\n"
+    )
+    done = lgp("report", *SYSTEMS, "--snnet", "stitches.txt", "--out", "all")
     assert done.status == 0, done.err
-    needed = [stage for stage in STAGES if (recipe, stage) != ("scratch_tiny", "ancestry")]
-    assert sorted(path.parent.name for path in Path("run").glob("*/artifact.json")) == sorted(needed)
-    measured = json.loads(Path("run/paths.json").read_text())
-    assert sorted(row["key"] for row in measured) == sorted(keys)
-    assert all(key in done.out for key in keys) and Path("run/report.html").is_file()
-    config = json.loads(Path("run/export/config.json").read_text())
-    model = load_descendant(config, load_file("run/export/model.safetensors"))
-    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10) and config["lgp"]["path"] in keys
-    assert {key for line in read_metrics(Path("run/metrics.jsonl")) for key in line.get("path", ())} <= set(keys)
-    again = lgp("run", *small(recipe))
-    assert again.status == 0 and again.err.count("skipped") == len(STAGES)
+    lines = [line for line in done.out.splitlines() if line.startswith("| ")][2:]
+    assert [line.split("|")[1].strip() for line in lines] == [*SYSTEMS, "stitches"]
+    for line, (recipe, keys) in zip(lines, SYSTEMS.items(), strict=False):
+        top1 = [row["top1"] for row in json.loads(Path(recipe, "paths.json").read_text())]
+        has(line, f" {len(keys)} ", f"{sum(top1) / len(top1):.2f}")
+    assert (
+        Path("all/compare.png").read_bytes().startswith(b"\x89PNG") and Path("all/compare.md").read_text() in done.out
+    )
 
 
 def test_only_what_is_trained_can_be_exported(lgp: Lgp, place: Path) -> None:
