@@ -188,7 +188,8 @@ def _points(panel: Axes, rows: Sequence[Row], cost: str, unit: float, colour: st
 def arms_figure(
     arms: Mapping[str, Mapping[str, Any]], curves: Mapping[str, Mapping[int, float]], *, title: str
 ) -> Figure:
-    """Arms of a study: narrow row, wide row and the mean over paths with their intervals, and the mean while training.
+    """Arms of a study: narrow row, wide row and the mean over paths with their intervals, and the mean while training
+    where it was measured.
 
     arms: by name, measures with `mean` and `half`. curves: by name, top-1 (percent) by optimizer step.
     """
@@ -196,7 +197,8 @@ def arms_figure(
     with matplotlib.rc_context(STYLE):
         handles = [Line2D([], [], color=_colour(i), marker=_marker(i), ls="-", lw=1.2, ms=5, label=name)
                    for i, name in enumerate(arms)]  # fmt: skip
-        figure, axes = new_panels(2, 4.0, handles, gap=0.16)
+        watched = any(curves.values())
+        figure, axes = new_panels(1 + watched, 4.0, handles, gap=0.16)
         figure.suptitle(title, x=0.066, y=0.97, ha="left", va="top", fontsize=11.5, fontweight="bold")
         for index, found in enumerate(arms.values()):
             for place, name in enumerate(shown):
@@ -208,11 +210,12 @@ def arms_figure(
                     )
         axes[0].set_xticks(range(len(shown)), shown.values())
         axes[0].set_ylabel("Top-1 accuracy (%)")
-        for index, name in enumerate(arms):
-            curve = curves.get(name, {})
-            axes[1].plot(list(curve), list(curve.values()), color=_colour(index), marker=_marker(index), ms=3, lw=1.2)
-        axes[1].set_xlabel("Optimiser step of fine-tuning")
-        axes[1].set_ylabel("Mean over paths while training (%)")
+        for panel in axes[1:]:
+            for index, name in enumerate(arms):
+                curve = curves.get(name, {})
+                panel.plot(list(curve), list(curve.values()), color=_colour(index), marker=_marker(index), ms=3, lw=1.2)
+            panel.set_xlabel("Optimiser step of fine-tuning")
+            panel.set_ylabel("Mean over paths while training (%)")
     return figure
 
 
