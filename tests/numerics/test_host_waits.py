@@ -1,26 +1,32 @@
-"""A micro-step's forward, losses and backward never read a value on the host, which would wait for a GPU.
+"""A step of the loop reads no value on the host, which would wait for a GPU, but for the guard's one look at its end.
 
-On a CPU by the operations that read one; on a GPU by torch's own alarm too. Once in an optimizer step the guard waits,
-behind the last backward.
+On a CPU by the operations that read one; on a GPU by torch's own alarm too.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from numerics_cases import shake, stock_vit
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lgp_dist.config import DistilConfig, FinetuneConfig, RowConfig
-from lgp_dist.engine.gradients import Contract, Gradients
-from lgp_dist.engine.setup import autocast
+from lgp_dist.config import DistilConfig, EngineConfig, FinetuneConfig, GradientConfig, RowConfig, TrainConfig
+from lgp_dist.engine import trainer as trainer_module
+from lgp_dist.engine.gradients import Contract
+from lgp_dist.engine.guard import Verdict
+from lgp_dist.engine.launch import Launch
+from lgp_dist.engine.loop import _step
+from lgp_dist.engine.optim import build_optimizer
+from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.trainer import Trainer
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths import PathSpace
-from lgp_dist.protocols import Batch, StepContext, Task
+from lgp_dist.protocols import Batch, Task
 from lgp_dist.sampling import PathSampler
 from lgp_dist.tasks.distil import DistilTask
 from lgp_dist.tasks.finetune import FinetuneTask
@@ -34,6 +40,20 @@ CUDA = pytest.param(
     "cuda",
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
 )
+
+
+@contextlib.contextmanager
+def watched(device: str, on: bool) -> Iterator[None]:
+    """Torch's alarm for waits of a GPU, on or off."""
+    if device != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error" if on else "default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Reads(TorchDispatchMode):
@@ -88,30 +108,33 @@ def batch_on(device: str, soft: bool) -> Batch:
 @pytest.mark.parametrize("contract", ["chain", "anchors", "none"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", TASKS)
-def test_no_value_is_read_in_a_micro_step(name: str, precision: Any, contract: Contract, device: str) -> None:
-    task = TASKS[name]()
-    task.to(torch.device(device))
-    task.module.to(device).train()
-    gradients = Gradients(task.module, task.walk, contract)
-    batches = [batch_on(device, soft) for soft in (False, True)]
-    losses: list[Tensor] = []
+def test_no_value_is_read_in_the_loops_step(
+    monkeypatch: pytest.MonkeyPatch, name: str, precision: Any, contract: Contract, device: str
+) -> None:
+    """Of the project's loop, with a trainer as a run makes it; but for the guard's one look, which is let through."""
+    monkeypatch.setattr(trainer_module, "contract_of", lambda *_: contract)
+    task, train = TASKS[name](), TrainConfig(batch_size=4 * 2, accumulate=2, clip_grad=1.0)
+    workers = Workers(
+        Launch.from_environment({}), EngineConfig(precision=precision, device=device), 0, 1, torch.device(device)
+    )
+    task.to(workers.device)
+    optimizer = build_optimizer(task.module.to(device).train(), train, parts=task.walk.parts)
+    trainer = Trainer(workers, task, optimizer, train, GradientConfig())
+    judge = trainer.guard.judge
+
+    def judged(*arguments: Any) -> Verdict:
+        with watched(device, on=False), _disable_current_modes():
+            return judge(*arguments)
+
+    trainer.guard.judge = judged
+    batches = iter([batch_on(device, soft) for soft in (False, True)] * 3)
     with Reads() as reads:
-        for step, batch in enumerate(batches * 3):
-            context = StepContext(step, 0, 0, 1)
-            gradients.used = task.used(context)
-            if device == "cuda" and step:  # the first one loads kernels
-                torch.cuda.set_sync_debug_mode("error")
-            try:
-                with autocast(device, precision):
-                    losses.append(task.losses(task.module, batch, context)["loss"])
-                losses[-1].backward()
-            finally:
-                if device == "cuda":
-                    torch.cuda.set_sync_debug_mode("default")
-    gradients.close()
+        for step in range(3):
+            with watched(device, on=step > 0):  # the first one loads kernels
+                losses, *_ = _step(trainer, batches, step, None)
+    trainer.close()
     assert reads.seen == []
-    assert all(bool(torch.isfinite(loss)) for loss in losses)
-    assert any(parameter.grad is not None for parameter in task.module.parameters())
+    assert len(losses) == 2 and all(bool(torch.isfinite(parts["loss"])) for parts in losses)
 
 
 @pytest.mark.parametrize(

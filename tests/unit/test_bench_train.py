@@ -16,13 +16,18 @@ from lgp_dist.bench.peers import bare, own_draws
 from lgp_dist.bench.phases import PHASES, advice
 from lgp_dist.bench.train import peak_of
 from lgp_dist.bench.turns import Finetuning, Turns
-from lgp_dist.config import EngineConfig
+from lgp_dist.config import EngineConfig, GradientConfig
+from lgp_dist.engine.launch import Launch
+from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.trainer import Trainer
 from lgp_dist.engine.watchdog import Watchdog
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths import PathSpace
 from lgp_dist.protocols import Batch
 from lgp_dist.recipes import pool12, tiny_paper
+from lgp_dist.sampling import PathSampler
+from lgp_dist.tasks.finetune import FinetuneTask
 
 SMALL = (
     "tiny_paper",
@@ -171,19 +176,28 @@ def test_distil_by_arithmetic_and_measured(lgp: Lgp) -> None:
 
 @pytest.mark.parametrize(("ops", "graphs"), [("reference", 2), ("fused", 3)])
 def test_a_graph_for_each_width_serves_all_blocks_and_paths(ops: Any, graphs: int) -> None:
-    """Fused, the block that a stitch enters has a graph of its own. No path makes another."""
+    """As the trainer compiles them; fused, the block that a stitch enters has a graph of its own. No path makes another;
+    measuring on the way has as many of its own, once."""
     torch.compiler.reset()
     counters.clear()
-    space = PathSpace.from_config(tiny_paper())
+    config = tiny_paper()
+    space, train = PathSpace.from_config(config), config.finetune.train
     pool = LearngenePool.empty(space, (1, 3)).train()
     pool.set_ops(ops)
-    for unit in pool.units.values():
-        if hasattr(unit, "block"):
-            unit.block.compile(backend="eager", dynamic=False)
+    workers = Workers(
+        Launch.from_environment({}), EngineConfig(precision="fp32", compile="eager"), 0, 1, torch.device("cpu")
+    )
+    task = FinetuneTask(pool, None, PathSampler(space.paths, "independent", 0), config.finetune)
+    trainer = Trainer(workers, task, build_optimizer(pool, train, parts=task.walk.parts), train, GradientConfig())
     images = torch.randn(2, 1, 28, 28)
-    for path in space.paths:
-        pool(images, path).sum().backward()
-    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    for count in (graphs, 2 * graphs):
+        for path in space.paths:
+            trainer.module(images, path).sum().backward()
+        assert counters["stats"]["unique_graphs"] == count and not counters["graph_break"]
+        with torch.no_grad():
+            trainer.measure(lambda module: {path.key: float(module(images, path).sum()) for path in space.paths})
+        assert counters["stats"]["unique_graphs"] == 2 * graphs and not counters["graph_break"]
+    trainer.close()
 
 
 @pytest.mark.parametrize(

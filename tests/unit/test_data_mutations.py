@@ -210,24 +210,46 @@ def test_training_takes_no_changed_image_of_many(case: Case) -> None:
         case.path.write_bytes(case.content)
 
 
-@pytest.mark.parametrize("seed", range(0, 400, 10))
-def test_mutated_tar_without_manifest(case: Case, seed: int, tmp_path: Path) -> None:
-    """Indexed as new: refused with a sentence, or every sample that is indexed is where it says and tarfile agrees."""
+def index_alone(case: Case, seed: int, folder: Path) -> tuple[int, int]:
+    """Indexes a mutated tar as new: refused with a sentence, or every sample that is indexed is where the index says,
+    and what tarfile reads there; samples that were taken, and those whose bytes no longer are the truth."""
+    folder.mkdir(parents=True)
     content = mutate(case.content, random.Random(seed))
-    (tmp_path / SHARD).write_bytes(content)
+    (folder / SHARD).write_bytes(content)
     try:
-        manifest = index_shards(tmp_path, quiet)
+        manifest = index_shards(folder, quiet)
     except UserError as error:
-        assert str(tmp_path / SHARD) in str(error) and "\n" not in str(error)
-        assert [path.name for path in tmp_path.iterdir()] == [SHARD]
-        return
+        assert str(folder / SHARD) in str(error) and "\n" not in str(error), seed
+        assert [path.name for path in folder.iterdir()] == [SHARD], seed
+        return 0, 0
     read = by_tarfile(content)
-    samples, _ = scan_shard(tmp_path / SHARD)
-    assert {sample.key for sample in samples} == read.keys()
+    samples, _ = scan_shard(folder / SHARD)
+    assert {sample.key for sample in samples} == read.keys(), seed
     for sample in samples:
-        assert content[sample.offset : sample.offset + sample.size] == read[sample.key][1]
-        assert sample.label == int(read[sample.key][0])
+        assert content[sample.offset : sample.offset + sample.size] == read[sample.key][1], seed
+        assert sample.label == int(read[sample.key][0]), seed
     assert manifest.entries("train")[0].samples == len(samples)
+    return len(samples), sum(read[sample.key] != case.truth.get(sample.key) for sample in samples)
+
+
+def index_many(case: Case, seeds: range, root: Path) -> str:
+    taken = wrong = tars = 0
+    for seed in seeds:
+        folder = root / str(seed)
+        found = index_alone(case, seed, folder)
+        tars, taken, wrong = tars + bool(found[0]), taken + found[0], wrong + found[1]
+        shutil.rmtree(folder)
+    return f"{len(seeds)} tars without manifest, {tars} taken: {wrong} of {taken} samples have other bytes or labels"
+
+
+def test_mutated_tars_without_manifest(case: Case, tmp_path: Path) -> None:
+    index_many(case, range(0, 400, 10), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LGP_MUTATIONS" not in os.environ, reason="set LGP_MUTATIONS=10000 for the long run")
+def test_many_mutated_tars_without_manifest(case: Case, tmp_path: Path) -> None:
+    print(index_many(case, range(1000, 1000 + COUNT), tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["header zeroed", "two tars in one", "cut after a sample", "no end mark"])
