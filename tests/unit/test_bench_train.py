@@ -176,8 +176,10 @@ def test_distil_by_arithmetic_and_measured(lgp: Lgp) -> None:
 
 @pytest.mark.parametrize(("ops", "graphs"), [("reference", 2), ("fused", 3)])
 def test_a_graph_for_each_width_serves_all_blocks_and_paths(ops: Any, graphs: int) -> None:
-    """As the trainer compiles them; fused, the block that a stitch enters has a graph of its own. No path makes another;
-    measuring on the way has as many of its own, once."""
+    """As the trainer compiles them; fused, the block that a stitch enters has a graph of its own.
+
+    No path makes another; measuring on the way has as many of its own, once.
+    """
     torch.compiler.reset()
     counters.clear()
     config = tiny_paper()
