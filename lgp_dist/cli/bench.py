@@ -23,18 +23,12 @@ class Compared:
 
     compare: Path | None = None
     """File of an earlier result of this benchmark: also print ratios to it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Printed(Compared):
-    """What those take that write no file."""
-
     json: bool = False
-    """Print a list of objects."""
+    """Print a list of objects in place of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSampler(Printed):
+class BenchSampler(Compared):
     """Work, coverage and shares of each policy, by arithmetic."""
 
     recipe: str = "pool12"
@@ -93,7 +87,7 @@ class BenchCheckpoint(Compared):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOp(Printed):
+class BenchOp(Compared):
     """The fused operations: checked against float64 on this device, then timed beside eager and compiled ones."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -105,7 +99,7 @@ class BenchOp(Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchStep(Printed):
+class BenchStep(Compared):
     """Paths of a recipe on eager, compiled and fused blocks, and several paths for one forward of the ancestry."""
 
     recipe: Recipe
@@ -118,7 +112,7 @@ class BenchStep(Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchData(Printed):
+class BenchData(Compared):
     """Images per CPU second of this loader and its index, and of others, on generated photographs."""
 
     folder: Path
@@ -168,7 +162,7 @@ class BenchPeers(Compared):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchDistil(Printed):
+class BenchDistil(Compared):
     """Distilling all rows in one pass over the ancestry, against a run for each row."""
 
     recipe: Recipe
@@ -179,7 +173,7 @@ class BenchDistil(Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchScaling(Printed):
+class BenchScaling(Compared):
     """Steps on many ranks, by a model that is fitted to steps on one and two and judged by those on more."""
 
     recipe: Recipe
@@ -317,8 +311,7 @@ def run_bench(action: Compared) -> None:
     rows, table = measure(action)
     if os.environ.get("RANK", "0") != "0":
         return
-    as_json = isinstance(action, Printed) and action.json
-    sys.stdout.write((json.dumps(rows, indent=2) if as_json else table(rows)) + "\n")
+    sys.stdout.write((json.dumps(rows, indent=2) if action.json else table(rows)) + "\n")
     if before is not None:
-        stream = sys.stderr if as_json else sys.stdout
+        stream = sys.stderr if action.json else sys.stdout
         stream.write(comparison(name, rows, before, action.compare) + "\n")
