@@ -17,7 +17,8 @@ SMALL = ("--rounds=1", "--steps=2", "--finetune.train.batch-size=4", "--engine.d
 def bench(name: str, folder: Path, deepspeed: bool, *more: str) -> list[dict[str, Any]]:
     """What a benchmark writes on two ranks."""
     out = folder / "out.json"
-    call = [*command(2, deepspeed), "-m", "lgp_dist", "bench", name, "tiny_paper", "--out", str(out), "--json", *SMALL, *more]
+    call = [*command(2, deepspeed), "-m", "lgp_dist", "bench", name, "tiny_paper", *SMALL, *more]
+    call += ["--out", str(out), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
