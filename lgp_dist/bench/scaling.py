@@ -114,9 +114,9 @@ def bench_scaling(
     counts = sorted({row["ranks"] for row in rows})
     most = counts[-2] if len(counts) > 2 else 2
     known, held = ([row for row in rows if (row["ranks"] <= most) == low] for low in (True, False))
-    if len(known) <= len(FACTORS) or not {1, 2} <= {row["ranks"] for row in known}:
+    if len(known) < len(FACTORS) or not {1, 2} <= {row["ranks"] for row in known}:
         raise UserError(
-            f"--measured has {len(known)} objects to fit to, but more than {len(FACTORS)} are needed, of one and two "
+            f"--measured has {len(known)} objects to fit to, but {len(FACTORS)} or more are needed, of one and two "
             "ranks among them: make them with scripts/bench_scaling."
         )
     model = fit(known)

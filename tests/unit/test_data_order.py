@@ -36,7 +36,7 @@ def uneven() -> ShardIndex:
     """25 images of the sample, as if they lay in six shards, one of them empty; every read goes to the true shard."""
     index = open_split(DATA, "train")
     numbers = np.arange(0, 10_000, 400)
-    arrays = {name: getattr(index, name)[numbers] for name in ("offset", "size", "label", "keys")}
+    arrays = {name: getattr(index, name)[numbers] for name in ("offset", "size", "label", "keys", "crc")}
     true = index.shard[numbers]
     paths = [index.root / name for name in index.shards]
 
