@@ -73,7 +73,7 @@ def main(folder: Path, timeout: str) -> None:
     lives = {}
     for case, (stage, *_) in CASES.items():
         arguments = (stage, *SMALL, "--engine.device=cpu", "--trackers", f"--faults.timeout-s={timeout}")
-        lives[case] = Life(folder / case, "ddp", folder / case / "out.log", partial(prepare, case), arguments)
+        lives[case] = Life(folder / case, "ddp", folder / case / "out.log", arguments, partial(prepare, case))
     for case, life in lives.items():
         assert life.wait(150, alone_s=1.0), case
         (folder / case / "statuses.json").write_text(json.dumps(life.statuses))
