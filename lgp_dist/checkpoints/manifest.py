@@ -107,10 +107,7 @@ class Manifest:
 
     def _check_size(self, name: str) -> None:
         path, size = self.folder / name, self.files[name][0]
-        try:
-            found = _reading(path, _size)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): {ADVICE}.") from error
+        found = _of_part(path, _size)
         if found != size:
             raise UserError(f"{path} has {found} bytes, but its manifest says {size}: {ADVICE}.")
 
@@ -118,10 +115,7 @@ class Manifest:
         """Reads one file; UserError where it is missing, cut or changed."""
         self._check_size(name)
         path, digest = self.folder / name, self.files[name][1]
-        try:
-            content = _reading(path, sha256)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): {ADVICE}.") from error
+        content = _of_part(path, sha256)
         if content != digest:
             raise UserError(f"{path} is damaged: its sha256 is {content}, not {digest}: {ADVICE}.")
 
@@ -150,6 +144,13 @@ def _reading(path: Path, read: Callable[[Path], Any]) -> Any:
                     "aside; start again when it works."
                 ) from error
         time.sleep(PAUSE_S)
+
+
+def _of_part(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return _reading(path, read)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {ADVICE}.") from error
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class Cell:
     arm: Arm
     seed: int
     config: RunConfig
-    sources: Mapping[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     """Content of its shards and files by setting, as `pipeline.sources` has it."""
 
     @property
@@ -39,7 +39,7 @@ class Cell:
 
     def meaning(self, stage: str) -> dict[str, Any]:
         """All that the stage's artifact depends on."""
-        return RunDirectory(self.folder, dict(self.sources)).meaning(self.config, stage)
+        return RunDirectory(self.folder, self.sources).meaning(self.config, stage)
 
     def has(self, stage: str) -> bool:
         """Whether the stage's artifact lies there; the run itself judges it."""
@@ -116,7 +116,7 @@ def adopt(cell: Cell, folders: Sequence[Path], ranks: int) -> None:
     if cell.folder.exists():
         return
     before = STAGES[: STAGES.index("finetune")]
-    made = [(count_alike(RunDirectory(path, dict(cell.sources)), cell.config), path) for path in folders]
+    made = [(count_alike(RunDirectory(path, cell.sources), cell.config), path) for path in folders]
     count, path = max(made, key=lambda each: each[0], default=(0, cell.folder))
     if count == len(STAGES) and _ranks_of(path) == ranks:
         partial = cell.folder.with_name(f".{cell.folder.name}.adopted")

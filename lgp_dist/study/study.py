@@ -81,7 +81,7 @@ def sources_of(cell: Cell) -> dict[str, str]:
 
 def is_done(cell: Cell) -> bool:
     """Whether all its stages are complete; UserError where they were made with other settings."""
-    directory = RunDirectory(cell.folder, dict(cell.sources))
+    directory = RunDirectory(cell.folder, cell.sources)
     try:
         return all(directory.is_current(stage, cell.config) for stage in ("evaluate", STAGES[-1]))
     except UserError as error:
