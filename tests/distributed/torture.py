@@ -22,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,8 +198,8 @@ def limit_files(size: int, rank: int) -> Callable[[int], None]:
     return prepare
 
 
-def die_in(call: str, number: int, when: str) -> None:
-    """Kills this process (-9) at its so manieth call of Disk's method: before it, behind it, or as it is half done."""
+def die_in(call: str, number: int, when: str, rank: int) -> Callable[[int], None]:
+    """Kills one rank (-9) at its so manieth call of Disk's method: before it, behind it, or as it is half done."""
     real, calls = getattr(Disk, call), itertools.count(1)
 
     def dying(self: Disk, *arguments: Any) -> None:
@@ -214,7 +213,11 @@ def die_in(call: str, number: int, when: str) -> None:
         if mine:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(Disk, call, dying)
+    def prepare(mine: int) -> None:
+        if mine == rank:
+            setattr(Disk, call, dying)
+
+    return prepare
 
 
 def shift_clock(seconds: float) -> None:
@@ -263,20 +266,24 @@ def damage(place: Path, draw: random.Random) -> str:
     return f"{kind} {path.name}"
 
 
+def metrics(place: Path) -> list[dict[str, Any]]:
+    """Of stage finetune, a line for each step that led to where the run is."""
+    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["stage"] == "finetune"]
+
+
 def result(place: Path) -> dict[str, Any]:
     """All that must not depend on what happened on the way."""
-    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
     kept = ("step", "loss", "cls", "pred", "path", "lr", "world")
-    metrics = [{name: line[name] for name in kept} for line in lines if line["stage"] == "finetune"]
+    lines = [{name: line[name] for name in kept} for line in metrics(place)]
     weights = safetensors.torch.load_file(place / "run" / "finetune" / "pool.safetensors")
     sums = {name: int(value.view(torch.int32).sum(dtype=torch.int64)) for name, value in weights.items()}
-    return {"metrics": metrics, "weights": sums, "ledger": json.loads((place / "run/finetune/ledger.json").read_text())}
+    return {"metrics": lines, "weights": sums, "ledger": json.loads((place / "run/finetune/ledger.json").read_text())}
 
 
 def step_seconds(place: Path) -> float:
     """In the steps that led to the end."""
-    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
-    return sum(line["step_time_s"] for line in lines if line["stage"] == "finetune" and "step_time_s" in line)
+    return sum(line["step_time_s"] for line in metrics(place))
 
 
 class Campaign:
@@ -371,11 +378,6 @@ class Campaign:
         self.start = newest_whole(place), log.stat().st_size if log.exists() else 0
         return Life(place, engine, log, self.command, prepare)
 
-    @staticmethod
-    def _dies(rank: int, call: str, number: int, when: str, mine: int) -> None:
-        if mine == rank:
-            die_in(call, number, when)
-
     def _check_start(self, life: Life, place: Path, story: list[str], said: str) -> None:
         """Whether the latest life went on from the newest whole checkpoint, if it came so far as to say."""
         step, before = self.start
@@ -405,7 +407,7 @@ class Campaign:
         limit = limit_files(room, rank) if kind == "full disk" else None
         if kind == "kill saving":
             call, number, when = draw.choice(CALLS), draw.randint(1, 6), draw.choice(("before", "half", "behind"))
-            limit = partial(self._dies, rank, call, number, when)
+            limit = die_in(call, number, when, rank)
         moment = draw.random() * self.seconds[engine]
         life = self._life(place, engine, limit)
         if kind not in ("full disk", "kill saving"):
