@@ -28,6 +28,20 @@ PATIENCE_S = 120.0
 OPEN_FILES = 1024
 """Files a rank may need open at once: data.window (256) shards with what is fetched, logs and connections."""
 
+ENDLESS = """
+import io, tarfile
+member = tarfile.TarInfo("__x__")
+member.size = 2**60
+shard = io.BytesIO(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+try:
+    list(tarfile.open(fileobj=shard, mode="r|"))
+except tarfile.TarError:
+    pass
+"""
+"""Reads a tar of 1,536 bytes in which a member claims 2^60: Pythons without the change of #151982 never end."""
+ENDLESS_S = 2.0
+"""After which it is taken not to end; it takes milliseconds."""
+
 NVIDIA = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
 """Traces of a driver."""
 
@@ -47,6 +61,7 @@ def examine(data: str = "") -> list[Finding]:
     checks: list[Callable[[], Iterable[Finding]]] = [
         lambda: [check_python()],
         lambda: check_versions("lgp_dist"),
+        lambda: [check_tarfile(ENDLESS)],
         lambda: check_backends(ask_torch(), any(path.exists() for path in NVIDIA)),
         lambda: [check_compiler(os.environ.get("CXX", "c++"))],
         lambda: [check_shm(stale_shm())],
@@ -68,6 +83,20 @@ def check_python() -> Finding:
     return Finding(
         "python", False, f"{found} runs, but lgp_dist wants {wanted}: make an environment with one of these."
     )
+
+
+def check_tarfile(code: str) -> Finding:
+    """Whether Python's own reader of tars ends on a member that claims more than there is; no shard is read with it."""
+    try:
+        subprocess.run([sys.executable, "-I", "-c", code], timeout=ENDLESS_S, check=False)
+    except subprocess.TimeoutExpired:
+        return Finding(
+            "tarfile",
+            True,
+            "training does not use it, but Python's tarfile (and webdataset with it) never ends on some damaged tars "
+            "(CVE-2026-11972): give it no strange ones, or take a Python of June 2026 or later",
+        )
+    return Finding("tarfile", True, "ends on damaged tars")
 
 
 def check_versions(package: str) -> Iterator[Finding]:

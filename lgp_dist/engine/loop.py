@@ -114,10 +114,9 @@ def _steps(
             return first
         except NotFinite as problem:
             meter.flush()
-            back = saver.roll_back(problem) if saver else None
-            if back is None:
+            if saver is None:
                 raise
-            step = back
+            step = saver.roll_back(problem)
         finally:
             meter.close()
 

@@ -94,15 +94,18 @@ class Saver:
             log.info("%s: was saved by %s, goes on with %s", self.state.stage, was, now)
         return found.step
 
-    def roll_back(self, problem: NotFinite) -> int | None:
-        """The step of the newest checkpoint, loaded again, for another try; None where faults.rollback allows none.
+    def roll_back(self, problem: NotFinite) -> int:
+        """The step of the newest checkpoint, loaded again, for another try.
 
         The data goes on behind the bad step, so that what made it is not met again; paths are those of their steps.
+        NotFinite, which says how to meet the step again, where faults.rollback allows none.
         """
         self.checkpointer.wait()
-        allowed, there = self.trainer.guard.faults.rollback, bool(self.checkpointer.shelf.steps())
-        if self.rolled >= allowed or not self.trainer.workers.highest([there])[0]:
-            return None
+        shelf, allowed = self.checkpointer.shelf, self.trainer.guard.faults.rollback
+        newest = int(self.trainer.workers.highest([next(iter(shelf.steps()), 0)])[0])
+        if self.rolled >= allowed or not newest:
+            start = f" with --resume {shelf.final(newest)}" if newest else ""
+            raise NotFinite(f"{problem} The same command{start} meets this step again.", problem.step) from problem
         self.rolled += 1
         if self.trainer.workers.is_main:
             log.warning("%s Going back to the last checkpoint, %d of %d times.", problem, self.rolled, allowed)

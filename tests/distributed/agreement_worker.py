@@ -2,12 +2,14 @@
 
 FOLDER/cases.json: name -> {"ranks", "key", "value"}: on these ranks a key of the recipe (`config.KEY`) or of the facts
 has another value, or none. FOLDER/result-R.json: name -> the sentence on rank R; null where there was no error.
+FOLDER/slowest-R: seconds of the longest comparison.
 """
 
 import dataclasses
 import json
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -64,15 +66,18 @@ def rank_main(folder: Path, rank: int) -> None:
     store, patience = f"file://{folder}/store", timedelta(minutes=2)
     torch.distributed.init_process_group("gloo", store, rank=rank, world_size=WORLD, timeout=patience)
     workers = Workers(Launch(WORLD, WORLD, True, 1, "no", None), EngineConfig(), rank, WORLD, torch.device("cpu"))
-    found = {}
+    found, slowest = {}, 0.0
     for name, case in json.loads((folder / "cases.json").read_text()).items():
-        same = ("count", 1)
+        facts = facts_with(*((case["key"], case["value"]) if rank in case["ranks"] else ("count", 1)))
+        began = time.monotonic()
         try:
-            check_equal(facts_with(*((case["key"], case["value"]) if rank in case["ranks"] else same)), workers)
+            check_equal(facts, workers)
             found[name] = None
         except UserError as error:
             found[name] = str(error)
+        slowest = max(slowest, time.monotonic() - began)
     (folder / f"result-{rank}.json").write_text(json.dumps(found))
+    (folder / f"slowest-{rank}").write_text(f"{slowest:.3f}\n")
     torch.distributed.destroy_process_group()
 
 

@@ -8,7 +8,7 @@ import pytest
 from exact_cells import Cell
 from exact_launch import TOLERANCE
 from exact_reference import reference
-from resume_jobs import Elsewhere, Job, differences, launch
+from resume_jobs import Elsewhere, Job, differences, launch, losses
 from safetensors.torch import load_file
 
 STEPS = 6
@@ -35,6 +35,11 @@ def number(cell: Cell) -> int:
     return CELLS.index(cell)
 
 
+def newest_of(every: int, first: int) -> int:
+    """Step of the newest checkpoint when a run of STOPS has stopped; 0 for none."""
+    return first // every * every
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every cell with every sequence of data, and resumed behind a rollback; stops."""
@@ -52,6 +57,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     bad = [first, *range(first + 1, 20)]
                     base = f"{number(cell)}-{name}"
                     jobs.append(Job(base, cell, "auto", every, constant=True, bad=bad, rollback=allowed))
+                    if newest := newest_of(every, first):
+                        again = f"{base}/checkpoints/job/step-{newest:08d}"
+                        jobs.append(Job(f"{base}-again", cell, again, 0, constant=True, bad=bad))
         launch(jobs, folder, timeout=600)
     return folder
 
@@ -90,7 +98,16 @@ def test_stops_where_it_may_not_go_back(runs: Path, cell: Cell, stop: tuple[str,
     name, every, first, allowed = stop
     folder = runs / f"{number(cell)}-{name}"
     one, two = ((folder / f"error-{rank}.txt").read_text() for rank in (0, 1))
-    at = first // every * every if allowed and first > every else first
+    newest = newest_of(every, first)
+    at = newest if allowed and newest else first
     assert one == two and one.startswith(f"Nothing of step {at} of stage job was applied: the loss is nan on rank 1")
     assert not (folder / "end.safetensors").exists()
     assert [line["step"] for line in metrics(folder)] == list(range(first))
+    start = f" with --resume {folder}/checkpoints/job/step-{newest:08d}" if newest else ""
+    assert one.endswith(f" The same command{start} meets this step again.")
+    if newest:
+        again = runs / f"{number(cell)}-{name}-again"
+        told = (again / "error-0.txt").read_text()
+        assert told.startswith(f"Nothing of step {first} of stage job was applied: the loss is nan on rank 1")
+        assert [line["step"] for line in metrics(again)] == list(range(newest, first))
+        assert losses(again) == {step: loss for step, loss in losses(folder).items() if step >= newest}

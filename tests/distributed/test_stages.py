@@ -17,9 +17,24 @@ EPS = [f"--{stage}.train.eps=1e-3" for stage in ("distil", "finetune")]
 WATCH = ["--finetune.watch-every=2", "--finetune.watch-images=8", "--finetune.policy=spread"]
 
 
+COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "ninja", "cmake", "as", "ld")
+
+
 @pytest.fixture(scope="module")
-def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of compilers that fail, and note in `noted` that they were called."""
+    folder = tmp_path_factory.mktemp("compilers")
+    for name in COMPILERS:
+        (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/noted\nexit 1\n')
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(inputs: Path, calls: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run directories by engine."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{calls}:{os.environ['PATH']}"}
+    environment |= {"CC": f"{calls}/cc", "CXX": f"{calls}/c++", "TORCH_EXTENSIONS_DIR": str(calls / "built")}
     found = {}
     for engine in ENGINES:
         place = tmp_path_factory.mktemp(engine) / "place"
@@ -29,7 +44,7 @@ def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         done = subprocess.run(
             [*launch, *stage, "-m", "lgp_dist", "run", *SMALL, *EPS, *WATCH, "--engine.device=cpu"],
             cwd=place,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=300,
@@ -58,3 +73,11 @@ def test_paths_are_measured_while_they_train(runs: dict[str, Path], engine: str)
     assert last["world"] == 2 and len(last["path"]) == 2
     ledger = json.loads((runs[engine] / "finetune" / "ledger.json").read_text())
     assert ledger["draws"] == 4 and ledger["ranks"] == 2
+
+
+def test_nothing_is_compiled(runs: dict[str, Path], calls: Path) -> None:
+    """As `engine.compile`, kernels and offload are off: a run needs no compiler, and builds nothing."""
+    assert not (calls / "noted").exists(), (calls / "noted").read_text()
+    assert not (calls / "built").exists() or not [path for path in (calls / "built").rglob("*") if path.is_file()]
+    called = subprocess.run([calls / "cc", "x.c"], check=False)
+    assert called.returncode == 1 and (calls / "noted").read_text() == "cc x.c\n", "they would have been noted"

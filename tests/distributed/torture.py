@@ -40,6 +40,7 @@ import lgp_dist.report.plots
 from lgp_dist.checkpoints.disk import Disk
 from lgp_dist.checkpoints.manifest import read_manifest
 from lgp_dist.data.index import index_shards
+from lgp_dist.engine.watchdog import longest
 from lgp_dist.errors import UserError
 from lgp_dist.provenance import environment
 from lgp_dist.statuses import HUNG, PREEMPTED
@@ -49,6 +50,13 @@ ENGINES = ("zero0", "zero1", "zero2", "zero3", "ddp")
 KILLS = ("kill one", "kill all")
 CALLS = ("make", "write_tensors", "write_text", "rename", "remove")
 """Of `checkpoints.disk.Disk`, in which a rank dies."""
+PLACES = tuple(
+    (rank, call, when)
+    for rank, calls in ((0, CALLS), (1, CALLS[:2]))  # rank 0 alone names and removes
+    for call in calls
+    for when in (("before", "half", "behind") if call.startswith("write") else ("before", "behind"))
+)
+"""In a save, where a rank can die."""
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGTERM twice", "SIGUSR1 twice")
 KINDS = (*KILLS * 4, "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
 """Faults that are drawn from; each as often as it stands here."""
@@ -56,6 +64,8 @@ PATIENCE_S, STEP_S = 240.0, 2.0
 """Longest life of two ranks, and longest time for the other to end once one is dead: so long, and so much a step."""
 HANG_S = 5.0
 """The watchdog's."""
+IN_STEPS = ("data", "forward", "backward", "step", "save")
+"""Phases that have the watchdog's own time, from the second step of a life on; all else has ten times as long."""
 ALONE_S = 60.0
 """For a rank whose peer was killed to leave by itself, and the watchdog's time beside; it leaves within 15 s."""
 GOES_ON, BEGINS = "finetune: goes on from step ", "finetune: begins at step "
@@ -63,6 +73,10 @@ GOES_ON, BEGINS = "finetune: goes on from step ", "finetune: begins at step "
 METRICS_LINE = 500
 """Bytes of a line of metrics.jsonl, or fewer: a full disk shall meet checkpoints, not the file of all lines."""
 RECIPE = (*SMALL, "--finetune.train.log-every=1", "--engine.device=cpu", "--trackers")
+
+
+TIMES = ("longest_leave_s", "alone_s", "hung", "useful_s", "spent_s")
+"""Of a report."""
 
 
 @dataclass
@@ -76,6 +90,8 @@ class Report:
     """From a signal to the end of both ranks."""
     alone_s: list[float] = field(default_factory=list)
     """From the kill of a rank to the end of the other, where no launcher ended it."""
+    hung: list[tuple[str, float]] = field(default_factory=list)
+    """Phase that was named, and seconds beyond the watchdog's time for it until both ranks had ended."""
     useful_s: float = 0.0
     """In the steps of runs that ended exactly, those left out that were done again."""
     spent_s: float = 0.0
@@ -84,7 +100,7 @@ class Report:
     @classmethod
     def read(cls, known: dict[str, Any]) -> "Report":
         """As `as_dict` gave it."""
-        times = {name: known[name] for name in ("longest_leave_s", "alone_s", "useful_s", "spent_s") if name in known}
+        times = {name: known[name] for name in TIMES if name in known}
         return cls(Counter(known["tried"]), Counter(known["seen"]), known["violations"], **times)
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,9 +115,15 @@ class Report:
         spent = self.as_dict()
         lines += [f"goodput {spent['goodput']}, longest from a signal to the end {self.longest_leave_s} s"]
         if self.alone_s:
-            low, high = (float(value) for value in np.percentile(self.alone_s, (50, 99)))
-            lines += [f"alone after a kill: half left within {low:.1f} s, 99 % within {high:.1f} s"]
+            lines += [f"alone after a kill: left within {_spread(self.alone_s)}"]
+        if self.hung:
+            lines += [f"hung: ended beyond the watchdog's time within {_spread([over for _, over in self.hung])}"]
         return "\n".join([*lines, f"violations: {len(self.violations)}", *self.violations])
+
+
+def _spread(seconds: list[float]) -> str:
+    half, most = (float(value) for value in np.percentile(seconds, (50, 99)))
+    return f"{half:.1f} s in half of {len(seconds)} cases, {most:.1f} s in 99 %"
 
 
 def variables(engine: str, rank: int, port: int) -> dict[str, str]:
@@ -198,8 +220,22 @@ def limit_files(size: int, rank: int) -> Callable[[int], None]:
     return prepare
 
 
-def die_in(call: str, number: int, when: str, rank: int) -> Callable[[int], None]:
-    """Kills one rank (-9) at its so manieth call of Disk's method: before it, behind it, or as it is half done."""
+@dataclass(frozen=True)
+class Death:
+    """One rank is killed (-9) at its so manieth call of Disk's method: before it, behind it, or as it is half done."""
+
+    rank: int
+    call: str
+    when: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"(rank {self.rank}) {self.when} call {self.number} of {self.call}"
+
+
+def die_at(death: Death) -> Callable[[int], None]:
+    """For a life's ranks."""
+    call, number, when = death.call, death.number, death.when
     real, calls = getattr(Disk, call), itertools.count(1)
 
     def dying(self: Disk, *arguments: Any) -> None:
@@ -214,7 +250,7 @@ def die_in(call: str, number: int, when: str, rank: int) -> Callable[[int], None
             os.kill(os.getpid(), signal.SIGKILL)
 
     def prepare(mine: int) -> None:
-        if mine == rank:
+        if mine == death.rank:
             setattr(Disk, call, dying)
 
     return prepare
@@ -337,14 +373,18 @@ class Campaign:
     def run(self, index: int) -> None:
         """One run, through several faults to its end."""
         draw = random.Random(self.seed * 1_000_003 + index)
-        engine, place = draw.choice(self.options.engines), self._place(f"run-{index}")
+        engines, rounds = self.options.engines, self.options.rounds
+        engine, place = engines[index % len(engines)] if rounds else draw.choice(engines), self._place(f"run-{index}")
         expected, before = self.undisturbed(engine), len(self.report.violations)
         said = f"seed {self.seed}, run {index}, {engine}"
         story, began = list[str](), time.monotonic()
         self.clocks = random.Random(f"clocks of seed {self.seed}, run {index}")
-        for _ in range(draw.randint(2, 12)):
-            kind = draw.choice(self.options.kinds or KINDS)
-            if self._fault(kind, place, engine, draw, story, said):
+        deaths: list[Death | None] = [None] * draw.randint(2, 12)
+        if rounds:
+            deaths = [Death(*where, index // len(engines) + 1) for where in draw.sample(PLACES, len(PLACES))]
+        for death in deaths:
+            kind = "kill saving" if death else draw.choice(self.options.kinds or KINDS)
+            if self._fault(kind, place, engine, draw, story, said, death):
                 break
         life = self._life(place, engine)
         in_time = life.wait(self.patience_s)
@@ -393,8 +433,11 @@ class Campaign:
         ):
             self._violation(said, story, f"had step {step}, ended with {life.statuses} and did not say where it began")
 
-    def _fault(self, kind: str, place: Path, engine: str, draw: random.Random, story: list[str], said: str) -> bool:
-        """One life with one fault; whether the run came to its end all the same."""
+    def _fault(
+        self, kind: str, place: Path, engine: str, draw: random.Random, story: list[str], said: str, death: Death | None
+    ) -> bool:
+        """One life with one fault; whether the run came to its end all the same. death: of kind `kill saving`, or None
+        for any."""
         report, rank = self.report, draw.randrange(2)
         if kind == "damage":
             newest = checkpoints(place)[:1]
@@ -407,7 +450,8 @@ class Campaign:
         limit = limit_files(room, rank) if kind == "full disk" else None
         if kind == "kill saving":
             call, number, when = draw.choice(CALLS), draw.randint(1, 6), draw.choice(("before", "half", "behind"))
-            limit = die_in(call, number, when, rank)
+            death = death or Death(rank, call, when, number)
+            limit = die_at(death)
         moment = draw.random() * self.seconds[engine]
         life = self._life(place, engine, limit)
         if kind not in ("full disk", "kill saving"):
@@ -417,8 +461,7 @@ class Campaign:
                 report.seen["ended before the fault"] += 1
                 return not any(life.statuses)
         report.tried[kind] += 1
-        details = f"{when} call {number} of {call}" if kind == "kill saving" else f"after {moment:.2f} s"
-        story.append(f"{kind} (rank {rank}) {details}")
+        story.append(f"{kind} {death}" if death else f"{kind} (rank {rank}) after {moment:.2f} s")
         numbers = {"kill one": signal.SIGKILL, "kill all": signal.SIGKILL}
         numbers |= {"stop one": signal.SIGSTOP, "pause one": signal.SIGSTOP}
         numbers |= {name: signal.Signals[name.split()[0]] for name in SIGNALS}
@@ -431,7 +474,7 @@ class Campaign:
         if kind == "pause one":
             time.sleep(draw.random() * self.options.timeout_s / 2)
             life.send(signal.SIGCONT, rank)
-        alone = draw.random() < 0.1
+        alone = draw.random() < self.options.alone
         if not life.wait(self.patience_s, ALONE_S + self.options.timeout_s if alone else 0.5):
             self._violation(said, story, f"a rank did not end within {self.patience_s:.0f} s")
         took = round(time.monotonic() - sent, 2)
@@ -443,6 +486,8 @@ class Campaign:
                 self._violation(said, story, f"the other rank did not leave by itself within {took:.0f} s")
         self._check_start(life, place, story, said)
         self._judge(kind, life, place, story, said)
+        if kind == "stop one" and HUNG in life.statuses:
+            self._note_hang(place, took)
         self._check_checkpoints(place, story, said)
         if life.statuses == [0, 0]:
             report.seen["ended in spite of the fault"] += 1
@@ -473,6 +518,14 @@ class Campaign:
             self._violation(said, story, f"statuses {statuses} after a pause shorter than the watchdog's time")
         elif kind in (*KILLS, "kill saving") and 0 in statuses and statuses != [0, 0]:
             self._violation(said, story, f"a rank ended well beside a dead one: {statuses}")
+
+    def _note_hang(self, place: Path, took: float) -> None:
+        """How much longer than allowed it took until both ranks had ended."""
+        hang = json.loads((place / "run" / "heartbeats" / "hang.json").read_text())
+        beat = next((beat for beat in hang["beats"] if beat["rank"] in hang["ranks"]), hang["beats"][0])
+        within = beat["phase"] in IN_STEPS and beat["step"] not in (None, self.start[0])
+        allowed = self.options.timeout_s if within else longest(self.options.timeout_s)
+        self.report.hung.append((beat["phase"], round(took - allowed, 2)))
 
     def _check_checkpoints(self, place: Path, story: list[str], said: str) -> None:
         """All that have their name are whole, unless this campaign hurt them and no life has come to load any."""
@@ -509,6 +562,11 @@ class Options:
     """Steps between two checkpoints."""
     timeout_s: float = HANG_S
     """The watchdog's."""
+    alone: float = 0.1
+    """Share of kills after which no launcher ends the other rank, which has to leave by itself."""
+    rounds: int = 0
+    """In place of random faults, one rank after the other is killed in every call of its save: of the first save of its
+    life in round 1, of the second in round 2, as many rounds as this says, each under every engine; `--steps 180`."""
     out: Path | None = None
     """JSON of the campaign; it goes on where the file stands."""
 
@@ -527,11 +585,13 @@ def main() -> int:
         first = known["runs"]
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         campaign, index = Campaign(Path(folder), report, options), first
-        while time.monotonic() - began < options.seconds or index == first:
+        last = options.rounds * len(options.engines) or sys.maxsize
+        while index < last and (time.monotonic() - began < options.seconds or index == first):
             campaign.run(index)
             index += 1
             if options.out:
-                content = {"seed": options.seed, "runs": index, "kills": sum(report.tried[kind] for kind in KILLS)}
+                kills = sum(report.tried[kind] for kind in (*KILLS, "kill saving"))
+                content = {"seed": options.seed, "runs": index, "kills": kills}
                 content |= report.as_dict() | about
                 options.out.write_text(json.dumps(content, indent=2) + "\n")
         for log in Path(folder).glob("run-*/out.log"):  # of runs with a violation

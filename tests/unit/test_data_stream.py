@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import multiprocessing
 import os
+import random
 import threading
 import zlib
 from collections import Counter
@@ -234,7 +235,7 @@ def test_open_split_takes_manifest_and_index() -> None:
 def broken(folder: Path, samples: list[int], count: int = 24) -> ShardIndex:
     """The first `count` training images as two shards, some of them no images any more."""
     index = open_split(DATA, "train")
-    content = [index.files.read(0, int(index.offset[i]), int(index.size[i])) for i in range(count)]
+    content = [index.files.read(int(index.shard[i]), int(index.offset[i]), int(index.size[i])) for i in range(count)]
     content = [b"x" * len(image) if i in samples else image for i, image in enumerate(content)]
     shard = (np.arange(count) >= count // 2).astype(np.int32)
     paths = [folder / f"x-train-{number}.tar" for number in (0, 1)]
@@ -281,6 +282,29 @@ def test_bad_samples_are_replaced_in_place(tmp_path: Path, threads: int, caplog:
     other = [list(train_on(bad, 4, 2, rank, 2).batches(0, 8)) for rank in (0, 1)]
     for step in range(8):
         assert torch.equal(found[step].images, torch.stack(turns([batches[step].images for batches in other], 1)))
+
+
+def test_a_thousand_bad_samples_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No images, other bytes than were indexed, and half of an image: the logs of three ranks have these names, each
+    once, and no other."""
+    count = 9996
+    bad = random.Random(0).sample(range(count), 1000)
+    index = broken(tmp_path, bad[:400], count)
+    changed, cut = np.array(bad[400:700]), np.array(bad[700:])
+    index.crc[changed] ^= 1
+    index.size[cut] //= 2
+    for i in cut:
+        index.crc[i] = zlib.crc32(index.files.read(int(index.shard[i]), int(index.offset[i]), int(index.size[i])))
+    data = dataclasses.replace(DATA, max_bad=1000, augment=AugmentConfig(hflip=0.0))
+    ranks = [
+        TrainStream(index, data, TrainConfig(batch_size=84), 0, rank, 3).batches(0, count // 84) for rank in range(3)
+    ]
+    assert sum(batch.facts["bad_samples"] for batches in ranks for batch in batches) == 1000
+    reasons = dict.fromkeys(bad[:400], "its bytes are no image")
+    reasons |= dict.fromkeys(bad[400:700], "its bytes are not those that were indexed")
+    reasons |= dict.fromkeys(bad[700:], "image file is truncated")
+    expected = sorted(f"bad sample: {index.describe(i)}: {reason}" for i, reason in reasons.items())
+    assert sorted(record.getMessage() for record in caplog.records) == expected
 
 
 @pytest.mark.parametrize("threads", [0, 2])

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ def test_doctor_prints_a_line_for_each(lgp: Lgp) -> None:
     assert result.status == (0 if all(row["ok"] for row in rows) else 1)
     names = [row["name"] for row in rows]
     assert set(names) - {"nccl"} == {
-        "python", "versions", "gpu", "gloo", "compiler", "shared memory", "open files", "data"
+        "python", "versions", "tarfile", "gpu", "gloo", "compiler", "shared memory", "open files", "data"
     }  # fmt: skip
     result = lgp("doctor", "--data", "/nowhere")
     assert result.status == 1 and "Traceback" not in result.out + result.err
@@ -40,6 +41,16 @@ def test_doctor_itself_needs_no_torch() -> None:
     """torch is asked in a process of its own."""
     code = "import sys, lgp_dist.doctor, lgp_dist.cli.doctor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_tarfile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this Python's own reader does with such a tar, and one that ends."""
+    monkeypatch.setattr(doctor, "ENDLESS_S", 5.0)
+    began = time.monotonic()
+    found = doctor.check_tarfile(doctor.ENDLESS)
+    stuck = time.monotonic() - began > 5
+    assert found.ok and ("never ends" in found.text) == stuck
+    assert doctor.check_tarfile("import tarfile").text == "ends on damaged tars"
 
 
 def make_package(folder: Path, name: str, release: str, *requires: str) -> None:
