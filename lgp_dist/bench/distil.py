@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.figures import as_table, check_least, chosen_device, facts, in_turns, spread
+from lgp_dist.bench.figures import as_table, check_least, chosen_device, facts, in_turns, interval, spread
 from lgp_dist.checks import check_config
 from lgp_dist.config import RunConfig
 from lgp_dist.costs import TRAINING, ancestry_flops
@@ -25,10 +25,11 @@ def bench_distil(config: RunConfig, batch: int = 0, repeats: int = 5) -> list[di
     """Steps of stage distil on random images: all rows together, and each row in a run of its own.
 
     One object: together_ms (a step), apart_ms (a step of every run, summed), ratio (median over `repeats` rounds of
-    together over apart of the same round) with ratio_spread and spread (of together), and by_arithmetic: the same from
-    multiply-adds, 3 forwards for a row's forward and backward, transformations left out; null where the ancestry's size
-    is not known. A step is the task's forwards (the ancestry's too), backward and AdamW's step. batch: images; 0 for
-    the recipe's in a micro-step. UserError where a number is out of range.
+    together over apart of the same round) with ratio_spread, ratio_low to ratio_high (`figures.interval`) and spread
+    (of together), and by_arithmetic: the same from multiply-adds, 3 forwards for a row's forward and backward,
+    transformations left out; null where the ancestry's size is not known. A step is the task's forwards (the ancestry's
+    too), backward and AdamW's step. batch: images; 0 for the recipe's in a micro-step. UserError where a number is out
+    of range.
     """
     check_config(config)
     for option, value, least in (("--batch", batch, 0), ("--repeats", repeats, 1)):
@@ -45,6 +46,7 @@ def bench_distil(config: RunConfig, batch: int = 0, repeats: int = 5) -> list[di
     calls = {"together": together, "apart": lambda: [step() for step in alone]}
     seconds = in_turns(calls, device, repeats)
     ratios = [one / many for one, many in zip(seconds["together"], seconds["apart"], strict=True)]
+    low, high = interval(ratios)
     row = {
         "recipe": config.recipe,
         "precision": config.engine.precision,
@@ -57,6 +59,8 @@ def bench_distil(config: RunConfig, batch: int = 0, repeats: int = 5) -> list[di
         "spread": spread(seconds["together"]),
         "ratio": round(median(ratios), 4),
         "ratio_spread": spread(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
         "by_arithmetic": by_arithmetic(config, space),
     }
     return [row | facts(device)]
@@ -94,5 +98,5 @@ def _step(config: RunConfig, space: PathSpace, rows: tuple[int, ...], batch: Bat
 
 def distil_table(rows: list[dict[str, Any]]) -> str:
     """The objects of `bench_distil` as text."""
-    names = ("recipe", "precision", "batch", "together_ms", "apart_ms", "spread", "ratio", "ratio_spread")
+    names = ("recipe", "precision", "batch", "together_ms", "apart_ms", "spread", "ratio", "ratio_low", "ratio_high")
     return as_table(rows, (*names, "by_arithmetic"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from lgp_dist.bench.figures import as_table, check_least, facts, spread
+from lgp_dist.bench.figures import as_table, check_least, facts, interval, spread
 from lgp_dist.bench.peers import RIVALS, own_draws
 from lgp_dist.bench.ranks import join, leave
 from lgp_dist.bench.train import WARM_UP, about
@@ -32,8 +32,9 @@ def bench_peers(
     the widest row alone without the ancestry. workers: a DataLoader's processes on a rank; the project's loader has
     data.threads. In each round either trains a block of `steps` steps. One object for each peer: images_per_s and
     peer_images_per_s (of all ranks, medians) with spread and peer_spread, ratio (median over rounds of how often as
-    fast the project is in the same round) with ratio_spread; and by arithmetic gmacs and peer_gmacs (of an image's path
-    in forward and backward, ancestry left out), since other paths are drawn where the policy is not `independent`.
+    fast the project is in the same round) with ratio_spread and ratio_low to ratio_high (`figures.interval`); and by
+    arithmetic gmacs and peer_gmacs (of an image's path in forward and backward, ancestry left out), since other paths
+    are drawn where the policy is not `independent`.
     UserError for a peer that is none or cannot be on these ranks, and where a number is below 1 (workers: 0).
     """
     check_least("--workers", workers, 0)
@@ -88,7 +89,7 @@ def _against(bench: Finetuning, peer: str, workers: int, rounds: int, steps: int
     bench.run(bench.task(), turns, Watchdog.off())
     ours, theirs, done = ours[1:], theirs[1:], done[1:]
     ratios = [other / mine for mine, other in zip(ours, theirs, strict=True)]
-    count = steps * bench.images
+    (low, high), count = interval(ratios), steps * bench.images
     macs = sum(bench.multiply_adds(numbers)[0] for numbers in done) * bench.workers.world / len(done) / count
     return (
         {"peer": peer, "workers": workers}
@@ -100,6 +101,8 @@ def _against(bench: Finetuning, peer: str, workers: int, rounds: int, steps: int
             "peer_spread": spread(theirs),
             "ratio": round(median(ratios), 4),
             "ratio_spread": spread(ratios),
+            "ratio_low": low,
+            "ratio_high": high,
             "gmacs": round(macs / 1e9, 6),
             "peer_gmacs": round((_drawn(bench, done) if peer == "snnet" else macs) / 1e9, 6),
         }
@@ -117,4 +120,4 @@ def _drawn(bench: Finetuning, done: list[range]) -> float:
 def peers_table(rows: list[dict[str, Any]]) -> str:
     """The objects of `bench_peers` as text."""
     names = ("peer", "recipe", "engine", "policy", "ranks", "threads", "workers", "images_per_s", "peer_images_per_s")
-    return as_table(rows, (*names, "ratio", "ratio_spread", "gmacs", "peer_gmacs"))
+    return as_table(rows, (*names, "ratio", "ratio_low", "ratio_high", "gmacs", "peer_gmacs"))

@@ -12,7 +12,7 @@ from run_helpers import Lgp, has
 
 from lgp_dist.bench import data as bench
 from lgp_dist.bench import rivals
-from lgp_dist.bench.figures import spread
+from lgp_dist.bench.figures import interval, spread
 from lgp_dist.bench.index import WAYS
 from lgp_dist.bench.photos import VARIANTS, make_photographs
 from lgp_dist.data.verify import verify_shards
@@ -101,6 +101,24 @@ def test_crops_of_loader_and_decoder_are_the_same(photographs: Path) -> None:
     threadless = [images.clone() for images, _ in rivals.lgp(photographs / "full", 0, 8)]
     assert all(bool((a == b).all()) for a, b in zip(batches, threadless, strict=True))
     assert rivals.decoder_alone(photographs / "full", 1, 8)() == sum(map(len, batches))
+
+
+def test_interval_of_the_median() -> None:
+    """Its ranks are those of the printed tables; it covers the median of skewed draws as often as it says."""
+    for count, low, high in (
+        (1, 1, 1),
+        (5, 1, 5),
+        (6, 1, 6),
+        (9, 2, 8),
+        (10, 2, 9),
+        (15, 4, 12),
+        (20, 6, 15),
+        (50, 18, 33),
+    ):
+        assert interval([float(number) for number in range(count, 0, -1)]) == (low, high)
+    draws = np.random.default_rng(0).exponential(size=(4000, 20))
+    covered = np.mean([low <= np.log(2) <= high for low, high in map(interval, draws.tolist())])
+    assert 0.95 <= covered <= 0.97
 
 
 def test_spread() -> None:
