@@ -10,17 +10,19 @@ its input through where the rank's path has no use for it. On this order stands 
 * DDP: **anchors**, one for all parameters of a unit. DDP's buckets hold fixed parameters and are reduced in a fixed
   order, so that every parameter must get a gradient on every rank, in whatever order.
 * ZeRO-3: **leaves**. Every unit is a leaf module of DeepSpeed: gathered as a whole when it is called, used or not, and
-  its gradients reduced as a whole when its backward is over, with zeros for what has none. A tick, one number that
-  wants a gradient, is tied to the images: DeepSpeed sees the end of a backward only through the gradient of an input.
+  its gradients reduced as a whole when its backward is over, with zeros for what has none. DeepSpeed sees the end of a
+  backward only through the gradient of an input.
 * ZeRO-0: nothing. DeepSpeed reduces all parameters in the module's order, with zeros for what has no gradient.
 * One process: nothing. Zeros are filled in before the optimizer's step.
 * The union, in place of the chain at ZeRO-1 and ZeRO-2: nothing is reduced before the last micro-step's backward; then
   zeros are filled in for what this rank lacks of the step's union, and the union alone is reduced, in module order.
 
-Models know nothing of this.
+The first unit takes images, whose gradient nobody wants and which costs more than that of its weights: its nodes stand
+on a **tick**, one number beside the images that is joined to what the unit gives. In backward they are ready at once,
+and come last all the same, since autograd takes what was made last first. Models know nothing of this.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -48,6 +50,20 @@ class Anchor(torch.autograd.Function):
         return (gradient, None, *(kind and torch.zeros(kind[0], **kind[1]) for kind in ctx.missing))
 
 
+class Join(torch.autograd.Function):
+    """The identity on tokens, with a tick as a further input."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, tick: Tensor) -> Tensor:
+        """tokens: any shape, passed through. tick: [1]."""
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient, and a zero for the tick."""
+        return gradient, torch.zeros(1, device=gradient.device)
+
+
 def _shape(tensor: Tensor) -> tuple[torch.Size, dict[str, Any]]:
     return tensor.shape, {"dtype": tensor.dtype, "device": tensor.device}
 
@@ -68,12 +84,14 @@ class Gradients:
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         ]
-        self._hooks = []
+        self._hooks, self._first = [], module.get_submodule(walk.units[0]) if walk.units else None
         self._leaves = [module.get_submodule(name) for name in walk.units] if contract == "leaves" else []
         for leaf in self._leaves:
             set_z3_leaf_module(leaf, True)
         if self._leaves:
             self._hooks.append(self._leaves[0].register_forward_pre_hook(_tick))
+        if self._first is not None and contract != "none":
+            self._first.forward = _joined(self._first.forward)
         if contract in ("chain", "anchors"):
             for name in walk.units:
                 mine = [(tensor, part) for full, tensor, part in self.parameters if full.startswith(name + ".")]
@@ -85,10 +103,12 @@ class Gradients:
             if not torch.is_grad_enabled():
                 return None
             tokens, *others = arguments
+            first = unit is self._first
+            anchored = _new_tick(tokens) if first else tokens
             for node in nodes:
                 used = [not part or part in self.used for _, part in node]
-                tokens = Anchor.apply(tokens, used, *(parameter for parameter, _ in node))
-            return (tokens, *others)
+                anchored = Anchor.apply(anchored, used, *(parameter for parameter, _ in node))
+            return (*arguments, anchored) if first else (anchored, *others)
 
         return hook
 
@@ -112,10 +132,23 @@ class Gradients:
             hook.remove()
         for leaf in self._leaves:
             del leaf._z3_leaf
+        if self._first is not None:
+            vars(self._first).pop("forward", None)
+
+
+def _new_tick(images: Tensor) -> Tensor:
+    return torch.zeros(1, device=images.device, requires_grad=True)
 
 
 def _tick(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    if not torch.is_grad_enabled():
-        return None
-    images, *others = arguments
-    return (Anchor.apply(images, [False], images.new_zeros(1, dtype=torch.float32, requires_grad=True)), *others)
+    return (*arguments, _new_tick(arguments[0])) if torch.is_grad_enabled() else None
+
+
+def _joined(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The first unit's forward, which takes a tick behind its own arguments where there is one."""
+
+    def joined(images: Tensor, path: Any, tick: Tensor | None = None) -> Tensor:
+        tokens = forward(images, path)
+        return tokens if tick is None else Join.apply(tokens, tick)
+
+    return joined

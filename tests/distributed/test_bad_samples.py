@@ -1,6 +1,10 @@
-"""Ranks that meet different numbers of bad samples take the same steps and hold the same weights."""
+"""Ranks that meet different numbers of bad samples take the same steps and hold the same weights.
+
+LGP_LONG_TESTS=1 runs 100 cases.
+"""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -9,7 +13,9 @@ from bad_worker import SAMPLES, STEPS, stream_of
 from exact_launch import HERE, run_workers
 from safetensors.torch import load_file
 
-CASES = [random.Random(number).sample(range(SAMPLES), random.Random(number).randint(1, 12)) for number in range(100)]
+COUNT = 100 if os.environ.get("LGP_LONG_TESTS") else 20
+CASES = [random.Random(number).sample(range(SAMPLES), random.Random(number).randint(1, 12)) for number in range(COUNT)]
+"""Bad samples of a run."""
 
 
 @pytest.fixture(scope="module")
@@ -45,5 +51,5 @@ def test_ranks_stay_in_step(runs: Path, number: int) -> None:
 def test_ranks_meet_different_numbers() -> None:
     """In most cases, over the run and in single steps."""
     found = [counts(case) for case in CASES]
-    assert sum(sum(step[0] for step in case) != sum(step[1] for step in case) for case in found) > 70
-    assert sum(any(abs(step[0] - step[1]) > 1 for step in case) for case in found) > 30
+    assert sum(sum(step[0] for step in case) != sum(step[1] for step in case) for case in found) > 0.7 * COUNT
+    assert sum(any(abs(step[0] - step[1]) > 1 for step in case) for case in found) > 0.3 * COUNT
