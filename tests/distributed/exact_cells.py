@@ -170,21 +170,29 @@ def extras() -> list[Cell]:
     return cells + [Cell(engine, 1, accumulate=2, clip=0.5) for engine in ENGINES]
 
 
-def sample() -> list[Cell]:
-    """A part of both that every push runs: each engine with three rows of the table on 2 ranks and one on 4, ZeRO-2 and
-    ZeRO-3 with all extras and the others with every second."""
+def sample(large: bool = False) -> list[Cell]:
+    """A part of both that every push runs: each engine with two rows of the table on 2 ranks, three of them on 4 too,
+    and every second extra, ZeRO-2 and ZeRO-3 with offload and union.
+
+    large: each engine also with another schedule and on 4 ranks, ZeRO-2 and ZeRO-3 with all extras.
+    """
     cells = [
         cell
         for place, cell in enumerate(extras())
-        if cell.engine in ("zero2", "zero3") or place % 2 or cell in unfused()
+        if place % 2
+        or cell in unfused()
+        or cell.engine in ("zero2", "zero3")
+        and (large or cell.offload or cell.reduction == "union")
     ]
     for engine in ENGINES:
         cells += [
             Cell(engine, 2, optimizer="sgd"),
             Cell(engine, 2, precision="bf16", accumulate=2, clip=0.5, checkpointed=True),
-            Cell(engine, 2, clip=0.5, seed=1),
-            Cell(engine, 4, precision="bf16", clip=0.5),
         ]
+        if large:
+            cells.append(Cell(engine, 2, clip=0.5, seed=1))
+        if large or engine in ("zero1", "zero2", "zero3"):
+            cells.append(Cell(engine, 4, precision="bf16", clip=0.5))
     return cells + [replace(cell, ops="fused") for cell in cells if cell in unfused()]
 
 

@@ -13,7 +13,7 @@ from bad_worker import SAMPLES, STEPS, stream_of
 from exact_launch import HERE, run_workers
 from safetensors.torch import load_file
 
-COUNT = 100 if os.environ.get("LGP_LONG_TESTS") else 20
+COUNT = 100 if os.environ.get("LGP_LONG_TESTS") else 12
 CASES = [random.Random(number).sample(range(SAMPLES), random.Random(number).randint(1, 12)) for number in range(COUNT)]
 """Bad samples of a run."""
 
