@@ -91,7 +91,7 @@ class Report:
     alone_s: list[float] = field(default_factory=list)
     """From the kill of a rank to the end of the other, where no launcher ended it."""
     hung: list[tuple[str, float]] = field(default_factory=list)
-    """Phase that was named, and seconds beyond the watchdog's time for it until both ranks had ended."""
+    """Phase that was named, and seconds beyond the watchdog's time for it until it had ended the rank that waited."""
     useful_s: float = 0.0
     """In the steps of runs that ended exactly, those left out that were done again."""
     spent_s: float = 0.0
@@ -154,6 +154,7 @@ class Life:
         prepare: Callable[[int], None] = lambda rank: None,
     ):
         port, self.statuses, self.arguments = free_port(), [None, None], arguments
+        self.ended = [0.0, 0.0]
         self.began = time.monotonic()
         self.pids = [self._fork(place, variables(engine, rank, port), log, prepare, rank) for rank in range(2)]
 
@@ -181,7 +182,7 @@ class Life:
             if self.statuses[rank] is None:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
-                    self.statuses[rank] = os.waitstatus_to_exitcode(status)
+                    self.statuses[rank], self.ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic()
         return None not in self.statuses
 
     def wait(self, seconds: float, alone_s: float = ALONE_S) -> bool:
@@ -481,13 +482,13 @@ class Campaign:
         if kind in SIGNALS:
             report.longest_leave_s = max(report.longest_leave_s, took)
         if alone and kind == "kill one" and life.statuses != [0, 0]:
-            report.alone_s.append(took)
+            report.alone_s.append(round(life.ended[1 - rank] - sent, 2))
             if life.statuses[1 - rank] == -signal.SIGKILL:
                 self._violation(said, story, f"the other rank did not leave by itself within {took:.0f} s")
         self._check_start(life, place, story, said)
         self._judge(kind, life, place, story, said)
         if kind == "stop one" and HUNG in life.statuses:
-            self._note_hang(place, took)
+            self._note_hang(place, life.ended[life.statuses.index(HUNG)] - sent)
         self._check_checkpoints(place, story, said)
         if life.statuses == [0, 0]:
             report.seen["ended in spite of the fault"] += 1
@@ -520,7 +521,7 @@ class Campaign:
             self._violation(said, story, f"a rank ended well beside a dead one: {statuses}")
 
     def _note_hang(self, place: Path, took: float) -> None:
-        """How much longer than allowed it took until both ranks had ended."""
+        """How much longer than allowed it took until the watchdog had ended the run."""
         hang = json.loads((place / "run" / "heartbeats" / "hang.json").read_text())
         beat = next((beat for beat in hang["beats"] if beat["rank"] in hang["ranks"]), hang["beats"][0])
         within = beat["phase"] in IN_STEPS and beat["step"] not in (None, self.start[0])
