@@ -115,7 +115,7 @@ def test_the_comparison_is_not_empty() -> None:
             if cell.rows == 2:
                 lengths |= {sum(part.stop - part.start for part in path.segments) for path in drawn}
     assert lengths == {6, 7, 8}
-    assert different > 0.9 * sum(cell.steps for cell in CELLS if cell.rows > 1)  # one row has one path
+    assert different > 0.85 * sum(cell.steps for cell in CELLS if cell.rows > 1)  # one row has one path
     base = Cell("ddp", 2, accumulate=2, clip=0.5)
     others = [
         replace(base, precision="bf16"),
