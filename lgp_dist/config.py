@@ -12,6 +12,7 @@ from lgp_dist.config_data import AugmentConfig as AugmentConfig
 from lgp_dist.config_data import DataConfig, free
 
 Precision = Literal["fp32", "bf16", "fp16"]
+AncestryPrecision = Literal["engine", "fp32", "bf16", "fp16"]
 Levels = Literal["none", "last", "dense"]
 RowSource = Literal["distil", "labels", "hub", "file", "tail", "random"]
 StitchInit = Literal["transformation", "transformation_paper", "transformation_pinv", "least_squares", "random"]
@@ -87,6 +88,10 @@ class EngineConfig:
     """auto takes the GPU if there is one."""
     threads: int = free(0)
     """CPU threads per rank; 0 shares the machine's cores between its ranks."""
+
+    def ancestry(self, precision: AncestryPrecision) -> Precision:
+        """What the ancestry's forwards are computed in."""
+        return self.precision if precision == "engine" else precision
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,8 @@ class DistilConfig:
     """layer normalises the ancestry's transformed outputs (no affine); none is the paper's choice."""
     inverse_weight: float = 1.0
     """Weight of the error of V, the map from narrow to wide; 0 learns no V, the paper's choice."""
+    ancestry_precision: AncestryPrecision = "engine"
+    """Of the ancestry's forwards, which have no backward: as engine.precision, or its own."""
     train: TrainConfig = TrainConfig(epochs=100.0, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
     """The loop."""
 
@@ -240,6 +247,8 @@ class FinetuneConfig:
     """What the ancestry teaches: its whole distribution, or the class that it holds for the likeliest, as a label."""
     distil_weight: float = 1.0
     """Weight of the cross-entropy to the ancestry. At 0 the ancestry does not run."""
+    ancestry_precision: AncestryPrecision = "engine"
+    """As in distillation."""
     label_weight: float = 1.0
     """Weight of the labels' cross-entropy."""
     loss_scale: LossScale = "sample"

@@ -44,7 +44,7 @@ FIELDS = {
     "train": Fields(LOOP, {"images_per_s": "spread", "peak_mb": ""}),
     "peers": Fields(("peer", "workers", *LOOP), {"images_per_s": "spread", "ratio": "ratio_spread"}),
     "distil": Fields(
-        ("recipe", "precision", "compile", "widths", "image_size", "batch"),
+        ("recipe", "precision", "ancestry", "compile", "widths", "image_size", "batch"),
         {"together_ms": "spread", "ratio": "ratio_spread"},
     ),
     "scaling": Fields(("recipe", "policy", "micro_steps", "images_per_rank", "ranks"), {"efficiency": ""}),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.figures import as_table, check_least, chosen_device, facts, in_turns, interval, spread
+from lgp_dist.bench.figures import as_table, check_least, chosen_device, facts, in_turns, of_rounds, spread
 from lgp_dist.checks import check_config
 from lgp_dist.config import RunConfig
 from lgp_dist.costs import TRAINING, ancestry_flops
@@ -46,10 +46,10 @@ def bench_distil(config: RunConfig, batch: int = 0, repeats: int = 5) -> list[di
     calls = {"together": together, "apart": lambda: [step() for step in alone]}
     seconds = in_turns(calls, device, repeats)
     ratios = [one / many for one, many in zip(seconds["together"], seconds["apart"], strict=True)]
-    low, high = interval(ratios)
     row = {
         "recipe": config.recipe,
         "precision": config.engine.precision,
+        "ancestry": config.engine.ancestry(config.distil.ancestry_precision),
         "compile": config.engine.compile,
         "widths": list(space.widths),
         "image_size": space.image_size,
@@ -57,13 +57,8 @@ def bench_distil(config: RunConfig, batch: int = 0, repeats: int = 5) -> list[di
         "together_ms": round(1e3 * median(seconds["together"]), 3),
         "apart_ms": round(1e3 * median(seconds["apart"]), 3),
         "spread": spread(seconds["together"]),
-        "ratio": round(median(ratios), 4),
-        "ratio_spread": spread(ratios),
-        "ratio_low": low,
-        "ratio_high": high,
-        "by_arithmetic": by_arithmetic(config, space),
     }
-    return [row | facts(device)]
+    return [row | of_rounds(ratios) | {"by_arithmetic": by_arithmetic(config, space)} | facts(device)]
 
 
 def by_arithmetic(config: RunConfig, space: PathSpace) -> float | None:
@@ -82,7 +77,7 @@ def _step(config: RunConfig, space: PathSpace, rows: tuple[int, ...], batch: Bat
     choose_attention(device.type, engine.precision)
     ancestry = Ancestry(ancestry_vit(config)).to(device)
     every = build_rows(space, config.model.rows, config.distil, ancestry.depth, ancestry.vit.embed_dim)
-    ancestry.prepare(engine.precision, engine.compile)
+    ancestry.prepare(engine.ancestry(config.distil.ancestry_precision), engine.compile)
     module = AuxiliaryRows([every[row] for row in rows]).to(device).train()
     task, optimizer = DistilTask(module, ancestry, config.distil), build_optimizer(module, train, decays)
 

@@ -69,7 +69,8 @@ class Bench:
             for policy in POLICIES
         }
         if ancestry is not None:
-            ancestry.to(workers.device).prepare(config.engine.precision, config.engine.compile)
+            precision = config.engine.ancestry(config.finetune.ancestry_precision)
+            ancestry.to(workers.device).prepare(precision, config.engine.compile)
         pool.set_ops(config.engine.ops)
         self.task = FinetuneTask(pool.train(), ancestry, self.samplers["shared"], config.finetune)
         self.task.to(workers.device)

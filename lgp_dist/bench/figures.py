@@ -31,6 +31,17 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return round(found[outside], 4), round(found[count - 1 - outside], 4)
 
 
+def of_rounds(ratios: Sequence[float]) -> dict[str, float]:
+    """What a benchmark says of a ratio that it took in each round."""
+    low, high = interval(ratios)
+    return {
+        "ratio": round(median(ratios), 4),
+        "ratio_spread": spread(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
+    }
+
+
 def facts(device: torch.device | None = None) -> dict[str, Any]:
     """Machine, versions, commit and command; of what computes on a device, its name and torch's threads too."""
     about = environment()

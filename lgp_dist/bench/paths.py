@@ -72,7 +72,7 @@ def _device(config: RunConfig) -> torch.device:
     return device
 
 
-def _calls(config: RunConfig, space: Space, device: torch.device, batch: int) -> dict[str, Callable[[], None]]:
+def _calls(config: RunConfig, space: Space, device: torch.device, batch: int) -> dict[str, Callable[[], Any]]:
     """What is timed: a forward and backward of each path, by its key, and the ancestry's forward."""
     torch.manual_seed(config.seed)
     choose_attention(device.type, config.engine.precision)
@@ -92,17 +92,13 @@ def _calls(config: RunConfig, space: Space, device: torch.device, batch: int) ->
 
     calls = {path.key: path_call(path) for path in space.paths}
     if config.finetune.distil_weight:
-        ancestry = Ancestry(ancestry_vit(config)).to(device).prepare(precision, config.engine.compile)
-
-        def ancestry_call() -> None:
-            with autocast(device.type, precision):
-                ancestry(images)
-
-        calls["ancestry"] = ancestry_call
+        own = config.engine.ancestry(config.finetune.ancestry_precision)
+        ancestry = Ancestry(ancestry_vit(config)).to(device).prepare(own, config.engine.compile)
+        calls["ancestry"] = lambda: ancestry(images)
     return calls
 
 
-def _timed(call: Callable[[], None], device: torch.device) -> float:
+def _timed(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, waiting for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()

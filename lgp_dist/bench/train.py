@@ -86,22 +86,22 @@ def engine_name(bench: Finetuning) -> str:
 
 def about(bench: Finetuning) -> dict[str, Any]:
     """What a measurement of the loop was of."""
-    config, train = bench.config, bench.train
+    config, train, finetune = bench.config, bench.train, bench.config.finetune
     return {
         "recipe": config.recipe,
         "engine": engine_name(bench),
         "reduction": config.engine.reduction,
-        "policy": config.finetune.policy,
-        "only": list(config.finetune.only),
+        "policy": finetune.policy,
+        "only": list(finetune.only),
         "ranks": bench.workers.world,
         "micro_steps": train.accumulate,
-        "paths_per_batch": config.finetune.paths_per_batch,
+        "paths_per_batch": finetune.paths_per_batch,
         "widths": list(bench.space.widths),
         "image_size": config.data.image_size,
         "images": train.batch_size,
         "precision": config.engine.precision,
         "compile": config.engine.compile,
-        "ancestry": bool(config.finetune.distil_weight),
+        "ancestry": config.engine.ancestry(finetune.ancestry_precision) if finetune.distil_weight else None,
         "threads": config.data.threads,
     }
 

@@ -115,7 +115,8 @@ class Finetuning:
             return None
         torch.manual_seed(self.config.seed)
         ancestry, engine = Ancestry(ancestry_vit(self.config)).to(self.workers.device), self.config.engine
-        return ancestry.prepare(engine.precision, engine.compile) if prepared else ancestry
+        precision = engine.ancestry(self.config.finetune.ancestry_precision)
+        return ancestry.prepare(precision, engine.compile) if prepared else ancestry
 
     def task(self) -> FinetuneTask:
         """What the stage trains."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from lgp_dist.bench.figures import as_table, check_least, facts, interval, spread
+from lgp_dist.bench.figures import as_table, check_least, facts, of_rounds, spread
 from lgp_dist.bench.peers import RIVALS, own_draws
 from lgp_dist.bench.ranks import join, leave
 from lgp_dist.bench.train import WARM_UP, about
@@ -89,7 +89,7 @@ def _against(bench: Finetuning, peer: str, workers: int, rounds: int, steps: int
     bench.run(bench.task(), turns, Watchdog.off())
     ours, theirs, done = ours[1:], theirs[1:], done[1:]
     ratios = [other / mine for mine, other in zip(ours, theirs, strict=True)]
-    (low, high), count = interval(ratios), steps * bench.images
+    count = steps * bench.images
     macs = sum(bench.multiply_adds(numbers)[0] for numbers in done) * bench.workers.world / len(done) / count
     return (
         {"peer": peer, "workers": workers}
@@ -99,10 +99,9 @@ def _against(bench: Finetuning, peer: str, workers: int, rounds: int, steps: int
             "spread": spread(ours),
             "peer_images_per_s": round(count / median(theirs), 2),
             "peer_spread": spread(theirs),
-            "ratio": round(median(ratios), 4),
-            "ratio_spread": spread(ratios),
-            "ratio_low": low,
-            "ratio_high": high,
+        }
+        | of_rounds(ratios)
+        | {
             "gmacs": round(macs / 1e9, 6),
             "peer_gmacs": round((_drawn(bench, done) if peer == "snnet" else macs) / 1e9, 6),
         }

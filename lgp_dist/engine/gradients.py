@@ -84,13 +84,13 @@ class Gradients:
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         ]
-        self._hooks, self._first = [], module.get_submodule(walk.units[0]) if walk.units else None
+        self._hooks = []
+        self._first = module.get_submodule(walk.units[0]) if walk.units and contract != "none" else None
         self._leaves = [module.get_submodule(name) for name in walk.units] if contract == "leaves" else []
         for leaf in self._leaves:
             set_z3_leaf_module(leaf, True)
-        if self._leaves:
-            self._hooks.append(self._leaves[0].register_forward_pre_hook(_tick))
-        if self._first is not None and contract != "none":
+        if self._first is not None:
+            self._hooks.append(self._first.register_forward_pre_hook(_tick))
             self._first.forward = _joined(self._first.forward)
         if contract in ("chain", "anchors"):
             for name in walk.units:
@@ -102,13 +102,11 @@ class Gradients:
         def hook(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not torch.is_grad_enabled():
                 return None
-            tokens, *others = arguments
-            first = unit is self._first
-            anchored = _new_tick(tokens) if first else tokens
+            changed, place = list(arguments), -1 if unit is self._first else 0
             for node in nodes:
                 used = [not part or part in self.used for _, part in node]
-                anchored = Anchor.apply(anchored, used, *(parameter for parameter, _ in node))
-            return (*arguments, anchored) if first else (anchored, *others)
+                changed[place] = Anchor.apply(changed[place], used, *(parameter for parameter, _ in node))
+            return tuple(changed)
 
         return hook
 
@@ -133,15 +131,14 @@ class Gradients:
         for leaf in self._leaves:
             del leaf._z3_leaf
         if self._first is not None:
-            vars(self._first).pop("forward", None)
-
-
-def _new_tick(images: Tensor) -> Tensor:
-    return torch.zeros(1, device=images.device, requires_grad=True)
+            del self._first.forward
 
 
 def _tick(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    return (*arguments, _new_tick(arguments[0])) if torch.is_grad_enabled() else None
+    """A tick behind the first unit's arguments."""
+    if not torch.is_grad_enabled():
+        return None
+    return (*arguments, torch.zeros(1, device=arguments[0].device, requires_grad=True))
 
 
 def _joined(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

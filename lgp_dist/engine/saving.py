@@ -102,7 +102,7 @@ class Saver:
         """
         self.checkpointer.wait()
         shelf, allowed = self.checkpointer.shelf, self.trainer.guard.faults.rollback
-        newest = int(self.trainer.workers.highest([next(iter(shelf.steps()), 0)])[0])
+        newest = int(self.trainer.workers.highest([max(shelf.steps(), default=0)])[0])
         if self.rolled >= allowed or not newest:
             start = f" with --resume {shelf.final(newest)}" if newest else ""
             raise NotFinite(f"{problem} The same command{start} meets this step again.", problem.step) from problem

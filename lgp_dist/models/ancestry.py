@@ -1,7 +1,9 @@
 """The frozen teacher, and pretrained models of timm."""
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from lgp_dist.config import Precision
 from lgp_dist.errors import UserError
-from lgp_dist.models.vit import forward_with_taps
+from lgp_dist.models.vit import forward_with_taps, with_patch_product
 
 
 class Ancestry(nn.Module):
@@ -22,6 +24,7 @@ class Ancestry(nn.Module):
         """vit: a plain ViT; any classifier of images where only its logits are asked for."""
         super().__init__()
         self.vit = vit.requires_grad_(False)
+        self.own: dict[str, Any] | None = None
         self.train(False)
 
     def train(self, mode: bool = True) -> "Ancestry":
@@ -34,12 +37,15 @@ class Ancestry(nn.Module):
         return len(self.vit.blocks)
 
     def prepare(self, precision: Precision, backend: str = "") -> "Ancestry":
-        """Makes forwards under autocast of this precision cheaper; they give the same bits as without, if not compiled.
+        """Forwards in this precision from now on, whatever surrounds them: the same bits as under autocast of it, if
+        not compiled, for less.
 
         Weights that autocast would cast in every forward are cast once. backend: torch.compile's, for every block of a
         plain ViT; empty for none. On a GPU inductor makes the whole model a CUDA graph too, for logits alone.
         """
-        if dtype := {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.own = {"dtype": dtype, "enabled": dtype is not None, "cache_enabled": False}
+        if dtype:
             for module in self.vit.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(dtype)
@@ -52,13 +58,22 @@ class Ancestry(nn.Module):
     def forward(
         self, images: Tensor, blocks: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
-        """Logits [B, classes], and block and attention outputs [B, N, D] at the named blocks (from 0)."""
-        if blocks:
-            with torch.no_grad():
-                return forward_with_taps(self.vit, images, blocks)
-        with torch.inference_mode():
-            logits = self.vit(images)
-        return logits.clone(), {}, {}  # a tensor that backward may keep, not the graph's memory
+        """Logits [B, classes], and block and attention outputs [B, N, D] at the named blocks (from 0).
+
+        Where no autocast surrounds it they are float32, whatever they were computed in.
+        """
+        kind = images.device.type
+        with torch.autocast(kind, **self.own) if self.own else nullcontext():
+            if blocks:
+                with torch.no_grad():
+                    logits, *taps = forward_with_taps(self.vit, images, blocks)
+            else:
+                with torch.inference_mode():
+                    logits, taps = self.vit(images), ({}, {})
+                logits = logits.clone()  # a tensor that backward may keep, not the graph's memory
+        if not torch.is_autocast_enabled(kind):
+            logits, *taps = logits.float(), *({at: tokens.float() for at, tokens in part.items()} for part in taps)
+        return logits, *taps
 
 
 def timm_model(
@@ -82,7 +97,7 @@ def timm_model(
             f"{key}.model {name} is not a plain ViT with one class token and patch size {patch_size}: choose one, "
             "or set model.patch_size."
         )
-    return model
+    return with_patch_product(model) if is_plain(model) else model
 
 
 def hub_weights(model: nn.Module, key: str = "ancestry") -> Path:

@@ -3,9 +3,14 @@
 from collections.abc import Collection
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
+
+from lgp_dist.ops.dispatch import autocast_dtype
 
 
 def build_vit(
@@ -24,7 +29,7 @@ def build_vit(
 
     class_token: without it, the mean of all tokens is normed and classified.
     """
-    return VisionTransformer(
+    vit = VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,
         in_chans=channels,
@@ -36,6 +41,30 @@ def build_vit(
         class_token=class_token,
         global_pool="token" if class_token else "avg",
     )
+    return with_patch_product(vit)
+
+
+class PatchProduct(nn.Conv2d):
+    """A patch embedding's convolution, [B, C, H, W] to [B, D, H / p, W / p]: in bf16 and fp16 as one product of all
+    patches. Its output is channels-last, of which timm's PatchEmbed makes tokens without a copy."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """H and W must be multiples of p, which timm's PatchEmbed sees to."""
+        if autocast_dtype(self.weight) not in (torch.bfloat16, torch.float16):
+            return super().forward(images)
+        patches = rearrange(images, "b c (h p) (w q) -> b h w (c p q)", p=self.kernel_size[0], q=self.kernel_size[1])
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def with_patch_product(vit: VisionTransformer) -> VisionTransformer:
+    """Puts a `PatchProduct` in the place of a ViT's patch projection, around the same tensors."""
+    old = vit.patch_embed.proj
+    new = skip_init(
+        PatchProduct, old.in_channels, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None
+    )
+    new.weight, new.bias = old.weight, old.bias
+    vit.patch_embed.proj = new
+    return vit
 
 
 def split_vit(vit: VisionTransformer) -> tuple[VisionTransformer, list[Block], VisionTransformer]:

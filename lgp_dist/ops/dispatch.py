@@ -35,7 +35,7 @@ def stitch_norm(
 
 
 def _fused_stitch(x: Tensor, weight: Tensor, bias: Tensor, *norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     with torch.autocast(x.device.type, enabled=False):  # nothing inside may be cast again
         rows = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
         y, z, mean, rstd = fused_stitch_norm(rows, weight.to(dtype).contiguous(), bias, *norm)
@@ -92,9 +92,11 @@ def norm_residual(
     return y.view(branch.shape), z.view(branch.shape)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What a product of x is computed in: autocast's dtype where one surrounds it, else its own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 @cache

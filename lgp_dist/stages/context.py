@@ -145,11 +145,12 @@ class Context:
         return accuracies(forwards, batches, workers)
 
     def load_ancestry(self, *, prepared: bool = True) -> Ancestry:
-        """The frozen teacher of this run, on its device. prepared: for forwards under the engine's autocast alone."""
+        """The frozen teacher of this run, on its device. prepared: for stage finetune."""
         vit = ancestry_vit(self.config)
         vit.load_state_dict(self.require("ancestry").tensors("ancestry.safetensors"), strict=True)
         ancestry, engine = Ancestry(vit).to(self.workers.device), self.config.engine
-        return ancestry.prepare(engine.precision, engine.compile) if prepared else ancestry
+        precision = engine.ancestry(self.config.finetune.ancestry_precision)
+        return ancestry.prepare(precision, engine.compile) if prepared else ancestry
 
     def auxiliary_rows(self, ancestry: Ancestry | None) -> AuxiliaryRows:
         """All rows with random weights. ancestry: needed where rows are made of its blocks or their outputs."""

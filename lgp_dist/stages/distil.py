@@ -37,7 +37,8 @@ def run(context: Context) -> None:
     facts: dict[str, Any] = {"rows": [start(context, row.number, row.vit, ancestry) for row in module.rows]}
     trained = AuxiliaryRows([row for row in module.rows if config.model.rows[row.number].trains])
     if len(trained.rows):
-        teacher = ancestry.prepare(config.engine.precision, config.engine.compile) if "distil" in sources else None
+        precision = config.engine.ancestry(config.distil.ancestry_precision)
+        teacher = ancestry.prepare(precision, config.engine.compile) if "distil" in sources else None
         task = DistilTask(trained, teacher, config.distil)
         facts["training"] = context.train("distil", task, config.distil.train, decays)
         images = facts["training"]["steps"] * config.distil.train.batch_size

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from lgp_dist.artifacts import RunDirectory
 from lgp_dist.checks import check_config
-from lgp_dist.config import EngineConfig, FinetuneConfig, Precision
+from lgp_dist.config import DistilConfig, EngineConfig, FinetuneConfig, Precision, RowConfig
 from lgp_dist.engine.launch import Launch
 from lgp_dist.engine.setup import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.protocols import Batch, StepContext
+from lgp_dist.protocols import Batch, StepContext, Task
 from lgp_dist.recipes import tiny, tiny_paper
 from lgp_dist.sampling import PathSampler
 from lgp_dist.stages import context
+from lgp_dist.tasks.distil import DistilTask
 from lgp_dist.tasks.finetune import FinetuneTask
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,47 @@ def test_prepared_ancestry_gives_the_same_bits(precision: Precision, backend: st
     kinds = {module.weight.dtype for module in ready.vit.modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     assert kinds == {DTYPES[precision] or torch.float32}
     assert ready.vit.blocks[0].norm1.weight.dtype == ready.vit.pos_embed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("surrounding", DTYPES)
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_precision_of_its_own(precision: Precision, surrounding: Precision) -> None:
+    """Whatever autocast surrounds it, the numbers are those of its own; without one they are float32."""
+    vit, batch = stock_vit(32, 4, 4), images(3)
+    plain, ready = Ancestry(copy.deepcopy(vit)), Ancestry(copy.deepcopy(vit)).prepare(precision)
+    wanted, found = outputs(plain, batch, precision), outputs(ready, batch, surrounding)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+        assert one.dtype == (other.dtype if DTYPES[surrounding] else torch.float32)
+    if precision != "fp32":
+        assert not torch.equal(found[0], vit(batch))
+
+
+@pytest.mark.parametrize("stage", ["distil", "finetune"])
+def test_training_with_an_ancestry_in_bf16(stage: str) -> None:
+    """In fp32: losses and gradients are those of one in fp32 to what bf16 rounds."""
+    torch.manual_seed(0)
+    vit, losses, gradients = stock_vit(32, 12, 4), [], []
+    pool = LearngenePool(TWO, stock_rows(TWO))
+    shapes = RowConfig(16, 2, "dense"), RowConfig(32, 4, "last")
+    rows = AuxiliaryRows(build_rows(TWO, shapes, DistilConfig(), ancestry_depth=12, ancestry_width=32))
+    batch = Batch(images(4), torch.tensor([1, 7, 0, 3]), torch.ones(4))
+    for precision in ("fp32", "bf16"):
+        ancestry = Ancestry(copy.deepcopy(vit)).prepare(precision)
+        if stage == "distil":
+            task: Task = DistilTask(rows, ancestry, DistilConfig())
+        else:
+            task = FinetuneTask(pool, ancestry, PathSampler(TWO.paths, "shared", seed=0), FinetuneConfig())
+        loss = task.losses(task.module, batch, StepContext(0, 0, 0, 1))["loss"]
+        task.module.zero_grad()
+        loss.backward()
+        losses.append(loss.detach())
+        found = [part.grad for part in task.module.parameters() if part.grad is not None]
+        assert {part.dtype for part in found} == {torch.float32}
+        gradients.append(torch.cat([part.flatten() for part in found]))
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=0)
+    assert losses[0] != losses[1]
+    assert (gradients[1] - gradients[0]).norm() < 5e-2 * gradients[0].norm()
 
 
 @pytest.mark.parametrize("precision", DTYPES)
