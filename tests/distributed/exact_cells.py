@@ -171,10 +171,10 @@ def extras() -> list[Cell]:
 
 
 def sample(large: bool = False) -> list[Cell]:
-    """A part of both that every push runs: each engine with two rows of the table on 2 ranks, three of them on 4 too,
-    and every second extra, ZeRO-2 and ZeRO-3 with offload and union.
+    """A part of both that every push runs: each engine with three rows of the table on 2 ranks, three engines with one
+    on 4, and every second extra, ZeRO-2 and ZeRO-3 with offload and union.
 
-    large: each engine also with another schedule and on 4 ranks, ZeRO-2 and ZeRO-3 with all extras.
+    large: each engine also on 4 ranks, ZeRO-2 and ZeRO-3 with all extras.
     """
     cells = [
         cell
@@ -188,9 +188,8 @@ def sample(large: bool = False) -> list[Cell]:
         cells += [
             Cell(engine, 2, optimizer="sgd"),
             Cell(engine, 2, precision="bf16", accumulate=2, clip=0.5, checkpointed=True),
+            Cell(engine, 2, clip=0.5, seed=1),
         ]
-        if large:
-            cells.append(Cell(engine, 2, clip=0.5, seed=1))
         if large or engine in ("zero1", "zero2", "zero3"):
             cells.append(Cell(engine, 4, precision="bf16", clip=0.5))
     return cells + [replace(cell, ops="fused") for cell in cells if cell in unfused()]

@@ -6,6 +6,7 @@ LGP_LONG_TESTS=1 runs 100 cases.
 import json
 import os
 import random
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def counts(case: list[int]) -> list[list[int]]:
-    """Bad samples of each step, by rank: where the order puts them."""
+@cache
+def samples() -> list[list[set[int]]]:
+    """Of each step, by rank: where the order puts them."""
     streams = [stream_of([], rank, 2) for rank in (0, 1)]
-    return [
-        [len(set(case) & set(s.order.samples(s.positions(step, 0)).tolist())) for s in streams] for step in range(STEPS)
-    ]
+    return [[set(each.order.samples(each.positions(step, 0)).tolist()) for each in streams] for step in range(STEPS)]
+
+
+def counts(case: list[int]) -> list[list[int]]:
+    """Bad samples of each step, by rank."""
+    return [[len(mine.intersection(case)) for mine in ranks] for ranks in samples()]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))

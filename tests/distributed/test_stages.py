@@ -16,9 +16,8 @@ ENGINES = ("zero1", "zero3", "ddp", *["zero2"] * ("LGP_LONG_TESTS" in os.environ
 EPS = [f"--{stage}.train.eps=1e-3" for stage in ("distil", "finetune")]
 """With AdamW's default, rounding of a gradient that is zero in exact arithmetic would become a step of full size."""
 WATCH = ["--finetune.watch-every=2", "--finetune.watch-images=8", "--finetune.policy=spread"]
-
-
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "ninja", "cmake", "as", "ld")
+"""And what they call."""
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,10 +75,6 @@ METRICS_LINE = 500
 RECIPE = (*SMALL, "--finetune.train.log-every=1", "--engine.device=cpu", "--trackers")
 
 
-TIMES = ("longest_leave_s", "alone_s", "hung", "useful_s", "spent_s")
-"""Of a report."""
-
-
 @dataclass
 class Report:
     """What a campaign tried and saw."""
@@ -100,8 +96,8 @@ class Report:
     @classmethod
     def read(cls, known: dict[str, Any]) -> "Report":
         """As `as_dict` gave it."""
-        times = {name: known[name] for name in TIMES if name in known}
-        return cls(Counter(known["tried"]), Counter(known["seen"]), known["violations"], **times)
+        found = {each.name: known[each.name] for each in fields(cls) if each.name in known}
+        return cls(**found | {"tried": Counter(known["tried"]), "seen": Counter(known["seen"])})
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -486,16 +482,14 @@ class Campaign:
             if life.statuses[1 - rank] == -signal.SIGKILL:
                 self._violation(said, story, f"the other rank did not leave by itself within {took:.0f} s")
         self._check_start(life, place, story, said)
-        self._judge(kind, life, place, story, said)
-        if kind == "stop one" and HUNG in life.statuses:
-            self._note_hang(place, life.ended[life.statuses.index(HUNG)] - sent)
+        self._judge(kind, life, sent, place, story, said)
         self._check_checkpoints(place, story, said)
         if life.statuses == [0, 0]:
             report.seen["ended in spite of the fault"] += 1
         return life.statuses == [0, 0]
 
-    def _judge(self, kind: str, life: Life, place: Path, story: list[str], said: str) -> None:
-        """Whether the statuses are those that are documented."""
+    def _judge(self, kind: str, life: Life, sent: float, place: Path, story: list[str], said: str) -> None:
+        """Whether the statuses are those that are documented. sent: when the fault was."""
         statuses, seen = life.statuses, self.report.seen
         if kind in SIGNALS:
             if statuses == [PREEMPTED, PREEMPTED]:
@@ -511,18 +505,19 @@ class Campaign:
             if set(statuses) - allowed and -signal.SIGKILL not in statuses:
                 self._violation(said, story, f"statuses {statuses}")
         elif kind == "stop one" and HUNG in statuses:
-            named = json.loads((place / "run" / "heartbeats" / "hang.json").read_text())["ranks"]
+            hang = json.loads((place / "run" / "heartbeats" / "hang.json").read_text())
+            named = hang["ranks"]
             seen["hung rank named"] += len(named) == 1 and statuses[named[0]] == -signal.SIGKILL
             if len(named) != 1 or statuses[named[0]] != -signal.SIGKILL:
                 self._violation(said, story, f"ranks {named} were named, statuses {statuses}")
+            self._note_hang(hang, life.ended[statuses.index(HUNG)] - sent)
         elif kind == "pause one" and statuses != [0, 0]:
             self._violation(said, story, f"statuses {statuses} after a pause shorter than the watchdog's time")
         elif kind in (*KILLS, "kill saving") and 0 in statuses and statuses != [0, 0]:
             self._violation(said, story, f"a rank ended well beside a dead one: {statuses}")
 
-    def _note_hang(self, place: Path, took: float) -> None:
+    def _note_hang(self, hang: dict[str, Any], took: float) -> None:
         """How much longer than allowed it took until the watchdog had ended the run."""
-        hang = json.loads((place / "run" / "heartbeats" / "hang.json").read_text())
         beat = next((beat for beat in hang["beats"] if beat["rank"] in hang["ranks"]), hang["beats"][0])
         within = beat["phase"] in IN_STEPS and beat["step"] not in (None, self.start[0])
         allowed = self.options.timeout_s if within else longest(self.options.timeout_s)

@@ -347,8 +347,12 @@ def launched(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 def test_bad_images_of_all_ranks_count(finished_place: Path) -> None:
-    """Two on each rank: neither alone has more than three, together they have."""
+    """Two on each rank: neither alone has more than three, together they have; metrics count those of both."""
     break_images("train", position_to_sample(0, 0, 64)[[0, 1, 2, 11]].tolist())
+    done = launched("distil", *SMALL, "--force", "--data.max-bad=4")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "distil"]
+    assert [line["bad_samples"] for line in lines] == [3, 1]
     done = launched("distil", *SMALL, "--force", "--data.max-bad=3")
     assert done.returncode != 0 and "4 images of epoch 0 are bad, and data.max_bad allows 3" in done.stderr
 
