@@ -1,10 +1,12 @@
 """What a process holds, as /proc tells it, and whether that grows."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+SHARED = Path("/dev/shm")
 COUNTS = ("descriptors", "threads", "shared")
 """What must not grow at all: the least of them, as a save opens files for a moment."""
 MEMORY_SHARE = 0.02
@@ -27,19 +29,30 @@ class Footprint:
         """Of a process that lives; OSError where it does not."""
         folder = Path("/proc", str(pid))
         lines = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-        descriptors = list((folder / "fd").iterdir())
-        names = [line.split(None, 5)[-1] for line in (folder / "maps").read_text().splitlines()]
-        for descriptor in descriptors:
-            try:
-                names.append(str(descriptor.readlink()))
-            except FileNotFoundError:  # closed meanwhile
-                continue
         return cls(
             memory=1024 * int(lines["RssAnon"].split()[0]),
-            descriptors=len(descriptors),
+            descriptors=len(list((folder / "fd").iterdir())),
             threads=int(lines["Threads"]),
-            shared=len({name for name in names if name.startswith("/dev/shm/")}),
+            shared=len(shared_files(folder)),
         )
+
+
+def shared_files(process: Path) -> set[Path]:
+    """Files of /dev/shm that a process, a folder of /proc, has mapped or open; OSError where it does not live."""
+    names = [line.split(None, 5)[-1] for line in (process / "maps").read_text().splitlines()]
+    for descriptor in (process / "fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            names.append(str(descriptor.readlink()))
+    return {Path(name) for name in names if name.startswith(f"{SHARED}/")}
+
+
+def left_behind(before: set[Path]) -> set[Path]:
+    """Files of /dev/shm that are there beside those of before, and that no process has mapped or open."""
+    left = set(SHARED.iterdir()) - before
+    for process in Path("/proc").glob("[0-9]*") if left else ():
+        with suppress(OSError):
+            left -= shared_files(process)
+    return left
 
 
 def thirds(values: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:

@@ -6,6 +6,7 @@ This is a sample of the table; LGP_LONG_TESTS=1 takes a larger one, and `scripts
 import json
 import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from exact_cells import ENGINES, Cell, sample, unfused
 from exact_launch import TOLERANCE, allowed, difference, groups, start
 from exact_reference import reference
+from footprint import SHARED, left_behind
 
 ANY_ORDER = Cell("ddp", 2, broken="order", audit=False)
 """Rank 1 gets its gradients in another order than rank 0, which DDP's fixed buckets do not mind."""
@@ -26,13 +28,17 @@ SILENT = Cell("zero2", 2, broken="order", audit=False)
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, tuple[Path, int]]:
     """Folder and number of every cell's run."""
     root, found = tmp_path_factory.mktemp("exact"), {}
-    before = set(os.listdir("/dev/shm"))
+    before = set(SHARED.iterdir())
     for (world, deepspeed), cells in groups(CELLS).items():
         folder = root / f"{world}-{deepspeed}"
         done = start(cells, folder)
         assert done.returncode == 0, done.stderr[-6000:]
         found |= {cell: (folder, index) for index, cell in enumerate(cells)}
-    assert set(os.listdir("/dev/shm")) <= before, "a run left shared memory behind"
+    left, until = left_behind(before), time.monotonic() + 10
+    while left and time.monotonic() < until:  # another test's run may be about to map its own
+        time.sleep(0.1)
+        left &= left_behind(before)
+    assert not left, "a run left shared memory behind"
     return found
 
 
@@ -115,7 +121,7 @@ def test_the_comparison_is_not_empty() -> None:
             if cell.rows == 2:
                 lengths |= {sum(part.stop - part.start for part in path.segments) for path in drawn}
     assert lengths == {6, 7, 8}
-    assert different > 0.85 * sum(cell.steps for cell in CELLS if cell.rows > 1)  # one row has one path
+    assert different > 0.9 * sum(cell.steps for cell in CELLS if cell.rows > 1)  # one row has one path
     base = Cell("ddp", 2, accumulate=2, clip=0.5)
     others = [
         replace(base, precision="bf16"),

@@ -5,9 +5,10 @@ import os
 import tempfile
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from footprint import Footprint, grown
+from footprint import SHARED, Footprint, grown, left_behind
 
 STEADY = Footprint(memory=200_000_000, descriptors=40, threads=12, shared=2)
 
@@ -27,6 +28,15 @@ def test_a_process_is_seen_as_it_is() -> None:
     assert found.threads == before.threads + 1 and found.shared == before.shared + 1
     assert found.descriptors == before.descriptors + 2
     assert len(held) * 0.9 < found.memory - before.memory < len(held) * 1.5
+
+
+def test_shared_memory_that_nobody_holds_is_found() -> None:
+    before = set(SHARED.iterdir())
+    with tempfile.NamedTemporaryFile(dir=SHARED, delete=False) as file:
+        held, path = left_behind(before), Path(file.name)
+    left = left_behind(before)
+    path.unlink()
+    assert path not in held and path in left and path not in left_behind(before)
 
 
 @pytest.mark.parametrize(
