@@ -3,17 +3,19 @@
 import contextlib
 import errno
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 
+from lgp_dist.engine.signals import asked_before
 from lgp_dist.errors import Preempted, UserError
 from lgp_dist.statuses import INTERRUPTED, PREEMPTED, USER
 
 NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 
-PEER_GONE = ("Connection closed by peer", "Connection reset by peer")
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What gloo says on a rank whose peer has failed."""
 
 PATIENCE_S = 15.0
@@ -25,28 +27,35 @@ def guarded(call: Callable[[], None], debug: bool, run_dir: str = "") -> None:
     try:
         call()
     except UserError as error:
-        _fail(str(error), debug)
+        _fail(error, str(error), debug)
     except Preempted as stop:
         _leave(str(stop), PREEMPTED)
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
         where = error.filename or f"The run directory {run_dir}"
-        _fail(f"{where} cannot be written ({error.strerror}): free space, or choose another --run-dir.", debug)
+        sentence = f"{where} cannot be written ({error.strerror}): free space, or choose another --run-dir."
+        _fail(error, sentence, debug)
     except RuntimeError as error:
         if not any(text in str(error) for text in PEER_GONE):
             raise
-        time.sleep(PATIENCE_S)  # the rank that failed says why, and the launcher ends this one
+        _give_way(error)
         raise
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
 
-def _fail(sentence: str, debug: bool) -> None:
+def _give_way(error: Exception) -> None:
+    """To another rank that failed first: that one says why, and the launcher ends this one."""
+    if asked_before(error):
+        signal.raise_signal(signal.SIGTERM)  # it has sent it already
+    time.sleep(PATIENCE_S)
+
+
+def _fail(error: Exception, sentence: str, debug: bool) -> None:
     """Says it once: rank 0 at once; another rank waits, and is ended by the launcher if rank 0 has failed too."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        time.sleep(PATIENCE_S)
+    if int(os.environ.get("RANK", "0")):
+        _give_way(error)
     if debug:
         traceback.print_exc()
     _leave(sentence, USER)

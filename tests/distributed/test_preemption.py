@@ -13,7 +13,7 @@ from exact_launch import HERE, ROOT
 
 from lgp_dist.engine.signals import Preemption
 from lgp_dist.outcome import Outcome, clear_outcome, read_outcome, write_outcome
-from lgp_dist.statuses import PREEMPTED
+from lgp_dist.statuses import BUG, PREEMPTED, USER
 
 SLURM = ROOT / "launch_configs" / "slurm" / "train.sbatch"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -46,6 +46,41 @@ def test_handlers_take_a_note_and_go() -> None:
         assert seen == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+FAILING = """
+import os, signal
+from lgp_dist.cli.guard import guarded
+from lgp_dist.engine.signals import Preemption
+from lgp_dist.errors import UserError
+
+def loop():
+    with Preemption():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise {failure}
+
+guarded(loop, debug=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "failure", "status", "said"),
+    [
+        (0, "RuntimeError('gloo: Connection closed by peer [127.0.0.1]:7')", -signal.SIGTERM, ""),
+        (1, "RuntimeError('gloo: Connection reset by peer')", -signal.SIGTERM, ""),
+        (1, "RuntimeError('gloo: writev [127.0.0.1]:7: Broken pipe')", -signal.SIGTERM, ""),
+        (1, "UserError('All images are bad.')", -signal.SIGTERM, ""),
+        (0, "UserError('All images are bad.')", USER, "lgp: All images are bad.\n"),
+        (1, "RuntimeError('shapes differ')", BUG, "shapes differ\nAsked to leave before this, by SIGTERM.\n"),
+    ],
+)
+def test_a_launcher_that_asks_before_a_rank_knows_why(rank: int, failure: str, status: int, said: str) -> None:
+    """Another rank failed, and the signal comes while this one still trains: it takes its usual effect, since one that
+    waited for another would say in the end what the first has said. A bug keeps its traceback."""
+    environment = {**os.environ, "RANK": str(rank), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FAILING.format(failure=failure)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status and done.stderr.endswith(said) and bool(done.stderr) == bool(said), done.stderr
 
 
 def wait_for(*paths: Path) -> None:
