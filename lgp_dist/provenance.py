@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of this source tree, with `+changes` where files differ from it; empty outside a checkout."""
+    """The commit of this source tree, empty outside a checkout; `+changes` where files outside benchmarks/ differ."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -37,7 +37,10 @@ def git_commit() -> str:
 
     try:
         commit = git("rev-parse", "HEAD")
-        return commit + ("+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = commit and git(
+            "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks"
+        )
+        return commit + ("+changes" if changed else "")
     except OSError:
         return ""
 
