@@ -1,11 +1,14 @@
 """Processes and device of a run: how they are started, agree and end."""
 
+import atexit
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,6 +75,7 @@ class Workers:
         device_type = check_launch(launch, engine, torch.cuda.device_count())
         check_backend(engine.compile)
         _quiet()
+        _keep_imports()
         if device_type == "cpu":
             spare_probes()
             choose_attention(device_type, engine.precision)
@@ -179,3 +183,14 @@ def _quiet() -> None:
     """Keeps DeepSpeed's and accelerate's notes off the terminal; their warnings of errors stay."""
     for name in ("DeepSpeed", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@cache
+def _keep_imports() -> None:
+    """Once in a process: what exists now, which imports made, is not searched for garbage again before the end.
+
+    A full search of it takes a quarter of a second, on each rank at a time of its own, while the others wait.
+    """
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # Triton's modules say what they leak otherwise
