@@ -34,12 +34,14 @@ def server(tmp_path: Path, place: Path) -> Iterator[FaultServer]:
 
 
 def options(server: FaultServer, fault: str) -> list[str]:
-    return [f"--data.root={server.root(fault)}", "--data.cache=cache", "--data.timeout-s=0.5", "--data.retries=0"]
+    stalls = fault.removeprefix("all-") in ("stall", "stall-first", "drip")
+    timeout = f"--data.timeout-s={0.5 if stalls else 30}"
+    return [f"--data.root={server.root(fault)}", "--data.cache=cache", timeout, "--data.retries=0"]
 
 
 def data_of(server: FaultServer, fault: str) -> DataConfig:
     return DataConfig(
-        root=server.root(fault), cache="cache", timeout_s=0.5, retries=0, num_classes=10, channels=1, val_split="test"
+        root=server.root(fault), cache="cache", timeout_s=30.0, retries=0, num_classes=10, channels=1, val_split="test"
     )
 
 

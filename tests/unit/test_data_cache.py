@@ -30,6 +30,8 @@ from lgp_dist.errors import UserError
 
 SIZE = 300_000
 QUICK = Patience(timeout_s=0.4, retries=1, backoff_s=0.01)
+"""For what stalls; all else would meet it too on a machine that has no time for a test."""
+PATIENT = Patience(timeout_s=30.0, retries=1, backoff_s=0.01)
 CALM = Patience(timeout_s=30.0, retries=3, backoff_s=0.01)
 NAMES = tuple(f"mine-train-{number}.tar" for number in range(5))
 
@@ -124,7 +126,8 @@ def test_fault_has_one_outcome(
     """Three times: the same sentence after the same requests; and no shard in the cache."""
     said = set()
     for attempt in range(3):
-        cache = cache_of(server.root(fault), tmp_path / str(attempt), patience=QUICK)
+        patience = QUICK if "stalled" in pieces else PATIENT
+        cache = cache_of(server.root(fault), tmp_path / str(attempt), patience=patience)
         said.add(sentence(lambda cache=cache: cache.path(NAMES[0])))
         assert not whole(cache.folder) and cache.misses == 1 and cache.hits == 0
     assert len(said) == 1
@@ -137,7 +140,8 @@ def test_fault_has_one_outcome(
 @pytest.mark.parametrize("fault", ["fine", "503-twice", "cut-once", "cut-often", "stall-once", "no-range", "unsaid"])
 def test_fault_that_passes(server: FaultServer, tmp_path: Path, fault: str) -> None:
     """A try that came further does not count against data.retries: `cut-often` needs three."""
-    patience = Patience(timeout_s=1.0, retries=2 if fault == "503-twice" else 1, backoff_s=0.01)
+    timeout_s = 1.0 if fault == "stall-once" else 30.0
+    patience = Patience(timeout_s, retries=2 if fault == "503-twice" else 1, backoff_s=0.01)
     cache = cache_of(server.root(fault), tmp_path, patience=patience)
     assert cache.path(NAMES[1]).read_bytes() == content_of(1)
     assert cache.path(NAMES[1]).read_bytes() == content_of(1)
@@ -161,7 +165,7 @@ def test_no_server(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
         root = f"http://127.0.0.1:{taken.getsockname()[1]}/x"
-        text = sentence(lambda: cache_of(root, tmp_path, patience=QUICK).path(NAMES[0]))
+        text = sentence(lambda: cache_of(root, tmp_path, patience=PATIENT).path(NAMES[0]))
     assert f"{root}/{NAMES[0]} cannot be reached" in text and "after 2 tries" in text
 
 
@@ -395,7 +399,7 @@ def test_other_file_systems_are_read_in_pieces(tmp_path: Path, monkeypatch: pyte
     store.pipe({f"/place/{name}": content_of(number) for number, name in enumerate(NAMES[:2])})
     store.pipe(f"/place/{NAMES[2]}", content_of(2)[:-1])
     store.pipe(f"/place/{NAMES[3]}", content_of(4))
-    cache = cache_of("memory://place", tmp_path, patience=QUICK)
+    cache = cache_of("memory://place", tmp_path, patience=PATIENT)
     assert [cache.path(name).read_bytes() for name in NAMES[:2]] == [content_of(0), content_of(1)]
     part = tmp_path / "shards" / f"{ENTRIES[1].sha256}.{SIZE}.part"
     cache.path(NAMES[1]).rename(part)
