@@ -106,11 +106,11 @@ def partitions(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterat
         yield name, Place(flat, offset, start, count, group)
 
 
-def gathered(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters that ZeRO-3 holds gathered at this moment, or is gathering, by name."""
+def gathered(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    """Those parameters that ZeRO-3 holds gathered at this moment, or is gathering, by name."""
     return {
         name: parameter
-        for name, parameter in module.named_parameters()
+        for name, parameter in named
         if getattr(parameter, "ds_status", ZeroParamStatus.NOT_AVAILABLE) != ZeroParamStatus.NOT_AVAILABLE
     }
 

@@ -84,7 +84,7 @@ class Gathered:
 
     def __init__(self, module: nn.Module, units: tuple[str, ...]):
         """To be made before DeepSpeed wraps the module, so that its hooks run after these."""
-        self.module, self.names = module, units
+        self.named, self.names = list(module.named_parameters()), units
         self.units, self.elements = 0, 0
         self._hooks = [module.get_submodule(name).register_forward_hook(self._hook) for name in units]
 
@@ -95,7 +95,7 @@ class Gathered:
             tokens.register_hook(lambda gradient: self._look())
 
     def _look(self) -> None:
-        found = gathered(self.module)
+        found = gathered(self.named)
         units = {next(unit for unit in self.names if name.startswith(unit + ".")) for name in found}
         self.units = max(self.units, len(units))
         self.elements = max(self.elements, sum(parameter.ds_numel for parameter in found.values()))

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ class Watched(FinetuneTask):
 
     kept: frozenset[str] = frozenset()
 
+    @cached_property
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.module.named_parameters())
+
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         with torch.autograd.graph.saved_tensors_hooks(self._look, lambda tensor: tensor):
             return super().losses(module, batch, context)
 
     def _look(self, tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage().data_ptr()
-        for name, weight in gathered(self.module).items():
+        for name, weight in gathered(self.named).items():
             if weight.untyped_storage().data_ptr() == place:
                 unit = next(unit for unit in self.walk.units if name.startswith(unit + "."))
                 self.kept |= {unit}
