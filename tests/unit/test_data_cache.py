@@ -399,7 +399,7 @@ def test_other_file_systems_are_read_in_pieces(tmp_path: Path, monkeypatch: pyte
     store.pipe({f"/place/{name}": content_of(number) for number, name in enumerate(NAMES[:2])})
     store.pipe(f"/place/{NAMES[2]}", content_of(2)[:-1])
     store.pipe(f"/place/{NAMES[3]}", content_of(4))
-    cache = cache_of("memory://place", tmp_path, patience=PATIENT)
+    cache = cache_of("memory://place", tmp_path)
     assert [cache.path(name).read_bytes() for name in NAMES[:2]] == [content_of(0), content_of(1)]
     part = tmp_path / "shards" / f"{ENTRIES[1].sha256}.{SIZE}.part"
     cache.path(NAMES[1]).rename(part)
