@@ -7,23 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.artifacts import RunDirectory, fingerprint, write_json
-from lgp_dist.checks import check_config
-from lgp_dist.config import RunConfig
-from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.data.roots import local_root
+from lgp_dist.config.flat import STAGES, flatten
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.data.remote.roots import local_root
+from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import check_batch
-from lgp_dist.engine.agreement import COMPARED_S, REFUSAL, check_equal, facts_of
-from lgp_dist.engine.setup import Workers, check_trackers
-from lgp_dist.engine.watchdog import Watchdog
+from lgp_dist.engine.rank_consistency import COMPARED_S, REFUSAL, check_equal, facts_of
+from lgp_dist.engine.watch.watchdog import Watchdog
+from lgp_dist.engine.workers import Workers, check_trackers
 from lgp_dist.errors import Preempted, UserError
-from lgp_dist.logs import end_log, open_log, show
-from lgp_dist.meaning import STAGES, flatten
-from lgp_dist.outcome import Outcome, clear_outcome, write_outcome
-from lgp_dist.provenance import code_hashes, environment, versions
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.space import space_of
 from lgp_dist.report.publish import publish
-from lgp_dist.sampling import PathSampler
-from lgp_dist.spaces import space_of
+from lgp_dist.run.artifacts import RunDirectory, fingerprint, write_json
+from lgp_dist.run.checks import check_config
+from lgp_dist.run.log import end_log, open_log, show
+from lgp_dist.run.provenance import code_hashes, environment, versions
+from lgp_dist.run.run_status import RunStatus, clear_run_status, write_run_status
 from lgp_dist.stages import ancestry, descend, distil, evaluate, export, finetune, pool
 from lgp_dist.stages.context import Context
 
@@ -75,7 +75,7 @@ def recorded(
     about = environment()
     if workers.is_main:
         directory.check_writable()
-        clear_outcome(directory.root)
+        clear_run_status(directory.root)
         open_log(directory.root / "log.txt")
         write_json(directory.root / "config.json", flatten(config))
         write_json(directory.root / "environment.json", about)
@@ -92,7 +92,7 @@ def _work_and_tell(context: Context, stage: str, work: Callable[[Context], None]
     except BaseException as error:
         if workers.is_main:
             with contextlib.suppress(OSError):  # the error itself is what a person must see
-                write_outcome(directory.root, _outcome(error))
+                write_run_status(directory.root, _outcome(error))
             end_log()
         if isinstance(error, Preempted):
             workers.barrier()  # a launcher ends all ranks when the first has left
@@ -100,7 +100,7 @@ def _work_and_tell(context: Context, stage: str, work: Callable[[Context], None]
     workers.watchdog.begin("report")
     if workers.is_main:
         finish()
-        write_outcome(directory.root, Outcome("complete", stage))
+        write_run_status(directory.root, RunStatus("complete", stage))
         end_log()
     workers.barrier()
 
@@ -120,11 +120,11 @@ def _run(context: Context, stages: tuple[str, ...]) -> None:
         RUN[stage](context)
 
 
-def _outcome(error: BaseException) -> Outcome:
+def _outcome(error: BaseException) -> RunStatus:
     """How a start that an exception ends has ended."""
     if isinstance(error, Preempted):
-        return Outcome("preempted", error.stage, error.step, str(error))
-    return Outcome("failed", sentence=str(error) or type(error).__name__)
+        return RunStatus("preempted", error.stage, error.step, str(error))
+    return RunStatus("failed", sentence=str(error) or type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from lgp_dist.budget import Amount, Budget
-from lgp_dist.config import (
+from lgp_dist.config.budget import Amount, Budget
+from lgp_dist.config.run_config import (
     AncestryConfig,
     AugmentConfig,
     DataConfig,

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lgp_dist.checkpoints.disk import Disk
-from lgp_dist.checkpoints.manifest import TrainState
-from lgp_dist.checkpoints.shelf import Shelf
-from lgp_dist.config import CheckpointConfig, EngineConfig
-from lgp_dist.engine.checkpoint import Checkpointer
+from lgp_dist.config.run_config import CheckpointConfig, EngineConfig
+from lgp_dist.engine.checkpointer import Checkpointer
+from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
+from lgp_dist.engine.checkpoints.disk import Disk
+from lgp_dist.engine.checkpoints.manifest import TrainState
 from lgp_dist.engine.fragments import Fragments
-from lgp_dist.engine.launch import Launch
-from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.launch.environment import Launch
+from lgp_dist.engine.workers import Workers
 
 ALONE = Workers(Launch.from_environment({}), EngineConfig(precision="fp32"), 0, 1, torch.device("cpu"))
 
@@ -34,7 +34,7 @@ class Toy:
         torch.manual_seed(0)
         self.module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
-        self.shelf = Shelf(folder, disk or Disk())
+        self.shelf = CheckpointDir(folder, disk or Disk())
         fragments = Fragments(self.module, self.optimizer, None, 0, 1)
         self.checkpointer = Checkpointer(self.shelf, ALONE, fragments, CheckpointConfig(**config))
 

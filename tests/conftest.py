@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from run_helpers import SAMPLE, SMALL, Lgp, Result, call_main, processes_with, write_ancestry, write_shard
 
-from lgp_dist.data.index import index_shards
+from lgp_dist.data.shards.index import index_shards
 
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from lgp_dist.data.draws import sample_keys
+from lgp_dist.data.augment.keyed_random import sample_keys
 
 
 def keys_for(count: int, purpose: str = "test", epoch: int = 0) -> np.ndarray:

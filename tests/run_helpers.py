@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.data.index import ShardIndex
-from lgp_dist.data.manifest import ShardManifest
+from lgp_dist.data.shards.index import ShardIndex
+from lgp_dist.data.shards.manifest import ShardManifest
 
 SAMPLE = Path(__file__).parents[1] / "shards" / "sample"
 LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
@@ -91,8 +91,8 @@ def write_ancestry(target: Path, seed: int = 0) -> None:
     """An untrained ancestry of the recipe tiny."""
     import torch
 
-    from lgp_dist.artifacts import save_tensors
     from lgp_dist.recipes import tiny
+    from lgp_dist.run.artifacts import save_tensors
     from lgp_dist.stages.context import ancestry_vit
 
     torch.manual_seed(seed)

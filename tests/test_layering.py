@@ -1,75 +1,42 @@
-"""The architecture as a test: who may import whom, how large files and functions may be."""
+"""The architecture as a test: who may import whom, which part may name a library, how long files and functions may be.
+
+Each test lists everything that is wrong at once.
+"""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1] / "lgp_dist"
-FILES = sorted(ROOT.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 MAX_FILE, MAX_FUNCTION = 400, 60
+MAX_PACKAGE = 21_000
 
-BASE = {"budget", "config", "meaning", "paths", "depths", "spaces", "protocols", "errors", "files"}
-SAMPLING = {"dealing", "costs", "sampling", "ledger"}
-LEVELS_0_TO_2 = BASE | SAMPLING
-LEVELS_0_TO_2 |= {
-    "recipes",
-    "artifacts",
-    "checkpoints",
-    "outcome",
-    "metrics",
-    "provenance",
-    "statuses",
-    "checks",
-    "data",
-    "models",
-    "baselines",
-    "ops",
-}
+BASE = {"config", "errors", "files", "paths", "protocols"}
+BUILDING = BASE | {"data", "models", "ops", "recipes", "run"}
 ALLOWED = {
-    "budget": {"errors"},
-    "config": {"budget", "config_data", "errors"},
-    "config_data": set(),
-    "meaning": {"config"},
     "errors": set(),
-    "files": set(),
-    "paths": {"config", "errors"},
-    "depths": {"config", "errors", "paths"},
-    "spaces": {"config", "depths", "paths"},
+    "files": {"errors"},
     "protocols": set(),
-    "provenance": {"files"},
-    "statuses": set(),
-    "metrics": set(),
-    "logs": set(),
-    "checks": BASE,
-    "machine": set(),
-    "doctor": {"config", "errors", "data", "machine"},
-    "recipes": BASE,
-    "dealing": set(),
-    "costs": {"config", "depths", "paths", "spaces", "errors"},
-    "sampling": BASE | {"dealing", "costs"},
-    "ledger": set(),
-    "artifacts": BASE,
-    "checkpoints": {"errors", "files"},
-    "outcome": {"artifacts", "errors"},
-    "data": {"config", "protocols", "errors", "files"},
+    "config": {"errors"},
+    "paths": {"config", "errors"},
     "ops": {"config"},
-    "models": {"config", "paths", "spaces", "errors", "ops"},
-    "baselines": {"config", "depths", "errors", "models"},
-    "tasks": LEVELS_0_TO_2,
-    "engine": {"config", "meaning", "protocols", "errors", "files", "statuses", "sampling", "metrics", "checkpoints"}
-    | {"machine"},
-    "report": {"artifacts", "errors", "metrics"},
-    "descendants": BASE | {"artifacts", "models", "provenance", "timm_models"},
+    "recipes": {"config"},
+    "run": {"config", "errors", "files", "paths"},
+    "data": {"config", "errors", "files", "protocols"},
+    "models": {"config", "errors", "ops", "paths"},
+    "tasks": BUILDING,
+    "engine": BASE | {"run"},
+    "report": {"errors", "files", "run"},
     "timm_models": {"models", "paths"},
-    "stages": LEVELS_0_TO_2 | {"tasks", "engine", "report", "descendants"},
-    "pipeline": LEVELS_0_TO_2 | {"logs", "tasks", "engine", "report", "stages"},
-    "chosen": BASE | {"artifacts", "checks", "provenance", "descendants", "engine", "models", "report", "stages"},
-    "downstream": LEVELS_0_TO_2 | {"tasks", "engine", "stages", "descendants", "timm_models", "pipeline"},
-    "bench": LEVELS_0_TO_2 | {"tasks", "engine", "report", "stages"},
-    "study": LEVELS_0_TO_2 | {"report", "pipeline"},
-    "cli": {"budget", "config", "meaning", "spaces", "errors", "statuses", "outcome", "recipes", "checkpoints", "data"}
-    | {"pipeline", "bench", "chosen", "downstream", "study", "report", "engine", "doctor"},
+    "export": BASE | {"models", "run", "timm_models"},
+    "stages": BUILDING | {"engine", "export", "report", "tasks"},
+    "pipeline": BUILDING | {"engine", "report", "stages"},
+    "bench": BUILDING | {"engine", "report", "stages", "tasks"},
+    "study": BUILDING | {"pipeline", "report", "stages"},
+    "commands": BUILDING | {"engine", "export", "pipeline", "report", "stages", "tasks", "timm_models"},
+    "cli": {"bench", "commands", "config", "data", "engine", "errors", "paths", "pipeline", "recipes", "report", "run"}
+    | {"study"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -79,7 +46,7 @@ ONLY_IN = {
     "accelerate": {"engine"},
     "deepspeed": {"engine"},
     "torch.distributed": {"engine"},
-    "webdataset": {"data", "bench"},
+    "webdataset": {"bench", "data"},
     "fsspec": {"data"},
     "aiohttp": {"data"},
     "triton": {"ops"},
@@ -88,35 +55,7 @@ ONLY_IN = {
 }
 """Library -> the parts that may name it."""
 
-NO_TORCH = {
-    "doctor",
-    "machine",
-    "checks",
-    "metrics",
-    "logs",
-    "budget",
-    "statuses",
-    "outcome",
-    "config",
-    "config_data",
-    "meaning",
-    "errors",
-    "files",
-    "paths",
-    "depths",
-    "spaces",
-    "recipes",
-    "dealing",
-    "costs",
-    "sampling",
-    "ledger",
-    "provenance",
-    "study",
-    "cli",
-    "__main__",
-    "__init__",
-    "report",
-}
+NO_TORCH = {"config", "cli", "errors", "files", "paths", "recipes", "report", "study", "__main__", "__init__"}
 """Parts that do not import torch or timm themselves."""
 
 LAZY = {"cli"}
@@ -129,68 +68,86 @@ def part_of(path: Path) -> str:
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
-def imports(tree: ast.AST) -> list[tuple[ast.stmt, str]]:
-    """Every import statement with the full name of what it imports."""
-    found: list[tuple[ast.stmt, str]] = []
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that is imported."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(node, alias.name) for alias in node.names]
+            yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            found += [(node, f"{node.module}.{alias.name}") for alias in node.names]
-    return found
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+def check(problems: list[str]) -> None:
+    """Fails with all problems, one a line."""
+    assert not problems, "\n" + "\n".join(problems)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_stay_within_their_level(path: Path) -> None:
-    part = part_of(path)
-    for node, name in imports(parsed(path)):
-        if name.startswith("lgp_dist."):
-            other = name.split(".")[1]
-            assert other == part or other in ALLOWED[part], f"{path}:{node.lineno} imports {name}"
-        for library, parts in ONLY_IN.items():
-            if name == library or name.startswith(library + "."):
-                assert part in parts, f"{path}:{node.lineno} names {library}"
-        if part in NO_TORCH:
-            assert name.split(".")[0] not in ("torch", "timm", "torchvision"), f"{path}:{node.lineno} imports {name}"
+def test_every_part_has_its_row() -> None:
+    assert {part_of(path) for path in TREES} == ALLOWED.keys()
+    assert len(ALLOWED) <= 25
+
+
+def test_imports_stay_within_their_level() -> None:
+    problems = []
+    for path, tree in TREES.items():
+        part = part_of(path)
+        for line, name in imports(tree):
+            other = name.split(".")[1] if name.startswith("lgp_dist.") else part
+            if other != part and other not in ALLOWED[part]:
+                problems.append(f"{path}:{line} imports {name}")
+            for library, parts in ONLY_IN.items():
+                if part not in parts and (name == library or name.startswith(library + ".")):
+                    problems.append(f"{path}:{line} names {library}")
+            if part in NO_TORCH and name.split(".")[0] in ("torch", "timm", "torchvision"):
+                problems.append(f"{path}:{line} imports {name}")
+    check(problems)
 
 
 def test_a_stage_never_imports_a_stage() -> None:
-    names = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "context"}
-    for path in (ROOT / "stages").glob("*.py"):
-        for node, name in imports(parsed(path)):
-            if name.startswith("lgp_dist.stages."):
-                assert name.split(".")[2] not in names, f"{path}:{node.lineno} imports {name}"
+    stages = {path.stem for path in TREES if part_of(path) == "stages"} - {"__init__", "context", "start"}
+    check(
+        [
+            f"{path}:{line} imports {name}"
+            for path, tree in TREES.items()
+            if part_of(path) == "stages"
+            for line, name in imports(tree)
+            if name.startswith("lgp_dist.stages.") and name.split(".")[2] in stages
+        ]
+    )
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_size_budgets(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_FILE, f"{path} is longer than {MAX_FILE} lines"
-    for node in ast.walk(parsed(path)):
-        if isinstance(node, ast.FunctionDef):
-            length = node.end_lineno - node.lineno + 1
-            assert length <= MAX_FUNCTION, f"{path}:{node.lineno} {node.name} has {length} lines"
+def test_size_budgets() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in TREES}
+    problems = [
+        f"{path} has {length} lines, {MAX_FILE} at most" for path, length in lengths.items() if length > MAX_FILE
+    ]
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MAX_FUNCTION:
+                problems.append(f"{path}:{node.lineno} {node.name} is longer than {MAX_FUNCTION} lines")
+    if sum(lengths.values()) >= MAX_PACKAGE:
+        problems.append(f"the package has {sum(lengths.values())} lines, fewer than {MAX_PACKAGE} are allowed")
+    check(problems)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_imports_in_functions_and_no_globals(path: Path) -> None:
-    for node in ast.walk(parsed(path)):
-        assert not isinstance(node, ast.Global), f"{path}:{node.lineno} changes a global"
-        if isinstance(node, ast.FunctionDef) and part_of(path) not in LAZY:
-            for inner, name in imports(node):
-                raise AssertionError(f"{path}:{inner.lineno} imports {name} inside a function")
+def test_no_imports_in_functions_and_no_globals() -> None:
+    problems = []
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Global):
+                problems.append(f"{path}:{node.lineno} changes a global")
+            if isinstance(node, ast.FunctionDef) and part_of(path) not in LAZY:
+                problems += [f"{path}:{line} imports {name} inside a function" for line, name in imports(node)]
+    check(problems)
 
 
 def test_no_import_cycles() -> None:
     """Modules can be put in an order in which each imports only earlier ones."""
-    names = {".".join(("lgp_dist", *path.relative_to(ROOT).with_suffix("").parts)): path for path in FILES}
+    names = {".".join(("lgp_dist", *path.relative_to(ROOT).with_suffix("").parts)): path for path in TREES}
     needs = {}
     for name, path in names.items():
-        wanted = {found for _, found in imports(parsed(path))}
+        wanted = {found for _, found in imports(TREES[path])}
         others = names.keys() - {name}
         needs[name] = {other for other in others if any(w == other or w.startswith(other + ".") for w in wanted)}
     done: set[str] = set()
@@ -201,9 +158,27 @@ def test_no_import_cycles() -> None:
 
 
 def test_public_functions_have_docstrings() -> None:
-    for path in FILES:
-        tree = parsed(path)
-        assert path.name == "__init__.py" or ast.get_docstring(tree), f"{path} has no docstring"
+    problems = []
+    for path, tree in TREES.items():
+        if path.name != "__init__.py" and not ast.get_docstring(tree):
+            problems.append(f"{path} has no docstring")
         for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                assert ast.get_docstring(node), f"{path}:{node.lineno} {node.name} has no docstring"
+            public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node):
+                problems.append(f"{path}:{node.lineno} {node.name} has no docstring")
+    check(problems)
+
+
+def test_names_stand_once() -> None:
+    """A file's name stands twice at most (a task and its stage), not counting its command and its benchmark; a class's
+    name stands once."""
+    problems, files, classes = [], {}, {}
+    for path, tree in TREES.items():
+        if path.stem not in ("__init__", "__main__") and part_of(path) not in ("bench", "cli"):
+            files.setdefault(path.stem, []).append(path.relative_to(ROOT))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                classes.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    problems += [f"{name}: {', '.join(map(str, found))}" for name, found in files.items() if len(found) > 2]
+    problems += [f"class {name}: {', '.join(found)}" for name, found in classes.items() if len(found) > 1]
+    check(problems)

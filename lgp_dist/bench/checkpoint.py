@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
+from lgp_dist.bench.common import facts, join, spread
 from lgp_dist.bench.engine import Bench
-from lgp_dist.bench.figures import facts, spread
-from lgp_dist.bench.ranks import join
-from lgp_dist.checkpoints.manifest import Manifest, TrainState, read_manifest
-from lgp_dist.checkpoints.shelf import Shelf
-from lgp_dist.config import RunConfig
-from lgp_dist.engine.checkpoint import Checkpointer
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.engine.checkpointer import Checkpointer
+from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
+from lgp_dist.engine.checkpoints.manifest import Manifest, TrainState, read_manifest
 from lgp_dist.errors import UserError
 
 MODES = ("background", "wait")
@@ -60,7 +59,7 @@ class _Saves:
     def __init__(self, bench: Bench, folder: Path, steps: int):
         self.bench, self.steps, self.step = bench, steps, 0
         workers = bench.workers
-        self.shelf = Shelf(folder)
+        self.shelf = CheckpointDir(folder)
         self.saves = Checkpointer(self.shelf, workers, bench.trainer.fragments(), bench.config.checkpoint)
         self.engine = f"zero{workers.launch.zero_stage}" if workers.launch.deepspeed else "ddp"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.bench.figures import as_table
+from lgp_dist.bench.common import as_table
 from lgp_dist.errors import UserError
 
 Rows = Sequence[Mapping[str, Any]]

@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.figures import facts, spread
-from lgp_dist.bench.ranks import join, leave, wait
+from lgp_dist.bench.common import facts, join, leave, spread, wait
 from lgp_dist.bench.sampler import with_policy
-from lgp_dist.config import RunConfig
-from lgp_dist.costs import TRAINING, ancestry_forward
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.engine.comm_stats import CommStats, Gathered, peak_bytes, reset_peak
 from lgp_dist.engine.optim import build_optimizer
-from lgp_dist.engine.probe import Gathered, Traffic, peak_bytes, reset_peak
-from lgp_dist.engine.setup import Workers
 from lgp_dist.engine.trainer import Trainer
+from lgp_dist.engine.workers import Workers
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.paths.cost import TRAINING, ancestry_forward
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.space import heads_of, space_of
 from lgp_dist.protocols import Batch, StepContext
-from lgp_dist.sampling import PathSampler
-from lgp_dist.spaces import heads_of, space_of
 from lgp_dist.stages.context import ancestry_vit
 from lgp_dist.tasks.finetune import FinetuneTask
 
@@ -79,7 +78,7 @@ class Bench:
         self.parts = {name: _numbers(pool.get_submodule(name)) for name in pool.part_names}
         optimizer = build_optimizer(pool, self.train, parts=pool.part_names)
         self.trainer = Trainer(workers, self.task, optimizer, self.train, config.finetune.gradients)
-        self.traffic = Traffic(self.trainer.module)
+        self.traffic = CommStats(self.trainer.module)
         images = self.train.batch_size // (workers.world * self.train.accumulate)
         shape = (images, self.space.channels, self.space.image_size, self.space.image_size)
         targets = torch.randint(self.space.num_classes, (images,))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgp_dist.bench.figures import as_table, ceilings, check_least, chosen_device, facts, in_turns, spread
+from lgp_dist.bench.common import as_table, ceilings, check_least, chosen_device, facts, in_turns, spread
 from lgp_dist.ops import dispatch, reference
 
 MODES = ("reference", "compiled", "fused")

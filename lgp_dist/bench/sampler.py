@@ -5,12 +5,12 @@ from dataclasses import replace
 from statistics import NormalDist, fmean, pvariance
 from typing import Any, get_args
 
-from lgp_dist.config import Policy, RunConfig
-from lgp_dist.costs import ancestry_forward, path_costs
+from lgp_dist.config.run_config import Policy, RunConfig
 from lgp_dist.errors import UserError
+from lgp_dist.paths.cost import ancestry_forward, path_costs
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.space import space_of
 from lgp_dist.recipes import RECIPES
-from lgp_dist.sampling import PathSampler
-from lgp_dist.spaces import space_of
 
 POLICIES: tuple[str, ...] = get_args(Policy)
 DRAWS, FEWEST_STEPS, MOST_STEPS = 60_000, 200, 4_000

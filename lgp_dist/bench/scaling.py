@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from lgp_dist.bench.figures import as_table, check_least, facts
+from lgp_dist.bench.common import as_table, check_least, facts
 from lgp_dist.bench.sampler import measure, with_policy
-from lgp_dist.checks import check_config
-from lgp_dist.config import RunConfig
-from lgp_dist.costs import TRAINING, ancestry_forward
+from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.paths import PathSpace
-from lgp_dist.sampling import PathSampler
+from lgp_dist.paths.cost import TRAINING, ancestry_forward
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.stitched import PathSpace
+from lgp_dist.run.checks import check_config
 
 FACTORS = ("work", "micro_steps", "weights", "meeting", "rounds", "bytes")
 """What a step's seconds are made of."""

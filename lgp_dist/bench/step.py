@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lgp_dist.bench.figures import as_table, ceilings, check_least, chosen_device, facts, in_turns, spread
-from lgp_dist.checks import check_config
-from lgp_dist.config import Ops, Precision, RunConfig
-from lgp_dist.engine.setup import autocast, choose_attention
+from lgp_dist.bench.common import as_table, ceilings, check_least, chosen_device, facts, in_turns, spread
+from lgp_dist.config.run_config import Ops, Precision, RunConfig
+from lgp_dist.engine.workers import autocast, choose_attention
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths import Path, PathSpace
-from lgp_dist.spaces import heads_of
+from lgp_dist.paths.space import heads_of
+from lgp_dist.paths.stitched import Path, PathSpace
+from lgp_dist.run.checks import check_config
 from lgp_dist.stages.context import ancestry_vit
 from lgp_dist.tasks.losses import soft_cross_entropy
 

@@ -17,9 +17,9 @@ from lgp_dist.cli.guard import guarded
 from lgp_dist.cli.launch import Check, run_launch
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.cli.shards import ShardsAction, run_shards
-from lgp_dist.config import RunConfig
-from lgp_dist.meaning import STAGES
-from lgp_dist.spaces import space_of
+from lgp_dist.config.flat import STAGES
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.paths.space import space_of
 from lgp_dist.study.questions import QUESTIONS
 
 SUMMARIES = {

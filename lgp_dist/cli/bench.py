@@ -235,7 +235,7 @@ def _bench_step(action: BenchStep) -> Result:
 
 
 def _bench_data(action: BenchData) -> Result:
-    from lgp_dist.bench.data import bench_data, data_table  # torch and timm, as above
+    from lgp_dist.bench.loaders.data import bench_data, data_table  # torch and timm, as above
 
     rows = bench_data(
         action.folder,
@@ -251,13 +251,13 @@ def _bench_data(action: BenchData) -> Result:
 
 
 def _bench_train(action: BenchTrain) -> Result:
-    from lgp_dist.bench.train import bench_train, train_table  # torch, timm and deepspeed, as above
+    from lgp_dist.bench.loop.train import bench_train, train_table  # torch, timm and deepspeed, as above
 
     return bench_train(action.recipe, action.out, action.rounds, action.steps), train_table
 
 
 def _bench_peers(action: BenchPeers) -> Result:
-    from lgp_dist.bench.versus import bench_peers, peers_table  # as above
+    from lgp_dist.bench.loop.peers import bench_peers, peers_table  # as above
 
     peers = _parts(action.peers)
     return bench_peers(action.recipe, action.out, peers, action.workers, action.rounds, action.steps), peers_table

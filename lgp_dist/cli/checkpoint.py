@@ -49,7 +49,7 @@ CheckpointAction = Annotated[
 
 def run_checkpoint(action: Verify | Show | Consolidate) -> None:
     """Does what the arguments ask for."""
-    from lgp_dist.checkpoints.manifest import read_manifest  # torch, which `lgp --help` must not wait for
+    from lgp_dist.engine.checkpoints.manifest import read_manifest  # torch, which `lgp --help` must not wait for
 
     if isinstance(action, Consolidate):
         _consolidate(action)
@@ -87,9 +87,9 @@ def _folders(path: Path) -> list[Path]:
 def _consolidate(action: Consolidate) -> None:
     from safetensors import SafetensorError
 
-    from lgp_dist.checkpoints.disk import Disk  # torch, as above
-    from lgp_dist.checkpoints.manifest import read_manifest
-    from lgp_dist.checkpoints.pieces import consolidate
+    from lgp_dist.engine.checkpoints.disk import Disk  # torch, as above
+    from lgp_dist.engine.checkpoints.manifest import read_manifest
+    from lgp_dist.engine.checkpoints.tensor_slices import consolidate
 
     if action.out.exists():
         raise UserError(f"--out {action.out} is there already: choose another file.")

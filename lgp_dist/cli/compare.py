@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from lgp_dist.config import RunConfig
+from lgp_dist.config.run_config import RunConfig
 
 
 def run_study(

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from lgp_dist.budget import Amount, Budget, parse_amount
 from lgp_dist.cli.guard import guarded
-from lgp_dist.config import (
+from lgp_dist.config.budget import Amount, Budget, parse_amount
+from lgp_dist.config.run_config import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,
@@ -142,13 +142,16 @@ class Downstream:
 
 def run_downstream(action: Downstream) -> None:
     """Does what the arguments ask for."""
-    from lgp_dist.downstream import finetune_descendant  # torch, timm and deepspeed, as below
+    from lgp_dist.commands.downstream import finetune_descendant  # torch, timm and deepspeed, as below
 
     finetune_descendant(action.folder, action.config)
 
 
 def _descend(action: DescendRun) -> None:
-    from lgp_dist.chosen import choice_text, choose_of_run  # torch and timm, which `lgp --help` must not wait for
+    from lgp_dist.commands.finished import (  # torch and timm, which `lgp --help` must not wait for
+        choice_text,
+        choose_of_run,
+    )
 
     row = choose_of_run(action.run, action.budget, plot=action.plot)
     text = json.dumps(row, indent=2) if action.json else choice_text(action.run, row, plot=action.plot)
@@ -156,7 +159,7 @@ def _descend(action: DescendRun) -> None:
 
 
 def _export(action: ExportRun) -> None:
-    from lgp_dist.chosen import export_of_run  # as above
+    from lgp_dist.commands.finished import export_of_run  # as above
 
     settings = ExportConfig(path=action.path, formats=action.formats, images=action.images)
     sys.stdout.write(export_of_run(action.run, action.out, settings, action.data) + "\n")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 def run_doctor(data: str, as_json: bool) -> None:
     """Prints every finding; ends with 1 where something is to do."""
-    from lgp_dist.doctor import examine  # the data's libraries, which `lgp --help` must not wait for
+    from lgp_dist.commands.doctor import examine  # the data's libraries, which `lgp --help` must not wait for
 
     findings = examine(data)
     if as_json:

@@ -9,9 +9,8 @@ import time
 import traceback
 from collections.abc import Callable
 
-from lgp_dist.engine.signals import asked_before
-from lgp_dist.errors import Preempted, UserError
-from lgp_dist.statuses import INTERRUPTED, PREEMPTED, USER
+from lgp_dist.engine.watch.signals import asked_before
+from lgp_dist.errors import INTERRUPTED, PREEMPTED, USER, Preempted, UserError
 
 NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from lgp_dist.config import RunConfig
+from lgp_dist.config.flat import STAGES
+from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.meaning import STAGES
+from lgp_dist.paths.space import space_of
 from lgp_dist.recipes import RECIPES
-from lgp_dist.spaces import space_of
 
 if TYPE_CHECKING:
-    from lgp_dist.engine.launch_check import Demand, Report
+    from lgp_dist.engine.launch.check import Demand, Report
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: weight and two moments, 4 bytes each."""
@@ -56,8 +56,8 @@ class Check:
 
 def run_launch(action: Check) -> None:
     """Does what the arguments ask for."""
-    from lgp_dist.engine.launch_check import check_file  # torch, accelerate and deepspeed, as elsewhere
-    from lgp_dist.engine.launch_plan import Given
+    from lgp_dist.engine.launch.check import check_file  # torch, accelerate and deepspeed, as elsewhere
+    from lgp_dist.engine.launch.plan import Given
 
     demand, config = _demand(action)
     given = Given(action.nodes, action.processes, action.rank, action.address, action.port, action.zero_stage)
@@ -75,7 +75,7 @@ def run_launch(action: Check) -> None:
 
 def _demand(action: Check) -> "tuple[Demand, RunConfig | None]":
     """What the recipe asks for, and the recipe."""
-    from lgp_dist.engine.launch_check import Demand
+    from lgp_dist.engine.launch.check import Demand
 
     if not action.recipe:
         return Demand(run_dir=Path(action.run_dir) if action.run_dir else None), None
@@ -100,8 +100,8 @@ def _demand(action: Check) -> "tuple[Demand, RunConfig | None]":
 
 def _data(config: RunConfig, world: int) -> tuple[list[str], list[str]]:
     """Problems and notes of shards and batches at so many ranks."""
-    from lgp_dist.data.manifest import ShardManifest  # torch, as above
-    from lgp_dist.data.roots import open_root
+    from lgp_dist.data.remote.roots import open_root
+    from lgp_dist.data.shards.manifest import ShardManifest  # torch, as above
     from lgp_dist.pipeline import check_world
 
     problems = []

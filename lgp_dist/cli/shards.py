@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from lgp_dist.data.options import BuildOptions
+from lgp_dist.data.build.options import BuildOptions
 from lgp_dist.errors import UserError
 
 
@@ -85,7 +85,8 @@ ShardsAction = Annotated[
 
 def run_shards(action: Build | Index | Verify | Show | Reshard) -> None:
     """Does what the arguments ask for."""
-    from lgp_dist.data import build, index, show, verify  # webdataset and torch, as above
+    from lgp_dist.data.build import build  # webdataset and torch, as above
+    from lgp_dist.data.shards import index, show, verify
 
     if isinstance(action, (Build, Reshard)):
         layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.layout, action.source)

@@ -4,8 +4,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from lgp_dist.data.decode import BadImage
-from lgp_dist.data.index import ShardIndex
+from lgp_dist.data.shards.decode import BadImage
+from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.errors import UserError
 
 log = logging.getLogger("lgp")

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lgp_dist.config import DataConfig
-from lgp_dist.data.crops import DRAWS, Crop
-from lgp_dist.data.decode import BadImage, LostBytes, decode_pixels
-from lgp_dist.data.draws import Keys, uniforms
-from lgp_dist.data.index import ShardIndex
-from lgp_dist.data.regions import RegionDecoder
+from lgp_dist.config.run_config import DataConfig
+from lgp_dist.data.augment.crops import DRAWS, Crop
+from lgp_dist.data.augment.keyed_random import Keys, uniforms
+from lgp_dist.data.augment.nvimgcodec import RegionDecoder
+from lgp_dist.data.shards.decode import BadImage, LostBytes, decode_pixels
+from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.errors import UserError
 
 AHEAD = 2

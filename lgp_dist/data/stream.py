@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lgp_dist.config import DataConfig, TrainConfig
-from lgp_dist.data.augment import Pixels
+from lgp_dist.config.run_config import DataConfig, TrainConfig
+from lgp_dist.data.augment.keyed_random import sample_keys
+from lgp_dist.data.augment.mixing import Mixer
+from lgp_dist.data.augment.pixels import Pixels
 from lgp_dist.data.bad import BadSamples
-from lgp_dist.data.decode import ShardFiles
-from lgp_dist.data.draws import sample_keys
-from lgp_dist.data.index import ShardIndex
 from lgp_dist.data.loader import Loaded, Loader, Plan
-from lgp_dist.data.manifest import MANIFEST_NAME, ShardManifest
-from lgp_dist.data.mixing import Mixer
 from lgp_dist.data.order import LANES, DataCursor, SampleOrder
-from lgp_dist.data.roots import open_root
+from lgp_dist.data.remote.roots import open_root
+from lgp_dist.data.shards.decode import ShardFiles
+from lgp_dist.data.shards.index import ShardIndex
+from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardManifest
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import Batch
 
 Forward = Callable[[Tensor], Tensor]

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lgp_dist.checkpoints.pieces import WEIGHT, Piece
-from lgp_dist.engine.defects import Place, partitions
+from lgp_dist.engine.checkpoints.tensor_slices import WEIGHT, TensorSlice
+from lgp_dist.engine.deepspeed_workarounds import Place, partitions
 from lgp_dist.engine.optim import materialise
 
 
@@ -34,19 +34,19 @@ class Fragments:
         """Of every parameter, whole."""
         return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in self.named}
 
-    def written(self) -> list[Piece]:
+    def written(self) -> list[TensorSlice]:
         """This rank's share; over all ranks every element comes once."""
         found = []
         for piece in self._held():
             if self.engine is None:
                 count = piece.values.numel()
                 first, end = (count * part // self.world for part in (self.rank, self.rank + 1))
-                piece = Piece(piece.parameter, piece.kind, first, piece.values[first:end])
+                piece = TensorSlice(piece.parameter, piece.kind, first, piece.values[first:end])
             if piece.values.numel():
                 found.append(piece)
         return found
 
-    def read(self) -> list[Piece]:
+    def read(self) -> list[TensorSlice]:
         """Everything that this rank holds, weights that the module computes with included."""
         return [*self._held(), *self._copies()]
 
@@ -65,12 +65,12 @@ class Fragments:
             if "step" in (state := self._state(place)):
                 yield name, state["step"]
 
-    def _held(self) -> Iterator[Piece]:
+    def _held(self) -> Iterator[TensorSlice]:
         for name, place in self._places():
             part = slice(place.offset, place.offset + place.count)
             for kind, value in {WEIGHT: place.flat, **self._state(place)}.items():
                 if isinstance(value, Tensor) and value.shape == place.flat.shape:
-                    yield Piece(name, kind, place.start, value.detach().view(-1)[part])
+                    yield TensorSlice(name, kind, place.start, value.detach().view(-1)[part])
 
     def _state(self, place: Place) -> dict[str, Any]:
         materialise(self.base, self.base.param_groups[place.group], place.flat)
@@ -84,7 +84,7 @@ class Fragments:
         else:
             yield from partitions(self.engine, self.named)
 
-    def _copies(self) -> Iterator[Piece]:
+    def _copies(self) -> Iterator[TensorSlice]:
         """Weights beside the optimizer's own: whole under ZeRO-1 and 2, this rank's part under ZeRO-3."""
         if self.engine is None:
             return
@@ -93,4 +93,4 @@ class Fragments:
             if hasattr(parameter, "ds_tensor"):
                 local, end = parameter.ds_tensor, parameter.ds_numel
                 start = self.rank * local.numel()  # the last ranks' parts hold padding
-            yield Piece(name, WEIGHT, start, local.detach().view(-1)[: max(0, end - start)])
+            yield TensorSlice(name, WEIGHT, start, local.detach().view(-1)[: max(0, end - start)])

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgp_dist.config import GradientConfig, TrainConfig
-from lgp_dist.engine.guard import Guard, NotFinite
+from lgp_dist.config.run_config import GradientConfig, TrainConfig
 from lgp_dist.engine.meters import StepMeter
 from lgp_dist.engine.optim import Decays, build_optimizer, build_schedule, decays_matrix, planned_steps, rate_of
-from lgp_dist.engine.saving import Saver, Saving
-from lgp_dist.engine.setup import Workers
-from lgp_dist.engine.signals import Preemption
+from lgp_dist.engine.saver import Saver, Saving
+from lgp_dist.engine.step_filter import NotFinite, StepFilter
 from lgp_dist.engine.trainer import Trainer, Watch
+from lgp_dist.engine.watch.signals import Preemption
+from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch, StepContext, Task
 
@@ -46,7 +46,7 @@ def train(
     watch: Watch | None = None,
     watch_every: int = 0,
     check: Callable[[list[dict[str, Any]]], None] = lambda lines: None,
-    guard: Guard | None = None,
+    guard: StepFilter | None = None,
     saving: Saving | None = None,
     seeds: Seeds | None = None,
 ) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def train(
         task.to(workers.device)
         optimizer = build_optimizer(task.module.to(workers.device).train(), config, decays, task.walk.parts, rates)
         schedule = build_schedule(optimizer, config, steps, steps_per_epoch)
-        guard = guard or Guard(task, workers, config.accumulate, stage=stage)
+        guard = guard or StepFilter(task, workers, config.accumulate, stage=stage)
         trainer = Trainer(workers, task, optimizer, config, gradients, trackers, run_dir / "tracking" / stage, guard)
         trainer.accelerator.init_trackers(stage, config=_plain(tracked_config or {}))
         saver = Saver(saving, trainer, stage, steps, stack.enter_context(Preemption())) if saving else None

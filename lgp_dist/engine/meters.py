@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lgp_dist.engine.trackers import Tracking
 from lgp_dist.engine.trainer import Trainer
-from lgp_dist.metrics import MetricsFile
+from lgp_dist.run.metrics import MetricsFile
 
 log = logging.getLogger("lgp")
 

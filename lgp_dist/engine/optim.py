@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
-from lgp_dist.config import TrainConfig
+from lgp_dist.config.run_config import TrainConfig
 from lgp_dist.engine.gradients import part_of
 
 Decays = Callable[[str, Parameter], bool]

@@ -17,17 +17,17 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lgp_dist.config import EngineConfig, GradientConfig, TrainConfig
-from lgp_dist.engine.audit import Audit
-from lgp_dist.engine.defects import drop_gradients, forget_gradients, make_whole, reduced_gradients
+from lgp_dist.config.run_config import EngineConfig, GradientConfig, TrainConfig
+from lgp_dist.engine.deepspeed_config import deepspeed_config
+from lgp_dist.engine.deepspeed_workarounds import drop_gradients, forget_gradients, make_whole, reduced_gradients
+from lgp_dist.engine.divergence_check import DivergenceCheck
 from lgp_dist.engine.fragments import Fragments
 from lgp_dist.engine.gradients import Contract, Gradients
-from lgp_dist.engine.guard import Guard, Verdict
-from lgp_dist.engine.launch import Launch
+from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.optim import Gate
-from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.step_filter import StepFilter, Verdict
 from lgp_dist.engine.trackers import harmless
-from lgp_dist.engine.zero import deepspeed_config
+from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import StepContext, Task
 
 Watch = Callable[[nn.Module], dict[str, float]]
@@ -70,7 +70,7 @@ class Trainer:
         rules: GradientConfig,
         trackers: tuple[str, ...] = (),
         log_dir: Path = Path("."),
-        guard: Guard | None = None,
+        guard: StepFilter | None = None,
     ):
         self.workers, self.task, self.optimizer, self.train, self.rules = workers, task, optimizer, train, rules
         launch, engine = workers.launch, workers.engine
@@ -82,7 +82,7 @@ class Trainer:
             self.gradients.weigh(self.factors)
         self.audit = self._audit() if engine.audit and workers.world > 1 else None
         self.gate = Gate(optimizer)
-        self.guard = guard or Guard(task, workers, train.accumulate)
+        self.guard = guard or StepFilter(task, workers, train.accumulate)
         self.losses: list[Tensor] = []
         self.scaler = LossScale(engine.fp16_scale) if engine.precision == "fp16" else None
         self.schedule: list[frozenset[str]] = []
@@ -118,9 +118,9 @@ class Trainer:
             project_dir=str(log_dir),
         )
 
-    def _audit(self) -> Audit:
+    def _audit(self) -> DivergenceCheck:
         ordered = self.deepspeed and self.stage in (1, 2)
-        return Audit(self.task.module, self.task.walk, self.workers, gradients=ordered and not self.union)
+        return DivergenceCheck(self.task.module, self.task.walk, self.workers, gradients=ordered and not self.union)
 
     def _prepare_module(self, module: nn.Module) -> None:
         engine = self.workers.engine

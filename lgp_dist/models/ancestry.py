@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from lgp_dist.config import Precision
+from lgp_dist.config.run_config import Precision
 from lgp_dist.errors import UserError
 from lgp_dist.models.vit import forward_with_taps, with_patch_product
 

@@ -3,11 +3,11 @@
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lgp_dist.config import DistilConfig, RowConfig
+from lgp_dist.config.run_config import DistilConfig, RowConfig
 from lgp_dist.models.pool import row_vit
 from lgp_dist.models.transformation import Level, TransformationBank, forward_pairs, levels_of
 from lgp_dist.models.vit import forward_with_taps
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.stitched import PathSpace
 
 
 class AuxiliaryViT(nn.Module):

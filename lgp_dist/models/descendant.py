@@ -10,12 +10,12 @@ from timm.models._manipulate import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lgp_dist.config import DataConfig
+from lgp_dist.config.run_config import DataConfig
 from lgp_dist.models.pool import LearngenePool, row_vit
 from lgp_dist.models.stitch import StitchLayer
 from lgp_dist.models.vit import classify, embed, split_vit
-from lgp_dist.paths import Path, PathSpace
-from lgp_dist.spaces import AnyPath, Space, space_from
+from lgp_dist.paths.space import AnyPath, Space, space_from
+from lgp_dist.paths.stitched import Path, PathSpace
 
 
 class Descendant(nn.Module):

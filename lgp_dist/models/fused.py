@@ -11,7 +11,7 @@ from einops import rearrange
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-from lgp_dist.config import Ops
+from lgp_dist.config.run_config import Ops
 from lgp_dist.ops import dispatch
 
 

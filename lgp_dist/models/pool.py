@@ -13,12 +13,12 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lgp_dist.config import Ops
+from lgp_dist.config.run_config import Ops
 from lgp_dist.models.fused import fused_block, stitch
 from lgp_dist.models.stitch import StitchLayer
 from lgp_dist.models.vit import build_vit, classify, embed, split_vit
 from lgp_dist.ops.dispatch import resolved
-from lgp_dist.spaces import AnyPath, Space
+from lgp_dist.paths.space import AnyPath, Space
 
 Tokens = Tensor | tuple[Tensor, ...]
 """[B, N, D]; after a fused stitch, with what else it computed of them, until a block takes it all."""

@@ -5,14 +5,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lgp_dist.config import StitchInit
+from lgp_dist.config.run_config import StitchInit
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryViT
 from lgp_dist.models.stitch import Affine, LeastSquares, from_pinv, from_transpose, mean_affine
 from lgp_dist.models.transformation import Level
 from lgp_dist.models.vit import embed, forward_with_taps
-from lgp_dist.paths import Path, PathSpace
+from lgp_dist.paths.stitched import Path, PathSpace
 
 Starts = dict[int, Affine]
 """Matrix and bias by index of the stitch layer."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from lgp_dist.config import Levels
+from lgp_dist.config.run_config import Levels
 from lgp_dist.errors import UserError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgp_dist.config import Ops
+from lgp_dist.config.run_config import Ops
 from lgp_dist.ops import reference
 from lgp_dist.ops.norm_residual import norm_backward
 from lgp_dist.ops.norm_residual import norm_residual as fused_norm_residual

@@ -8,11 +8,10 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
-from lgp_dist.report.draws import draws_section
+from lgp_dist.report.draw_table import draws_section
 from lgp_dist.report.page import CSS, SCRIPT
-from lgp_dist.report.pareto import pareto_front
 from lgp_dist.report.plots import stage_lines
-from lgp_dist.report.rows import Row, amount, decimals, flops_unit, kind_label, kind_of, kinds
+from lgp_dist.report.rows import Row, amount, decimals, flops_unit, kind_label, kind_of, kinds, pareto_front
 
 DESCENDANT_FIELDS = {
     "key": "Path",

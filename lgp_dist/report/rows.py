@@ -49,6 +49,19 @@ def kind_label(kind: Kind, all_kinds: Sequence[Kind]) -> str:
     return f"Row {kind[0]} alone"
 
 
+def pareto_front(rows: Sequence[Row], cost: str = "flops") -> list[Row]:
+    """The rows that no other row beats in cost and top-1 (percent) at once, cheapest first.
+
+    cost: the field to keep low, "flops" or "params". Of rows with equal cost the most accurate stays, of rows with
+    equal top-1 the cheapest; of rows equal in both the one whose key sorts first.
+    """
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row[cost], -row["top1"], row["key"])):
+        if not front or row["top1"] > front[-1]["top1"]:
+            front.append(row)
+    return front
+
+
 def flops_unit(rows: Sequence[Row]) -> tuple[float, str]:
     """Divisor and letter for a column of FLOPs: G where the largest path reaches 1e9 multiply-adds, else M."""
     return (1e9, "G") if max((row["flops"] for row in rows), default=0) >= 1e9 else (1e6, "M")

@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from lgp_dist.artifacts import Artifact, RunDirectory
-from lgp_dist.baselines.sws import auxiliary_net
-from lgp_dist.config import RunConfig, TrainConfig
+from lgp_dist.config.flat import flatten, up_to
+from lgp_dist.config.run_config import RunConfig, TrainConfig
 from lgp_dist.data.stream import ResumableStream, TrainStream, evaluation_batches, open_split
-from lgp_dist.dealing import draw_index
-from lgp_dist.depths import DepthSpace
 from lgp_dist.engine.evaluate import Forward, accuracies
-from lgp_dist.engine.guard import Guard
 from lgp_dist.engine.loop import train
 from lgp_dist.engine.optim import Decays, decays_matrix
-from lgp_dist.engine.saving import Saving
-from lgp_dist.engine.setup import Workers
-from lgp_dist.meaning import flatten, up_to
+from lgp_dist.engine.saver import Saving
+from lgp_dist.engine.step_filter import StepFilter
+from lgp_dist.engine.workers import Workers
 from lgp_dist.models.ancestry import Ancestry, timm_model
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.models.sws import auxiliary_net
 from lgp_dist.models.vit import build_vit
+from lgp_dist.paths.depths import DepthSpace
+from lgp_dist.paths.space import Space, heads_of, space_of
+from lgp_dist.paths.stratified import draw_index
 from lgp_dist.protocols import Batch, StepContext, Task
-from lgp_dist.provenance import command, versions
-from lgp_dist.spaces import Space, heads_of, space_of
+from lgp_dist.run.artifacts import Artifact, RunDirectory
+from lgp_dist.run.provenance import command, versions
 
 Fill = Callable[[Path], dict[str, Any]]
 """Writes a stage's files into a folder and returns what the stage measured."""
@@ -106,7 +106,7 @@ class Context:
             tracked_config=flatten(self.config),
             decays=decays,
             check=stream.check,
-            guard=Guard(task, workers, config.accumulate, self.config.faults, stage, describe),
+            guard=StepFilter(task, workers, config.accumulate, self.config.faults, stage, describe),
             saving=self._saving(stage, stream),
             seeds=seeds,
             **more,

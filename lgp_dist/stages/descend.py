@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.artifacts import save_tensors, write_json
-from lgp_dist.descendants.choice import choose
-from lgp_dist.descendants.latency import NAME, LatencyFile, with_path_latencies
+from lgp_dist.export.choice import choose
+from lgp_dist.export.latency import NAME, LatencyFile, with_path_latencies
 from lgp_dist.models.descendant import descendant_from_path
+from lgp_dist.run.artifacts import save_tensors, write_json
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")

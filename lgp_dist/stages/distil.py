@@ -8,13 +8,13 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import Parameter
 
-from lgp_dist.artifacts import load_tensors, save_tensors
-from lgp_dist.costs import ancestry_flops, trained_rows_flops, work
 from lgp_dist.engine.optim import decays_matrix
 from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import Ancestry, check_normalisation, hub_weights, load_weights, timm_model
 from lgp_dist.models.auxiliary import AuxiliaryRows
 from lgp_dist.models.row_start import check_row, take_tail
+from lgp_dist.paths.cost import ancestry_flops, trained_rows_flops, work
+from lgp_dist.run.artifacts import load_tensors, save_tensors
 from lgp_dist.stages.context import Context, model_input
 from lgp_dist.tasks.distil import DistilTask
 

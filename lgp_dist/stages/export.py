@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.data.roots import local_root
+from lgp_dist.data.remote.roots import local_root
+from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import evaluation_batches, open_split
-from lgp_dist.descendants.folder import Exported, told, write_folder
-from lgp_dist.descendants.latency import NAME, LatencyFile, with_path_latencies
 from lgp_dist.errors import UserError
+from lgp_dist.export.folder import Exported, told, write_folder
+from lgp_dist.export.latency import NAME, LatencyFile, with_path_latencies
 from lgp_dist.models.descendant import descendant_from_path, timm_config
 from lgp_dist.protocols import Batch
 from lgp_dist.stages.context import Context

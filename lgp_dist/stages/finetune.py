@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from lgp_dist.artifacts import load_tensors, save_tensors, write_json
-from lgp_dist.costs import ancestry_forward, work
 from lgp_dist.files import sha256
-from lgp_dist.ledger import behind, build_ledger
-from lgp_dist.metrics import read_metrics
 from lgp_dist.models.ancestry import load_weights
-from lgp_dist.sampling import PathSampler
+from lgp_dist.paths.cost import ancestry_forward, work
+from lgp_dist.paths.ledger import behind, build_ledger
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.run.artifacts import load_tensors, save_tensors, write_json
+from lgp_dist.run.metrics import read_metrics
 from lgp_dist.stages.context import Context
 from lgp_dist.tasks.finetune import FinetuneTask
 

@@ -9,15 +9,15 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from lgp_dist.artifacts import Artifact, save_tensors
-from lgp_dist.baselines.sws import expand
 from lgp_dist.data.stream import clean_batches, evaluation_batches, open_split
-from lgp_dist.depths import DepthSpace
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryViT
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.stitch_fit import stitch_fits
 from lgp_dist.models.stitch_init import Starts, ancestry_means, least_squares_starts, transformation_starts
+from lgp_dist.models.sws import expand
+from lgp_dist.paths.depths import DepthSpace
+from lgp_dist.run.artifacts import Artifact, save_tensors
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.artifacts import RunDirectory
-from lgp_dist.config import RunConfig
+from lgp_dist.config.flat import STAGES
+from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.meaning import STAGES
+from lgp_dist.run.artifacts import RunDirectory
 from lgp_dist.study.questions import Arm, Question
 
 WATCH_EVERY = 100

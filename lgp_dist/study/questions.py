@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from lgp_dist.config import RunConfig, StitchInit
+from lgp_dist.config.run_config import RunConfig, StitchInit
 from lgp_dist.recipes import RECIPES
 from lgp_dist.study.settings import changed_values, with_values
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from lgp_dist.artifacts import RunDirectory
-from lgp_dist.metrics import read_metrics
 from lgp_dist.report.rows import Row, row_alone
+from lgp_dist.run.artifacts import RunDirectory
+from lgp_dist.run.metrics import read_metrics
 from lgp_dist.study.cells import Cell
 from lgp_dist.study.runner import STARTS
 from lgp_dist.study.settings import arguments

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lgp_dist.config import RunConfig
-from lgp_dist.meaning import flatten, unflatten
+from lgp_dist.config.flat import flatten, unflatten
+from lgp_dist.config.run_config import RunConfig
 from lgp_dist.recipes import RECIPES
 
 

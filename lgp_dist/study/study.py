@@ -5,17 +5,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.artifacts import RunDirectory, write_json
-from lgp_dist.config import RunConfig
-from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.data.roots import local_root
+from lgp_dist.config.flat import STAGES
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.data.remote.roots import local_root
+from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.errors import UserError
-from lgp_dist.meaning import STAGES
 from lgp_dist.pipeline import sources
-from lgp_dist.provenance import environment
 from lgp_dist.report.compare import System, arms_figure, compare_figure, markdown
 from lgp_dist.report.plots import save_figure
 from lgp_dist.report.rows import write_atomic
+from lgp_dist.run.artifacts import RunDirectory, write_json
+from lgp_dist.run.provenance import environment
 from lgp_dist.study.cells import Cell, adopt, cells_of
 from lgp_dist.study.questions import QUESTIONS, Question
 from lgp_dist.study.results import MEASURES, PAIRED, cell_record, layer_fits, mean_curve, mean_rows, summary, verdicts

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgp_dist.config import DistilConfig
+from lgp_dist.config.run_config import DistilConfig
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryRows
 from lgp_dist.protocols import Batch, StepContext, Walk

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgp_dist.config import FinetuneConfig
+from lgp_dist.config.run_config import FinetuneConfig
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.space import AnyPath
 from lgp_dist.protocols import Batch, StepContext, Walk
-from lgp_dist.sampling import PathSampler
-from lgp_dist.spaces import AnyPath
 from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 
 

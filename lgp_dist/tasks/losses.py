@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgp_dist.config import LossScale
+from lgp_dist.config.run_config import LossScale
 
 Pairs = list[tuple[Tensor, Tensor]]
 

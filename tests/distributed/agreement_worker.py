@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from lgp_dist.config import EngineConfig, RunConfig
-from lgp_dist.engine.agreement import check_equal, facts_of
-from lgp_dist.engine.launch import Launch
-from lgp_dist.engine.setup import Workers
+from lgp_dist.config.run_config import EngineConfig, RunConfig
+from lgp_dist.engine.launch.environment import Launch
+from lgp_dist.engine.rank_consistency import check_equal, facts_of
+from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.recipes import tiny
 

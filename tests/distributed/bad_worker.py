@@ -14,11 +14,11 @@ from exact_cells import Cell
 from exact_worker import workers_of
 from safetensors.torch import save_file
 
-from lgp_dist.config import AugmentConfig, DataConfig
-from lgp_dist.data.index import ShardIndex
+from lgp_dist.config.run_config import AugmentConfig, DataConfig
+from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.data.stream import TrainStream, open_split
 from lgp_dist.engine.loop import train
-from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.workers import Workers
 from lgp_dist.tasks.finetune import FinetuneTask
 
 SAMPLES, STEPS = 32, 4

@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 import torch
 
-from lgp_dist.config import EngineConfig, FinetuneConfig, GradientConfig, Ops, Precision, TrainConfig
-from lgp_dist.engine.setup import choose_attention
+from lgp_dist.config.run_config import EngineConfig, FinetuneConfig, GradientConfig, Ops, Precision, TrainConfig
+from lgp_dist.engine.workers import choose_attention
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.vit import build_vit
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.protocols import Batch
-from lgp_dist.sampling import PathSampler
 
 Engine = Literal["zero0", "zero1", "zero2", "zero3", "ddp"]
 ENGINES: tuple[Engine, ...] = ("zero0", "zero1", "zero2", "zero3", "ddp")

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lgp_dist.engine import trainer
-from lgp_dist.engine.audit import bits
-from lgp_dist.engine.defects import gathered
+from lgp_dist.engine.comm_stats import Gathered
+from lgp_dist.engine.deepspeed_workarounds import gathered
+from lgp_dist.engine.divergence_check import bits
 from lgp_dist.engine.loop import Batches, train
-from lgp_dist.engine.probe import Gathered
-from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.tasks.finetune import FinetuneTask
 

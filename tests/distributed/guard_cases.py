@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from exact_cells import ENGINES, Cell, Engine
 
-from lgp_dist.config import Precision
+from lgp_dist.config.run_config import Precision
 
 Kind = Literal["nan", "inf", "gradient", "part", "path", "spike"]
 """A loss that is nan or infinite; a finite loss with a gradient that is nan everywhere, or infinite in one part; a path

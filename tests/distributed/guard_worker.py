@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lgp_dist.config import FaultConfig
+from lgp_dist.config.run_config import FaultConfig
 from lgp_dist.engine import loop
-from lgp_dist.engine.guard import Guard, NotFinite
 from lgp_dist.engine.optim import build_optimizer
-from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.step_filter import NotFinite, StepFilter
 from lgp_dist.engine.trainer import Trainer
+from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.tasks.finetune import FinetuneTask
 
@@ -112,7 +112,7 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
 
     loop.build_optimizer, loop.Trainer = keep, hold
     (folder / str(index)).mkdir(exist_ok=True)
-    guard = Guard(task, workers, cell.accumulate, FaultConfig(case.skip_steps, case.spike), "finetune", describe)
+    guard = StepFilter(task, workers, cell.accumulate, FaultConfig(case.skip_steps, case.spike), "finetune", describe)
     facts: dict[str, Any] = {"sentence": "", "step": None}
     try:
         loop.train(

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lgp_dist.engine.signals import Preemption
-from lgp_dist.outcome import Outcome, write_outcome
-from lgp_dist.statuses import PREEMPTED
+from lgp_dist.engine.watch.signals import Preemption
+from lgp_dist.errors import PREEMPTED
+from lgp_dist.run.run_status import RunStatus, write_run_status
 
 run, seconds = Path(sys.argv[1]), float(sys.argv[2])
 dist.init_process_group("gloo")
@@ -28,7 +28,7 @@ with Preemption() as preemption:
         dist.all_reduce(asked)
     time.sleep(seconds)
     if rank == 0:
-        write_outcome(run, Outcome("preempted", "finetune", step, "Asked to leave."))
+        write_run_status(run, RunStatus("preempted", "finetune", step, "Asked to leave."))
     (run / f"left-{rank}").write_text(f"{step} {preemption.name}")
     dist.barrier()
     os._exit(PREEMPTED)

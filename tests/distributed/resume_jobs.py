@@ -13,7 +13,7 @@ from exact_launch import HERE, run_workers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lgp_dist.config import TrainConfig
+from lgp_dist.config.run_config import TrainConfig
 from lgp_dist.protocols import Batch
 
 GLOBAL = 24

@@ -16,11 +16,11 @@ from exact_worker import workers_of
 from resume_jobs import Job
 from safetensors.torch import save_file
 
-from lgp_dist.config import CheckpointConfig, FaultConfig
-from lgp_dist.engine.guard import Guard
+from lgp_dist.config.run_config import CheckpointConfig, FaultConfig
 from lgp_dist.engine.loop import train
-from lgp_dist.engine.saving import Saving
-from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.saver import Saving
+from lgp_dist.engine.step_filter import StepFilter
+from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch
 from lgp_dist.tasks.finetune import FinetuneTask
@@ -72,7 +72,7 @@ def run(job: Job, started: Workers, root: Path) -> None:
             steps_per_epoch=cell.steps,
             run_dir=folder,
             gradients=cell.finetune_config().gradients,
-            guard=Guard(task, workers, cell.accumulate, FaultConfig(rollback=job.rollback), "job"),
+            guard=StepFilter(task, workers, cell.accumulate, FaultConfig(rollback=job.rollback), "job"),
             saving=saving,
         )
     except UserError as error:

@@ -18,9 +18,9 @@ from footprint import Footprint, grown, summary
 from torture import RECIPE, Campaign, Life, Report, checkpoints
 from torture import Options as Torture
 
-from lgp_dist.checkpoints.manifest import read_manifest
-from lgp_dist.provenance import environment
-from lgp_dist.statuses import PREEMPTED
+from lgp_dist.engine.checkpoints.manifest import read_manifest
+from lgp_dist.errors import PREEMPTED
+from lgp_dist.run.provenance import environment
 
 EVERY_S = 1.0
 """Between two looks at the ranks."""

@@ -18,9 +18,10 @@ from run_helpers import SMALL
 from torture import Life
 
 from lgp_dist import pipeline
-from lgp_dist.artifacts import RunDirectory
-from lgp_dist.engine import evaluate, setup
-from lgp_dist.engine.setup import Workers
+from lgp_dist.engine import evaluate
+from lgp_dist.engine import workers as setup
+from lgp_dist.engine.workers import Workers
+from lgp_dist.run.artifacts import RunDirectory
 from lgp_dist.stages import finetune
 
 SEEN_S = 1.2

@@ -11,8 +11,7 @@ from exact_reference import DTYPES
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lgp_dist.baselines.sws import auxiliary_net, expand
-from lgp_dist.config import (
+from lgp_dist.config.run_config import (
     DistilConfig,
     EngineConfig,
     FinetuneConfig,
@@ -21,13 +20,14 @@ from lgp_dist.config import (
     RowConfig,
     TrainConfig,
 )
-from lgp_dist.depths import DepthSpace
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryRows
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.models.sws import auxiliary_net, expand
 from lgp_dist.models.vit import build_vit
+from lgp_dist.paths.depths import DepthSpace
+from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.protocols import Batch, Task
-from lgp_dist.sampling import PathSampler
 from lgp_dist.tasks.distil import DistilTask
 from lgp_dist.tasks.finetune import FinetuneTask
 

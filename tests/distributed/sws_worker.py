@@ -13,7 +13,7 @@ from exact_worker import train_cell, workers_of
 from safetensors.torch import save_file
 from sws_cells import SPACE, SwsCell
 
-from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import Batch
 
 

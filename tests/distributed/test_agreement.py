@@ -15,13 +15,13 @@ from agreement_worker import PLAIN, WORLD, changed
 from exact_launch import HERE, ROOT, command
 from run_helpers import SMALL, processes_with
 
-from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.engine.agreement import facts_of
-from lgp_dist.engine.launch import Launch
-from lgp_dist.meaning import flatten
+from lgp_dist.config.flat import flatten
+from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.engine.launch.environment import Launch
+from lgp_dist.engine.rank_consistency import facts_of
 from lgp_dist.pipeline import sources
-from lgp_dist.provenance import code_hashes
 from lgp_dist.recipes import tiny
+from lgp_dist.run.provenance import code_hashes
 
 MAY_DIFFER = {
     *("data.root", "data.threads", "data.cache", "data.cache_bytes", "data.timeout_s", "data.retries"),

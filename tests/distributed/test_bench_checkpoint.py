@@ -9,7 +9,7 @@ import pytest
 from exact_launch import ROOT, command
 from run_helpers import Lgp
 
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny
 
 SMALL = ("--rounds=1", "--steps=2", "--finetune.train.batch-size=4", "--engine.device=cpu", "--checkpoint.every=10")

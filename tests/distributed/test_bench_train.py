@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from exact_launch import ROOT, command
 
-from lgp_dist.bench.phases import PHASES
+from lgp_dist.bench.loop.phases import PHASES
 
 SMALL = ("--rounds=1", "--steps=2", "--finetune.train.batch-size=4", "--engine.device=cpu")
 

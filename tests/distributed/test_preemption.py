@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from exact_launch import HERE, ROOT
 
-from lgp_dist.engine.signals import Preemption
-from lgp_dist.outcome import Outcome, clear_outcome, read_outcome, write_outcome
-from lgp_dist.statuses import BUG, PREEMPTED, USER
+from lgp_dist.engine.watch.signals import Preemption
+from lgp_dist.errors import BUG, PREEMPTED, USER
+from lgp_dist.run.run_status import RunStatus, clear_run_status, read_run_status, write_run_status
 
 SLURM = ROOT / "launch_configs" / "slurm" / "train.sbatch"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -51,7 +51,7 @@ def test_handlers_take_a_note_and_go() -> None:
 FAILING = """
 import os, signal
 from lgp_dist.cli.guard import guarded
-from lgp_dist.engine.signals import Preemption
+from lgp_dist.engine.watch.signals import Preemption
 from lgp_dist.errors import UserError
 
 def loop():
@@ -107,7 +107,9 @@ def test_launcher_passes_signals_on(tmp_path: Path, mark: str, forwarded: bool) 
                 os.kill(int((tmp_path / f"ready-{rank}").read_text()), signal.SIGUSR1)
         launcher.communicate(timeout=60)
     assert launcher.returncode == 1
-    assert read_outcome(tmp_path) == Outcome("preempted", "finetune", read_outcome(tmp_path).step, "Asked to leave.")
+    assert read_run_status(tmp_path) == RunStatus(
+        "preempted", "finetune", read_run_status(tmp_path).step, "Asked to leave."
+    )
     assert (tmp_path / "left-0").read_text().split()[0] == (tmp_path / "left-1").read_text().split()[0]
 
 
@@ -156,9 +158,9 @@ def test_batch_script_decides(
     """By this start's outcome: that of the start before is gone before the launcher begins."""
     run = tmp_path / "RUN"
     run.mkdir()
-    write_outcome(run, Outcome("preempted"))
+    write_run_status(run, RunStatus("preempted"))
     if outcome:
-        write_outcome(tmp_path, Outcome(outcome, "pool", 3, 'a "quoted" word, "outcome": "preempted"'))
+        write_run_status(tmp_path, RunStatus(outcome, "pool", 3, 'a "quoted" word, "outcome": "preempted"'))
     launch = f'bash -c "! test -e $RUN/outcome.json && cp $FAKE/outcome.json $RUN/ 2> /dev/null; exit {status}"'
     process = batch(tmp_path, mark, launch, SLURM_RESTART_COUNT=str(restarts))
     out, _ = process.communicate(timeout=60)
@@ -184,21 +186,21 @@ def test_batch_script_lets_ranks_leave(tmp_path: Path, mark: str, grace: str, sa
 
 def test_outcome_on_disk(tmp_path: Path) -> None:
     """Written whole, read back, cleared; a damaged one is a sentence."""
-    outcome = Outcome("failed", "distil", 7, "No space.")
-    write_outcome(tmp_path, outcome)
+    outcome = RunStatus("failed", "distil", 7, "No space.")
+    write_run_status(tmp_path, outcome)
     assert json.loads((tmp_path / "outcome.json").read_text()) == {
         **{"outcome": "failed", "stage": "distil", "step": 7, "sentence": "No space."}
     }
-    assert read_outcome(tmp_path) == outcome and [path.name for path in tmp_path.iterdir()] == ["outcome.json"]
-    clear_outcome(tmp_path)
-    clear_outcome(tmp_path)
-    assert read_outcome(tmp_path) is None
+    assert read_run_status(tmp_path) == outcome and [path.name for path in tmp_path.iterdir()] == ["outcome.json"]
+    clear_run_status(tmp_path)
+    clear_run_status(tmp_path)
+    assert read_run_status(tmp_path) is None
     with pytest.raises(ValueError, match="outcome is 'done'"):
-        Outcome("done")
+        RunStatus("done")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"outcome": "done"}', '{"outcome": "failed", "more": 1}'])
 def test_damaged_outcome(tmp_path: Path, text: str) -> None:
     (tmp_path / "outcome.json").write_text(text)
     with pytest.raises(ValueError, match=r"outcome\.json does not say how a run ended .*: remove it, and start"):
-        read_outcome(tmp_path)
+        read_run_status(tmp_path)

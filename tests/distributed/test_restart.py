@@ -15,7 +15,7 @@ from exact_launch import ROOT, command
 from run_helpers import SMALL, processes_with
 from safetensors.torch import load_file
 
-from lgp_dist.outcome import Outcome, read_outcome
+from lgp_dist.run.run_status import RunStatus, read_run_status
 
 STEPS, EVERY = 40, 5
 LAUNCHERS = ("accelerate", "torchrun") if os.environ.get("LGP_LONG_TESTS") else ()
@@ -92,7 +92,7 @@ def test_a_run_survives_preemption_and_a_killed_rank(finished: Path, tmp_path: P
     saved(place, 2 * EVERY, first)
     first.send_signal(signal.SIGTERM)
     error = first.communicate(timeout=120)[1]
-    left = read_outcome(place / "run")
+    left = read_run_status(place / "run")
     assert (first.returncode, left.outcome, left.stage) == (1, "preempted", "finetune"), error[-3000:]
     assert 2 * EVERY <= left.step < STEPS and f"step-{left.step:08d}" in os.listdir(place / "run/checkpoints/finetune")
     assert not processes_with(mark)
@@ -104,7 +104,7 @@ def test_a_run_survives_preemption_and_a_killed_rank(finished: Path, tmp_path: P
     error = second.communicate(timeout=240)[1]
     assert second.returncode == 0, error[-6000:]
     assert error.count("finetune: goes on from step") == 2 and f"goes on from step {left.step} of" in error
-    assert read_outcome(place / "run") == Outcome("complete", "finetune")
+    assert read_run_status(place / "run") == RunStatus("complete", "finetune")
 
     file = "run/finetune/pool.safetensors"
     found, expected = load_file(place / file), load_file(whole / file)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from exact_launch import HERE, ROOT
 
-from lgp_dist.meaning import STAGES
-from lgp_dist.statuses import HUNG
+from lgp_dist.config.flat import STAGES
+from lgp_dist.errors import HUNG
 
 TIMEOUT_S = 2.0
 STOPPED = "gives no sign of life .*: last seen in "

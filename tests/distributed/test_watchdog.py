@@ -12,7 +12,7 @@ import pytest
 from exact_launch import HERE, ROOT
 from watch_worker import BAD_STEP, PHASE_OF
 
-from lgp_dist.statuses import HUNG
+from lgp_dist.errors import HUNG
 
 TIMEOUT_S = 2.0
 HUNG_CASES = (

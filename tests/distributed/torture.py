@@ -37,13 +37,12 @@ from run_helpers import SAMPLE, SMALL, call_main, write_ancestry, write_shard
 
 import lgp_dist.pipeline
 import lgp_dist.report.plots
-from lgp_dist.checkpoints.disk import Disk
-from lgp_dist.checkpoints.manifest import read_manifest
-from lgp_dist.data.index import index_shards
-from lgp_dist.engine.watchdog import longest
-from lgp_dist.errors import UserError
-from lgp_dist.provenance import environment
-from lgp_dist.statuses import HUNG, PREEMPTED
+from lgp_dist.data.shards.index import index_shards
+from lgp_dist.engine.checkpoints.disk import Disk
+from lgp_dist.engine.checkpoints.manifest import read_manifest
+from lgp_dist.engine.watch.watchdog import longest
+from lgp_dist.errors import HUNG, PREEMPTED, UserError
+from lgp_dist.run.provenance import environment
 
 STEPS, EVERY = 18, 2
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "ddp")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lgp_dist.engine.watchdog import Watchdog, longest
+from lgp_dist.engine.watch.watchdog import Watchdog, longest
 
 STEPS, BAD_STEP = 5, 3
 SEEN_S = 1.2

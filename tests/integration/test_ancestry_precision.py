@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from run_helpers import SMALL, Lgp
 
-from lgp_dist.metrics import read_metrics
+from lgp_dist.run.metrics import read_metrics
 
 
 @pytest.mark.parametrize("stage", ["distil", "finetune"])

@@ -15,9 +15,9 @@ import pytest
 import torch
 from run_helpers import SMALL, Lgp, break_images, has, index_of, overwrite, processes_with, refused, snapshot
 
-from lgp_dist.data.index import index_shards
 from lgp_dist.data.order import position_to_sample
-from lgp_dist.metrics import read_metrics
+from lgp_dist.data.shards.index import index_shards
+from lgp_dist.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from run_helpers import SMALL, Lgp, call_main, has
 
-from lgp_dist.checkpoints.manifest import TrainState, read_manifest
-from lgp_dist.checkpoints.settings import check_settings
-from lgp_dist.checks import check_config
-from lgp_dist.config import RunConfig
+from lgp_dist.config.flat import flatten, meaning
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.engine.checkpoints.manifest import TrainState, read_manifest
+from lgp_dist.engine.checkpoints.settings import check_settings
 from lgp_dist.errors import UserError
-from lgp_dist.meaning import flatten, meaning
 from lgp_dist.recipes import tiny
+from lgp_dist.run.checks import check_config
 
 STAGE = "finetune"
 PASS: dict[str, Any] = {

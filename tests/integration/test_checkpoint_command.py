@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lgp_dist.models.descendant import load_descendant
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny
 
 FIRST = Path("run/checkpoints/finetune/step-00000001")

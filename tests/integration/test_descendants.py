@@ -16,10 +16,10 @@ from run_helpers import SMALL, Lgp, has, overwrite, snapshot
 from safetensors.torch import load_file
 
 import lgp_dist.timm_models  # noqa: F401
-from lgp_dist.data.index import index_shards
+from lgp_dist.data.shards.index import index_shards
 from lgp_dist.models.descendant import load_descendant
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.stitched import PathSpace
 
 TINY = PathSpace((32, 96), 6, image_size=28, patch_size=7, channels=1, num_classes=10)
 LIMITS = ["--max-params", "0.5M", "--max-flops", "2G", "--max-latency-ms", "1e6", "--device", "cpu", "--batch", "1"]

@@ -18,13 +18,13 @@ from docs_helpers import PAGES, ROOT, Command, commands
 from run_helpers import PLAIN, SMALL, Lgp, call_main, write_ancestry
 from shard_helpers import LAYOUTS, idx_files, image, quiet
 
-from lgp_dist.artifacts import save_tensors
-from lgp_dist.bench import data as bench_data
-from lgp_dist.bench import rivals
 from lgp_dist.bench import step as bench_step
-from lgp_dist.data.build import BuildOptions, build_shards
-from lgp_dist.meaning import STAGES
+from lgp_dist.bench.loaders import data as bench_data
+from lgp_dist.bench.loaders import loaders as rivals
+from lgp_dist.config.flat import STAGES
+from lgp_dist.data.build.build import BuildOptions, build_shards
 from lgp_dist.recipes import RECIPES, tiny
+from lgp_dist.run.artifacts import save_tensors
 from lgp_dist.stages.context import ancestry_vit
 
 STAGE = rf"({'|'.join(STAGES)})"

@@ -17,8 +17,8 @@ from run_helpers import SMALL
 from safetensors.torch import load_file
 
 from lgp_dist.engine.trackers import Tracking, harmless
-from lgp_dist.logs import end_log, open_log
-from lgp_dist.metrics import MetricsFile, read_metrics
+from lgp_dist.run.log import end_log, open_log
+from lgp_dist.run.metrics import MetricsFile, read_metrics
 
 ROOT = Path(__file__).parents[2]
 LARGE = 32 << 20

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lgp_dist.meaning import STAGES
+from lgp_dist.config.flat import STAGES
 from lgp_dist.models.descendant import load_descendant
 
 ROOT = Path(__file__).parents[2]

@@ -9,11 +9,11 @@ import pytest
 from fault_server import FaultServer, serve
 from run_helpers import SMALL, Lgp, has, refused
 
-from lgp_dist.config import DataConfig
-from lgp_dist.data.cache import ShardCache
-from lgp_dist.data.index import ShardIndex
-from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.data.roots import open_root
+from lgp_dist.config.run_config import DataConfig
+from lgp_dist.data.remote.cache import ShardCache
+from lgp_dist.data.remote.roots import open_root
+from lgp_dist.data.shards.index import ShardIndex
+from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import open_split
 from lgp_dist.errors import UserError
 

@@ -8,7 +8,7 @@ import torch
 from run_helpers import SMALL, Lgp, has, refused
 from safetensors.torch import load_file, save_file
 
-from lgp_dist.meaning import STAGES
+from lgp_dist.config.flat import STAGES
 from lgp_dist.models.vit import build_vit
 
 TINY_INPUT = {"image_size": 28, "patch_size": 7, "channels": 1, "num_classes": 10}

@@ -14,7 +14,7 @@ import pytest
 from run_helpers import SMALL, Lgp, call_main
 from scipy import stats
 
-from lgp_dist.meaning import STAGES
+from lgp_dist.config.flat import STAGES
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = [option for option in SMALL[1:] if not option.startswith(("--run-dir", "--evaluate"))]

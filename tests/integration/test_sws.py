@@ -14,10 +14,10 @@ import torch
 from run_helpers import PLAIN, SMALL, Lgp, has
 from safetensors.torch import load_file, save_file
 
-from lgp_dist.meaning import STAGES
+from lgp_dist.config.flat import STAGES
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.paths.space import space_of
 from lgp_dist.recipes import sws_tiny
-from lgp_dist.spaces import space_of
 
 ROOT = Path(__file__).parents[2]
 SWS = ("sws_tiny", *(option for option in SMALL[1:] if option not in PLAIN))

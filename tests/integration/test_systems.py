@@ -11,14 +11,14 @@ import torch
 from run_helpers import PLAIN, SMALL, Lgp, has, refused
 from safetensors.torch import load_file, save_file
 
+from lgp_dist.config.flat import STAGES
 from lgp_dist.errors import UserError
-from lgp_dist.meaning import STAGES
-from lgp_dist.metrics import read_metrics
 from lgp_dist.models.descendant import load_descendant
 from lgp_dist.models.row_start import take_tail
 from lgp_dist.models.vit import build_vit
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny
+from lgp_dist.run.metrics import read_metrics
 
 HUB = "timm/test_vit.r160_in1k"
 ANCHOR = (

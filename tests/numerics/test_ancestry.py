@@ -11,18 +11,18 @@ import torch
 from numerics_cases import TWO, images, shake, stock_rows, stock_vit
 from torch import Tensor, nn
 
-from lgp_dist.artifacts import RunDirectory
-from lgp_dist.checks import check_config
-from lgp_dist.config import DistilConfig, EngineConfig, FinetuneConfig, Precision, RowConfig
-from lgp_dist.engine.launch import Launch
-from lgp_dist.engine.setup import Workers
+from lgp_dist.config.run_config import DistilConfig, EngineConfig, FinetuneConfig, Precision, RowConfig
+from lgp_dist.engine.launch.environment import Launch
+from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.protocols import Batch, StepContext, Task
 from lgp_dist.recipes import tiny, tiny_paper
-from lgp_dist.sampling import PathSampler
+from lgp_dist.run.artifacts import RunDirectory
+from lgp_dist.run.checks import check_config
 from lgp_dist.stages import context
 from lgp_dist.tasks.distil import DistilTask
 from lgp_dist.tasks.finetune import FinetuneTask

@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from lgp_dist.engine.setup import autocast, choose_attention
+from lgp_dist.engine.workers import autocast, choose_attention
 
 
 @pytest.fixture(autouse=True)

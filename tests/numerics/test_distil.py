@@ -10,14 +10,14 @@ from numerics_cases import Array, array, capture, images, label_loss, shake, sof
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lgp_dist.config import DistilConfig, RowConfig, TrainConfig
+from lgp_dist.config.run_config import DistilConfig, RowConfig, TrainConfig
 from lgp_dist.engine.optim import build_optimizer, decays_matrix
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.transformation import levels_of
 from lgp_dist.models.vit import forward_with_taps
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.stages.distil import decays
 from lgp_dist.tasks.distil import DistilTask

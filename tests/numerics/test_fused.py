@@ -12,11 +12,11 @@ from ops_cases import EPS, LIMITS, distance, double, inputs, results
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from lgp_dist.config import Ops
+from lgp_dist.config.run_config import Ops
 from lgp_dist.models.descendant import descendant_from_path
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.ops import dispatch, reference
-from lgp_dist.paths import Path, PathSpace
+from lgp_dist.paths.stitched import Path, PathSpace
 
 WITHOUT_TRITON = """
 import sys

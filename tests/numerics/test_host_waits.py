@@ -13,21 +13,28 @@ from numerics_cases import shake, stock_vit
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lgp_dist.config import DistilConfig, EngineConfig, FinetuneConfig, GradientConfig, RowConfig, TrainConfig
+from lgp_dist.config.run_config import (
+    DistilConfig,
+    EngineConfig,
+    FinetuneConfig,
+    GradientConfig,
+    RowConfig,
+    TrainConfig,
+)
 from lgp_dist.engine import trainer as trainer_module
 from lgp_dist.engine.gradients import Contract
-from lgp_dist.engine.guard import Verdict
-from lgp_dist.engine.launch import Launch
+from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.loop import _step
 from lgp_dist.engine.optim import build_optimizer
-from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.step_filter import Verdict
 from lgp_dist.engine.trainer import Trainer
+from lgp_dist.engine.workers import Workers
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.protocols import Batch, Task
-from lgp_dist.sampling import PathSampler
 from lgp_dist.tasks.distil import DistilTask
 from lgp_dist.tasks.finetune import FinetuneTask
 

@@ -6,14 +6,14 @@ import torch
 from numerics_cases import HEADS, TWO, array, images, label_loss, shake, soft_loss, stock_rows, stock_vit
 from torch import Tensor, nn
 
-from lgp_dist.config import EngineConfig, FinetuneConfig
+from lgp_dist.config.run_config import EngineConfig, FinetuneConfig
 from lgp_dist.engine.evaluate import accuracies, correct
-from lgp_dist.engine.launch import Launch
-from lgp_dist.engine.setup import Workers
+from lgp_dist.engine.launch.environment import Launch
+from lgp_dist.engine.workers import Workers
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.protocols import Batch, StepContext
-from lgp_dist.sampling import PathSampler
 from lgp_dist.tasks.classify import ClassifyTask
 from lgp_dist.tasks.finetune import FinetuneTask
 from lgp_dist.tasks.losses import cross_entropy, mean_squared_error, soft_cross_entropy

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from lgp_dist.bench.op import Case, check
-from lgp_dist.config import Ops
+from lgp_dist.config.run_config import Ops
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.ops import device, dispatch
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.stitched import PathSpace
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SPACE = PathSpace((192, 384), 2, image_size=224, patch_size=16, channels=3, num_classes=10)

@@ -13,11 +13,11 @@ from safetensors.torch import load, save, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from lgp_dist.config import DataConfig
+from lgp_dist.config.run_config import DataConfig
 from lgp_dist.engine.gradients import part_of
 from lgp_dist.models.descendant import descendant_from_path, load_descendant, timm_config
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths import Path, PathSpace
+from lgp_dist.paths.stitched import Path, PathSpace
 
 DATA = DataConfig(
     image_size=28, channels=1, num_classes=10, mean=(0.2856,), std=(0.3527,), crop_pct=0.9, interpolation="bilinear"

@@ -11,7 +11,7 @@ from numerics_cases import Array, array, capture, images, shake, stock_vit
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from lgp_dist.config import DistilConfig, PoolConfig, RowConfig
+from lgp_dist.config.run_config import DistilConfig, PoolConfig, RowConfig
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryViT, build_rows
@@ -19,7 +19,7 @@ from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.stitch import LeastSquares, StitchLayer
 from lgp_dist.models.stitch_init import ancestry_means, least_squares_starts, nearest_level, transformation_starts
 from lgp_dist.models.transformation import Level, levels_of
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny
 from lgp_dist.stages.pool import stitch_starts
 

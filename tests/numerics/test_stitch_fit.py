@@ -7,7 +7,7 @@ from numerics_cases import SPACES, array, capture, images, path_id, shake, stock
 
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.stitch_fit import stitch_fits
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.stitched import PathSpace
 
 
 @pytest.mark.parametrize("space", SPACES, ids=path_id)

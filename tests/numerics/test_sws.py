@@ -10,14 +10,14 @@ from numerics_cases import count, counted_flops, images, shake
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from lgp_dist.baselines.sws import Stage, auxiliary_net, expand, stage_vit
-from lgp_dist.config import DataConfig, DistilConfig, RowConfig
-from lgp_dist.depths import DepthPath, DepthSpace, layer_sources, layers_per_stage
+from lgp_dist.config.run_config import DataConfig, DistilConfig, RowConfig
 from lgp_dist.errors import UserError
 from lgp_dist.models.descendant import descendant_from_path, empty_descendant, load_descendant, timm_config
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.models.sws import Stage, auxiliary_net, expand, stage_vit
+from lgp_dist.paths.depths import DepthPath, DepthSpace, layer_sources, layers_per_stage
+from lgp_dist.paths.space import heads_of, space_of
 from lgp_dist.recipes import sws_base, sws_small
-from lgp_dist.spaces import heads_of, space_of
 
 PUBLISHED = (3, 3, 4, 3, 3)
 SOURCES = {

@@ -14,14 +14,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lgp_dist.config import DataConfig, Policy, TrainConfig
+from lgp_dist.config.run_config import DataConfig, Policy, TrainConfig
 from lgp_dist.data import stream
-from lgp_dist.data.decode import ShardFiles
-from lgp_dist.data.index import ShardIndex
+from lgp_dist.data.shards.decode import ShardFiles
+from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.data.stream import ResumableStream, TrainStream
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny
-from lgp_dist.sampling import PathSampler
 
 SAMPLES, SHARDS, BATCH = 1_000_000, 1000, 1920
 WORLDS = (1, 2, 3, 4, 5, 8, 16, 24, 64)

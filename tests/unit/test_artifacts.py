@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from run_helpers import ABOUT, SMALL, Lgp, has, overwrite, refused, snapshot, write_ancestry
 
-from lgp_dist.artifacts import Artifact, RunDirectory, write_json
-from lgp_dist.config import RunConfig
+from lgp_dist.config.flat import STAGES, flatten, meaning
+from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.meaning import STAGES, flatten, meaning
 from lgp_dist.recipes import RECIPES
+from lgp_dist.run.artifacts import Artifact, RunDirectory, write_json
 
 TINY = RECIPES["tiny"]()
 Fill = Callable[[Path], dict[str, Any]]

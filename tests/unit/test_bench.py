@@ -9,10 +9,10 @@ import pytest
 from run_helpers import Lgp, has
 
 from lgp_dist.bench.sampler import POLICIES, bench_sampler, measure, with_policy
-from lgp_dist.costs import ancestry_forward
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.cost import ancestry_forward
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import pool12, snnet_deit, tiny_paper
-from lgp_dist.sampling import PathSampler
 
 ROOT = Path(__file__).parents[2]
 FIELDS = ["recipe", "policy", "meet", "ranks", "micro_steps", "steps", "seed", "efficiency", "efficiency_micro_step"]

@@ -11,7 +11,7 @@ from run_helpers import Lgp, has
 from lgp_dist.bench.compare import FIELDS, as_rows, compare
 from lgp_dist.bench.sampler import measure, with_policy
 from lgp_dist.bench.scaling import FACTORS, amounts_of, fit
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny_paper
 
 STORED = Path(__file__).parents[2] / "benchmarks"

@@ -10,12 +10,12 @@ from data_helpers import photograph
 from PIL import Image
 from run_helpers import Lgp, has
 
-from lgp_dist.bench import data as bench
-from lgp_dist.bench import rivals
-from lgp_dist.bench.figures import interval, spread
-from lgp_dist.bench.index import WAYS
-from lgp_dist.bench.photos import VARIANTS, make_photographs
-from lgp_dist.data.verify import verify_shards
+from lgp_dist.bench.common import interval, spread
+from lgp_dist.bench.loaders import data as bench
+from lgp_dist.bench.loaders import loaders as rivals
+from lgp_dist.bench.loaders.photos import VARIANTS, make_photographs
+from lgp_dist.bench.loaders.readers import WAYS
+from lgp_dist.data.shards.verify import verify_shards
 
 
 @pytest.fixture(scope="module")

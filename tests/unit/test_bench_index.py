@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from shard_helpers import quiet, webdataset
 
-from lgp_dist.bench.index import WAYS, reader
-from lgp_dist.data import compare
-from lgp_dist.data.index import ShardIndex, index_shards
+from lgp_dist.bench.loaders.readers import WAYS, read_by_tarfile, read_by_webdataset, reader
+from lgp_dist.data.shards.index import ShardIndex, index_shards
 
 
 @pytest.mark.parametrize("name", sorted(WAYS.keys() - {"tarfile-index"}))
@@ -33,5 +32,5 @@ def test_other_readers_read_all(tmp_path: Path) -> None:
     manifest = index_shards(made.root, quiet)
     index = ShardIndex.load(manifest, "train", 3)
     paths = [manifest.path(entry) for entry in manifest.entries("train")]
-    assert compare.read_by_webdataset(paths) == (15, int(index.size.sum()))
-    assert compare.read_by_tarfile(paths)[1] == int(index.size.sum())
+    assert read_by_webdataset(paths) == (15, int(index.size.sum()))
+    assert read_by_tarfile(paths)[1] == int(index.size.sum())

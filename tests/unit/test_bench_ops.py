@@ -7,8 +7,8 @@ import torch
 from run_helpers import Lgp, has
 
 from lgp_dist.bench import op, step
-from lgp_dist.bench.figures import ceilings
-from lgp_dist.paths import PathSpace
+from lgp_dist.bench.common import ceilings
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny
 
 CPU = torch.device("cpu")

@@ -12,21 +12,21 @@ from run_helpers import SAMPLE, Lgp, has
 from torch._dynamo.utils import counters
 
 from lgp_dist.bench.distil import by_arithmetic
-from lgp_dist.bench.peers import bare, own_draws
-from lgp_dist.bench.phases import PHASES, advice
-from lgp_dist.bench.train import peak_of
-from lgp_dist.bench.turns import Finetuning, Turns
-from lgp_dist.config import EngineConfig, GradientConfig
-from lgp_dist.engine.launch import Launch
+from lgp_dist.bench.loop.interleave import Finetuning, Turns
+from lgp_dist.bench.loop.phases import PHASES, advice
+from lgp_dist.bench.loop.train import peak_of
+from lgp_dist.bench.loop.train_loops import bare, own_draws
+from lgp_dist.config.run_config import EngineConfig, GradientConfig
+from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.optim import build_optimizer
-from lgp_dist.engine.setup import Workers
 from lgp_dist.engine.trainer import Trainer
-from lgp_dist.engine.watchdog import Watchdog
+from lgp_dist.engine.watch.watchdog import Watchdog
+from lgp_dist.engine.workers import Workers
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.protocols import Batch
 from lgp_dist.recipes import pool12, tiny_paper
-from lgp_dist.sampling import PathSampler
 from lgp_dist.tasks.finetune import FinetuneTask
 
 SMALL = (

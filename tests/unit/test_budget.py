@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lgp_dist.budget import Amount, Budget, parse_amount
-from lgp_dist.descendants.choice import choose
-from lgp_dist.descendants.latency import LatencyFile, Place, measure, with_latencies
+from lgp_dist.config.budget import Amount, Budget, parse_amount
 from lgp_dist.errors import UserError
+from lgp_dist.export.choice import choose
+from lgp_dist.export.latency import LatencyFile, Place, measure, with_latencies
 
 ROWS: list[dict[str, Any]] = [
     {"key": "a", "params": 100, "flops": 10, "latency_ms": 3.0, "top1": 50.0},

@@ -18,10 +18,10 @@ import pytest
 from checkpoint_helpers import FailingDisk, Toy, equal
 from torch import Tensor
 
-from lgp_dist.checkpoints import manifest
-from lgp_dist.checkpoints.disk import Disk
-from lgp_dist.checkpoints.manifest import FORMAT, read_manifest
-from lgp_dist.engine.checkpoint import RUNNING, WRITTEN
+from lgp_dist.engine.checkpointer import RUNNING, WRITTEN
+from lgp_dist.engine.checkpoints import manifest
+from lgp_dist.engine.checkpoints.disk import Disk
+from lgp_dist.engine.checkpoints.manifest import FORMAT, read_manifest
 from lgp_dist.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

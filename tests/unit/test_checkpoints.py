@@ -12,10 +12,10 @@ import torch
 from checkpoint_helpers import FailingDisk, Toy, equal, state
 from safetensors.torch import load_file
 
-from lgp_dist.checkpoints.manifest import read_manifest
-from lgp_dist.checkpoints.pieces import consolidate
-from lgp_dist.checkpoints.settings import check_settings
-from lgp_dist.checkpoints.shelf import Shelf
+from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
+from lgp_dist.engine.checkpoints.manifest import read_manifest
+from lgp_dist.engine.checkpoints.settings import check_settings
+from lgp_dist.engine.checkpoints.tensor_slices import consolidate
 from lgp_dist.errors import UserError
 
 
@@ -36,7 +36,7 @@ def test_restores_bit_for_bit(two: tuple[Path, dict[int, dict[str, torch.Tensor]
     toy.train(7)
     assert toy.restore() == 2 and equal(toy.values(), saved[2])
     assert toy.restore(str(folder / "step-00000001")) == 1 and equal(toy.values(), saved[1])
-    assert Shelf(folder).steps() == [1], "what is newer than where the run goes on is set aside"
+    assert CheckpointDir(folder).steps() == [1], "what is newer than where the run goes on is set aside"
     assert (folder / ".aside" / "step-00000002").is_dir()
 
 

@@ -9,7 +9,7 @@ import pytest
 from run_helpers import Lgp, has
 
 from lgp_dist.cli import SUMMARIES
-from lgp_dist.meaning import STAGES
+from lgp_dist.config.flat import STAGES
 from lgp_dist.recipes import RECIPES
 
 FIELDS = ["key", "low", "high", "low_row", "high_row", "stitch", "params", "params_paper", "flops", "cfg_id"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lgp_dist.config import RunConfig
-from lgp_dist.meaning import STAGES, flatten, meaning, unflatten
+from lgp_dist.config.flat import STAGES, flatten, meaning, unflatten
+from lgp_dist.config.run_config import RunConfig
 from lgp_dist.recipes import (
     RECIPES,
     pool12,

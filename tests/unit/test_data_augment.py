@@ -15,13 +15,13 @@ from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as vision
 
-from lgp_dist.config import AugmentConfig, DataConfig, TrainConfig
-from lgp_dist.data.augment import Pixels, erase_box
-from lgp_dist.data.crops import DRAWS, Crop, random_box
-from lgp_dist.data.decode import decode_image, decode_pixels
-from lgp_dist.data.draws import betas, device_normals, sample_keys, uniforms
-from lgp_dist.data.mixing import Mixer
-from lgp_dist.data.randaugment import GEOMETRY, NAMES, OPS, RandAugment, apply_op, colour_jitter
+from lgp_dist.config.run_config import AugmentConfig, DataConfig, TrainConfig
+from lgp_dist.data.augment.crops import DRAWS, Crop, random_box
+from lgp_dist.data.augment.keyed_random import betas, device_normals, sample_keys, uniforms
+from lgp_dist.data.augment.mixing import Mixer
+from lgp_dist.data.augment.pixels import Pixels, erase_box
+from lgp_dist.data.augment.randaugment import GEOMETRY, NAMES, OPS, RandAugment, apply_op, colour_jitter
+from lgp_dist.data.shards.decode import decode_image, decode_pixels
 from lgp_dist.errors import UserError
 from lgp_dist.recipes import RECIPES
 

@@ -20,19 +20,19 @@ import numpy as np
 import pytest
 from fault_server import FaultServer, serve
 
-from lgp_dist.config import DataConfig
-from lgp_dist.data import remote
-from lgp_dist.data.cache import ShardCache
-from lgp_dist.data.fetch import Patience
-from lgp_dist.data.manifest import ShardEntry
-from lgp_dist.data.roots import open_root
+from lgp_dist.config.run_config import DataConfig
+from lgp_dist.data.remote import transfer as remote
+from lgp_dist.data.remote.cache import ShardCache
+from lgp_dist.data.remote.fetch import RetryPolicy
+from lgp_dist.data.remote.roots import open_root
+from lgp_dist.data.shards.manifest import ShardEntry
 from lgp_dist.errors import UserError
 
 SIZE = 300_000
-QUICK = Patience(timeout_s=0.4, retries=1, backoff_s=0.01)
+QUICK = RetryPolicy(timeout_s=0.4, retries=1, backoff_s=0.01)
 """For what stalls; all else would meet it too on a machine that has no time for a test."""
-PATIENT = Patience(timeout_s=30.0, retries=1, backoff_s=0.01)
-CALM = Patience(timeout_s=30.0, retries=3, backoff_s=0.01)
+PATIENT = RetryPolicy(timeout_s=30.0, retries=1, backoff_s=0.01)
+CALM = RetryPolicy(timeout_s=30.0, retries=3, backoff_s=0.01)
 NAMES = tuple(f"mine-train-{number}.tar" for number in range(5))
 
 
@@ -65,7 +65,7 @@ def server(folder: Path) -> Iterator[FaultServer]:
         yield facts
 
 
-def cache_of(root: str, folder: Path, shards: int = 100, patience: Patience = CALM) -> ShardCache:
+def cache_of(root: str, folder: Path, shards: int = 100, patience: RetryPolicy = CALM) -> ShardCache:
     """A cache with room for so many shards."""
     return ShardCache(root, folder, shards * SIZE, ENTRIES, patience)
 
@@ -141,7 +141,7 @@ def test_fault_has_one_outcome(
 def test_fault_that_passes(server: FaultServer, tmp_path: Path, fault: str) -> None:
     """A try that came further does not count against data.retries: `cut-often` needs three."""
     timeout_s = 1.0 if fault == "stall-once" else 30.0
-    patience = Patience(timeout_s, retries=2 if fault == "503-twice" else 1, backoff_s=0.01)
+    patience = RetryPolicy(timeout_s, retries=2 if fault == "503-twice" else 1, backoff_s=0.01)
     cache = cache_of(server.root(fault), tmp_path, patience=patience)
     assert cache.path(NAMES[1]).read_bytes() == content_of(1)
     assert cache.path(NAMES[1]).read_bytes() == content_of(1)
@@ -150,13 +150,13 @@ def test_fault_that_passes(server: FaultServer, tmp_path: Path, fault: str) -> N
 
 
 def test_range_goes_on_where_it_stalled(server: FaultServer, tmp_path: Path) -> None:
-    cache = cache_of(server.root("stall-once"), tmp_path, patience=Patience(1.0, 1, 0.01))
+    cache = cache_of(server.root("stall-once"), tmp_path, patience=RetryPolicy(1.0, 1, 0.01))
     assert cache.path(NAMES[0]).read_bytes() == content_of(0)
     assert [start for *_, start in server.asked] == [0, SIZE // 2] and cache.bytes == SIZE
 
 
 def test_answer_of_another_range_is_not_used(server: FaultServer, tmp_path: Path) -> None:
-    cache = cache_of(server.root("other-range"), tmp_path, patience=Patience(1.0, 2, 0.01))
+    cache = cache_of(server.root("other-range"), tmp_path, patience=RetryPolicy(1.0, 2, 0.01))
     assert cache.path(NAMES[0]).read_bytes() == content_of(0)
     assert [start for *_, start in server.asked] == [0, SIZE // 2, 0]
 
@@ -197,13 +197,13 @@ def test_cache_that_cannot_be_written(server: FaultServer, tmp_path: Path) -> No
 CHILD = """
 import json, sys
 from pathlib import Path
-from lgp_dist.data import remote
-from lgp_dist.data.cache import ShardCache
-from lgp_dist.data.fetch import Patience
-from lgp_dist.data.manifest import ShardEntry
+from lgp_dist.data.remote import transfer as remote
+from lgp_dist.data.remote.cache import ShardCache
+from lgp_dist.data.remote.fetch import RetryPolicy
+from lgp_dist.data.shards.manifest import ShardEntry
 remote.PIECE = 100_000
 root, folder, entry = sys.argv[1:]
-cache = ShardCache(root, Path(folder), 10**9, [ShardEntry(*json.loads(entry))], Patience(60.0, 0))
+cache = ShardCache(root, Path(folder), 10**9, [ShardEntry(*json.loads(entry))], RetryPolicy(60.0, 0))
 print(cache.path(json.loads(entry)[0]), cache.bytes)
 """
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgp_dist.config import AugmentConfig, DataConfig, TrainConfig
-from lgp_dist.data.decode import decode_image
-from lgp_dist.data.index import ShardIndex, index_shards
-from lgp_dist.data.manifest import ShardManifest
+from lgp_dist.config.run_config import AugmentConfig, DataConfig, TrainConfig
+from lgp_dist.data.shards.decode import decode_image
+from lgp_dist.data.shards.index import ShardIndex, index_shards
+from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import TrainStream, evaluation_batches, open_split
 from lgp_dist.errors import UserError
 

@@ -17,11 +17,11 @@ from PIL import Image
 from shard_helpers import LAYOUTS, WNIDS, image, imagefolder, imagenet, kaggle, parquet, quiet, tar_of
 from shard_helpers import webdataset as web_shards
 
-from lgp_dist.data.build import BuildOptions, build_shards
-from lgp_dist.data.index import ShardIndex
-from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.data.parquet import parquet as read_parquet
-from lgp_dist.data.verify import verify_shards
+from lgp_dist.data.build.build import BuildOptions, build_shards
+from lgp_dist.data.build.parquet import parquet as read_parquet
+from lgp_dist.data.shards.index import ShardIndex
+from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.data.shards.verify import verify_shards
 from lgp_dist.errors import UserError
 
 
@@ -77,8 +77,9 @@ def test_workers_and_repeats_do_not_change_a_byte_and_seeds_do(tmp_path: Path) -
 
 KILLED = """
 import os, signal, sys
-from lgp_dist.data import build, write
-from lgp_dist.data.write import write_shard as real
+from lgp_dist.data.build import build
+from lgp_dist.data.build import write
+from lgp_dist.data.build.write import write_shard as real
 made = 0
 def stop_at(path, *arguments):
     global made
@@ -121,7 +122,7 @@ def test_kill_at_random_times(tmp_path: Path) -> None:
         (made.root / "train" / "ant" / f"more{n}.jpg").write_bytes(image(n, size=(400, 300)))
     options = {"per_shard": 3, "short_side": 64, "workers": 2}
     code = (
-        "import sys; from lgp_dist.data.build import *; sys.stdout.write('ready\\n'); sys.stdout.flush();"
+        "import sys; from lgp_dist.data.build.build import *; sys.stdout.write('ready\\n'); sys.stdout.flush();"
         f"build_shards('imagefolder', sys.argv[1], sys.argv[2], BuildOptions(**{options}), print)"
     )
     kills = 0

@@ -18,12 +18,12 @@ import pytest
 import torch
 from shard_helpers import image, quiet, tar_of
 
-from lgp_dist.config import DataConfig
-from lgp_dist.data.index import ShardIndex, index_shards, sidecar_path
+from lgp_dist.config.run_config import DataConfig
 from lgp_dist.data.loader import Loader, Plan
-from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.data.scan import scan_shard
-from lgp_dist.data.verify import Problem, summary, verify_shards
+from lgp_dist.data.shards.index import ShardIndex, index_shards, sidecar_path
+from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.data.shards.scan import scan_shard
+from lgp_dist.data.shards.verify import Problem, summary, verify_shards
 from lgp_dist.errors import UserError
 
 COUNT = int(os.environ.get("LGP_MUTATIONS", "10000"))

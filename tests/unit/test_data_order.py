@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lgp_dist.config import AugmentConfig, DataConfig, TrainConfig
-from lgp_dist.data.decode import ShardFiles
-from lgp_dist.data.index import ShardIndex
+from lgp_dist.config.run_config import AugmentConfig, DataConfig, TrainConfig
 from lgp_dist.data.order import LANES, DataCursor, SampleOrder, position_to_sample, shuffle_quality
+from lgp_dist.data.shards.decode import ShardFiles
+from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.data.stream import TrainStream, open_split
 from lgp_dist.errors import UserError
 

@@ -11,13 +11,13 @@ import torch
 from data_helpers import jpeg, keys_for, photograph
 from PIL import Image
 
-from lgp_dist.config import DataConfig
-from lgp_dist.data.crops import DRAWS, Crop, random_box
-from lgp_dist.data.decode import ShardFiles, decode_pixels
-from lgp_dist.data.draws import uniforms
-from lgp_dist.data.index import ShardIndex
+from lgp_dist.config.run_config import DataConfig
+from lgp_dist.data.augment.crops import DRAWS, Crop, random_box
+from lgp_dist.data.augment.keyed_random import uniforms
+from lgp_dist.data.augment.nvimgcodec import RegionDecoder
 from lgp_dist.data.loader import Loader, Plan
-from lgp_dist.data.regions import RegionDecoder
+from lgp_dist.data.shards.decode import ShardFiles, decode_pixels
+from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.errors import UserError
 
 needs_codec = pytest.mark.skipif(
@@ -73,6 +73,6 @@ def test_what_it_does_not_read_goes_to_the_other_decoder(tmp_path: Path) -> None
 
 
 def test_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lgp_dist.data.regions._MODULE", "nvidia.no_such_codec")
+    monkeypatch.setattr("lgp_dist.data.augment.nvimgcodec._MODULE", "nvidia.no_such_codec")
     with pytest.raises(UserError, match="data.decoder is nvimgcodec, which is not installed: run"):
         RegionDecoder()

@@ -14,11 +14,11 @@ import webdataset
 from PIL import Image
 from shard_helpers import idx_files
 
-from lgp_dist.data.build import BuildOptions, build_shards
-from lgp_dist.data.fashion import CLASSES, DEFAULT_SOURCE
-from lgp_dist.data.index import ShardIndex, index_shards, read_image, sidecar_path
-from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.data.verify import summary, table, verify_shards, write_problems
+from lgp_dist.data.build.build import BuildOptions, build_shards
+from lgp_dist.data.build.fashion import CLASSES, DEFAULT_SOURCE
+from lgp_dist.data.shards.index import ShardIndex, index_shards, read_image, sidecar_path
+from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.data.shards.verify import summary, table, verify_shards, write_problems
 from lgp_dist.errors import UserError
 
 SAMPLE = Path(__file__).parents[2] / "shards" / "sample"

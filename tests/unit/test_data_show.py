@@ -10,10 +10,10 @@ from PIL import Image
 from run_helpers import Lgp
 from shard_helpers import LAYOUTS, image, imagefolder, quiet, tar_of
 
-from lgp_dist.data.build import BuildOptions, build_shards
-from lgp_dist.data.index import index_shards
-from lgp_dist.data.manifest import ShardManifest
-from lgp_dist.data.show import contact_sheet, summarise
+from lgp_dist.data.build.build import BuildOptions, build_shards
+from lgp_dist.data.shards.index import index_shards
+from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.data.shards.show import contact_sheet, summarise
 from lgp_dist.errors import UserError
 
 

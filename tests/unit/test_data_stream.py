@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lgp_dist.config import AugmentConfig, DataConfig, TrainConfig
-from lgp_dist.data.decode import OPEN_FILES, ShardFiles
-from lgp_dist.data.index import ShardIndex, read_image
-from lgp_dist.data.manifest import ShardManifest
+from lgp_dist.config.run_config import AugmentConfig, DataConfig, TrainConfig
 from lgp_dist.data.order import position_to_sample
+from lgp_dist.data.shards.decode import OPEN_FILES, ShardFiles
+from lgp_dist.data.shards.index import ShardIndex, read_image
+from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import TrainStream, clean_batches, evaluation_batches, open_split
 from lgp_dist.errors import UserError
 

@@ -15,10 +15,10 @@ import pytest
 from run_helpers import snapshot
 from shard_helpers import image, quiet, tar_of
 
-from lgp_dist.config import DataConfig, TrainConfig
-from lgp_dist.data.index import ShardIndex, index_shards
+from lgp_dist.config.run_config import DataConfig, TrainConfig
+from lgp_dist.data.shards.index import ShardIndex, index_shards
+from lgp_dist.data.shards.verify import verify_shards
 from lgp_dist.data.stream import TrainStream, open_split
-from lgp_dist.data.verify import verify_shards
 from lgp_dist.errors import UserError
 
 SHARD = "x-train-0000.tar"
@@ -160,8 +160,8 @@ def jpeg_bomb() -> bytes:
 CHILD = """
 import json, resource, sys
 from pathlib import Path
-from lgp_dist.data.decode import decode_image
-from lgp_dist.data.index import index_shards
+from lgp_dist.data.shards.decode import decode_image
+from lgp_dist.data.shards.index import index_shards
 from lgp_dist.errors import UserError
 
 def peak():

@@ -7,8 +7,8 @@ from itertools import permutations
 
 import pytest
 
-from lgp_dist.dealing import BALANCED, bands, deal, draw_order, pairs, singles
-from lgp_dist.paths import PathSpace
+from lgp_dist.paths.stitched import PathSpace
+from lgp_dist.paths.stratified import BALANCED, bands, deal, draw_order, pairs, singles
 
 SPACES = {"pool12": PathSpace((192, 768), 6), "pool18": PathSpace((192, 768), 9)}
 SPACES["three"] = PathSpace((192, 384, 768), 12)

@@ -18,7 +18,7 @@ from run_helpers import call_main
 
 from lgp_dist import cli
 from lgp_dist.cli import descendants
-from lgp_dist.meaning import flatten
+from lgp_dist.config.flat import flatten
 from lgp_dist.recipes import RECIPES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

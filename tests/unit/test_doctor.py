@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from run_helpers import SAMPLE, Lgp
 
-from lgp_dist import doctor
-from lgp_dist.doctor import Finding, check_backends, check_compiler, check_data, check_open_files, check_shm
-from lgp_dist.machine import open_file_limit, stale_shm
+from lgp_dist.commands import doctor
+from lgp_dist.commands.doctor import Finding, check_backends, check_compiler, check_data, check_open_files, check_shm
+from lgp_dist.engine.launch.machine import open_file_limit, stale_shm
 
 NONE = {"cuda": None, "devices": [], "nccl": None, "gloo": True}
 CARD = {"cuda": "13.0", "devices": ["NVIDIA H100"] * 2, "nccl": "2.28.3", "gloo": True}
@@ -39,7 +39,7 @@ def test_doctor_prints_a_line_for_each(lgp: Lgp) -> None:
 
 def test_doctor_itself_needs_no_torch() -> None:
     """torch is asked in a process of its own."""
-    code = "import sys, lgp_dist.doctor, lgp_dist.cli.doctor; sys.exit('torch' in sys.modules)"
+    code = "import sys, lgp_dist.commands.doctor, lgp_dist.cli.doctor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

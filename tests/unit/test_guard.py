@@ -9,22 +9,24 @@ import pytest
 import torch
 from torch import nn
 
-from lgp_dist.config import EngineConfig, FaultConfig
-from lgp_dist.engine.guard import FEWEST, Guard, NotFinite, Verdict
-from lgp_dist.engine.launch import Launch
-from lgp_dist.engine.setup import Workers
+from lgp_dist.config.run_config import EngineConfig, FaultConfig
+from lgp_dist.engine.launch.environment import Launch
+from lgp_dist.engine.step_filter import FEWEST, NotFinite, StepFilter, Verdict
+from lgp_dist.engine.workers import Workers
 from lgp_dist.tasks.classify import ClassifyTask
 
 GOOD = Verdict()
 
 
-def guard(**faults: float) -> Guard:
+def guard(**faults: float) -> StepFilter:
     workers = Workers(Launch.from_environment({}), EngineConfig(precision="fp32"), 0, 1, torch.device("cpu"))
     task = ClassifyTask(nn.Linear(2, 2))
-    return Guard(task, workers, 2, FaultConfig(**faults), "ancestry", lambda step, micro, rank: f"keys {step}/{micro}")
+    return StepFilter(
+        task, workers, 2, FaultConfig(**faults), "ancestry", lambda step, micro, rank: f"keys {step}/{micro}"
+    )
 
 
-def judge(judging: Guard, losses: Iterable[float], gradient: float = 1.0, scaled: bool = False) -> list[Verdict]:
+def judge(judging: StepFilter, losses: Iterable[float], gradient: float = 1.0, scaled: bool = False) -> list[Verdict]:
     """Steps of two micro-steps each, whose mean is the loss given."""
     found = []
     for step, loss in enumerate(losses):

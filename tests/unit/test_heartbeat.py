@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lgp_dist.engine.heartbeat import Beat, Pulse, judge, read_beats, sentence, write_beat
+from lgp_dist.engine.watch.heartbeat import Beat, Pulse, judge, read_beats, sentence, write_beat
 
 BEAT = Beat(0, "host", 1, "aa", 5, "pool", 2, 7, "reduce", "B3", 40.0, True, "loop.py:1 train")
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from lgp_dist.config import EngineConfig, TrainConfig
-from lgp_dist.engine.launch import Launch, check_launch
-from lgp_dist.engine.zero import deepspeed_config
+from lgp_dist.config.run_config import EngineConfig, TrainConfig
+from lgp_dist.engine.deepspeed_config import deepspeed_config
+from lgp_dist.engine.launch.environment import Launch, check_launch
 from lgp_dist.errors import UserError
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}

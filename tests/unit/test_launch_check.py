@@ -16,9 +16,9 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from run_helpers import Lgp
 
-from lgp_dist.engine.launch_check import Demand, check_file
-from lgp_dist.engine.launch_file import DEEPSPEED, REFUSED, TOP, read_launch_file, schema_problems
-from lgp_dist.engine.launch_plan import Given, plan
+from lgp_dist.engine.launch.check import Demand, check_file
+from lgp_dist.engine.launch.file import DEEPSPEED, REFUSED, TOP, read_launch_file, schema_problems
+from lgp_dist.engine.launch.plan import Given, plan
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "launch_configs").glob("*.yaml"))

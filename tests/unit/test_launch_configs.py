@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lgp_dist.engine.launch import Launch
-from lgp_dist.engine.launch_file import read_launch_file
+from lgp_dist.engine.launch.environment import Launch
+from lgp_dist.engine.launch.file import read_launch_file
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "launch_configs"

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from run_helpers import SMALL, Lgp
 
-from lgp_dist.ledger import behind, build_ledger
-from lgp_dist.paths import PathSpace
-from lgp_dist.report.draws import draws_section
-from lgp_dist.sampling import PathSampler
+from lgp_dist.paths.ledger import behind, build_ledger
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.stitched import PathSpace
+from lgp_dist.report.draw_table import draws_section
 from lgp_dist.stages.finetune import draws_of
 
 SPACE = PathSpace((32, 96), 6, 28, 7, 1, 10)

@@ -23,8 +23,8 @@ from checkpoint_helpers import Toy, equal
 from run_helpers import Lgp, snapshot
 from safetensors.torch import save
 
-from lgp_dist.checkpoints.manifest import read_manifest
-from lgp_dist.checkpoints.pieces import consolidate
+from lgp_dist.engine.checkpoints.manifest import read_manifest
+from lgp_dist.engine.checkpoints.tensor_slices import consolidate
 from lgp_dist.errors import UserError
 
 PART = "rank-00000.safetensors"

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from lgp_dist.artifacts import RunDirectory
-from lgp_dist.checks import check_config
-from lgp_dist.config import RunConfig
-from lgp_dist.costs import path_costs
+from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.paths import Path, PathSpace
+from lgp_dist.paths.cost import path_costs
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.stitched import Path, PathSpace
 from lgp_dist.pipeline import check_stages
 from lgp_dist.recipes import pool12, tiny
-from lgp_dist.sampling import PathSampler
+from lgp_dist.run.artifacts import RunDirectory
+from lgp_dist.run.checks import check_config
 
 POLICIES = ("independent", "shared", "spread", "balanced")
 SPACES = {
@@ -101,7 +101,7 @@ def test_a_pool_of_one_path(policy: str) -> None:
 
 
 PRINT = """
-import sys; from lgp_dist.paths import PathSpace; from lgp_dist.sampling import PathSampler
+import sys; from lgp_dist.paths.stitched import PathSpace; from lgp_dist.paths.sampler import PathSampler
 space = PathSpace((192, 768), 6); costs = tuple(float(space.cost(path).flops) for path in space.paths)
 for policy in ("independent", "shared", "spread", "balanced"):
     sampler = PathSampler(space.paths, policy, 0, 3, costs)

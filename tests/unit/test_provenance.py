@@ -9,7 +9,7 @@ from pathlib import Path
 import lgp_dist
 
 PACKAGE = Path(lgp_dist.__file__).parent
-NAME = "from lgp_dist.provenance import git_commit; print(git_commit())"
+NAME = "from lgp_dist.run.provenance import git_commit; print(git_commit())"
 
 
 def test_commit_and_changes(tmp_path: Path) -> None:
@@ -35,6 +35,6 @@ def test_commit_and_changes(tmp_path: Path) -> None:
     (tree / "benchmarks" / "step.json").write_text("[1]")
     (tree / "notes").write_text("of no commit")
     assert run(*python) == commit
-    with (tree / "lgp_dist" / "paths.py").open("a") as file:
+    with (tree / "lgp_dist" / "recipes.py").open("a") as file:
         file.write("\n")
     assert run(*python) == f"{commit}+changes"

@@ -11,9 +11,8 @@ import pytest
 
 from lgp_dist.errors import UserError
 from lgp_dist.report.html import render_report
-from lgp_dist.report.pareto import pareto_front
 from lgp_dist.report.plots import figure_svg, loss_figure, pareto_figure, report_figures, save_figure, stage_lines
-from lgp_dist.report.rows import FIELDS, kind_label, kind_of, kinds
+from lgp_dist.report.rows import FIELDS, kind_label, kind_of, kinds, pareto_front
 from lgp_dist.report.tables import paths_table, write_paths_csv, write_paths_json
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from lgp_dist.paths import PathSpace
-from lgp_dist.sampling import PathSampler, draw_index
+from lgp_dist.paths.sampler import PathSampler, draw_index
+from lgp_dist.paths.stitched import PathSpace
 
 PATHS = PathSpace((32, 96), 6).paths
 DRAWS = 20_000

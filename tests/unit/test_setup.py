@@ -6,8 +6,8 @@ import sys
 CODE = """
 import gc
 import weakref
-from lgp_dist.config import EngineConfig
-from lgp_dist.engine.setup import Workers
+from lgp_dist.config.run_config import EngineConfig
+from lgp_dist.engine.workers import Workers
 
 class Own:
     pass

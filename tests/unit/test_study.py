@@ -10,13 +10,13 @@ import tyro
 from run_helpers import has
 from scipy import stats
 
-from lgp_dist.artifacts import Artifact, RunDirectory
-from lgp_dist.checks import check_config
 from lgp_dist.cli.recipe import Recipe
-from lgp_dist.config import RunConfig
+from lgp_dist.config.flat import STAGES
+from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.meaning import STAGES
 from lgp_dist.recipes import RECIPES, one_path_a_step, pool12, snnet_tiny, tiny, tiny_paper
+from lgp_dist.run.artifacts import Artifact, RunDirectory
+from lgp_dist.run.checks import check_config
 from lgp_dist.study.cells import Cell, adopt, cells_of, leader_of, shared_stages, take_over
 from lgp_dist.study.questions import QUESTIONS, systems
 from lgp_dist.study.results import layer_fits, measures, summary, verdicts

@@ -1,0 +1,191 @@
+"""Images per CPU second of this project's loader beside others', on generated photographs, each in its own process."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lgp_dist.bench.common import check_least, facts, spread
+from lgp_dist.bench.loaders.photos import VARIANTS, make_photographs
+from lgp_dist.config.run_config import DataConfig
+from lgp_dist.data.order import SampleOrder, shuffle_quality
+from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.errors import UserError
+
+BASE, INDEX_BASE = "webdataset", "webdataset-index"
+"""The loaders that ratios are to: of images, and of bytes that are not decoded."""
+NEEDS = {
+    "webdataset": "webdataset",
+    "webdataset+simplejpeg": "webdataset",
+    "timm": "timm",
+    "dali": "nvidia.dali",
+    "decoder": "simplejpeg",
+    "lgp": "simplejpeg",
+    "decoder-nvimgcodec": "nvidia.nvimgcodec",
+    "lgp-nvimgcodec": "nvidia.nvimgcodec",
+    "webdataset-index": "webdataset",
+    "tarfile-index": "tarfile",
+    "lgp-index": "numpy",
+    "lgp-index-build": "numpy",
+    "lgp-index-build-hash": "numpy",
+}
+"""Loaders in the order in which they take turns, and the module that each needs."""
+BOUNDS = {"lgp": "decoder", "lgp-nvimgcodec": "decoder-nvimgcodec"}
+"""Loader -> the decoder alone, with the same crops."""
+TIMEOUT_S = 3600
+"""Longest pass of one loader, seconds."""
+SHUFFLE = (1024, 1251, 1024)
+"""Shards, samples of each and batch of which the quality of shuffling is reported."""
+
+
+def installed(loader: str) -> bool:
+    """Whether the package that a loader needs can be imported."""
+    try:
+        return importlib.util.find_spec(NEEDS[loader]) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def bench_data(
+    folder: Path,
+    photos: Sequence[Path] = (),
+    samples: int = 4000,
+    loaders: Sequence[str] = (),
+    threads: int = 2,
+    batch: int = 128,
+    repeats: int = 3,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """One object for each kind of file (full, s256) and loader; the last is about shuffling.
+
+    images_per_cpu_second: median over `repeats` rounds in which the loaders take turns; CPU seconds are of the process
+    and its workers, imports left out. spread: (fastest - slowest) / median. ratio: to webdataset's canonical pipeline
+    of the same rounds. share_of_decoder: of the rate of the decoder alone with the same crops; null for others. Loaders
+    with -index in their names read bytes in one thread and decode nothing; their ratio is to webdataset's tar
+    iterators.
+
+    folder: of the photographs; they are made from `photos` where that names folders. loaders: empty for all that are
+    installed. UserError for what cannot be.
+    """
+    chosen = _check(loaders, samples, threads, batch, repeats)
+    if photos:
+        make_photographs(photos, folder, samples, max(1, min(8, samples // batch)), progress)
+    elif not all((folder / variant).is_dir() for variant in VARIANTS):
+        raise UserError(f"--folder {folder} has no photographs: make them with --photos FOLDER_OF_PHOTOGRAPHS.")
+    about, rows = facts(), []
+    sizes = {variant: _sizes(folder / variant) for variant in VARIANTS}
+    for variant in VARIANTS:
+        rates = _rates(folder / variant, chosen, threads, batch, repeats, progress)
+        middle = {loader: median(values) for loader, values in rates.items()}
+        for loader in chosen:
+            base = middle.get(INDEX_BASE if "-index" in loader else BASE)
+            rows.append(
+                {
+                    "loader": loader,
+                    "data": variant,
+                    "images_per_cpu_second": round(middle[loader], 1),
+                    "ratio": round(middle[loader] / base, 3) if base else None,
+                    "spread": spread(rates[loader]),
+                    "share_of_decoder": _share(loader, middle),
+                    **sizes[variant],
+                    "threads": threads,
+                    "batch": batch,
+                    "repeats": repeats,
+                    **about,
+                }
+            )
+    return [*rows, _shuffle_row() | about]
+
+
+def _check(loaders: Sequence[str], samples: int, threads: int, batch: int, repeats: int) -> tuple[str, ...]:
+    """The loaders to measure; UserError for an option that cannot be."""
+    for option, value in (("--samples", samples), ("--threads", threads), ("--batch", batch), ("--repeats", repeats)):
+        check_least(option, value, 1)
+    for loader in loaders:
+        if loader not in NEEDS:
+            raise UserError(f"--loaders names {loader!r}, which is none: choose from {', '.join(NEEDS)}.")
+        if not installed(loader):
+            raise UserError(f"--loaders names {loader!r}, which needs {NEEDS[loader]}: install it, or leave it out.")
+    return tuple(dict.fromkeys(loaders)) or tuple(loader for loader in NEEDS if installed(loader))
+
+
+def _rates(
+    folder: Path, loaders: Sequence[str], threads: int, batch: int, repeats: int, progress: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Images per CPU second of each loader in each round."""
+    rates: dict[str, list[float]] = {loader: [] for loader in loaders}
+    for turn in range(repeats):
+        for loader in loaders:
+            found = _run(loader, folder, threads, batch)
+            rates[loader].append(found["images"] / found["cpu_s"])
+            progress(f"{folder.name}, round {turn + 1}, {loader}: {rates[loader][-1]:.0f} images per CPU second")
+    return rates
+
+
+def _run(loader: str, folder: Path, threads: int, batch: int) -> dict[str, float]:
+    """One pass in a process of its own, its libraries with one thread each; UserError where it fails."""
+    command = [sys.executable, "-m", "lgp_dist.bench.loaders.loaders", loader, str(folder), str(threads), str(batch)]
+    single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    try:
+        done = subprocess.run(
+            command, env=os.environ | single, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"Loader {loader} took more than {TIMEOUT_S} s: take fewer --samples.") from error
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1].rstrip(".")
+        raise UserError(f"Loader {loader} failed on {folder} ({last}): leave it out with --loaders.")
+    return json.loads(lines[-1])
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    """How many images the shards have and their mean bytes in the tar."""
+    entries = ShardManifest.load(folder).entries("train")
+    images = sum(entry.samples for entry in entries)
+    return {"images": images, "mean_bytes": round(sum(entry.bytes for entry in entries) / images)}
+
+
+def _share(loader: str, middle: dict[str, float]) -> float | None:
+    bound = middle.get(BOUNDS.get(loader, ""))
+    return round(middle[loader] / bound, 4) if bound else None
+
+
+def _shuffle_row() -> dict[str, Any]:
+    """Distinct shards in a batch, by arithmetic, with the default window and with one that holds all shards."""
+    shards, each, batch = SHUFFLE
+    window = DataConfig().window
+    found = {size: shuffle_quality(SampleOrder((each,) * shards, 0, size), batch) for size in (window, shards)}
+    return {
+        "loader": "lgp",
+        "data": "shuffle",
+        "shards": shards,
+        "batch": batch,
+        "window": window,
+        "distinct_shards": round(found[window], 1),
+        "distinct_shards_at_most": round(found[shards], 1),
+    }
+
+
+def data_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The objects of `bench_data` as text."""
+    lines = [f"{'data':<8}{'loader':<24}{'images/CPU s':>13}{'ratio':>8}{'spread':>8}{'of decoder':>12}"]
+    for row in rows:
+        if row["data"] == "shuffle":
+            lines.append(
+                f"a batch of {row['batch']} holds images of {row['distinct_shards']} of {row['shards']} shards"
+                f" (window {row['window']}); {row['distinct_shards_at_most']} without windows"
+            )
+            continue
+        ratio, share = (
+            "-" if row[name] is None else format(row[name], form)
+            for name, form in (("ratio", ".2f"), ("share_of_decoder", ".0%"))
+        )
+        rate = f"{row['images_per_cpu_second']:>13.0f}"
+        lines.append(f"{row['data']:<8}{row['loader']:<24}{rate}{ratio:>8}{row['spread']:>8.0%}{share:>12}")
+    return "\n".join(lines)

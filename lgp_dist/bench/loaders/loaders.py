@@ -1,0 +1,247 @@
+"""One loader, one pass over shards of photographs, in a process of its own: images, CPU seconds, seconds.
+
+Run as `python -m lgp_dist.bench.loaders.loaders LOADER FOLDER THREADS BATCH`; prints one JSON object. Every loader
+gives random crops of 224 x 224, bilinear, and flips; those that give uint8 leave normalisation to the device. The
+readers of `readers` give bytes alone.
+"""
+
+import gc
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+import torchvision.transforms as T
+import webdataset as wds
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lgp_dist.bench.loaders.readers import WAYS, reader
+from lgp_dist.config.run_config import DataConfig
+from lgp_dist.data.augment.crops import DRAWS, Crop
+from lgp_dist.data.augment.keyed_random import sample_keys, uniforms
+from lgp_dist.data.augment.nvimgcodec import RegionDecoder
+from lgp_dist.data.loader import Loader, Plan
+from lgp_dist.data.shards.decode import decode_pixels
+from lgp_dist.data.shards.index import ShardIndex
+from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.data.stream import order_of
+
+SIZE = 224
+CLASSES = 1000
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def config(folder: Path, threads: int, decoder: str) -> DataConfig:
+    """The default training crops on these shards."""
+    plain = DataConfig(root=str(folder), num_classes=CLASSES, interpolation="bilinear", threads=threads)
+    return replace(plain, decoder=decoder)
+
+
+def _shards(folder: Path) -> list[str]:
+    return [str(path) for path in sorted(folder.glob("*.tar"))]
+
+
+_PIL = T.Compose([T.RandomResizedCrop(SIZE), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
+
+
+def _pil(image: Image.Image) -> torch.Tensor:
+    return _PIL(image.convert("RGB"))
+
+
+def _turbo(content: bytes) -> torch.Tensor:
+    """A crop by libjpeg-turbo and torch's antialiased resize, uint8: what FFCV does on its own format."""
+    pixels, out = decode_pixels(content, 3, "a sample"), torch.empty(1, SIZE, SIZE, 3, dtype=torch.uint8)
+    Crop(SIZE, (0.08, 1.0), 1.0, "bilinear").random(pixels, torch.rand(DRAWS).tolist(), out.permute(0, 3, 1, 2))
+    image = out[0].permute(2, 0, 1)
+    return image.flip(-1) if torch.rand(()) < 0.5 else image
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def webdataset(folder: Path, threads: int, batch: int, turbo: bool = False) -> Iterable[Any]:
+    """The pipeline of webdataset's README: Pillow, torchvision's transforms, worker processes."""
+    stages = [
+        wds.SimpleShardList(_shards(folder)),
+        wds.shuffle(100),
+        wds.split_by_node,
+        wds.split_by_worker,
+        wds.tarfile_to_samples(),
+        wds.shuffle(5000, initial=1000),
+    ]
+    if turbo:
+        stages += [wds.to_tuple("jpg", "cls"), wds.map_tuple(_turbo, int)]
+    else:
+        stages += [wds.decode("pil"), wds.to_tuple("jpg", "cls"), wds.map_tuple(_pil, _same)]
+    pipeline = wds.DataPipeline(*stages, wds.batched(batch, partial=True))
+    return DataLoader(pipeline, batch_size=None, num_workers=threads)
+
+
+def webdataset_turbo(folder: Path, threads: int, batch: int) -> Iterable[Any]:
+    """The same with an FFCV-like decode: libjpeg-turbo, uint8."""
+    return webdataset(folder, threads, batch, turbo=True)
+
+
+def timm_loader(folder: Path, threads: int, batch: int) -> Iterable[Any]:
+    """timm's create_loader over its reader of WebDataset shards, uint8."""
+    names, count = [Path(name).name for name in _shards(folder)], _count(folder)
+    first, last = (name.removesuffix(".tar").rsplit("-", 1)[1] for name in (names[0], names[-1]))
+    split = f"photos-train-{{{first}..{last}}}.tar|{count}"
+    data = timm.data.create_dataset("wds/photos", root=str(folder), split=split, is_training=True, batch_size=batch)
+    return timm.data.create_loader(
+        data,
+        (3, SIZE, SIZE),
+        batch,
+        is_training=True,
+        num_workers=threads,
+        color_jitter=0.0,
+        interpolation="bilinear",
+        use_prefetcher=True,
+        device=torch.device("cpu"),
+        persistent_workers=False,
+    )
+
+
+def dali(folder: Path, threads: int, batch: int) -> Iterable[Any]:
+    """NVIDIA DALI on the CPU, uint8; needs the package nvidia-dali-cuda130."""
+    lib, fn, types = (importlib.import_module(f"nvidia.dali{name}") for name in ("", ".fn", ".types"))
+    torch_part = importlib.import_module("nvidia.dali.plugin.pytorch")
+
+    @lib.pipeline_def(batch_size=batch, num_threads=threads, device_id=None, seed=1)
+    def pipe() -> Any:
+        jpegs, labels = fn.readers.webdataset(
+            paths=_shards(folder), ext=["jpg", "cls"], random_shuffle=True, initial_fill=1000, name="reader"
+        )
+        crops = fn.decoders.image_random_crop(
+            jpegs, device="cpu", random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3], output_type=types.RGB
+        )
+        images = fn.resize(crops, resize_x=SIZE, resize_y=SIZE, interp_type=types.INTERP_LINEAR, antialias=True)
+        return fn.flip(images, horizontal=fn.random.coin_flip()), fn.pad(labels, fill_value=0)
+
+    made = pipe()
+    made.build()
+    policy = torch_part.LastBatchPolicy.PARTIAL
+    batches = torch_part.DALIGenericIterator([made], ["x", "y"], reader_name="reader", last_batch_policy=policy)
+    return ((part[0]["x"], part[0]["y"]) for part in batches)
+
+
+def lgp(folder: Path, threads: int, batch: int, decoder: str = "simplejpeg") -> Iterator[tuple[torch.Tensor, Any]]:
+    """This project's loader, uint8: what a training stream reads before it augments on the device."""
+    data, index = config(folder, threads, decoder), _index(folder)
+    for loaded in Loader(index, data, torch.device("cpu")).load(_plans(index, data, batch)):
+        yield loaded.images, index.label[loaded.samples]
+
+
+def lgp_regions(folder: Path, threads: int, batch: int) -> Iterator[tuple[torch.Tensor, Any]]:
+    """The same with the extra nvimgcodec."""
+    return lgp(folder, threads, batch, "nvimgcodec")
+
+
+def decoder_alone(folder: Path, threads: int, batch: int, decoder: str = "simplejpeg") -> Callable[[], int]:
+    """The same crops of the same images by the decoder and the resize alone, from memory, in one thread."""
+    data, index = config(folder, 0, decoder), _index(folder)
+    regions = RegionDecoder() if decoder == "nvimgcodec" else None
+    crop, out = Crop.of(data), torch.empty(1, SIZE, SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    work = []
+    for plan in _plans(index, data, batch):
+        rows = uniforms(plan.keys, DRAWS).tolist()  # type: ignore[arg-type]
+        for sample, row in zip(plan.samples.tolist(), rows, strict=True):
+            place = (int(index.shard[sample]), int(index.offset[sample]), int(index.size[sample]))
+            work.append((index.files.read(*place), row))
+
+    def run() -> int:
+        for content, row in work:
+            part = regions.crop(content, crop, row) if regions else None
+            if part is None:
+                crop.random(decode_pixels(content, 3, "a sample"), row, out)
+            else:
+                crop.fit(part, out)
+        return len(work)
+
+    return run
+
+
+def decoder_alone_regions(folder: Path, threads: int, batch: int) -> Callable[[], int]:
+    """The same with the extra nvimgcodec."""
+    return decoder_alone(folder, threads, batch, "nvimgcodec")
+
+
+def _reader(name: str, folder: Path, threads: int, batch: int) -> Callable[[], int]:
+    return reader(name, folder)
+
+
+LOADERS: dict[str, Callable[[Path, int, int], Any]] = {
+    "webdataset": webdataset,
+    "webdataset+simplejpeg": webdataset_turbo,
+    "timm": timm_loader,
+    "dali": dali,
+    "decoder": decoder_alone,
+    "lgp": lgp,
+    "decoder-nvimgcodec": decoder_alone_regions,
+    "lgp-nvimgcodec": lgp_regions,
+    **{name: partial(_reader, name) for name in WAYS},
+}
+"""What is measured; `decoder` and `decoder-nvimgcodec` are the bounds of the loaders after them."""
+
+
+def _index(folder: Path) -> ShardIndex:
+    return ShardIndex.load(ShardManifest.load(folder), "train", CLASSES)
+
+
+def _count(folder: Path) -> int:
+    return sum(entry.samples for entry in ShardManifest.load(folder).entries("train"))
+
+
+def _plans(index: ShardIndex, data: DataConfig, batch: int) -> Iterator[Plan]:
+    """One epoch, with the keys of training."""
+    order = order_of(index, data, 0).samples(torch.arange(len(index)).numpy())
+    for start in range(0, len(index), batch):
+        samples = order[start : start + batch]
+        yield Plan(samples, sample_keys("augment", 0, samples * 0, samples))
+
+
+def _cpu_seconds() -> float:
+    """User and system seconds of this process and of its finished children."""
+    parts = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in parts)
+
+
+def measure(loader: str, folder: Path, threads: int, batch: int) -> dict[str, float]:
+    """One pass: images, cpu_s and wall_s, workers' start and end included, imports not."""
+    torch.set_num_threads(1)
+    made = LOADERS[loader](folder, threads, batch)
+    gc.collect()
+    gc.freeze()  # what the imports made is not looked at again below
+    began, cpu, count = time.perf_counter(), _cpu_seconds(), 0
+    if callable(made):
+        count = made()
+    else:
+        for images, _ in made:
+            count += len(images)
+        del made
+        gc.collect()  # ends worker processes, so that their seconds count
+    return {"images": count, "cpu_s": _cpu_seconds() - cpu, "wall_s": time.perf_counter() - began}
+
+
+def main() -> None:
+    """Measures what the arguments say."""
+    loader, folder, threads, batch = sys.argv[1:]
+    found = measure(loader, Path(folder), int(threads), int(batch))
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # without waiting for what libraries have left running
+
+
+if __name__ == "__main__":
+    main()

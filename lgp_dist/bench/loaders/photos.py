@@ -1,0 +1,154 @@
+"""JPEGs of ImageNet's sizes and bit rate, cut from real photographs: shards to measure loaders on."""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+from shutil import rmtree
+
+import numpy as np
+from PIL import Image
+
+from lgp_dist.data.shards.index import index_shards
+from lgp_dist.errors import UserError
+
+VARIANTS = ("full", "s256")
+"""About 500 x 375 at quality 93 to 98; and the same crops with the short side 256 at quality 90."""
+SIZES = {
+    (500, 375): 46,
+    (375, 500): 14,
+    (500, 333): 12,
+    (333, 500): 5,
+    (640, 480): 5,
+    (400, 300): 5,
+    (300, 225): 5,
+    (500, 500): 4,
+    (1024, 768): 3,
+    (1600, 1200): 1,
+}
+"""Width and height, and their share in per cent."""
+QUALITIES = (93, 95, 96, 97, 98)
+SMALLEST = 800
+"""Photographs with a shorter side are left out: they would be enlarged."""
+LARGEST = 3000
+"""Longer photographs are made smaller first: they have little detail to the pixel."""
+CLASSES = 1000
+
+
+def find_photographs(folders: Sequence[Path]) -> list[Path]:
+    """All JPEGs and PNGs below some folders that are large enough, sorted; UserError where there is none."""
+    found = []
+    for path in sorted(path for folder in folders for path in folder.rglob("*")):
+        if path.suffix.lower() not in (".jpg", ".jpeg", ".png") or not path.is_file():
+            continue
+        try:
+            with Image.open(path) as image:
+                if min(image.size) >= SMALLEST:
+                    found.append(path.resolve())
+        except (OSError, Image.DecompressionBombError):
+            continue
+    if not found:
+        names = ", ".join(map(str, folders))
+        raise UserError(
+            f"--photos {names} has no photograph of {SMALLEST} pixels or more: name folders that have, such as"
+            " /usr/share/backgrounds,/usr/share/wallpapers with Debian's mate-backgrounds and"
+            " plasma-workspace-wallpapers."
+        )
+    return list(dict.fromkeys(found))
+
+
+def make_photographs(
+    folders: Sequence[Path], out: Path, samples: int, shards: int, progress: Callable[[str], None] = lambda line: None
+) -> None:
+    """Writes out/full and out/s256: as many shards each with manifest and index; the same inputs give the same bytes.
+
+    UserError where there are no photographs or out exists.
+    """
+    if out.exists():
+        raise UserError(f"--folder {out} exists already: name another, or leave out --photos to use it.")
+    sources = find_photographs(folders)
+    partial_folder = out.with_name(f".{out.name}.partial")
+    rmtree(partial_folder, ignore_errors=True)
+    try:
+        for variant in VARIANTS:
+            (partial_folder / variant).mkdir(parents=True)
+        per = -(-samples // shards)
+        jobs = [range(start, min(start + per, samples)) for start in range(0, samples, per)]
+        with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+            for number, _ in enumerate(pool.map(partial(_write_shard, sources, partial_folder, per), jobs)):
+                progress(f"{number + 1} of {len(jobs)} shards")
+        for variant in VARIANTS:
+            index_shards(partial_folder / variant, lambda line: None)
+        os.replace(partial_folder, out)
+    except BaseException:
+        rmtree(partial_folder, ignore_errors=True)
+        raise
+
+
+def _write_shard(sources: Sequence[Path], folder: Path, per: int, numbers: range) -> None:
+    """One shard of each variant."""
+    name = f"photos-train-{numbers.start // per:04d}.tar"
+    with (
+        tarfile.open(folder / VARIANTS[0] / name, "w", format=tarfile.USTAR_FORMAT) as full,
+        tarfile.open(folder / VARIANTS[1] / name, "w", format=tarfile.USTAR_FORMAT) as small,
+    ):
+        for number in numbers:
+            label, contents = _sample(sources, number)
+            for tar, content in zip((full, small), contents, strict=True):
+                _add(tar, f"{number:08d}.jpg", content)
+                _add(tar, f"{number:08d}.cls", str(label).encode())
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def _sample(sources: Sequence[Path], number: int) -> tuple[int, tuple[bytes, bytes]]:
+    """Label, and the JPEG of each variant: a random part of a photograph, mostly made smaller, as in a real photo set.
+
+    A photograph comes the more often the more detail it has, so that the files are as large as ImageNet's.
+    """
+    rng = np.random.default_rng(number)
+    weights = np.array([_detail(path) for path in sources])
+    chosen = int(rng.choice(len(sources), p=weights / weights.sum()))
+    image = _load(sources[chosen])
+    shares = np.array(list(SIZES.values())) / sum(SIZES.values())
+    width, height = list(SIZES)[int(rng.choice(len(SIZES), p=shares))]
+    fit = min(image.width / width, image.height / height)
+    zoom = min(max(fit * rng.uniform(0.35, 1.0), 1.0), fit) if fit >= 1 else fit
+    left, top = rng.uniform(0, image.width - width * zoom), rng.uniform(0, image.height - height * zoom)
+    box = (left, top, left + width * zoom, top + height * zoom)
+    quality, subsampling = QUALITIES[int(rng.integers(len(QUALITIES)))], 0 if rng.random() < 0.1 else 2
+    small = 256 / min(width, height)
+    contents = (
+        _jpeg(image.resize((width, height), Image.Resampling.LANCZOS, box), quality, subsampling),
+        _jpeg(image.resize((round(width * small), round(height * small)), Image.Resampling.LANCZOS, box), 90, 2),
+    )
+    return (chosen * 40 + number % 40) % CLASSES, contents
+
+
+def _jpeg(image: Image.Image, quality: int, subsampling: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=64)
+def _load(path: Path) -> Image.Image:
+    image = Image.open(path).convert("RGB")
+    if max(image.size) > LARGEST:
+        image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return image
+
+
+@lru_cache(maxsize=1024)
+def _detail(path: Path) -> float:
+    """Bytes of a photograph as a small JPEG, squared."""
+    image = _load(path).copy()
+    image.thumbnail((500, 500), Image.Resampling.LANCZOS)
+    return float(len(_jpeg(image, 95, 2))) ** 2

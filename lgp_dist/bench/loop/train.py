@@ -1,0 +1,152 @@
+"""Throughput of stage finetune on this launch, and where the time of its steps goes."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from lgp_dist.bench.common import as_table, ceilings, facts, join, leave, spread
+from lgp_dist.bench.loop.interleave import Finetuning, Turns
+from lgp_dist.bench.loop.phases import PHASES, Clock, advice, watched
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.engine.comm_stats import peak_bytes, reset_peak
+from lgp_dist.paths.cost import ancestry_forward
+
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "L40S": 362e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L4": 121e12,
+}
+"""FLOP/s of dense bf16 and fp16 products by NVIDIA's data sheets; the first that the device's name holds counts."""
+WARM_UP = 2
+"""Steps of a block that are not timed."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def peak_of(device: str, precision: str) -> float | None:
+    """FLOP/s of a known GPU at a precision; None for others, for CPUs and for fp32."""
+    if precision == "fp32":
+        return None
+    return next((rate for name, rate in PEAKS.items() if name in device), None)
+
+
+def bench_train(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24) -> list[dict[str, Any]]:
+    """Fine-tunes a recipe's pool, with random weights, on its shards in the whole loop; rank 0 writes a list of one.
+
+    Blocks of `steps` without and with a clock take turns. Without: images_per_s (of all ranks; one that takes two paths
+    counts twice; median over rounds) and
+    spread ((most - least) / median). With, in ms of a mean step and rank: data, forward, backward, exchange, optimizer
+    and loop (`phases`), and exchange in two: transfer (what the rank that came last took) and skew (the rest: waiting
+    for it). peak_mb: largest over ranks. mfu: 2 x multiply-adds of forward and backward (3 forwards of a path, one of
+    the ancestry) a second over the GPU's rate by its data sheet; null where that is not known. of_product: over the
+    fastest matrix product seen on this device by one rank; null where the ancestry's size is not known. advice: the
+    largest waste and what to change. UserError where a number is below 1 or the recipe is refused.
+    """
+    workers = join(config, rounds=rounds, steps=steps)
+    bench, clock = Finetuning(config, workers), Clock(workers.device)
+    quiet: list[tuple[float, float]] = []
+    parts: list[dict[str, float]] = []
+    peak, _ = ceilings(workers.device, DTYPES[config.engine.precision])
+
+    def begins(kind: str) -> None:
+        if kind == "clock":
+            reset_peak(workers.device)
+            clock.start()
+
+    def ended(kind: str, numbers: range, seconds: float) -> None:
+        if kind == "clock":
+            parts.extend(clock.stop())
+        else:
+            quiet.append((seconds, bench.multiply_adds(numbers)[0]))
+
+    turns = Turns(
+        bench.batches, bench.train.accumulate, ("quiet", "clock"), (rounds, steps, WARM_UP), bench.wait, begins, ended
+    )
+    bench.run(watched(bench.task(), clock, workers.world > 1), turns, clock)
+    rows = [_row(bench, quiet[1:], parts[steps:], peak, steps)]
+    leave(workers, out, rows)
+    return rows
+
+
+def engine_name(bench: Finetuning) -> str:
+    """ddp, zero0 .. zero3, or one for a process alone."""
+    launch = bench.workers.launch
+    if launch.deepspeed:
+        return f"zero{launch.zero_stage}"
+    return "ddp" if bench.workers.world > 1 else "one"
+
+
+def about(bench: Finetuning) -> dict[str, Any]:
+    """What a measurement of the loop was of."""
+    config, train, finetune = bench.config, bench.train, bench.config.finetune
+    return {
+        "recipe": config.recipe,
+        "engine": engine_name(bench),
+        "reduction": config.engine.reduction,
+        "policy": finetune.policy,
+        "only": list(finetune.only),
+        "ranks": bench.workers.world,
+        "micro_steps": train.accumulate,
+        "paths_per_batch": finetune.paths_per_batch,
+        "widths": list(bench.space.widths),
+        "image_size": config.data.image_size,
+        "images": train.batch_size,
+        "precision": config.engine.precision,
+        "compile": config.engine.compile,
+        "ancestry": config.engine.ancestry(finetune.ancestry_precision) if finetune.distil_weight else None,
+        "threads": config.data.threads,
+    }
+
+
+def _row(
+    bench: Finetuning, quiet: list[tuple[float, float]], parts: list[dict[str, float]], peak: float, steps: int
+) -> dict[str, Any]:
+    workers, train = bench.workers, bench.train
+    seconds = [took for took, _ in quiet]
+    per_s = steps * bench.images / median(seconds)
+    phases = over_ranks(bench, parts)
+    teacher = ancestry_forward(bench.config)
+    rate = None
+    if teacher is not None:
+        forwards = bench.per_rank * (train.accumulate // bench.config.finetune.paths_per_batch) * steps
+        rate = median(2 * (work + forwards * teacher) / took for took, work in quiet)
+    highest = workers.highest([peak_bytes(workers.device) / 2**20])[0]
+    found = facts(workers.device)
+    known = peak_of(found["machine"]["device"], bench.config.engine.precision)
+    row = about(bench) | {
+        "images_per_s": round(per_s, 2),
+        "spread": spread(seconds),
+        "step_ms": round(1e3 * median(seconds) / steps, 3),
+        **{f"{name}_ms": round(1e3 * value, 3) for name, value in phases.items()},
+        "peak_mb": round(highest, 1),
+        "tflops_per_rank": None if rate is None else round(rate / 1e12, 5),
+        "mfu": None if rate is None or known is None else round(rate / known, 4),
+        "of_product": None if rate is None else round(rate / peak, 4),
+    }
+    return row | {"advice": advice(row)} | found
+
+
+def over_ranks(bench: Finetuning, parts: list[dict[str, float]]) -> dict[str, float]:
+    """Seconds of each phase in a mean step and rank, with transfer and skew. parts: of this rank, by step."""
+    workers = bench.workers
+    table = torch.zeros(workers.world, len(parts), len(PHASES), dtype=torch.float64)
+    table[workers.rank] = torch.tensor([[part[name] for name in PHASES] for part in parts], dtype=torch.float64)
+    table = workers.sum(table).cpu()
+    means = dict(zip(PHASES, table.mean((0, 1)).tolist(), strict=True))
+    exchange = table[:, :, PHASES.index("exchange")]
+    transfer = float(exchange.min(0).values.mean())
+    return means | {"transfer": transfer, "skew": means["exchange"] - transfer}
+
+
+def train_table(rows: list[dict[str, Any]]) -> str:
+    """The objects of `bench_train` as text."""
+    names = ("recipe", "engine", "policy", "ranks", "images_per_s", "spread", "step_ms", "peak_mb", "mfu", "of_product")
+    parts = tuple(f"{name}_ms" for name in (*PHASES, "transfer", "skew"))
+    return "\n".join([as_table(rows, names), as_table(rows, parts), *(row["advice"] for row in rows)])

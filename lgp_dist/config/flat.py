@@ -1,0 +1,78 @@
+"""A configuration as flat keys, and which of them the artifact of a stage depends on."""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from lgp_dist.config.run_config import RunConfig
+
+
+def flatten(config: Any, *, with_free: bool = True, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and plain values of a dataclass tree; tuples of dataclasses get their index as key.
+
+    with_free: also the fields that do not belong to the meaning of a run.
+    """
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        if item.metadata.get("free") and not with_free:
+            continue
+        value, key = getattr(config, item.name), prefix + item.name
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, with_free=with_free, prefix=key + "."))
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for index, part in enumerate(value):
+                flat.update(flatten(part, with_free=with_free, prefix=f"{key}.{index}."))
+        else:
+            flat[key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any], default: Any = RunConfig(), prefix: str = "") -> Any:  # noqa: B008  frozen
+    """The dataclass tree that `flatten` gave these keys and values; fields of missing keys are as in `default`."""
+    hints, values = typing.get_type_hints(type(default)), {}
+    for item in dataclasses.fields(default):
+        value, key = getattr(default, item.name), prefix + item.name
+        parts = [part for part in typing.get_args(hints[item.name]) if dataclasses.is_dataclass(part)]
+        indices = {name.removeprefix(key + ".").split(".")[0] for name in flat if name.startswith(key + ".")}
+        if dataclasses.is_dataclass(value):
+            values[item.name] = unflatten(flat, value, key + ".")
+        elif parts and indices:
+            values[item.name] = tuple(_part(flat, parts[0], f"{key}.{index}.") for index in range(len(indices)))
+        elif key in flat:
+            values[item.name] = tuple(flat[key]) if isinstance(flat[key], list) else flat[key]
+    return dataclasses.replace(default, **values)
+
+
+def _part(flat: Mapping[str, Any], kind: type, prefix: str) -> Any:
+    """A dataclass of plain fields."""
+    given = {item.name: flat[prefix + item.name] for item in dataclasses.fields(kind) if prefix + item.name in flat}
+    return kind(**given)
+
+
+SECTIONS = {
+    "ancestry": ("seed", "data", "engine", "ancestry", "model.patch_size"),
+    "distil": ("model.depth", "model.rows", "model.stages", "distil"),
+    "pool": ("model.depths", "model.final_norm", "pool"),
+    "finetune": ("finetune",),
+    "evaluate": ("evaluate",),
+    "descend": ("budget",),
+    "export": ("export",),
+}
+"""Parts of the configuration that each stage adds to those of the stages before it."""
+
+STAGES = tuple(SECTIONS)
+
+
+def up_to(stage: str) -> tuple[str, ...]:
+    """The stages up to and including one; all for training that is none of them."""
+    return STAGES[: STAGES.index(stage) + 1] if stage in STAGES else STAGES
+
+
+def meaning(config: RunConfig, stage: str) -> dict[str, Any]:
+    """The settings that the artifact of a stage depends on: its own and those of the stages before it."""
+    parts = [part for name in up_to(stage) for part in SECTIONS[name]]
+    flat = flatten(config, with_free=False)
+    chosen = {key: value for key, value in flat.items() if any(key == p or key.startswith(p + ".") for p in parts)}
+    return json.loads(json.dumps(chosen))

@@ -1,0 +1,254 @@
+"""Builds shards from a source: shuffled once, in parallel, and after a kill from where it stopped."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lgp_dist.data.build.fashion import DEFAULT_SOURCE, fashion_mnist
+from lgp_dist.data.build.folders import image_folder, kaggle
+from lgp_dist.data.build.from_webdataset import web_dataset
+from lgp_dist.data.build.imagenet import official
+from lgp_dist.data.build.options import BuildOptions
+from lgp_dist.data.build.parquet import parquet
+from lgp_dist.data.build.source import Item, Source
+from lgp_dist.data.build.write import write_shard
+from lgp_dist.data.order import position_to_sample, turns
+from lgp_dist.data.shards.index import IndexedShard, write_indexes
+from lgp_dist.data.shards.manifest import ShardEntry, ShardManifest, write_file
+from lgp_dist.data.shards.scan import Sample
+from lgp_dist.data.shards.sizes import check_shrink
+from lgp_dist.errors import UserError
+
+LAYOUTS = ("imagefolder", "imagenet", "kaggle", "parquet", "webdataset", "fashion-mnist")
+"""What `open_source` knows."""
+
+
+def open_source(layout: str, root: Path | None, spool: Path, progress: Callable[[str], None]) -> Source:
+    """The source of a layout; raises UserError if it is unknown or does not fit the folder.
+
+    spool: folder for images that must be unpacked first.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"shards build knows no data set {layout!r}: name {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}.")
+    if layout == "fashion-mnist":
+        return fashion_mnist(root or DEFAULT_SOURCE, spool)
+    if root is None:
+        raise UserError(f"shards build {layout} has no --source: set it to the folder of the data set.")
+    root = Path(os.path.abspath(root))
+    if layout == "parquet":
+        return parquet(root, spool, progress)
+    if layout == "imagenet":
+        return official(root)
+    return {"imagefolder": image_folder, "kaggle": kaggle, "webdataset": web_dataset}[layout](root, progress)
+
+
+def build_shards(
+    layout: str,
+    root: Path | None,
+    out: Path,
+    options: BuildOptions | None = None,
+    progress: Callable[[str], None] = print,
+) -> ShardManifest:
+    """Writes the shards of a data set with manifest, _info.json and indexes to the folder `out`; returns the manifest.
+
+    The same source and options give the same bytes, with any number of workers and after any kill: a build works in
+    `.OUT.partial` beside `out` and goes on from the shards it finds there. `out` must not exist or be empty, and is
+    there complete or not at all. Raises UserError for what a person can put right; what was done before it, whole
+    shards and copies of parquet files, is kept for the next try.
+    """
+    options, out = options or BuildOptions(), Path(out)
+    _check(options, out)
+    if layout not in LAYOUTS:
+        open_source(layout, root, out, progress)
+    partial = out.parent / f".{out.name}.partial"
+    fresh = not partial.exists()
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with _alone(partial):
+            source = open_source(layout, root, partial / "spool", progress)
+            plan = {name: items for split in source.splits for name, items in _plan(source, split, options).items()}
+            _remember(partial, plan, options)
+            done = _write(partial, plan, options)
+            _finish(partial, out, source, done)
+    finally:
+        if fresh and not (partial / "plan.json").exists() and not any(partial.glob("spool/*.json")):
+            shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    return ShardManifest.load(out)
+
+
+def _check(options: BuildOptions, out: Path) -> None:
+    """Raises UserError for options out of range and a folder that is taken."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: name another folder with --out, or remove it first.")
+    check_shrink(options.short_side, options.quality)
+    for name, least in (("per_shard", 1), ("shards", 0), ("shard_mb", 0), ("train", 0), ("test", 0), ("workers", 0)):
+        if getattr(options, name) < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is {getattr(options, name)}: set it to {least} or more.")
+    if options.shards and options.shard_mb:
+        raise UserError(
+            f"--shards {options.shards} and --shard-mb {options.shard_mb} exclude each other: set one to 0."
+        )
+    if options.short_side and options.shard_mb:
+        raise UserError(
+            f"--shard-mb {options.shard_mb} counts bytes that --short-side {options.short_side} changes:"
+            " set --per-shard or --shards in its place."
+        )
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Keeps a second build out of the folder; the lock ends with the process."""
+    with open(partial / "lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{partial} is in use by another build: wait for its end, or name another --out."
+            ) from error
+        yield
+
+
+def choose(split: str, labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """`count` places (0: all), shuffled, with equally many of each class (to one) as far as there are as many."""
+    total = len(labels)
+    if count > total:
+        flag = "--train" if split == "train" else "--test"
+        raise UserError(f"{count} images of split {split} were asked for: set {flag} to 1 .. {total}.")
+    order = position_to_sample(seed, 0, total)
+    if not count:
+        return order
+    return order[np.sort(np.argsort(turns(labels[order]), kind="stable")[:count])]
+
+
+def _plan(source: Source, split: str, options: BuildOptions) -> dict[str, list[Item]]:
+    """Name of each shard of a split and its items in order."""
+    items = source.splits[split]
+    labels = np.array([item.label for item in items], dtype=np.int64)
+    if len(labels) and (labels.min() < 0 or (source.classes and labels.max() >= len(source.classes))):
+        bad = next(item for item in items if not 0 <= item.label < (len(source.classes) or item.label + 1))
+        raise UserError(
+            f"Image {bad.key} of {bad.path} has label {bad.label}, which is none of the {len(source.classes)} classes:"
+            " correct the source."
+        )
+    order = choose(split, labels, options.train if split == "train" else options.test, options.seed)
+    chosen = [items[place] for place in order.tolist()]
+    ends = _ends(chosen, max(map(len, source.splits.values())), options)
+    digits = max(4 if split == "train" else 2, len(str(max(len(ends) - 1, 0))))
+    names = [f"{source.name}-{split}-{number:0{digits}d}.tar" for number in range(len(ends))]
+    return {name: chosen[first:last] for name, first, last in zip(names, [0, *ends[:-1]], ends, strict=True)}
+
+
+def _ends(items: list[Item], largest: int, options: BuildOptions) -> list[int]:
+    """Where each shard ends."""
+    count = len(items)
+    if options.shards:
+        number = min(max(1, round(options.shards * count / max(largest, 1))), count)
+        return [(place + 1) * count // number for place in range(number)]
+    if not options.shard_mb:
+        return [min(start + options.per_shard, count) for start in range(0, count, options.per_shard)]
+    ends, held = [], 0
+    for place, item in enumerate(items):
+        if held and held + item.size > options.shard_mb * 1_000_000:
+            ends.append(place)
+            held = 0
+        held += item.size
+    return [*ends, count] if count else []
+
+
+def _remember(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) -> None:
+    """Notes what is built in the folder; raises UserError if it has begun something else."""
+    digest = hashlib.sha256()
+    for name, items in plan.items():
+        digest.update(json.dumps([name, [[i.key, i.label, i.path, i.offset, i.size] for i in items]]).encode())
+    settings = {"short_side": options.short_side, "quality": options.quality if options.short_side else 0}
+    wanted = {"items": digest.hexdigest(), **settings}
+    path = partial / "plan.json"
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            stored = None
+        if stored != wanted:
+            raise UserError(
+                f"{partial} holds a build that was interrupted and had another source or other options:"
+                " repeat that one, or remove the folder."
+            )
+    else:
+        write_file(path, json.dumps(wanted).encode())
+
+
+def _write(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) -> dict[str, IndexedShard]:
+    """Writes the shards that are not there yet; returns all by name."""
+    folder, records = partial / "shards", partial / "records"
+    for path in (folder, records):
+        path.mkdir(exist_ok=True)
+    done: dict[str, IndexedShard] = {}
+    for name in plan:
+        found = _recorded(folder / name, records / f"{name}.json")
+        if found:
+            done[name] = found
+    bar = tqdm(total=len(plan), initial=len(done), desc="build", unit="shard", disable=None)
+
+    def task(name: str) -> None:
+        made = write_shard(folder / name, plan[name], options.short_side, options.quality)
+        row = {**asdict(made.entry), "samples": [[*_row(s), c] for s, c in zip(made.samples, made.sums, strict=True)]}
+        write_file(records / f"{name}.json", json.dumps(row).encode())
+        done[name] = made
+        bar.update()
+
+    with bar, ThreadPoolExecutor(options.workers or len(os.sched_getaffinity(0))) as pool:
+        tasks = [pool.submit(task, name) for name in plan if name not in done]
+        try:
+            for made in as_completed(tasks):
+                made.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return {name: done[name] for name in plan}
+
+
+def _row(sample: Sample) -> list[str | int]:
+    """A sample for a record."""
+    return [sample.key, sample.offset, sample.size, sample.label, sample.width, sample.height]
+
+
+def _recorded(path: Path, record: Path) -> IndexedShard | None:
+    """A shard that an earlier run has completed, or None."""
+    try:
+        stored = json.loads(record.read_text(encoding="utf-8"))
+        if path.stat().st_size != stored["bytes"]:
+            return None
+        samples = tuple(Sample(*row[:-1]) for row in stored["samples"])
+        entry = ShardEntry(stored["name"], len(samples), stored["bytes"], stored["sha256"])
+        return IndexedShard(entry, samples, tuple(row[-1] for row in stored["samples"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _finish(partial: Path, out: Path, source: Source, done: dict[str, IndexedShard]) -> None:
+    """Writes what belongs beside the shards and gives the folder its name."""
+    folder = partial / "shards"
+    indexed: dict[str, list[IndexedShard]] = {}
+    for name, shard in done.items():
+        indexed.setdefault(name.rsplit("-", 2)[1], []).append(shard)
+    for path in folder.iterdir():
+        if path.name not in done:
+            path.unlink()
+    splits = {split: tuple(shard.entry for shard in indexed[split]) for split in sorted(indexed)}
+    manifest = ShardManifest(folder, source.classes, splits, source.origin, source.licence)
+    for name, text in source.texts.items():
+        write_file(folder / name, text.encode())
+    write_indexes(manifest, indexed)
+    os.replace(folder, out)

@@ -1,0 +1,93 @@
+"""WebDataset shards as a source, to shuffle, cut or shrink them anew."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lgp_dist.data.build.folders import SPLIT_FOLDERS
+from lgp_dist.data.build.source import Item, Source, unique_keys, want_folder
+from lgp_dist.data.shards.index import SHARD_NAME, ShardIndex, find_shards, read_sidecar
+from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardManifest
+from lgp_dist.data.shards.scan import scan_shard
+from lgp_dist.errors import UserError
+
+
+def web_dataset(root: Path, progress: Callable[[str], None] = print) -> Source:
+    """The samples of all shards of a folder; images and labels, not the other files of a sample.
+
+    With a manifest: its splits, class names, source and licence, from its indexes where they fit. Without one: the
+    tars that `lgp shards index` would find, or those in folders train, val, validation and test, or else all tars,
+    as split train. Raises UserError at the first shard with a problem.
+    """
+    if (root / MANIFEST_NAME).is_file():
+        manifest = ShardManifest.load(root)
+        for split in manifest.splits:
+            manifest.check(split)
+        splits = {split: _stored(manifest, split) for split in manifest.splits}
+        first = next((entry.name for entries in manifest.splits.values() for entry in entries), "")
+        source = Source("", splits, manifest.classes, manifest.source, manifest.licence)
+    else:
+        found = _tars(root, progress)
+        first = next(path.name for paths in found.values() for path in paths)
+        source = Source("", {split: _scanned(split, paths) for split, paths in found.items()})
+    if not any(source.splits.values()):
+        raise UserError(f"{root} has no samples: name another folder.")
+    match = SHARD_NAME.fullmatch(Path(first).name)
+    name = (match[1] or "").rstrip("-") if match else ""
+    licence = root / "LICENSE"
+    texts = {"LICENSE": licence.read_text(encoding="utf-8", errors="replace")} if licence.is_file() else {}
+    return replace(source, name=name or "images", texts=texts)
+
+
+def _tars(root: Path, progress: Callable[[str], None]) -> dict[str, list[Path]]:
+    """Tars of each split."""
+    want_folder(root)
+    folders = {
+        SPLIT_FOLDERS[name]: sorted((root / name).glob("*.tar")) for name in SPLIT_FOLDERS if (root / name).is_dir()
+    }
+    plain = sorted(root.glob("*.tar"))
+    if any(folders.values()) and not plain:
+        return {split: paths for split, paths in folders.items() if paths}
+    if not plain or any(SHARD_NAME.fullmatch(path.name) for path in plain):
+        return find_shards(root, progress)
+    progress(f"{root}: all {len(plain)} tars are taken as split train, as no name says another")
+    return {"train": plain}
+
+
+def _stored(manifest: ShardManifest, split: str) -> list[Item]:
+    """Items of a split of a manifest."""
+    index = read_sidecar(manifest, split)
+    if index is None and manifest.entries(split):
+        return _scanned(split, [manifest.path(entry) for entry in manifest.entries(split)])
+    return _items(index) if index is not None else []
+
+
+def _items(index: ShardIndex) -> list[Item]:
+    """Items of an index."""
+    paths = [str(index.root / name) for name in index.shards]
+    rows = zip(
+        unique_keys(index.keys.tolist()),
+        index.label.tolist(),
+        index.shard.tolist(),
+        index.offset.tolist(),
+        index.size.tolist(),
+        strict=True,
+    )
+    return [Item(key, label, paths[shard], offset, size) for key, label, shard, offset, size in rows]
+
+
+def _scanned(split: str, paths: list[Path]) -> list[Item]:
+    """Items of tars."""
+    found = []
+    for path in tqdm(paths, desc=f"read {split}", unit="shard", disable=None):
+        samples, flaws = scan_shard(path)
+        if flaws:
+            raise UserError(flaws[0].sentence)
+        found += [(sample, str(path)) for sample in samples]
+    keys = unique_keys(sample.key for sample, _ in found)
+    return [
+        Item(key, sample.label, path, sample.offset, sample.size)
+        for key, (sample, path) in zip(keys, found, strict=True)
+    ]

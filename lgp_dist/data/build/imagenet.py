@@ -1,0 +1,129 @@
+"""ImageNet's official tars as a source: a tar of a tar per class, a flat validation tar and the devkit."""
+
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lgp_dist.data.build.source import Item, Source, optional, unique_keys, want_folder
+from lgp_dist.data.shards.tar import Member, TarError, Window, walk
+from lgp_dist.errors import UserError
+
+TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12"
+META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+MAX_DEVKIT_FILE = 1 << 26
+"""Bytes of a file of the devkit that are still read."""
+
+
+def official(root: Path) -> Source:
+    """The folder of ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12(.tar.gz).
+
+    Either tar may be missing. Labels are the places of the sorted wnids; the ground truth of the validation images
+    counts classes as the devkit does and is mapped through its meta.mat. Nothing is unpacked. Raises UserError.
+    """
+    want_folder(root)
+    synsets = _synsets(root) if _has_devkit(root) else {}
+    inner = list(_members(root / TRAIN)) if (root / TRAIN).is_file() else []
+    wnids = sorted({Path(member.name).stem for member in inner} | {wnid for wnid, _ in synsets.values()})
+    for wnid in wnids:
+        if not re.fullmatch(r"n\d{8}", wnid):
+            raise UserError(f"{root / TRAIN} holds {wnid!r}, which is no tar of a class: copy the file again.")
+    labels = {wnid: label for label, wnid in enumerate(wnids)}
+    items: dict[str, list[Item]] = {}
+    if inner:
+        items["train"] = _train(root / TRAIN, inner, labels)
+    if (root / VALIDATION).is_file():
+        items["validation"] = _validation(root, synsets, labels)
+    if not items:
+        raise UserError(f"{root} has neither {TRAIN} nor {VALIDATION}: name the folder of the tars with --source.")
+    words = dict(synsets.values())
+    classes = tuple(f"{wnid} {words.get(wnid, '')}".strip() for wnid in wnids)
+    return Source("imagenet1k", items, classes, "https://image-net.org", "ImageNet terms of access")
+
+
+def _members(path: Path, start: int = 0, end: int | None = None) -> Iterator[Member]:
+    """Files of a tar, or of a tar in it; raises UserError where it is damaged."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield from walk(Window(handle), start, os.fstat(handle).st_size if end is None else end)
+        finally:
+            os.close(handle)
+    except (OSError, TarError) as error:
+        raise UserError(f"{path} cannot be read as a tar ({error}): copy the file again.") from error
+
+
+def _train(path: Path, inner: list[Member], labels: dict[str, int]) -> list[Item]:
+    """Images of the class tars, in the order of classes and then of names."""
+    items = []
+    for member in sorted(inner, key=lambda member: member.name):
+        wnid = Path(member.name).stem
+        images = sorted(_members(path, member.offset, member.offset + member.size), key=lambda image: image.name)
+        keys = unique_keys(f"{wnid}/{os.path.splitext(image.name)[0]}" for image in images)
+        for key, image in zip(keys, images, strict=True):
+            items.append(Item(key, labels[wnid], str(path), image.offset, image.size))
+    return items
+
+
+def _validation(root: Path, synsets: dict[int, tuple[str, str]], labels: dict[str, int]) -> list[Item]:
+    """Images of the flat tar; image number n has the class of line n."""
+    path = root / VALIDATION
+    if not synsets:
+        raise UserError(f"{path} needs the classes of its images: put {DEVKIT}.tar.gz beside it.")
+    truth = [line.strip() for line in _devkit_file(root, TRUTH).decode("ascii", "replace").splitlines() if line.strip()]
+    images = sorted(_members(path), key=lambda image: image.name)
+    if len(images) != len(truth):
+        raise UserError(f"{path} has {len(images)} images but {TRUTH} has {len(truth)} classes: copy both again.")
+    items = []
+    for number, image in enumerate(images, 1):
+        match = re.search(r"_(\d+)\.\w+$", image.name)
+        if not match or int(match[1]) != number:
+            raise UserError(f"{path} has {ascii(image.name[:80])} where image {number} should be: copy it again.")
+        said = truth[number - 1]
+        if not said.isdecimal() or len(said) > 9 or int(said) not in synsets:
+            raise UserError(
+                f"Line {number} of {TRUTH} is {ascii(said[:40])}, no class of meta.mat: copy the devkit again."
+            )
+        key = unique_keys([os.path.splitext(image.name)[0]])[0]
+        items.append(Item(key, labels[synsets[int(said)][0]], str(path), image.offset, image.size))
+    return items
+
+
+def _has_devkit(root: Path) -> bool:
+    """Whether the devkit is there, packed or not."""
+    return (root / f"{DEVKIT}.tar.gz").is_file() or (root / DEVKIT).is_dir()
+
+
+def _synsets(root: Path) -> dict[int, tuple[str, str]]:
+    """Number of a class in the devkit -> its wnid and words; only classes without children are in the challenge."""
+    loadmat = optional("scipy.io", "Reading the devkit's meta.mat").loadmat
+    try:
+        table = loadmat(io.BytesIO(_devkit_file(root, META)), squeeze_me=True)["synsets"]
+        rows = [
+            (int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"]), int(row["num_children"])) for row in table
+        ]
+    except UserError:
+        raise
+    except Exception as error:  # scipy's reader raises many kinds on bad bytes
+        raise UserError(f"The devkit's {META} in {root} cannot be read ({error}): copy the devkit again.") from error
+    return {number: (wnid, words) for number, wnid, words, children in rows if children == 0}
+
+
+def _devkit_file(root: Path, name: str) -> bytes:
+    """A file of the devkit, from its folder or its tar.gz; raises UserError if it is not there."""
+    folder, packed = root / DEVKIT, root / f"{DEVKIT}.tar.gz"
+    try:
+        if folder.is_dir():
+            return (folder / name).read_bytes()
+        with tarfile.open(packed, "r:gz") as tar:
+            member = tar.getmember(f"{DEVKIT}/{name}")
+            if not member.isreg() or member.issparse() or member.size > MAX_DEVKIT_FILE:
+                raise KeyError(f"{name} is no plain file")
+            content = tar.extractfile(member)
+            return content.read() if content else b""
+    except (OSError, KeyError, EOFError, tarfile.TarError, ValueError) as error:
+        where = folder if folder.is_dir() else packed
+        raise UserError(f"{where} has no {name} that can be read ({error}): copy the devkit again.") from error

@@ -1,0 +1,99 @@
+"""The hub's parquet files as a source: columns `image` (bytes and path) and `label`."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lgp_dist.data.build.source import Item, Source, optional, unique_keys, want_folder
+from lgp_dist.data.shards.manifest import write_file
+from lgp_dist.errors import UserError
+
+ROWS = 64
+"""Rows that are read at once."""
+_NAME = re.compile(r"(train|val|validation|test)-\d+-of-\d+.*\.parquet")
+
+
+def parquet(root: Path, spool: Path, progress: Callable[[str], None] = print) -> Source:
+    """Folder (or tree) of SPLIT-00000-of-00294.parquet files, as on the hub; bytes of images stay as they are.
+
+    The files are compressed in groups of rows, and shuffled samples need any row at any time: so each file is first
+    copied, uncompressed, into the folder `spool` (as much disk as the images take), where a build that was
+    interrupted finds it again. A split whose labels are all -1, as ImageNet's test images, is left out.
+    """
+    want_folder(root)
+    reader = optional("pyarrow.parquet", "Reading parquet files")
+    found: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob("*.parquet")):
+        if match := _NAME.fullmatch(path.name):
+            found.setdefault({"val": "validation"}.get(match[1], match[1]), []).append(path)
+    if not found:
+        raise UserError(f"{root} has no file such as train-00000-of-00294.parquet: name their folder with --source.")
+    spool.mkdir(parents=True, exist_ok=True)
+    splits, names = {}, []
+    for split, paths in found.items():
+        rows: list[tuple[str, int, str, int, int]] = []
+        for place, path in enumerate(tqdm(paths, desc=f"read {split}", unit="file", disable=None)):
+            target = spool / f"{split}-{place:05d}.bin"
+            stored = _spooled(target) or _spool(reader, path, target)
+            names = names or stored["classes"]
+            rows += [(name, label, str(target), offset, size) for name, label, offset, size in stored["rows"]]
+        if all(label == -1 for _, label, *_ in rows):
+            progress(f"{split}: left out, its {len(rows)} images have no labels")
+            continue
+        keys = unique_keys(row[0] or f"{split}-{number:08d}" for number, row in enumerate(rows))
+        splits[split] = [Item(key, *row[1:]) for key, row in zip(keys, rows, strict=True)]
+    if not splits:
+        raise UserError(f"The parquet files of {root} have no labels: name another folder with --source.")
+    name = "imagenet1k" if len(names) == 1000 else re.sub(r"\W+", "_", root.resolve().name).strip("_") or "images"
+    return Source(name, splits, tuple(names))
+
+
+def _spooled(target: Path) -> dict[str, Any] | None:
+    """What an earlier run wrote beside a complete copy, or None."""
+    try:
+        stored = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
+        return stored if target.stat().st_size == stored["bytes"] else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _spool(reader: Any, path: Path, target: Path) -> dict[str, Any]:
+    """Copies the images of a parquet file one after the other and says where each is; raises UserError."""
+    rows: list[tuple[str, int, int, int]] = []
+    position = 0
+    partial = target.with_suffix(".tmp")
+    try:
+        with reader.ParquetFile(path) as table, open(partial, "wb") as stream:
+            for batch in table.iter_batches(batch_size=ROWS, columns=["image", "label"]):
+                for image, label in zip(batch["image"].to_pylist(), batch["label"].to_pylist(), strict=True):
+                    content = image["bytes"]
+                    rows.append((os.path.splitext(image.get("path") or "")[0], int(label), position, len(content)))
+                    stream.write(content)
+                    position += len(content)
+            classes = _class_names(table.schema_arrow.metadata or {})
+    except Exception as error:  # pyarrow raises many kinds on bad bytes; a wrong column is a KeyError or TypeError
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename != str(path):
+            raise  # the disk, not the file
+        raise UserError(
+            f"{path} cannot be read as parquet with columns image (bytes, path) and label"
+            f" ({str(error).splitlines()[0] if str(error) else type(error).__name__}): download the file again."
+        ) from error
+    os.replace(partial, target)
+    stored = {"bytes": position, "classes": classes, "rows": rows}
+    write_file(target.with_suffix(".json"), json.dumps(stored).encode())
+    return stored
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> list[str]:
+    """Names of the classes as `datasets` stores them in a file's metadata; empty if it has none."""
+    try:
+        label = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]
+        return [str(name) for name in label["names"]]
+    except (KeyError, ValueError, TypeError):
+        return []

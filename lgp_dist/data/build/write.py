@@ -1,0 +1,65 @@
+"""Writes one shard."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from webdataset import TarWriter
+
+from lgp_dist.data.build.source import Item
+from lgp_dist.data.shards.index import IndexedShard, index_shard
+from lgp_dist.data.shards.sizes import dimensions, extension, shrink
+from lgp_dist.data.shards.tar import read_at
+from lgp_dist.errors import UserError
+
+
+def write_shard(path: Path, items: list[Item], short_side: int = 0, quality: int = 90) -> IndexedShard:
+    """One tar of images and .cls with nothing in it that changes between builds, there complete or not at all.
+
+    Bytes of images stay as they are, or become smaller JPEGs: see pixels.shrink. The tar is read back before it gets
+    its name. Raises UserError that names the first image that cannot be read or is none.
+    """
+    partial = path.with_suffix(".tmp")
+    try:
+        with (
+            open(partial, "wb") as stream,
+            TarWriter(stream, user="lgp", group="lgp", mode=0o644, mtime=0, compress=False, encoder=False) as tar,
+        ):
+            for item in items:
+                content = _content(item, short_side, quality)
+                tar.write({"__key__": item.key, "cls": str(item.label).encode(), extension(content): content})
+        made = index_shard(partial)
+        if [sample.key for sample in made.samples] != [item.key for item in items]:
+            raise RuntimeError(f"{path.name} does not read back as it was written")
+        _to_disk(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return replace(made, entry=replace(made.entry, name=path.name))
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file is on disk, so that a name never stands for less after a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _content(item: Item, short_side: int, quality: int) -> bytes:
+    """Bytes of an image for the shard."""
+    where = f"{item.path}, image {item.key}" if item.offset else item.path
+    try:
+        handle = os.open(item.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            content = read_at(handle, item.offset, item.size)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise UserError(f"{where}, cannot be read ({error.strerror}): copy it again.") from error
+    if len(content) != item.size:
+        raise UserError(f"{where}, ends after {len(content)} of {item.size} bytes: copy it again.")
+    if not extension(content) or dimensions(content) == (0, 0):
+        raise UserError(f"{where}, is no JPEG, PNG or WebP image: copy it again, or remove it from the source.")
+    return shrink(content, short_side, quality, where) if short_side else content

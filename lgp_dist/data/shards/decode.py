@@ -1,0 +1,201 @@
+"""From bytes in a shard to pixels: JPEG by libjpeg-turbo, the rest and what it refuses by Pillow."""
+
+import io
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from lgp_dist.data.shards.tar import read_at
+from lgp_dist.errors import UserError
+
+MAX_PIXELS = 80_000_000
+"""Larger images are refused before they are decoded: they would take gigabytes."""
+FORMATS = ("JPEG", "PNG", "WEBP")
+OPEN_FILES = 64
+"""Shards that a process keeps open."""
+MODES = {1: "L", 3: "RGB"}
+_COLOURS = {1: ("GRAY", ("Gray",)), 3: ("RGB", ("Gray", "YCbCr", "RGB"))}
+"""Channels -> what libjpeg-turbo makes, and of which JPEGs it makes the same as Pillow."""
+
+
+class BadImage(UserError):
+    """Bytes that are no whole image: what `data.max_bad` is about."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(
+            f"The image of {where} cannot be decoded ({reason}): `lgp shards verify` lists all such samples,"
+            " and the shard must be copied or built again."
+        )
+        self.where, self.reason = where, reason
+
+
+class LostBytes(UserError):
+    """A shard of this machine that was whole when the run began and no longer has an image's bytes."""
+
+    def __init__(self, sentence: str, reason: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+
+
+class _Handle:
+    """An open file, closed when nobody holds it any more."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+class ShardSource(Protocol):
+    """Where shards are opened."""
+
+    @property
+    def fetches(self) -> bool:
+        """Whether a shard may have to be fetched."""
+        ...
+
+    def open(self, path: Path) -> int:
+        """Handle to read a shard, which may be fetched first; raises UserError or OSError."""
+        ...
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Says which shards are read next, in this order; returns at once."""
+        ...
+
+    def counts(self) -> dict[str, int]:
+        """What this process did so far, for the metrics."""
+        ...
+
+
+class Folder:
+    """Shards in a folder of this machine."""
+
+    fetches = False
+
+    def open(self, path: Path) -> int:
+        """Handle to read a shard; raises OSError."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Nothing: they are here."""
+
+    def counts(self) -> dict[str, int]:
+        """Nothing to count."""
+        return {}
+
+
+class ShardFiles:
+    """Reads ranges of bytes from shards, which it opens at first use and keeps open, the latest OPEN_FILES of them.
+
+    Reads name their offset and move no file position, so threads and forked processes that share a handle do not
+    disturb each other; a pickled copy (spawn) starts with no open file.
+    """
+
+    def __init__(self, paths: Sequence[Path], source: ShardSource | None = None) -> None:
+        """source: opens the paths; a folder of this machine if there is none."""
+        self.paths, self.source = tuple(paths), source or Folder()
+        self._handles: OrderedDict[int, _Handle] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` of shard number `shard`; LostBytes if the file has fewer or is missing."""
+        try:
+            file = self._open(shard)  # held here, so that it stays open while another thread closes older ones
+            content = read_at(file.number, offset, size)
+        except OSError as error:
+            raise LostBytes(
+                f"Shard {self.paths[shard]} cannot be read ({error.strerror}): copy the file again.",
+                f"its shard cannot be read: {error.strerror}",
+            ) from error
+        if len(content) != size:
+            raise LostBytes(
+                f"Shard {self.paths[shard]} ends before byte {offset + size}, where its index has an image:"
+                " copy the file again, then start again.",
+                f"its shard ends before byte {offset + size}",
+            )
+        return content
+
+    def close(self) -> None:
+        """Closes what no thread reads; the next read opens again."""
+        with self._lock:
+            self._handles.clear()
+
+    def _open(self, shard: int) -> _Handle:
+        """File of a shard, now the latest used."""
+        with self._lock:
+            if shard in self._handles:
+                self._handles.move_to_end(shard)
+                return self._handles[shard]
+        file = _Handle(self.source.open(self.paths[shard]))  # may wait for a download: not under the lock
+        with self._lock:
+            self._handles[shard] = file
+            while len(self._handles) > OPEN_FILES:
+                self._handles.popitem(last=False)
+        return file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"paths": self.paths, "source": self.source}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+
+def decode_image(content: bytes, channels: int, where: str) -> Image.Image:
+    """An image of mode L (channels 1) or RGB (channels 3), completely decoded by Pillow.
+
+    where: names shard and key, for the sentence of the BadImage (a UserError) that is raised if the bytes are no whole
+    image.
+    """
+    if channels not in MODES:
+        raise UserError(f"data.channels is {channels}, which no image is read as: set it to 1 (grey) or 3 (RGB).")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+            image.load()
+            return image.convert(MODES[channels])
+    except Exception as error:  # Pillow's readers raise many kinds on bad bytes
+        reason = "its bytes are no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise BadImage(where, reason) from error
+
+
+_scratch = threading.local()
+"""Each thread's buffer for the pixels of one image."""
+
+
+def decode_pixels(content: bytes, channels: int, where: str) -> NDArray[np.uint8]:
+    """Pixels [H, W, channels]. They may lie in this thread's buffer: use them before the thread decodes again.
+
+    JPEG goes through libjpeg-turbo, everything else and what it warns about through Pillow, which also says what is
+    wrong. Raises BadImage.
+    """
+    if content[:2] == b"\xff\xd8" and channels in _COLOURS:
+        pixels = _jpeg_pixels(content, *_COLOURS[channels])
+        if pixels is not None:
+            return pixels
+    pixels = np.array(decode_image(content, channels, where))  # a copy: torch takes no array that is read-only
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _jpeg_pixels(content: bytes, colour: str, sources: tuple[str, ...]) -> NDArray[np.uint8] | None:
+    """Pixels of a JPEG, or None where Pillow must look at it."""
+    try:
+        height, width, found, _ = simplejpeg.decode_jpeg_header(content)
+        if found not in sources or height * width > MAX_PIXELS:
+            return None
+        size = height * width * (3 if colour == "RGB" else 1)
+        buffer = getattr(_scratch, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            buffer = _scratch.buffer = np.empty(max(size, 1 << 20), dtype=np.uint8)
+        return simplejpeg.decode_jpeg(content, colour, buffer=buffer)
+    except ValueError:
+        return None

@@ -1,0 +1,273 @@
+"""Where every sample of a split lies: built once from the tar headers, kept in a sidecar file beside the shards."""
+
+import io
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lgp_dist.data.shards.decode import ShardFiles, decode_image
+from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardEntry, ShardManifest, write_file
+from lgp_dist.data.shards.scan import Sample, hash_shard, scan_shard, shown_key
+from lgp_dist.data.shards.timm_info import write_info
+from lgp_dist.errors import UserError
+
+SIDECAR_FORMAT = 2
+"""Format 1 had no width, height and crc; it is still read."""
+COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int64, "keys": np.str_}
+"""Arrays of a sidecar and their types."""
+MORE_COLUMNS = {"width": np.int32, "height": np.int32, "crc": np.int64}
+"""Arrays since format 2."""
+SHARD_NAME = re.compile(r"(.*-)?(train|val|validation|test)-\d+\.tar")
+"""timm's naming: imagenet1k-train-0000.tar belongs to split train."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """All samples of a split, in the order of the manifest's shards and of each tar. Arrays have length n."""
+
+    root: Path
+    """Folder of the shards."""
+    shards: tuple[str, ...]
+    """Names of the tars inside root."""
+    shard: NDArray[np.int32]
+    """Number of the sample's tar in `shards`."""
+    offset: NDArray[np.int64]
+    """First byte of the image in its tar."""
+    size: NDArray[np.int64]
+    """Bytes of the image."""
+    label: NDArray[np.int64]
+    """Class number."""
+    keys: NDArray[np.str_]
+    """Name of the sample in its tar."""
+    width: NDArray[np.int32]
+    """Pixels of the stored image; 0 where unknown."""
+    height: NDArray[np.int32]
+    """Likewise."""
+    crc: NDArray[np.int64]
+    """CRC-32 of the image's bytes; -1 where unknown."""
+    files: ShardFiles
+    """Reads the bytes."""
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def content(self, i: int) -> bytes:
+        """Bytes of the image of sample i; raises UserError."""
+        return self.files.read(int(self.shard[i]), int(self.offset[i]), int(self.size[i]))
+
+    def describe(self, i: int) -> str:
+        """Shard and key of sample i, for sentences."""
+        return f"shard {self.root / self.shards[self.shard[i]]}, sample {shown_key(str(self.keys[i]))}"
+
+    @staticmethod
+    def load(manifest: ShardManifest, split: str, num_classes: int) -> "ShardIndex":
+        """Index of a split, from root/index-SPLIT.npz if that fits the manifest, else from the tars themselves.
+
+        Raises UserError for a sample without image or label, a key that comes twice, a label outside
+        0 .. num_classes - 1 and a split without samples. Does not check the shards' sizes: see ShardManifest.check.
+        """
+        index = read_sidecar(manifest, split) or _scan(manifest, split)
+        if not len(index):
+            raise UserError(
+                f"Split '{split}' of {manifest.root} has no samples: add its shards and run"
+                f" `lgp shards index {manifest.root}`."
+            )
+        wrong = np.flatnonzero((index.label < 0) | (index.label >= num_classes))
+        if len(wrong):
+            raise UserError(out_of_range(index.describe(wrong[0]), int(index.label[wrong[0]]), num_classes))
+        return index
+
+
+def sidecar_path(root: Path, split: str) -> Path:
+    """Where the index of a split is kept."""
+    return root / f"index-{split}.npz"
+
+
+def index_shards(root: str | Path, progress: Callable[[str], None] = print) -> ShardManifest:
+    """Makes manifest.json, _info.json and the indexes of a folder of shards from elsewhere; returns the manifest.
+
+    Shards are the tars directly in root whose names end as in timm's `imagenet1k-train-0000.tar`; other tars are
+    named to `progress` and left out. Class names, source and licence of a manifest that is there are kept.
+    Raises UserError at the first shard with a problem; then nothing is written.
+    """
+    root = Path(root)
+    found = find_shards(root, progress)
+    try:
+        before = ShardManifest.load(root)
+    except UserError:
+        before = ShardManifest(root=root, classes=(), splits={})
+    splits: dict[str, tuple[ShardEntry, ...]] = {}
+    indexed: dict[str, list[IndexedShard]] = {}
+    for split, paths in found.items():
+        indexed[split] = []
+        for path in paths:
+            indexed[split].append(index_shard(path))
+            progress(f"{path.name}: {len(indexed[split][-1].samples)} samples of {split}")
+        splits[split] = tuple(shard.entry for shard in indexed[split])
+    manifest = ShardManifest(root, before.classes, splits, before.source, before.licence)
+    write_indexes(manifest, indexed)
+    return manifest
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """A whole shard."""
+
+    entry: ShardEntry
+    """For the manifest."""
+    samples: tuple[Sample, ...]
+    """In the order of the tar."""
+    sums: tuple[int, ...]
+    """CRC-32 of each image."""
+
+
+def index_shard(path: Path) -> IndexedShard:
+    """Reads a whole shard; raises UserError if anything is wrong with it."""
+    samples, flaws = scan_shard(path)
+    if flaws:
+        more = f" (problems in this shard: {len(flaws)})." if len(flaws) > 1 else "."
+        raise UserError(flaws[0].sentence.removesuffix(".") + more)
+    if not samples:
+        raise UserError(f"Shard {path} has no samples: copy the file again, or remove it.")
+    try:
+        digest, sums = hash_shard(path, samples)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"Shard {path} cannot be read ({error.strerror}): copy the file again.") from error
+    return IndexedShard(ShardEntry(path.name, len(samples), size, digest), tuple(samples), tuple(sums))
+
+
+def write_indexes(manifest: ShardManifest, indexed: dict[str, list[IndexedShard]]) -> None:
+    """Writes index and info of each split, then the manifest, which makes them count."""
+    for split, shards in indexed.items():
+        index = join_samples(manifest, split, [shard.samples for shard in shards], [shard.sums for shard in shards])
+        _write_sidecar(manifest, split, index)
+    write_info(manifest)
+    manifest.write()
+
+
+def out_of_range(where: str, label: int, num_classes: int) -> str:
+    """The sentence for a label that is no class."""
+    return (
+        f"In {where}, the label is {label} but labels must be 0 .. {num_classes - 1}:"
+        " set data.num_classes to the number of classes in the shards, or build the shard again."
+    )
+
+
+def find_shards(root: Path, progress: Callable[[str], None]) -> dict[str, list[Path]]:
+    """Tars of each split, sorted by name; raises UserError if there are none."""
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}: name the folder that holds the tars.")
+    found: dict[str, list[Path]] = {}
+    for path in sorted(root.glob("*.tar")):
+        match = SHARD_NAME.fullmatch(path.name)
+        if match:
+            found.setdefault(match[2], []).append(path)
+        else:
+            progress(f"{path.name}: left out, its name does not end in -train-NUMBER.tar or the like")
+    if not found:
+        raise UserError(
+            f"{root} has no shard whose name ends in train-NUMBER.tar, val-NUMBER.tar, validation-NUMBER.tar or"
+            " test-NUMBER.tar: name the folder that holds the tars, or rename them."
+        )
+    return found
+
+
+def _scan(manifest: ShardManifest, split: str) -> ShardIndex:
+    """Index from the tars; raises UserError at the first problem."""
+    scans = []
+    for entry in manifest.entries(split):
+        samples, problems = scan_shard(manifest.path(entry))
+        if problems:
+            raise UserError(problems[0].sentence)
+        if len(samples) != entry.samples:
+            raise UserError(
+                f"Shard {manifest.path(entry)} has {len(samples)} samples but {manifest.root / MANIFEST_NAME} wants"
+                f" {entry.samples}: run `lgp shards index {manifest.root}`."
+            )
+        scans.append(samples)
+    return join_samples(manifest, split, scans)
+
+
+def join_samples(
+    manifest: ShardManifest,
+    split: str,
+    scans: Sequence[Sequence[Sample]],
+    sums: Sequence[Sequence[int]] | None = None,
+) -> ShardIndex:
+    """Index of a split from the samples of each of its shards, and the CRC-32 of their images where known."""
+    flat = [sample for samples in scans for sample in samples]
+    arrays = {
+        "shard": np.repeat(np.arange(len(scans), dtype=np.int32), [len(samples) for samples in scans]),
+        "offset": np.array([sample.offset for sample in flat], dtype=np.int64),
+        "size": np.array([sample.size for sample in flat], dtype=np.int64),
+        "label": np.array([sample.label for sample in flat], dtype=np.int64),
+        "keys": np.array([sample.key for sample in flat], dtype=np.str_),
+        "width": np.array([sample.width for sample in flat], dtype=np.int32),
+        "height": np.array([sample.height for sample in flat], dtype=np.int32),
+        "crc": np.full(len(flat), -1, dtype=np.int64),
+    }
+    if sums is not None:
+        arrays["crc"] = np.array([value for part in sums for value in part], dtype=np.int64)
+    return _index(manifest, split, arrays)
+
+
+def _index(manifest: ShardManifest, split: str, arrays: dict[str, NDArray[Any]]) -> ShardIndex:
+    """Index of a split from its arrays."""
+    entries = manifest.entries(split)
+    files = ShardFiles([manifest.path(entry) for entry in entries])
+    return ShardIndex(root=manifest.root, shards=tuple(entry.name for entry in entries), files=files, **arrays)
+
+
+def _write_sidecar(manifest: ShardManifest, split: str, index: ShardIndex) -> None:
+    """Writes root/index-SPLIT.npz; the same index always gives the same bytes."""
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        format=np.int64(SIDECAR_FORMAT),
+        fingerprint=np.str_(manifest.fingerprint(split)),
+        **{name: getattr(index, name) for name in (*COLUMNS, *MORE_COLUMNS)},
+    )
+    write_file(sidecar_path(manifest.root, split), buffer.getvalue())
+
+
+def read_sidecar(manifest: ShardManifest, split: str) -> ShardIndex | None:
+    """Index from the sidecar, or None if there is none, it is of other shards, or it cannot be right."""
+    fingerprint, entries = manifest.fingerprint(split), manifest.entries(split)
+    try:
+        with open(sidecar_path(manifest.root, split), "rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            form = int(stored["format"])
+            if form not in (1, SIDECAR_FORMAT) or str(stored["fingerprint"]) != fingerprint:
+                return None
+            arrays = {name: stored[name] for name in (*COLUMNS, *(MORE_COLUMNS if form > 1 else ()))}
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+        return None
+    shard = arrays["shard"]
+    for name, kind in MORE_COLUMNS.items():
+        arrays.setdefault(name, np.full(shard.shape, -1 if name == "crc" else 0, dtype=kind))
+    wanted = {name: np.dtype(kind).kind for name, kind in (COLUMNS | MORE_COLUMNS).items()}
+    if {name: array.dtype.kind for name, array in arrays.items()} != wanted:
+        return None
+    if {array.shape for array in arrays.values()} != {shard.shape}:
+        return None
+    samples = np.array([entry.samples for entry in entries], dtype=np.int64)
+    if shard.ndim != 1 or not np.array_equal(shard, np.repeat(np.arange(len(entries)), samples)):
+        return None
+    ends = np.array([entry.bytes for entry in entries], dtype=np.int64)[shard]
+    offset, size = arrays["offset"], arrays["size"]
+    if not bool(((offset >= 0) & (size >= 0) & (offset + size <= ends)).all()):
+        return None
+    return _index(manifest, split, arrays)
+
+
+def read_image(index: ShardIndex, i: int, channels: int) -> Image.Image:
+    """Image of sample i, as decode_image gives it."""
+    return decode_image(index.content(i), channels, index.describe(i))

@@ -1,0 +1,129 @@
+"""Parts of parameters by name: what some ranks write, another number of ranks or another engine can read.
+
+A rank writes pieces, each some consecutive elements of a flattened parameter's weight or optimizer state. A reader asks
+for the elements that its own engine holds, and gets them from whatever files have them.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lgp_dist.engine.checkpoints.manifest import ADVICE, Manifest
+from lgp_dist.errors import UserError
+
+WEIGHT = "weight"
+"""The kind of a piece that is no optimizer state."""
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A view of [n] consecutive elements of a flattened parameter or its optimizer state, fp32."""
+
+    parameter: str
+    kind: str
+    """weight, or the optimizer's name: exp_avg, exp_avg_sq, momentum_buffer."""
+    start: int
+    """Of the first element in the flattened parameter."""
+    values: Tensor
+
+    @property
+    def name(self) -> str:
+        """Of the tensor in a file."""
+        return f"{self.kind}/{self.parameter}@{self.start}"
+
+
+class SliceReader:
+    """The files of a checkpoint, open for reading; a context manager."""
+
+    def __init__(self, manifest: Manifest):
+        self.manifest = manifest
+        self._stack = ExitStack()
+        self._places: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+
+    def __enter__(self) -> "SliceReader":
+        for name in self.manifest.files:
+            path = self.manifest.folder / name
+            try:
+                self._add(self._stack.enter_context(safe_open(path, framework="pt")))
+            except (SafetensorError, OSError, ValueError) as error:
+                self._stack.close()
+                raise UserError(f"{path} is no part of a checkpoint ({error}): {ADVICE}.") from error
+        for places in self._places.values():
+            places.sort(key=lambda place: place[0])
+        return self
+
+    def _add(self, file: Any) -> None:
+        """Notes what a file holds; ValueError for a tensor that is no piece."""
+        for key in file.keys():  # noqa: SIM118  not a mapping
+            kind, rest = key.split("/", 1)
+            parameter, start = rest.rsplit("@", 1)
+            (length,) = file.get_slice(key).get_shape()
+            if not start.isdecimal():
+                raise ValueError(f"tensor {key!r} begins nowhere")
+            self._places.setdefault((parameter, kind), []).append((int(start), length, file, key))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def fill(self, piece: TensorSlice) -> None:
+        """Copies a piece's elements into it; UserError where the checkpoint lacks some of them."""
+        at, end = piece.start, piece.start + piece.values.numel()
+        for start, length, file, key in self._places.get((piece.parameter, piece.kind), ()):
+            if start <= at < start + length and at < end:
+                upto = min(end, start + length)
+                part = file.get_slice(key)[at - start : upto - start]
+                piece.values[at - piece.start : upto - piece.start].copy_(part)
+                at = upto
+        if at < end:
+            raise UserError(
+                f"{self.manifest.folder} holds no {piece.kind} of {piece.parameter} from element {at} on: "
+                "resume with the recipe and the optimizer that it was made with."
+            )
+
+
+def check_shapes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """UserError unless the checkpoint has these parameters."""
+    for name in sorted(shapes.keys() | manifest.shapes.keys()):
+        theirs, ours = manifest.shapes.get(name), shapes.get(name)
+        if theirs != ours:
+            raise UserError(
+                f"{manifest.folder} has {name} {_shown(theirs)}, and this recipe {_shown(ours)}: "
+                "resume with the recipe that it was made with."
+            )
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "not at all" if shape is None else f"as {list(shape)}"
+
+
+def consolidate(manifest: Manifest) -> dict[str, Tensor]:
+    """All weights, whole, by name. UserError where files are damaged or incomplete."""
+    manifest.check_files()
+    needed = sum(4 * prod(shape) for shape in manifest.shapes.values())
+    held = sum(size for size, _ in manifest.files.values())
+    if needed > held:
+        raise UserError(f"{manifest.folder} says that it has {needed} bytes of weights, but holds {held}: {ADVICE}.")
+    whole = {name: torch.empty(shape) for name, shape in manifest.shapes.items()}
+    with SliceReader(manifest) as reader:
+        for name, tensor in whole.items():
+            reader.fill(TensorSlice(name, WEIGHT, 0, tensor.view(-1)))
+    return whole
+
+
+def same(path: Path, pieces: Iterable[TensorSlice]) -> bool:
+    """Whether a file holds these pieces bit for bit."""
+    with safe_open(path, framework="pt") as file:
+        found = set(file.keys())
+        wanted = {piece.name: piece.values for piece in pieces}
+        return found == wanted.keys() and all(
+            torch.equal(file.get_tensor(name).view(torch.int32), values.view(torch.int32))
+            for name, values in wanted.items()
+        )

@@ -1,0 +1,146 @@
+"""DeepSpeed's configuration: what exactness needs is set, what a file may add is allowed, the rest is refused."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lgp_dist.config.run_config import EngineConfig, TrainConfig
+from lgp_dist.errors import UserError
+
+OWNED = {
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_clipping": "train.clip_grad",
+    "optimizer": "train.optimizer and its fields",
+    "scheduler": "train.lr, min_lr and warmup_epochs",
+    "fp16": "engine.precision",
+    "bf16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "data_types": "engine.precision",
+    "zero_optimization.offload_optimizer": "engine.offload_optimizer",
+}
+"""Settings of a DeepSpeed file that the recipe has -> where."""
+
+INEXACT = {
+    "activation_checkpointing": "DeepSpeed checkpoints reentrantly, which reduces a gradient twice; choose "
+    "--engine.activation-checkpointing on",
+    "communication_data_type": "sums of gradients are exact in fp32 alone; leave it out",
+    "zero_optimization.round_robin_gradients": "weights are then read back from the wrong places; leave it out",
+    "zero_optimization.zero_quantized_weights": "ranks would compute with rounded weights; leave it out",
+    "zero_optimization.zero_quantized_nontrainable_weights": "ranks would compute with rounded weights; leave it out",
+    "zero_optimization.zero_quantized_gradients": "gradients would be rounded before they are summed; leave it out",
+}
+"""Settings that cannot be exact with another path on each rank -> why, and what to choose instead."""
+
+ALLOWED = {
+    "zero_optimization.stage",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.allgather_partitions",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.sub_group_size",
+    "zero_optimization.offload_param",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.enable_sanity_checks",
+    "wall_clock_breakdown",
+    "steps_per_print",
+    "comms_logger",
+    "flops_profiler",
+    "dump_state",
+}
+"""Settings that a DeepSpeed file may have: they change speed and memory, not the result."""
+
+NEUTRAL = (None, "auto", False, {}, "fp32")
+"""Values that say no more than leaving a setting out."""
+
+
+def read_deepspeed_file(path: str) -> dict[str, Any]:
+    """The settings of a DeepSpeed file, checked one by one; UserError where it cannot be read or one is not exact."""
+    try:
+        settings = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"The DeepSpeed file {path} cannot be read ({error}): correct it, or name another.") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"The DeepSpeed file {path} holds no object: write settings as {{name: value}}.")
+    inner = settings.get("zero_optimization", {})
+    flat = {name: value for name, value in settings.items() if name != "zero_optimization"}
+    if not isinstance(inner, dict):
+        raise UserError(f"{path} has zero_optimization {inner!r}: write its settings as {{name: value}}.")
+    flat |= {f"zero_optimization.{name}": value for name, value in inner.items()}
+    kept: dict[str, Any] = {}
+    for name, value in flat.items():
+        if any(value is neutral or value == neutral and type(value) is type(neutral) for neutral in NEUTRAL):
+            continue
+        if name in OWNED:
+            raise UserError(f"{path} sets {name}, but the recipe has it: leave it out, and set {OWNED[name]} there.")
+        if name in INEXACT:
+            raise UserError(f"{path} sets {name} to {json.dumps(value)}: {INEXACT[name]}.")
+        if name not in ALLOWED:
+            raise UserError(
+                f"{path} sets {name}, which is not known to be exact with another path on each rank: leave it out."
+            )
+        section, _, key = name.rpartition(".")
+        (kept.setdefault(section, {}) if section else kept)[key] = value
+    return kept
+
+
+def check_zero(stage: int, engine: EngineConfig, file: Mapping[str, Any]) -> None:
+    """UserError where settings do not fit the ZeRO stage."""
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"The launch file sets zero_stage {stage}, but there are 0, 1, 2 and 3: choose one of them.")
+    overlap = file.get("zero_optimization", {}).get("overlap_comm", False)
+    if stage == 1 and overlap:
+        raise UserError(
+            "The DeepSpeed file sets zero_optimization.overlap_comm with zero_stage 1, which then reduces gradients "
+            "in the order in which they come: leave it out, or take stage 2."
+        )
+    if engine.offload_optimizer and stage == 0:
+        raise UserError(
+            "engine.offload_optimizer is on, but ZeRO stage 0 keeps the optimizer with the weights: take stage 1, 2 or "
+            "3, or leave it off."
+        )
+    if engine.reduction == "union" and (stage not in (1, 2) or engine.offload_optimizer or overlap):
+        raise UserError(
+            "engine.reduction is union, which is exact at ZeRO stages 1 and 2 without offload_optimizer and "
+            "overlap_comm: choose --engine.reduction all, or leave those out."
+        )
+
+
+def deepspeed_config(
+    stage: int, world: int, engine: EngineConfig, train: TrainConfig, per_rank: int, file: Mapping[str, Any]
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, complete.
+
+    per_rank: images per rank and micro-step. file: what a DeepSpeed file adds. Parameters, gradients and their sums are
+    fp32 in every precision, since autocast stands within the module. Stage 3 keeps nothing gathered beyond the unit
+    that runs and takes torch's own linear layer. Clipping is named even when off: accelerate turns a missing value into
+    1.0.
+    """
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "round_robin_gradients": False}
+    if stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+            "memory_efficient_linear": False,
+        }
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": per_rank,
+        "gradient_accumulation_steps": train.accumulate,
+        "train_batch_size": per_rank * train.accumulate * world,
+        "gradient_clipping": train.clip_grad,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **{name: value for name, value in file.items() if name != "zero_optimization"},
+        "zero_optimization": zero | dict(file.get("zero_optimization", {})),
+    }

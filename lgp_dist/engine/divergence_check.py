@@ -1,0 +1,99 @@
+"""A smoke alarm: ranks that no longer do the same thing stop before they mix their gradients into the weights.
+
+Under ZeRO-2 and DDP ranks that get gradients in different orders add gradients of different parameters, and nothing
+fails. Before each optimizer step a checksum of the order of units and gradients and of the step's schedule is compared
+over ranks with one all-reduce of two numbers; a difference stops the run and is named. Costs no wait for the device:
+what is compared lies on the host, and travels over gloo.
+"""
+
+import zlib
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lgp_dist.engine.workers import Workers
+from lgp_dist.errors import UserError
+from lgp_dist.protocols import Walk
+
+ADVICE = "nothing of this step was applied: give every rank the same code, recipe and seed, and report it if they have"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's words, int64 []: equal for equal bits, and the same in any order of summation."""
+    return tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
+
+
+class DivergenceCheck:
+    """Records what one rank does in a step and compares it over ranks."""
+
+    def __init__(self, module: nn.Module, walk: Walk, workers: Workers, *, gradients: bool):
+        """gradients: also the order in which gradients come; off where it may differ without harm."""
+        self.module, self.workers = module, workers
+        self.events: list[int] = []
+        self._hooks: list[Any] = []
+        self.names = list(walk.units)
+        for index, name in enumerate(walk.units):
+            self._hooks.append(module.get_submodule(name).register_forward_pre_hook(self._unit(index)))
+        if gradients:
+            for name, parameter in module.named_parameters():
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient(len(self.names))))
+                self.names.append(name)
+
+    def _unit(self, index: int) -> Any:
+        def hook(unit: nn.Module, arguments: Any) -> None:
+            if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:  # not computed again in backward
+                self.events.append(index)
+
+        return hook
+
+    def _gradient(self, index: int) -> Any:
+        return lambda parameter: self.events.append(index)
+
+    def check(self, step: int, schedule: Iterable[frozenset[str]]) -> None:
+        """UserError where ranks differ. schedule: the parts that each draw of the step uses, over all ranks."""
+        drawn = zlib.crc32("/".join(map(_named, schedule)).encode())
+        events, self.events = self.events, []
+        if not self.workers.equal(zlib.crc32(torch.tensor([drawn, *events]).numpy().tobytes())):
+            raise UserError(f"Ranks went apart in step {step}: {self._difference(drawn, events)}; {ADVICE}.")
+
+    def _difference(self, drawn: int, events: list[int]) -> str:
+        lengths = self.workers.table([drawn, len(events)])
+        for rank, (other, _) in enumerate(lengths):
+            if other != lengths[0][0]:
+                return f"rank {rank} has another schedule of paths than rank 0"
+        longest = max(length for _, length in lengths)
+        table = self.workers.table([*events, *[-1] * (longest - len(events))])
+        names = [*self.names, "nothing"]
+        for place in range(longest):
+            for rank, row in enumerate(table):
+                if row[place] != table[0][place]:
+                    ours, theirs = names[table[0][place]], names[row[place]]
+                    return f"event {place + 1} is {theirs} on rank {rank} and {ours} on rank 0"
+        return "the checksums differ, but not what they were taken of"
+
+    def check_weights(self, step: int) -> None:
+        """UserError where a parameter differs over ranks. For engines under which each rank holds all of them."""
+        named = list(self.module.named_parameters())
+        sums = torch.stack([bits(parameter) for _, parameter in named]).tolist()
+        if self.workers.equal(zlib.crc32(repr(sums).encode())):
+            return
+        table = torch.tensor(self.workers.table(sums))
+        rank, index = ((table != table[0]).nonzero()).tolist()[0]
+        raise UserError(
+            f"After step {step} rank {rank} has other weights than rank 0, first in {named[index][0]}: start "
+            "again from the last checkpoint, and report it."
+        )
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+@lru_cache(maxsize=4096)
+def _named(parts: frozenset[str]) -> str:
+    """The parts of a draw as text; a run has few paths."""
+    return ",".join(sorted(parts))

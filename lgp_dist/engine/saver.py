@@ -1,0 +1,156 @@
+"""When a stage is saved, and from where it goes on."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lgp_dist.config.run_config import CheckpointConfig
+from lgp_dist.engine.checkpointer import Checkpointer
+from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
+from lgp_dist.engine.checkpoints.manifest import TrainState
+from lgp_dist.engine.checkpoints.settings import check_settings
+from lgp_dist.engine.step_filter import NotFinite
+from lgp_dist.engine.trainer import Trainer
+from lgp_dist.engine.watch.signals import Preemption
+from lgp_dist.errors import Preempted
+
+log = logging.getLogger("lgp")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How a stage is saved and resumed."""
+
+    folder: Path
+    """Of its checkpoints, on a file system that all ranks share."""
+    config: CheckpointConfig
+    seed: int
+    """The recipe's."""
+    settings: Mapping[str, Any]
+    """What the stage depends on, by dotted key; a checkpoint of others is refused."""
+    versions: Mapping[str, str]
+    """Noted in every checkpoint."""
+    data_state: Callable[[int], Mapping[str, Any]]
+    """Where the training stream stands after so many steps."""
+    data_restore: Callable[[Mapping[str, Any], int], None]
+    """Makes the stream go on at such a state, from a step on."""
+    resume: str = "auto"
+    """auto, latest, never or a path."""
+    allow: tuple[str, ...] = ()
+    """Settings that may differ."""
+
+
+class Saver:
+    """One stage's checkpoints: whether one is due, and what it says beside weights and optimizer state."""
+
+    def __init__(self, saving: Saving, trainer: Trainer, stage: str, steps: int, preemption: Preemption):
+        self.saving, self.trainer, self.preemption = saving, trainer, preemption
+        workers = trainer.workers
+        self.rolled = 0
+        self.checkpointer = Checkpointer(CheckpointDir(saving.folder), workers, trainer.fragments(), saving.config)
+        launch = workers.launch
+        self.state = TrainState(
+            stage=stage,
+            step=0,
+            steps=steps,
+            seed=saving.seed,
+            data={},
+            config=saving.settings,
+            world=workers.world,
+            engine=f"zero{launch.zero_stage}" if launch.deepspeed else "ddp",
+            versions=saving.versions,
+        )
+
+    def restore(self, resume: str = "") -> int:
+        """Loads what is asked for, by the recipe if not here; the step to begin with.
+
+        UserError where it is not there or does not fit.
+        """
+
+        def check(state: TrainState) -> None:
+            check_settings(state, self.state, self.saving.allow)
+
+        found = self.checkpointer.restore(resume or self.saving.resume, self.state.stage, check)
+        if found is None:
+            none = (
+                "--resume never"
+                if self.saving.resume == "never"
+                else f"no checkpoint in {self.checkpointer.shelf.folder}"
+            )
+            log.info("%s: begins at step 0 of %d (%s)", self.state.stage, self.state.steps, none)
+            return 0
+        self.saving.data_restore(found.data, found.step)
+        if found.guard:
+            self.trainer.guard.load_state_dict(dict(found.guard))
+        if self.trainer.scaler is not None and found.loss_scale is not None:
+            self.trainer.scaler.value, self.trainer.scaler.good = found.loss_scale, found.good_steps
+        self.state = replace(self.state, best=found.best)
+        log.info("%s: goes on from step %d of %d", self.state.stage, found.step, self.state.steps)
+        if found.world != self.state.world or found.engine != self.state.engine:
+            was, now = (f"{state.world} rank(s) of {state.engine}" for state in (found, self.state))
+            log.info("%s: was saved by %s, goes on with %s", self.state.stage, was, now)
+        return found.step
+
+    def roll_back(self, problem: NotFinite) -> int:
+        """The step of the newest checkpoint, loaded again, for another try.
+
+        The data goes on behind the bad step, so that what made it is not met again; paths are those of their steps.
+        NotFinite, which says how to meet the step again, where faults.rollback allows none.
+        """
+        self.checkpointer.wait()
+        shelf, allowed = self.checkpointer.shelf, self.trainer.guard.faults.rollback
+        newest = int(self.trainer.workers.highest([max(shelf.steps(), default=0)])[0])
+        if self.rolled >= allowed or not newest:
+            start = f" with --resume {shelf.final(newest)}" if newest else ""
+            raise NotFinite(f"{problem} The same command{start} meets this step again.", problem.step) from problem
+        self.rolled += 1
+        if self.trainer.workers.is_main:
+            log.warning("%s Going back to the last checkpoint, %d of %d times.", problem, self.rolled, allowed)
+        behind = self.saving.data_state(problem.step + 1)
+        step = self.restore("latest")
+        self.saving.data_restore(behind, step)
+        return step
+
+    def step_done(self, step: int, facts: Mapping[str, Any], flush: Callable[[], None]) -> None:
+        """At the end of a step, which is the step-th: settles or begins a save. Preempted once it is safe to end.
+
+        facts: of the step; accuracies of paths, if they were measured, as top1/KEY. flush: brings all metrics to
+        their file.
+        """
+        saves, best = self.checkpointer, self.state.best
+        asked, worst = self.trainer.workers.highest([self.preemption.asked, saves.status])
+        saves.settle(int(worst))
+        top1 = [value for name, value in facts.items() if name.startswith("top1/")]
+        score = sum(top1) / len(top1) if top1 else None
+        better = score is not None and (best is None or score > best)
+        last, every = step == self.state.steps, self.saving.config.every
+        if better:
+            self.state = replace(self.state, best=score)
+        if asked or not last and (better or every and step % every == 0):
+            flush()
+            self._save(step, score)
+        if asked:
+            saves.wait()
+            raise Preempted(self.state.stage, step, saved=step in saves.shelf.steps())
+
+    def _save(self, step: int, score: float | None) -> None:
+        scaler = self.trainer.scaler
+        self.checkpointer.save(
+            replace(
+                self.state,
+                step=step,
+                data=self.saving.data_state(step),
+                score=score,
+                guard=self.trainer.guard.state_dict(),
+                loss_scale=scaler.value if scaler else None,
+                good_steps=scaler.good if scaler else 0,
+                created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            )
+        )
+
+    def close(self) -> None:
+        """Waits for the save that is under way."""
+        self.checkpointer.wait()

@@ -1,0 +1,101 @@
+"""What a path costs in training: by arithmetic, or as `lgp bench paths` measured it on a machine."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.errors import UserError
+from lgp_dist.paths.depths import DepthPath, DepthSpace
+from lgp_dist.paths.space import Space, space_of
+from lgp_dist.paths.stitched import PathSpace
+
+TRAINING = 3
+"""Forward and backward cost of a path over its forward: the backward computes twice as much."""
+
+
+def path_costs(space: Space, file: str = "") -> dict[str, float]:
+    """Forward and backward cost of every path by its key.
+
+    3 x its FLOPs (multiply-adds of an image), or the seconds in `file`. The ancestry's forward, which costs the same on
+    every rank, is left out: work that is equal without it is more so with it. UserError where the file cannot be used.
+    """
+    if not file:
+        return {path.key: float(TRAINING * space.cost(path).flops) for path in space.paths}
+    table = read_costs(Path(file))
+    missing = [path.key for path in space.paths if path.key not in table]
+    if missing:
+        raise UserError(
+            f"finetune.costs {file} has no cost of {missing[0]!r} and lacks {len(missing)} of {len(space.paths)} "
+            "paths: measure this pool with `lgp bench paths RECIPE --out FILE`."
+        )
+    return {path.key: table[path.key] for path in space.paths}
+
+
+def read_costs(file: Path) -> dict[str, float]:
+    """The seconds in a file of `lgp bench paths`, by the key of the path; UserError where it is none."""
+    again = "make it with `lgp bench paths RECIPE --out FILE`"
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"finetune.costs {file} cannot be read ({error.strerror}): name a file that can.") from None
+    except ValueError as error:
+        raise UserError(f"finetune.costs {file} is not valid JSON ({error}): {again}.") from None
+    costs = content.get("costs") if isinstance(content, dict) else None
+    if not isinstance(costs, dict):
+        raise UserError(f"finetune.costs {file} has no object `costs` of keys and seconds: {again}.")
+    return {key: _seconds(file, key, value) for key, value in costs.items()}
+
+
+def _seconds(file: Path, key: str, value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:
+        raise UserError(
+            f"finetune.costs {file} says costs.{key} is {value!r}, but must be a finite number of seconds above 0: "
+            "measure again with `lgp bench paths RECIPE --out FILE`."
+        )
+    return float(value)
+
+
+def work(images: float, trained: float | None, frozen: float | None = 0.0) -> float | None:
+    """Multiply-adds of training on so many images; None where a size is not known.
+
+    trained: FLOPs of one image's forward through what is trained, to which the backward adds twice as many. frozen:
+    FLOPs of what only runs forward.
+    """
+    return None if frozen is None or trained is None else images * (TRAINING * trained + frozen)
+
+
+PLAIN = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
+"""Width and depth of the sizes in timm's names of plain ViTs."""
+
+
+def trained_rows_flops(config: RunConfig) -> float:
+    """FLOPs of one image's forward through all that stage distil trains."""
+    space = space_of(config)
+    if isinstance(space, DepthSpace):
+        return float(space.cost(DepthPath(0, sum(space.stages))).flops)
+    rows = zip(space.paths, config.model.rows, strict=False)  # rows alone come first
+    return float(sum(space.cost(path).flops for path, row in rows if row.trains))
+
+
+def ancestry_forward(config: RunConfig) -> float | None:
+    """FLOPs of the ancestry's forward in fine-tuning, 0 where it does not run; None where its size is not known."""
+    return ancestry_flops(config) if config.finetune.distil_weight else 0.0
+
+
+def ancestry_flops(config: RunConfig) -> float | None:
+    """FLOPs of the ancestry's forward of one image; None where its size is not known."""
+    ancestry, data = config.ancestry, config.data
+    if ancestry.model == "vit":
+        size = (ancestry.width, ancestry.depth)
+    else:
+        kind, *parts = ancestry.model.split("_")
+        size = (
+            next((PLAIN[part] for part in parts if part in PLAIN), None) if kind in ("vit", "deit", "deit3") else None
+        )
+    if size is None:
+        return None
+    alone = PathSpace(size[:1], size[1], data.image_size, config.model.patch_size, data.channels, data.num_classes)
+    return float(alone.cost(alone.paths[0]).flops)

@@ -1,0 +1,219 @@
+"""Settings that would train wrongly or fail late, refused before anything starts."""
+
+import difflib
+import math
+import re
+
+from lgp_dist.config.flat import STAGES, flatten
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.errors import UserError
+from lgp_dist.paths.space import Space, space_of
+
+SOURCES = ("ancestry.weights", "finetune.weights", "finetune.costs")
+"""Files whose content counts, beside the splits of the data."""
+
+POSITIVE = math.ulp(0.0)
+"""The smallest float above zero."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "data.image_size": (1, 65536),
+    "data.num_classes": (1, 2**31 - 1),
+    "data.crop_pct": (POSITIVE, 1),
+    "data.augment.hflip": (0, 1),
+    "data.augment.random_erase": (0, 1),
+    "data.augment.color_jitter": (0, math.inf),
+    "data.window": (1, 2**31 - 1),
+    "data.max_bad": (0, 2**31 - 1),
+    "data.threads": (0, 1024),
+    "data.cache_bytes": (1, 2**62),
+    "data.timeout_s": (0.1, 86400),
+    "data.retries": (0, 1000),
+    "engine.threads": (0, 4096),
+    "engine.audit_weights_every": (0, 2**62),
+    "engine.fp16_scale": (1, 2**40),
+    "faults.skip_steps": (0, 2**31 - 1),
+    "faults.spike": (0, 1e9),
+    "faults.rollback": (0, 2**31 - 1),
+    "faults.timeout_s": (1, 2**31 - 1),
+    "model.patch_size": (1, 65536),
+    "model.depth": (2, 4096),
+    "ancestry.width": (1, 2**20),
+    "ancestry.depth": (1, 4096),
+    "ancestry.heads": (1, 2**20),
+    "ancestry.drop_path": (0, 0.999),
+    "distil.alpha": (0, 1),
+    "distil.tau": (POSITIVE, math.inf),
+    "distil.inverse_weight": (0, 1e9),
+    "pool.samples": (1, 2**31 - 1),
+    "pool.ridge": (POSITIVE, 1e9),
+    "finetune.tau": (POSITIVE, math.inf),
+    "finetune.distil_weight": (0, 1e9),
+    "finetune.label_weight": (0, 1e9),
+    "finetune.paths_per_batch": (1, 2**31 - 1),
+    "finetune.watch_every": (0, 2**62),
+    "finetune.watch_images": (1, 2**31 - 1),
+    "finetune.row_weight": (1e-3, 1e3),
+    "evaluate.batch_size": (1, 2**31 - 1),
+    "checkpoint.every": (0, 2**62),
+    "checkpoint.keep": (1, 10_000),
+    "budget.max_params": (0, math.inf),
+    "budget.max_flops": (0, math.inf),
+    "budget.max_latency_ms": (0, math.inf),
+    "budget.batch": (1, 2**20),
+    "export.images": (1, 2**31 - 1),
+    "export.int8_images": (1, 2**31 - 1),
+}
+"""Smallest and largest value of a setting."""
+
+TRAIN_RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (POSITIVE, 1e9),
+    "max_steps": (0, 2**62),
+    "batch_size": (1, 2**31 - 1),
+    "accumulate": (1, 2**31 - 1),
+    "lr": (0, math.inf),
+    "min_lr": (0, math.inf),
+    "warmup_epochs": (0, math.inf),
+    "weight_decay": (0, 1e9),
+    "momentum": (0, 1),
+    "eps": (POSITIVE, math.inf),
+    "clip_grad": (0, 1e30),
+    "mixup": (0, 1e9),
+    "cutmix": (0, 1e9),
+    "label_smoothing": (0, 1),
+    "log_every": (1, 2**31 - 1),
+}
+"""The same for every stage's `train`."""
+
+ROW_RANGES: dict[str, tuple[float, float]] = {"width": (1, 2**20), "heads": (1, 2**20), "drop_path": (0, 0.999)}
+"""The same for every row."""
+
+
+def check_config(config: RunConfig) -> None:
+    """UserError at the first setting that is out of range or does not fit another."""
+    ranges = dict(RANGES)
+    for stage in ("ancestry", "distil", "finetune"):
+        ranges |= {f"{stage}.train.{name}": limits for name, limits in TRAIN_RANGES.items()}
+    for row in range(len(config.model.rows)):
+        ranges |= {f"model.rows.{row}.{name}": limits for name, limits in ROW_RANGES.items()}
+    values = flatten(config)
+    for key, (low, high) in ranges.items():
+        if not low <= values[key] <= high:
+            allowed = f"above 0 and at most {high:.12g}" if low == POSITIVE else f"from {low:.12g} to {high:.12g}"
+            raise UserError(f"{key} is {values[key]}, but must be {allowed}: choose another value.")
+    _check_shapes(config)
+
+
+def _check_shapes(config: RunConfig) -> None:
+    space = space_of(config)
+    widths = {f"model.rows.{index}": (row.width, row.heads) for index, row in enumerate(config.model.rows)}
+    if config.ancestry.model == "vit":
+        widths["ancestry"] = (config.ancestry.width, config.ancestry.heads)
+    for key, (width, heads) in widths.items():
+        if width % heads:
+            raise UserError(
+                f"{key} has width {width} and {heads} heads, but heads must divide the width: change one of them."
+            )
+    _check_rows(config)
+    data = config.data
+    if len(data.mean) != data.channels or len(data.std) != data.channels:
+        raise UserError(
+            f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values, but data.channels is "
+            f"{data.channels}: give one value per channel."
+        )
+    if 0 < config.faults.spike <= 1:
+        raise UserError(
+            f"faults.spike is {config.faults.spike}, which a usual loss exceeds: set it above 1, or to 0 for no guard."
+        )
+    if config.needs_ancestry and config.ancestry.source == "file" and not config.ancestry.weights:
+        raise UserError("ancestry.source is file, but ancestry.weights is empty: name a safetensors file.")
+    if config.ancestry.source == "hub" and config.ancestry.model == "vit":
+        raise UserError("ancestry.source is hub, but ancestry.model is vit: name a model of timm, or another source.")
+    paths, micro_steps = config.finetune.paths_per_batch, config.finetune.train.accumulate
+    if micro_steps % paths:
+        raise UserError(
+            f"finetune.paths_per_batch is {paths}, which does not divide finetune.train.accumulate {micro_steps}: set "
+            f"accumulate to {-(-micro_steps // paths) * paths}, or change paths_per_batch."
+        )
+    _check_only(config.finetune.only, space)
+    if config.export.path:
+        chosen = space.by_key(config.export.path)
+        if chosen not in space.chosen(config.finetune.only):
+            raise UserError(
+                f"export.path is {chosen.key!r}, but finetune.only names other paths, which alone are trained and "
+                "measured: choose one of these, or add it."
+            )
+    if not config.finetune.distil_weight + config.finetune.label_weight:
+        raise UserError("finetune.distil_weight and finetune.label_weight are both 0: raise one.")
+    _check_depths(config, space)
+    _check_row_lr(config.finetune.row_lr, len(space.widths))
+    _check_allowed(config)
+
+
+def _check_rows(config: RunConfig) -> None:
+    for index, row in enumerate(config.model.rows):
+        key = f"model.rows.{index}"
+        if row.source == "hub" and not row.model:
+            raise UserError(f"{key}.source is hub, but {key}.model is empty: name a plain ViT of timm.")
+        if row.source == "file" and not row.weights:
+            raise UserError(f"{key}.source is file, but {key}.weights is empty: name a safetensors file.")
+        if row.source != "distil" and row.levels != "none":
+            raise UserError(
+                f"{key}.levels is {row.levels}, but a row of source {row.source} is not distilled: set levels to none, "
+                "or source to distil."
+            )
+        ancestry = config.ancestry
+        shape, theirs = (row.width, row.heads), (ancestry.width, ancestry.heads)
+        if row.source == "tail" and ancestry.model == "vit" and shape != theirs:
+            raise UserError(
+                f"{key}.source is tail, but the row has width {row.width} and {row.heads} heads and the ancestry "
+                f"{ancestry.width} and {ancestry.heads}: give the row the ancestry's."
+            )
+        is_narrow, init = index + 1 < len(config.model.rows), config.pool.stitch_init
+        if is_narrow and init.startswith("transformation") and row.source != "distil":
+            raise UserError(
+                f"pool.stitch_init is {init}, but row {index} is of source {row.source} and learns no transformation: "
+                "choose --pool.stitch-init least_squares."
+            )
+
+
+def _check_only(only: tuple[str, ...], space: Space) -> None:
+    known = {path.key for path in space.paths}
+    for key in only:
+        if key not in known:
+            raise UserError(
+                f"finetune.only names {key!r}, which the pool does not have: `lgp paths` lists its {len(known)} keys."
+            )
+        if only.count(key) > 1:
+            raise UserError(f"finetune.only names {key!r} {only.count(key)} times: name each path once.")
+
+
+def _check_depths(config: RunConfig, space: Space) -> None:
+    finetune = config.finetune
+    count, passes = len(finetune.only or space.paths), (finetune.paths_per_batch, finetune.train.accumulate)
+    if config.model.stages and finetune.sandwich and set(passes) != {count}:
+        raise UserError(
+            f"finetune.paths_per_batch is {passes[0]} and finetune.train.accumulate {passes[1]}, but with "
+            f"finetune.sandwich each of {count} depths trains once on every batch: set both to {count}."
+        )
+
+
+def _check_row_lr(factors: tuple[float, ...], rows: int) -> None:
+    if factors and (len(factors) != rows or not all(0 <= factor <= 1e3 for factor in factors)):
+        raise UserError(
+            f"finetune.row_lr is {' '.join(map(str, factors))}, but must be {rows} factors from 0 to 1000, one for "
+            "each row: change it, or leave it empty."
+        )
+
+
+def _check_allowed(config: RunConfig) -> None:
+    """Keys of --allow-change: settings, names of sources, and the ids of artifacts that a stage was made from."""
+    splits = {f"data.{split}" for split in (config.data.train_split, config.data.val_split)}
+    known = {*flatten(config), *splits, *SOURCES, *(f"{stage}.id" for stage in STAGES)}
+    renamed = {"data.train_split", "data.val_split"} & set(config.allow_change)
+    for key in config.allow_change:
+        same = re.sub(r"^model\.rows\.\d+\.", "model.rows.0.", key)  # the checkpoint may have more rows
+        if same not in known and not (renamed and key.startswith("data.")):  # and its splits other names
+            near = difflib.get_close_matches(key, sorted(known), 1)
+            advice = f"take {near[0]}" if near else "config.json of the run directory lists them"
+            raise UserError(f"allow_change names {key!r}, which is no setting: {advice}.")
