@@ -1,6 +1,6 @@
 """Defects of DeepSpeed 0.19.8 that this project works round, each here and nowhere else.
 
-tests/distributed/test_defects.py shows each of them on DeepSpeed alone, and fails when it is mended.
+tests/distributed/test_deepspeed_workarounds.py shows each of them on DeepSpeed alone, and fails when it is mended.
 """
 
 from collections.abc import Iterable, Iterator

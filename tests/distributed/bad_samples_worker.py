@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from exact_cells import Cell
+from exact_trials import Trial
 from exact_worker import workers_of
 from safetensors.torch import save_file
 
@@ -23,11 +23,11 @@ from lgp_dist.tasks.finetune import FinetuneTask
 
 SAMPLES, STEPS = 32, 4
 SAMPLE = Path(__file__).parents[2] / "shards" / "sample"
-CELL = Cell("zero2", 2, steps=STEPS)
+TRIAL = Trial("zero2", 2, steps=STEPS)
 
 
 def data(**settings: int) -> DataConfig:
-    """Images as the cell's model takes them, as they are."""
+    """Images as the trial's model takes them, as they are."""
     size, mean, std = 14, (0.25,), (0.5,)
     return DataConfig(str(SAMPLE), image_size=size, channels=1, num_classes=10, mean=mean, std=std, **settings)
 
@@ -44,19 +44,19 @@ def index_with(bad: list[int], options: DataConfig) -> ShardIndex:
 def stream_of(bad: list[int], rank: int, world: int) -> TrainStream:
     """Of one rank; every sample comes once."""
     options = data(threads=2, max_bad=SAMPLES, augment=AugmentConfig(hflip=0.0))
-    config = dataclasses.replace(CELL.train_config(), batch_size=SAMPLES // STEPS)
+    config = dataclasses.replace(TRIAL.train_config(), batch_size=SAMPLES // STEPS)
     return TrainStream(index_with(bad, options), options, config, 0, rank, world)
 
 
 def main() -> None:
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    workers = workers_of(CELL, Workers.start(CELL.engine_config()))
+    workers = workers_of(TRIAL, Workers.start(TRIAL.engine_config()))
     torch.set_num_threads(1)
     for number, bad in enumerate(cases):
         place, stream = folder / str(number), stream_of(bad, workers.rank, workers.world)
         place.mkdir(exist_ok=True)
-        pool, ancestry, sampler = CELL.build()
-        task = FinetuneTask(pool, ancestry, sampler, CELL.finetune_config())
+        pool, ancestry, sampler = TRIAL.build()
+        task = FinetuneTask(pool, ancestry, sampler, TRIAL.finetune_config())
         train(
             task,
             stream.batches,
@@ -65,7 +65,7 @@ def main() -> None:
             stage=f"case {number}",
             steps_per_epoch=STEPS,
             run_dir=place,
-            gradients=CELL.finetune_config().gradients,
+            gradients=TRIAL.finetune_config().gradients,
             check=stream.check_bad,
         )
         save_file(

@@ -1,4 +1,4 @@
-"""Runs cells through `accelerate launch` and compares them with the reference."""
+"""Runs trials through `accelerate launch` and compares them with the reference."""
 
 import json
 import math
@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from exact_cells import Cell
 from exact_reference import reference
+from exact_trials import Trial
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -27,16 +27,16 @@ def command(world: int, deepspeed: bool) -> list[str]:
 
 
 def start(
-    cells: Sequence[Any], folder: Path, timeout: float = 600, script: str = "exact_worker.py"
+    trials: Sequence[Any], folder: Path, timeout: float = 600, script: str = "exact_worker.py"
 ) -> subprocess.CompletedProcess[str]:
-    """Trains cells of one world size, all of DeepSpeed or all of DDP, in one launch.
+    """Trains trials of one world size, all of DeepSpeed or all of DDP, in one launch.
 
-    cells: `Cell`, or what else has `world`, `engine` and `as_dict`, for another script.
+    trials: `Trial`, or what else has `world`, `engine` and `as_dict`, for another script.
     """
     folder.mkdir(parents=True)
-    (folder / "cells.json").write_text(json.dumps([cell.as_dict() for cell in cells]))
-    worker = [str(HERE / script), str(folder / "cells.json"), str(folder)]
-    return run_workers(cells[0].world, cells[0].engine != "ddp", worker, timeout)
+    (folder / "trials.json").write_text(json.dumps([trial.as_dict() for trial in trials]))
+    worker = [str(HERE / script), str(folder / "trials.json"), str(folder)]
+    return run_workers(trials[0].world, trials[0].engine != "ddp", worker, timeout)
 
 
 def run_workers(world: int, deepspeed: bool, worker: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
@@ -55,36 +55,36 @@ def run_workers(world: int, deepspeed: bool, worker: list[str], timeout: float) 
     return subprocess.CompletedProcess(call, process.returncode, out, err)
 
 
-def difference(cell: Cell, folder: Path, index: int, left_out: tuple[int, ...] = ()) -> float:
-    """The largest difference of any parameter between a cell's run and its reference; infinite without a run.
+def difference(trial: Trial, folder: Path, index: int, left_out: tuple[int, ...] = ()) -> float:
+    """The largest difference of any parameter between a trial's run and its reference; infinite without a run.
 
     left_out: steps that the reference does not apply.
     """
     if not (folder / f"{index}.safetensors").exists():
         return math.inf
-    found, expected = load_file(folder / f"{index}.safetensors"), reference(cell.meaning, left_out=left_out)
+    found, expected = load_file(folder / f"{index}.safetensors"), reference(trial.on_one_process, left_out=left_out)
     assert found.keys() == expected.keys()
     return max(float((found[name] - expected[name]).abs().max()) for name in expected)
 
 
-def allowed(cell: Cell) -> float:
+def allowed(trial: Trial) -> float:
     """How far a run may be from its reference: 1e-6, and in bf16 and fp16 the reference's own rounding on top.
 
     Where the last bit of a weight in fp32 decides how it rounds to 8 or 11 bits, as the last bit of a norm does in
     clipping, the reference differs from itself: it is run again with weights moved to the float beside them.
     """
-    if cell.precision == "fp32":
+    if trial.precision == "fp32":
         return TOLERANCE
-    exact, found = reference(cell.meaning), 0.0
+    exact, found = reference(trial.on_one_process), 0.0
     for nudge in (1, 2, 3, 4):
-        other = reference(cell.meaning, nudge)
+        other = reference(trial.on_one_process, nudge)
         found = max(found, *(float((other[name] - exact[name]).abs().max()) for name in exact))
     return TOLERANCE + found
 
 
-def groups(cells: Iterable[Cell]) -> dict[tuple[int, bool], list[Cell]]:
-    """Cells that can share a launch: those of one world size, with DeepSpeed or without."""
-    found: dict[tuple[int, bool], list[Cell]] = {}
-    for cell in cells:
-        found.setdefault((cell.world, cell.engine != "ddp"), []).append(cell)
+def groups(trials: Iterable[Trial]) -> dict[tuple[int, bool], list[Trial]]:
+    """Trials that can share a launch: those of one world size, with DeepSpeed or without."""
+    found: dict[tuple[int, bool], list[Trial]] = {}
+    for trial in trials:
+        found.setdefault((trial.world, trial.engine != "ddp"), []).append(trial)
     return found

@@ -6,14 +6,14 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from exact_cells import Cell
+from exact_trials import Trial
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @lru_cache(maxsize=64)
-def reference(cell: Cell, nudge: int = 0, left_out: tuple[int, ...] = ()) -> dict[str, Tensor]:
+def reference(trial: Trial, nudge: int = 0, left_out: tuple[int, ...] = ()) -> dict[str, Tensor]:
     """The weights after the last step. Gradients are summed over micro-steps first, then over ranks, as ranks do.
 
     nudge: where it is not 0, the seed with which every weight is moved after each step to a float beside it.
@@ -21,27 +21,27 @@ def reference(cell: Cell, nudge: int = 0, left_out: tuple[int, ...] = ()) -> dic
     """
     generator = torch.Generator().manual_seed(nudge)
     torch.set_num_threads(1)
-    pool, ancestry, sampler = cell.build()
+    pool, ancestry, sampler = trial.build()
     parameters = list(pool.parameters())
-    optimizer = build_optimizer(cell, pool)
-    scale = cell.loss_scale if cell.precision == "fp16" else 1.0
-    for step in sorted(set(range(cell.steps)) - set(left_out)):
+    optimizer = build_optimizer(trial, pool)
+    scale = trial.loss_scale if trial.precision == "fp16" else 1.0
+    for step in sorted(set(range(trial.steps)) - set(left_out)):
         totals: list[Tensor | None] = [None] * len(parameters)
         uses = [0] * len(parameters)
-        world = cell.world_at(step)
+        world = trial.world_at(step)
         for rank in range(world):
             pool.zero_grad()
-            for micro in range(cell.accumulate):
-                batch = cell.batch(step, micro, rank)
+            for micro in range(trial.accumulate):
+                batch = trial.batch(step, micro, rank)
                 path = sampler.draw(step, micro, rank, world)
                 before = [parameter.grad for parameter in parameters]
                 for parameter in parameters:
                     parameter.grad = None
-                with torch.autocast("cpu", DTYPES[cell.precision], enabled=cell.precision != "fp32"):
+                with torch.autocast("cpu", DTYPES[trial.precision], enabled=trial.precision != "fp32"):
                     logits, target = pool(batch.images, path).float(), ancestry(batch.images)[0].float()
                 loss = F.cross_entropy(logits, batch.targets)
                 loss = loss - (target.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
-                (loss * scale / cell.accumulate).backward()
+                (loss * scale / trial.accumulate).backward()
                 for index, (parameter, old) in enumerate(zip(parameters, before, strict=True)):
                     uses[index] += parameter.grad is not None
                     if parameter.grad is None or old is None:
@@ -52,28 +52,28 @@ def reference(cell: Cell, nudge: int = 0, left_out: tuple[int, ...] = ()) -> dic
                 if parameter.grad is not None:
                     share = parameter.grad / world
                     totals[index] = share if totals[index] is None else totals[index] + share
-        scale = apply(cell, optimizer, parameters, totals, uses, scale)
+        scale = apply(trial, optimizer, parameters, totals, uses, scale)
         for parameter in parameters if nudge else ():
             up = torch.rand(parameter.shape, generator=generator) < 0.5
             parameter.data = torch.nextafter(parameter.data, torch.where(up, math.inf, -math.inf))
     return {name: value.detach() for name, value in pool.state_dict().items()}
 
 
-def build_optimizer(cell: Cell, pool: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(trial: Trial, pool: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD with decay on matrices, not on vectors, class token and position embedding; rates by row."""
-    rate, groups = 0.1 if cell.optimizer == "sgd" else 1e-2, []
+    rate, groups = 0.1 if trial.optimizer == "sgd" else 1e-2, []
     for name, parameter in pool.named_parameters():
         matrix = parameter.ndim > 1 and "cls_token" not in name and "pos_embed" not in name
         row = re.match(r"(?:stem\.rows\.|units\.row|head\.rows\.)(\d+)", name)
-        factor = cell.row_lr[int(row[1])] if row and cell.row_lr else 1.0
+        factor = trial.row_lr[int(row[1])] if row and trial.row_lr else 1.0
         groups.append({"params": [parameter], "weight_decay": 0.1 if matrix else 0.0, "lr": rate * factor})
-    if cell.optimizer == "sgd":
+    if trial.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=rate, eps=1e-3)
 
 
 def apply(
-    cell: Cell,
+    trial: Trial,
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     totals: list[Tensor | None],
@@ -81,18 +81,18 @@ def apply(
     scale: float,
 ) -> float:
     """Clips and steps; with fp16 leaves out a step whose gradients are not finite and halves the scale it returns."""
-    draws = cell.world * cell.accumulate
+    draws = trial.world * trial.accumulate
     for parameter, total, count in zip(parameters, totals, uses, strict=True):
         if total is None:
-            parameter.grad = torch.zeros_like(parameter) if cell.unused == "zero" else None
+            parameter.grad = torch.zeros_like(parameter) if trial.unused == "zero" else None
             continue
         parameter.grad = total / scale
-        if cell.average == "users":
+        if trial.average == "users":
             parameter.grad = parameter.grad * (draws / count)
     present = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not math.isfinite(sum(float(gradient.abs().sum()) for gradient in present)):
         return scale / 2
-    if cell.clip:
-        nn.utils.clip_grad_norm_(parameters, cell.clip)
+    if trial.clip:
+        nn.utils.clip_grad_norm_(parameters, trial.clip)
     optimizer.step()
     return scale

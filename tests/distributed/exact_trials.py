@@ -1,4 +1,4 @@
-"""Cells of the table of exactness: what is trained, on which engine and with which settings."""
+"""Trials of the table of exactness: what is trained, on which engine and with which settings."""
 
 import random
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,7 @@ BATCH = 2
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training run."""
 
     engine: Engine
@@ -54,7 +54,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell in a few words, unique."""
+        """The trial in a few words, unique."""
         words = [self.engine, f"{self.world} ranks", self.precision, f"x{self.accumulate}", f"clip {self.clip}"]
         words += [self.optimizer, self.unused, f"seed {self.seed}"]
         words += [f"average {self.average}"] * (self.average != "all") + ["union"] * (self.reduction == "union")
@@ -68,8 +68,8 @@ class Cell:
         return ", ".join(words)
 
     @property
-    def meaning(self) -> "Cell":
-        """The cell without what must not matter: the reference is the same for all engines."""
+    def on_one_process(self) -> "Trial":
+        """The trial without what must not matter: the reference is the same for all engines."""
         return replace(self, engine="ddp", checkpointed=False, reduction="all", offload=False, compile="")
 
     def engine_config(self) -> EngineConfig:
@@ -138,22 +138,22 @@ class Cell:
         return asdict(self)
 
 
-def table(worlds: tuple[int, ...] = (2, 4)) -> list[Cell]:
+def table(worlds: tuple[int, ...] = (2, 4)) -> list[Trial]:
     """Every engine x precision x accumulation x clipping x optimizer x activation checkpointing."""
     settings = product(worlds, ENGINES, ("fp32", "bf16"), (1, 2), (0.0, 0.5), ("sgd", "adamw"), (False, True))
     return [
-        Cell(engine, world, precision, accumulate, clip, optimizer, checkpointed)
+        Trial(engine, world, precision, accumulate, clip, optimizer, checkpointed)
         for world, engine, precision, accumulate, clip, optimizer, checkpointed in settings
     ]
 
 
-def extras() -> list[Cell]:
+def extras() -> list[Trial]:
     """What the table leaves out: fp16, other rules for unused parameters, three rows or one, stitched paths without the
     final norm, offload, union, compilation, a launch of one rank."""
-    cells = []
+    trials = []
     for engine in ENGINES:
-        base = Cell(engine, 2, accumulate=2, clip=0.5)
-        cells += [
+        base = Trial(engine, 2, accumulate=2, clip=0.5)
+        trials += [
             replace(base, precision="fp16", loss_scale=2.0**14, steps=5),
             replace(base, unused="zero"),
             replace(base, average="users"),
@@ -164,50 +164,50 @@ def extras() -> list[Cell]:
             replace(base, compile="aot_eager", checkpointed=True),
         ]
         if engine in ("zero1", "zero2"):
-            cells += [replace(base, reduction="union", unused=unused) for unused in ("skip", "zero")]
+            trials += [replace(base, reduction="union", unused=unused) for unused in ("skip", "zero")]
         if engine in ("zero1", "zero2", "zero3"):
-            cells.append(replace(base, offload=True))
-    return cells + [Cell(engine, 1, accumulate=2, clip=0.5) for engine in ENGINES]
+            trials.append(replace(base, offload=True))
+    return trials + [Trial(engine, 1, accumulate=2, clip=0.5) for engine in ENGINES]
 
 
-def sample(large: bool = False) -> list[Cell]:
+def sample(large: bool = False) -> list[Trial]:
     """A part of both that every push runs: each engine with three rows of the table on 2 ranks, three engines with one
     on 4, and every second extra, ZeRO-2 and ZeRO-3 with offload and union.
 
     large: each engine also on 4 ranks, ZeRO-2 and ZeRO-3 with all extras.
     """
-    cells = [
-        cell
-        for place, cell in enumerate(extras())
+    trials = [
+        trial
+        for place, trial in enumerate(extras())
         if place % 2
-        or cell in unfused()
-        or cell.engine in ("zero2", "zero3")
-        and (large or cell.offload or cell.reduction == "union")
+        or trial in unfused()
+        or trial.engine in ("zero2", "zero3")
+        and (large or trial.offload or trial.reduction == "union")
     ]
     for engine in ENGINES:
-        cells += [
-            Cell(engine, 2, optimizer="sgd"),
-            Cell(engine, 2, precision="bf16", accumulate=2, clip=0.5, checkpointed=True),
-            Cell(engine, 2, clip=0.5, seed=1),
+        trials += [
+            Trial(engine, 2, optimizer="sgd"),
+            Trial(engine, 2, precision="bf16", accumulate=2, clip=0.5, checkpointed=True),
+            Trial(engine, 2, clip=0.5, seed=1),
         ]
         if large or engine in ("zero1", "zero2", "zero3"):
-            cells.append(Cell(engine, 4, precision="bf16", clip=0.5))
-    return cells + [replace(cell, ops="fused") for cell in cells if cell in unfused()]
+            trials.append(Trial(engine, 4, precision="bf16", clip=0.5))
+    return trials + [replace(trial, ops="fused") for trial in trials if trial in unfused()]
 
 
-def unfused() -> list[Cell]:
-    """Cells that are also trained with fused operations: without and with checkpointing and compilation."""
+def unfused() -> list[Trial]:
+    """Trials that are also trained with fused operations: without and with checkpointing and compilation."""
     compiled = {"compile": "aot_eager", "checkpointed": True, "accumulate": 2, "clip": 0.5}
-    return [Cell(engine, 2, optimizer="sgd") for engine in ENGINES] + [
-        Cell(engine, 2, **compiled) for engine in ENGINES if engine != "ddp"
+    return [Trial(engine, 2, optimizer="sgd") for engine in ENGINES] + [
+        Trial(engine, 2, **compiled) for engine in ENGINES if engine != "ddp"
     ]
 
 
-def schedules(count: int, seed: int = 0) -> list[Cell]:
+def schedules(count: int, seed: int = 0) -> list[Trial]:
     """Random schedules of paths, each on an engine and with settings drawn at random."""
     draw = random.Random(seed)
     return [
-        Cell(
+        Trial(
             draw.choice(ENGINES),
             draw.choice((2, 2, 2, 4)),
             draw.choice(("fp32", "bf16")),

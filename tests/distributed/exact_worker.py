@@ -1,7 +1,7 @@
-"""Run by `accelerate launch`: trains cells with the project's loop and writes their weights.
+"""Run by `accelerate launch`: trains trials with the project's loop and writes their weights.
 
-Arguments: a JSON list of cells, and the output folder. Per cell one safetensors file, and one JSON file with what every
-path gives on the wrapped module after the last step and, under ZeRO-3, what was gathered on the way.
+Arguments: a JSON list of trials, and the output folder. Per trial one safetensors file, and one JSON file with what
+every path gives on the wrapped module after the last step and, under ZeRO-3, what was gathered on the way.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from exact_cells import Cell
+from exact_trials import Trial
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -59,77 +59,77 @@ class Backwards(trainer.Gradients):
         return super()._anchors(nodes[::-1])
 
 
-def workers_of(cell: Cell, started: Workers) -> Workers:
-    """The processes of this launch under a cell's engine."""
+def workers_of(trial: Trial, started: Workers) -> Workers:
+    """The processes of this launch under a trial's engine."""
     launch = started.launch
-    if cell.engine != "ddp":
-        launch = replace(launch, zero_stage=int(cell.engine[-1]))
-    assert launch.deepspeed == (cell.engine != "ddp") and launch.world == cell.world
-    return replace(started, launch=launch, engine=cell.engine_config())
+    if trial.engine != "ddp":
+        launch = replace(launch, zero_stage=int(trial.engine[-1]))
+    assert launch.deepspeed == (trial.engine != "ddp") and launch.world == trial.world
+    return replace(started, launch=launch, engine=trial.engine_config())
 
 
-def train_cell(
-    task: Any, batches: Batches, cell: Any, workers: Workers, folder: Path, index: int, **more: Any
+def train_trial(
+    task: Any, batches: Batches, trial: Any, workers: Workers, folder: Path, index: int, **more: Any
 ) -> dict[str, Any]:
-    """The project's loop on a cell's settings. more: options of `engine.loop.train`."""
+    """The project's loop on a trial's settings. more: options of `engine.loop.train`."""
     return train(
         task,
         batches,
-        cell.train_config(),
+        trial.train_config(),
         workers,
-        stage=f"cell{index}",
-        steps_per_epoch=cell.steps,
+        stage=f"trial{index}",
+        steps_per_epoch=trial.steps,
         run_dir=folder,
-        gradients=cell.finetune_config().gradients,
+        gradients=trial.finetune_config().gradients,
         **more,
     )
 
 
-def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
-    """Trains one cell; ranks compare their weights, rank 0 writes them."""
-    workers = workers_of(cell, started)
-    pool, ancestry, sampler = cell.build()
-    if cell.broken == "schedule" and workers.rank:
-        sampler = replace(sampler, seed=cell.seed + 1)
+def run(trial: Trial, started: Workers, folder: Path, index: int) -> None:
+    """Trains one trial; ranks compare their weights, rank 0 writes them."""
+    workers = workers_of(trial, started)
+    pool, ancestry, sampler = trial.build()
+    if trial.broken == "schedule" and workers.rank:
+        sampler = replace(sampler, seed=trial.seed + 1)
     contract_of, gradients = trainer.contract_of, trainer.Gradients
-    if cell.broken == "contract":
+    if trial.broken == "contract":
         trainer.contract_of = lambda *_: "none"
-    if cell.broken == "order" and workers.rank:
+    if trial.broken == "order" and workers.rank:
         trainer.Gradients = Backwards
     largest = max(sum(p.numel() for p in pool.get_submodule(name).parameters()) for name in pool.unit_names)
     held, answers = Gathered(pool, pool.unit_names), []
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
         for step in range(start, start + steps):
-            if cell.broken == "weights" and workers.rank:
+            if trial.broken == "weights" and workers.rank:
                 pool.head.rows[1].head.bias.data[0] += 1e-3
-            for micro in range(cell.accumulate):
-                yield cell.batch(step, micro, workers.rank)
+            for micro in range(trial.accumulate):
+                yield trial.batch(step, micro, workers.rank)
 
     def watch(module: nn.Module) -> dict[str, float]:
-        images = cell.batch(cell.steps, 0, 0).images
+        images = trial.batch(trial.steps, 0, 0).images
         with torch.no_grad(), workers.autocast():
             found = {path.key: float(module(images, path).float().square().sum()) for path in pool.space.paths}
         answers.append(found)
         return found
 
-    task = Watched(pool, ancestry, sampler, cell.finetune_config())
-    done = train_cell(
+    task = Watched(pool, ancestry, sampler, trial.finetune_config())
+    done = train_trial(
         task,
         batches,
-        cell,
+        trial,
         workers,
         folder,
         index,
-        rates={part: rate for row, rate in enumerate(cell.row_lr) for part in pool.row_parts(row)},
+        rates={part: rate for row, rate in enumerate(trial.row_lr) for part in pool.row_parts(row)},
         watch=watch,
-        watch_every=cell.steps,
+        watch_every=trial.steps,
     )
     trainer.contract_of, trainer.Gradients = contract_of, gradients
-    assert done["steps"] == cell.steps
+    assert done["steps"] == trial.steps
     state = {name: value.detach().clone() for name, value in pool.state_dict().items()}
     mine = torch.stack([bits(value) for value in state.values()])
-    assert torch.equal(workers.sum(mine), mine * workers.world), f"{cell.name}: ranks end with different weights"
+    assert torch.equal(workers.sum(mine), mine * workers.world), f"{trial.name}: ranks end with different weights"
     if workers.is_main:
         save_file(state, folder / f"{index}.safetensors")
         facts = {"answers": answers[-1], "units": held.units, "elements": held.elements, "largest": largest}
@@ -138,12 +138,12 @@ def run(cell: Cell, started: Workers, folder: Path, index: int) -> None:
 
 
 def main() -> None:
-    cells = [Cell(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
+    trials = [Trial(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
     folder = Path(sys.argv[2])
-    workers = Workers.start(cells[0].engine_config())
+    workers = Workers.start(trials[0].engine_config())
     torch.set_num_threads(1)
-    for index, cell in enumerate(cells):
-        run(cell, workers, folder, index)
+    for index, trial in enumerate(trials):
+        run(trial, workers, folder, index)
     workers.barrier()
     workers.close()
 

@@ -1,5 +1,6 @@
-"""A rank that counts steps until it is asked to leave; then it saves and leaves: preempt_worker.py RUN SECONDS_TO_SAVE.
+"""A rank that counts steps until it is asked to leave; then it saves and leaves.
 
+preemption_worker.py RUN SECONDS_TO_SAVE
 RUN/ready-R and RUN/left-R tell when; rank 0 writes the outcome. All ranks agree before they leave.
 """
 

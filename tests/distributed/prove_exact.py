@@ -1,4 +1,4 @@
-"""`scripts/prove_exact`: every cell of the table of exactness and random schedules, one line each."""
+"""`scripts/prove_exact`: every trial of the table of exactness and random schedules, one line each."""
 
 import random
 import sys
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from exact_cells import ENGINES, Cell, extras, schedules, table
 from exact_launch import TOLERANCE, allowed, difference, groups, start
+from exact_trials import ENGINES, Trial, extras, schedules, table
 
 CHUNK = 60
-"""Cells of one launch; a launch that fails costs the rest of its own."""
+"""Trials of one launch; a launch that fails costs the rest of its own."""
 
 
 @dataclass(frozen=True)
 class Prove:
     """Trains small pools on 2 and 4 processes, each on paths of its own, and compares the weights with one process.
 
-    Prints a line per cell with the largest difference of any parameter; the status is 1 if one is above 1e-6, or, in
+    Prints a line per trial with the largest difference of any parameter; the status is 1 if one is above 1e-6, or, in
     bf16 and fp16, above the reference's own rounding.
     """
 
@@ -35,49 +35,49 @@ class Prove:
     """Engines to prove: zero0, zero1, zero2, zero3, ddp."""
 
 
-def chosen(prove: Prove) -> list[Cell]:
-    """The cells to run; a quick run has each engine's share of table, extras and schedules."""
-    cells, drawn = [*table(), *extras()], schedules(prove.schedules, prove.seed)
+def chosen(prove: Prove) -> list[Trial]:
+    """The trials to run; a quick run has each engine's share of table, extras and schedules."""
+    trials, drawn = [*table(), *extras()], schedules(prove.schedules, prove.seed)
     if prove.quick:
         draw = random.Random(prove.seed)
-        few = [cell for cell in cells if cell.world == 2]
-        many = [cell for cell in cells if cell.world == 4]
-        cells = [cell for engine in ENGINES for cell in draw.sample([c for c in few if c.engine == engine], 8)]
-        cells += [draw.choice([cell for cell in many if cell.engine == engine]) for engine in ENGINES]
-        drawn = [cell for cell in drawn if cell.world == 2][:40]
-    return [cell for cell in (*cells, *drawn) if cell.engine in prove.engines]
+        few = [trial for trial in trials if trial.world == 2]
+        many = [trial for trial in trials if trial.world == 4]
+        trials = [trial for engine in ENGINES for trial in draw.sample([c for c in few if c.engine == engine], 8)]
+        trials += [draw.choice([trial for trial in many if trial.engine == engine]) for engine in ENGINES]
+        drawn = [trial for trial in drawn if trial.world == 2][:40]
+    return [trial for trial in (*trials, *drawn) if trial.engine in prove.engines]
 
 
-def run(cells: list[Cell], root: Path) -> Iterator[tuple[Cell, float, str]]:
-    """Each cell with its largest difference, infinite where its launch failed, and why."""
+def run(trials: list[Trial], root: Path) -> Iterator[tuple[Trial, float, str]]:
+    """Each trial with its largest difference, infinite where its launch failed, and why."""
     number = 0
-    for together in groups(cells).values():
+    for together in groups(trials).values():
         for first in range(0, len(together), CHUNK):
             part, folder = together[first : first + CHUNK], root / str(number)
             number += 1
             done = start(part, folder, timeout=60 + 20 * len(part))
             lines = [line for line in done.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
             why = (lines or ["timed out"])[0].strip()
-            for index, cell in enumerate(part):
-                found = difference(cell, folder, index)
-                yield cell, found, "" if found < float("inf") else f"no result: {why}"
+            for index, trial in enumerate(part):
+                found = difference(trial, folder, index)
+                yield trial, found, "" if found < float("inf") else f"no result: {why}"
 
 
 def main() -> None:
     prove = tyro.cli(Prove, prog="scripts/prove_exact")
-    cells, began, off = chosen(prove), time.monotonic(), 0
+    trials, began, off = chosen(prove), time.monotonic(), 0
     worst: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="prove_exact_") as root:
-        for cell, found, why in run(cells, Path(root)):
-            limit = TOLERANCE if found <= TOLERANCE or why else allowed(cell)
+        for trial, found, why in run(trials, Path(root)):
+            limit = TOLERANCE if found <= TOLERANCE or why else allowed(trial)
             off += found > limit
-            worst[cell.precision] = max(worst.get(cell.precision, 0.0), found)
+            worst[trial.precision] = max(worst.get(trial.precision, 0.0), found)
             note = why or (f"own rounding {limit:.1e}" if limit > TOLERANCE else "")
             word = "exact" if found <= limit else "OFF  "
-            print(f"{word}  {found:8.1e}  {cell.name}{'  ' + note if note else ''}", flush=True)
+            print(f"{word}  {found:8.1e}  {trial.name}{'  ' + note if note else ''}", flush=True)
     spent = time.monotonic() - began
     largest = ", ".join(f"{precision} {found:.1e}" for precision, found in sorted(worst.items()))
-    print(f"{len(cells)} cells, {off} off, largest difference {largest}, {spent:.0f} s")
+    print(f"{len(trials)} trials, {off} off, largest difference {largest}, {spent:.0f} s")
     sys.exit(1 if off else 0)
 
 

@@ -1,4 +1,4 @@
-"""Three ranks over gloo that compare facts, once for every case: agreement_worker.py FOLDER.
+"""Three ranks over gloo that compare facts, once for every case: rank_consistency_worker.py FOLDER.
 
 FOLDER/cases.json: name -> {"ranks", "key", "value"}: on these ranks a key of the recipe (`config.KEY`) or of the facts
 has another value, or none. FOLDER/result-R.json: name -> the sentence on rank R; null where there was no error.

@@ -1,4 +1,4 @@
-"""Jobs that save and resume: cells of the table of exactness whose data does not depend on the number of ranks."""
+"""Jobs that save and resume: trials of the table of exactness whose data does not depend on the number of ranks."""
 
 import json
 import math
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from exact_cells import Cell
 from exact_launch import HERE, run_workers
+from exact_trials import Trial
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,20 +20,20 @@ GLOBAL = 24
 """Images of an optimizer step."""
 
 
-def part_of_batch(cell: Cell, step: int, micro: int, rank: int, world: int) -> Batch:
+def part_of_batch(trial: Trial, step: int, micro: int, rank: int, world: int) -> Batch:
     """A rank's part of the step's images, which are the same for any number of ranks."""
-    generator = torch.Generator().manual_seed(cell.seed * 997 + step)
+    generator = torch.Generator().manual_seed(trial.seed * 997 + step)
     images = torch.randn(GLOBAL, 1, 14, 14, generator=generator)
     targets = torch.randint(5, (GLOBAL,), generator=generator)
-    count = GLOBAL // (world * cell.accumulate)
+    count = GLOBAL // (world * trial.accumulate)
     first = (micro * world + rank) * count
     part = slice(first, first + count)
     return Batch(images[part], targets[part], torch.ones(count))
 
 
 @dataclass(frozen=True)
-class Changing(Cell):
-    """A cell whose number of ranks changes, for the reference."""
+class Changing(Trial):
+    """A trial whose number of ranks changes, for the reference."""
 
     at: int = 0
     """The first step on `then` ranks."""
@@ -49,8 +49,8 @@ class Changing(Cell):
 
 
 @dataclass(frozen=True)
-class Elsewhere(Cell):
-    """A cell whose steps have other data than their own, for the reference."""
+class Elsewhere(Trial):
+    """A trial whose steps have other data than their own, for the reference."""
 
     data: tuple[int, ...] = ()
     """Of each step, the step whose data it has."""
@@ -62,10 +62,10 @@ class Elsewhere(Cell):
 
 @dataclass(frozen=True)
 class Job:
-    """A cell that is trained in a folder, from the start or from a checkpoint."""
+    """A trial that is trained in a folder, from the start or from a checkpoint."""
 
     name: str
-    cell: Cell
+    trial: Trial
     resume: str = "auto"
     """auto, latest, never, or JOB/checkpoints/job/step-... in the same folder."""
     every: int = 1
@@ -74,7 +74,7 @@ class Job:
     elsewhere: str = ""
     """A folder in which rank 1 looks for checkpoints, beside the job's own; as where nodes share no file system."""
     constant: bool = False
-    """Whether the rate is that of the cell's reference."""
+    """Whether the rate is that of the trial's reference."""
     bad: list[int] = field(default_factory=list)
     """Steps whose data makes the loss nan, on the last rank alone."""
     rollback: int = 0
@@ -87,17 +87,17 @@ class Job:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Job":
         """From JSON."""
-        return cls(**{**fields, "cell": Cell(**fields["cell"])})
+        return cls(**{**fields, "trial": Trial(**fields["trial"])})
 
     def train_config(self) -> TrainConfig:
-        """The cell's with the same images at any number of ranks, and a rate that changes unless it is `constant`."""
-        config = replace(self.cell.train_config(), batch_size=GLOBAL)
+        """The trial's with the same images at any number of ranks, and a rate that changes unless it is `constant`."""
+        config = replace(self.trial.train_config(), batch_size=GLOBAL)
         return config if self.constant else replace(config, min_lr=config.lr / 10, warmup_epochs=0.3)
 
     def batch(self, step: int, micro: int, rank: int) -> Batch:
         """A rank's part of the step's images."""
-        batch = part_of_batch(self.cell, step, micro, rank, self.cell.world)
-        faulty = step in self.bad and rank + 1 == self.cell.world
+        batch = part_of_batch(self.trial, step, micro, rank, self.trial.world)
+        faulty = step in self.bad and rank + 1 == self.trial.world
         return replace(batch, images=batch.images * math.nan) if faulty else batch
 
 
@@ -106,7 +106,7 @@ def launch(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     worker = [str(HERE / "resume_worker.py"), str(folder / "jobs.json"), str(folder)]
-    done = run_workers(jobs[0].cell.world, jobs[0].cell.engine != "ddp", worker, timeout)
+    done = run_workers(jobs[0].trial.world, jobs[0].trial.engine != "ddp", worker, timeout)
     (folder / "stderr.txt").write_text(done.stderr)
     assert done.returncode == 0, done.stderr[:6000]
 

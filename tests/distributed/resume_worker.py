@@ -28,17 +28,17 @@ from lgp_dist.tasks.finetune import FinetuneTask
 
 def run(job: Job, started: Workers, root: Path) -> None:
     """Trains one job, or writes down the sentence that it ends with."""
-    cell, folder = job.cell, root / job.name
-    workers = workers_of(cell, started)
+    trial, folder = job.trial, root / job.name
+    workers = workers_of(trial, started)
     if job.elsewhere:  # every rank on a node of its own
         workers = replace(workers, launch=replace(workers.launch, local_world=1))
-    pool, ancestry, sampler = cell.build()
-    task, at = FinetuneTask(pool, ancestry, sampler, cell.finetune_config()), [0, 0]
+    pool, ancestry, sampler = trial.build()
+    task, at = FinetuneTask(pool, ancestry, sampler, trial.finetune_config()), [0, 0]
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
         assert start == at[0], "the stream goes on where the checkpoint says"
         for step in range(start, start + steps):
-            for micro in range(cell.accumulate):
+            for micro in range(trial.accumulate):
                 yield job.batch(at[1] + step - at[0], micro, workers.rank)
 
     def position(step: int) -> dict[str, int]:
@@ -51,7 +51,7 @@ def run(job: Job, started: Workers, root: Path) -> None:
     saving = Saving(
         folder=(root / job.elsewhere if job.elsewhere and workers.rank else folder) / "checkpoints" / "job",
         config=CheckpointConfig(every=job.every, keep=1000, on_error=job.on_error),
-        seed=cell.seed,
+        seed=trial.seed,
         settings=job.settings,
         versions={},
         data_state=position,
@@ -69,10 +69,10 @@ def run(job: Job, started: Workers, root: Path) -> None:
             job.train_config(),
             workers,
             stage="job",
-            steps_per_epoch=cell.steps,
+            steps_per_epoch=trial.steps,
             run_dir=folder,
-            gradients=cell.finetune_config().gradients,
-            guard=StepFilter(task, workers, cell.accumulate, FaultConfig(rollback=job.rollback), "job"),
+            gradients=trial.finetune_config().gradients,
+            guard=StepFilter(task, workers, trial.accumulate, FaultConfig(rollback=job.rollback), "job"),
             saving=saving,
         )
     except UserError as error:
@@ -86,7 +86,7 @@ def run(job: Job, started: Workers, root: Path) -> None:
 
 def main() -> None:
     jobs = [Job.from_dict(fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
-    workers = Workers.start(jobs[0].cell.engine_config())
+    workers = Workers.start(jobs[0].trial.engine_config())
     torch.set_num_threads(1)
     for job in jobs:
         run(job, workers, Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Two ranks for each of a few hangs outside of steps, all at the same time: stage_hang_worker.py FOLDER TIMEOUT.
+"""Two ranks for each of a few hangs outside of steps, all at the same time: stage_hangs_worker.py FOLDER TIMEOUT.
 
 FOLDER/CASE holds a run whose stages before the case's are done; FOLDER/CASE/statuses.json tells how both ranks ended.
 """

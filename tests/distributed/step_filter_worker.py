@@ -1,4 +1,4 @@
-"""Run by `accelerate launch`: trains cells in which numbers go bad and notes after which steps nothing had moved.
+"""Run by `accelerate launch`: trains trials in which numbers go bad and notes after which steps nothing had moved.
 
 Arguments: a JSON list of cases, and the output folder. Per case one JSON file per rank, and of rank 0 metrics and the
 weights at the end: where the run stops, after one step more on the same engine.
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from exact_cells import Cell
+from exact_trials import Trial
 from exact_worker import workers_of
-from guard_cases import Case
 from safetensors.torch import save_file
+from step_filter_cases import Case
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -45,8 +45,8 @@ class Faulty(FinetuneTask):
     """Goes wrong as its case says."""
 
     def __init__(self, case: Case):
-        pool, ancestry, sampler = case.cell.build()
-        super().__init__(pool, ancestry, sampler, case.cell.finetune_config())
+        pool, ancestry, sampler = case.trial.build()
+        super().__init__(pool, ancestry, sampler, case.trial.finetune_config())
         self.case, self.part, self.haunted = case, "", case.haunted
         for part in pool.part_names:
             next(pool.get_submodule(part).parameters()).register_hook(self._hook(part))
@@ -56,7 +56,7 @@ class Faulty(FinetuneTask):
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         found = super().losses(module, batch, context)
-        last = context.micro_step + 1 == self.case.cell.accumulate
+        last = context.micro_step + 1 == self.case.trial.accumulate
         kinds = {kind for step, kind, rank in self.case.faults if last and (step, rank) == (context.step, context.rank)}
         self.part = max(self.used(context)) if "part" in kinds else ""
         bad = "nan" in kinds or self.path(context).key in self.haunted
@@ -84,16 +84,16 @@ def unmoved(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
 
 def run(case: Case, started: Workers, folder: Path, index: int) -> None:
     """Trains one case."""
-    cell: Cell = case.cell
-    workers = workers_of(cell, started)
+    trial: Trial = case.trial
+    workers = workers_of(trial, started)
     task, states, optimizers, trainers = Faulty(case), [], [], []
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
         for step in range(start, start + steps):
-            for micro in range(cell.accumulate):
+            for micro in range(trial.accumulate):
                 if not states:
                     states.append(state_of(task.module, optimizers[0]))
-                yield cell.batch(step, micro, workers.rank)
+                yield trial.batch(step, micro, workers.rank)
 
     def keep(*arguments: Any) -> Optimizer:
         optimizers.append(build_optimizer(*arguments))
@@ -112,16 +112,16 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
 
     loop.build_optimizer, loop.Trainer = keep, hold
     (folder / str(index)).mkdir(exist_ok=True)
-    guard = StepFilter(task, workers, cell.accumulate, FaultConfig(case.skip_steps, case.spike), "finetune", describe)
+    guard = StepFilter(task, workers, trial.accumulate, FaultConfig(case.skip_steps, case.spike), "finetune", describe)
     facts: dict[str, Any] = {"sentence": "", "step": None}
     try:
         loop.train(
             task,
             batches,
-            cell.train_config(),
+            trial.train_config(),
             workers,
             stage="finetune",
-            steps_per_epoch=cell.steps,
+            steps_per_epoch=trial.steps,
             run_dir=folder / str(index),
             watch=watch,
             watch_every=1,
@@ -144,7 +144,7 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
 def main() -> None:
     cases = [Case.from_dict(fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
     folder = Path(sys.argv[2])
-    workers = Workers.start(cases[0].cell.engine_config())
+    workers = Workers.start(cases[0].trial.engine_config())
     torch.set_num_threads(1)
     for index, case in enumerate(cases):
         workers.barrier()

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from exact_cells import IMAGE, Engine
 from exact_reference import DTYPES
+from exact_trials import IMAGE, Engine
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ IMAGES = 2
 
 
 @dataclass(frozen=True)
-class SwsCell:
+class SwsTrial:
     """One training run."""
 
     kind: Literal["distil", "finetune"]
@@ -56,13 +56,13 @@ class SwsCell:
 
     @property
     def name(self) -> str:
-        """The cell in a few words, unique."""
+        """The trial in a few words, unique."""
         words = [self.kind, self.engine, self.precision, f"clip {self.clip}", f"x{self.accumulate}"]
         return ", ".join(words + ["checkpointed"] * self.checkpointed)
 
     @property
-    def meaning(self) -> "SwsCell":
-        """The cell without what must not matter."""
+    def on_one_process(self) -> "SwsTrial":
+        """The trial without what must not matter."""
         return replace(self, engine="ddp", checkpointed=False)
 
     @property
@@ -75,7 +75,7 @@ class SwsCell:
         return EngineConfig(precision=self.precision, device="cpu", threads=1, activation_checkpointing=recompute)
 
     def train_config(self) -> TrainConfig:
-        """A large constant rate, and an epsilon at which AdamW does not blow up rounding (`exact_cells`)."""
+        """A large constant rate, and an epsilon at which AdamW does not blow up rounding (`exact_trials`)."""
         micro_steps = self.accumulate * self.uses
         return TrainConfig(
             epochs=1.0, batch_size=IMAGES * self.world * micro_steps, accumulate=micro_steps, lr=1e-2, min_lr=1e-2,
@@ -117,28 +117,28 @@ def build_ancestry() -> Ancestry:
 
 
 @lru_cache(maxsize=32)
-def reference(cell: SwsCell, last_layer_alone: bool = False) -> dict[str, Tensor]:
+def reference(trial: SwsTrial, last_layer_alone: bool = False) -> dict[str, Tensor]:
     """The weights after the last step, from stock ViTs: each model of the pool by itself, or the untied auxiliary net,
     whose layers take the step of the sum of their stage's gradients.
 
     last_layer_alone: a mistake; a stage has the gradient of its last layer in place of the sum.
     """
     torch.set_num_threads(1)
-    module, _ = cell.build()
-    if cell.kind == "distil":
+    module, _ = trial.build()
+    if trial.kind == "distil":
         prefix = "rows.0.vit."
         learnt = {name.removeprefix(prefix): value for name, value in module.state_dict().items()}
-        trained = fit(cell, learnt, (0, 1, 1, 1, 2, 2), ".block", last_layer_alone)
+        trained = fit(trial, learnt, (0, 1, 1, 1, 2, 2), ".block", last_layer_alone)
         return {prefix + name: value for name, value in trained.items()}
     found = {}
     for path in SPACE.paths:
-        trained = fit(cell, module.row_state(path.row), tuple(range(path.depth)), "")
+        trained = fit(trial, module.row_state(path.row), tuple(range(path.depth)), "")
         found |= {f"{path.key}/{name}": value for name, value in trained.items()}
     return found
 
 
 def fit(
-    cell: SwsCell, learnt: dict[str, Tensor], sources: tuple[int, ...], infix: str, last_layer_alone: bool = False
+    trial: SwsTrial, learnt: dict[str, Tensor], sources: tuple[int, ...], infix: str, last_layer_alone: bool = False
 ) -> dict[str, Tensor]:
     """Trains a stock ViT of as many layers as `sources` names and gives its weights under the names of `learnt`."""
     weights = {name: nn.Parameter(value.clone()) for name, value in learnt.items()}
@@ -157,25 +157,25 @@ def fit(
         if parts[0] == "blocks":
             parts[1] = f"{sources[int(parts[1])]}{infix}"
         owners[name] = ".".join(parts)
-    for step in range(cell.steps):
+    for step in range(trial.steps):
         vit.load_state_dict({name: weights[owner].detach() for name, owner in owners.items()})
         vit.zero_grad()
-        for rank in range(cell.world):
-            for number in range(cell.accumulate):
-                batch = cell.batch(step, number, rank)
-                with torch.autocast("cpu", DTYPES[cell.precision], enabled=cell.precision != "fp32"):
+        for rank in range(trial.world):
+            for number in range(trial.accumulate):
+                batch = trial.batch(step, number, rank)
+                with torch.autocast("cpu", DTYPES[trial.precision], enabled=trial.precision != "fp32"):
                     logits, target = vit(batch.images).float(), ancestry(batch.images)[0].float()
-                if cell.kind == "distil":
+                if trial.kind == "distil":
                     loss = -(target.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
                 else:
                     loss = F.cross_entropy(logits, batch.targets)
-                (loss / cell.world / cell.accumulate).backward()
+                (loss / trial.world / trial.accumulate).backward()
         for parameter in weights.values():
             parameter.grad = torch.zeros_like(parameter)
         for name, parameter in vit.named_parameters():
             owner = weights[owners[name]]
             owner.grad = parameter.grad.clone() if last_layer_alone else owner.grad + parameter.grad
-        if cell.clip:
-            nn.utils.clip_grad_norm_(weights.values(), cell.clip)
+        if trial.clip:
+            nn.utils.clip_grad_norm_(weights.values(), trial.clip)
         optimizer.step()
     return {name: value.detach() for name, value in weights.items()}

@@ -1,6 +1,6 @@
-"""Run by `accelerate launch`: trains cells of SWS with the project's loop and writes their weights.
+"""Run by `accelerate launch`: trains trials of SWS with the project's loop and writes their weights.
 
-Arguments: a JSON list of cells, and the output folder.
+Arguments: a JSON list of trials, and the output folder.
 """
 
 import json
@@ -9,27 +9,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from exact_worker import train_cell, workers_of
+from exact_worker import train_trial, workers_of
 from safetensors.torch import save_file
-from sws_cells import SPACE, SwsCell
+from sws_trials import SPACE, SwsTrial
 
 from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import Batch
 
 
-def run(cell: SwsCell, started: Workers, folder: Path, index: int) -> None:
-    """Trains one cell; rank 0 writes the weights under the names of the reference."""
-    workers = workers_of(cell, started)
-    module, task = cell.build()
+def run(trial: SwsTrial, started: Workers, folder: Path, index: int) -> None:
+    """Trains one trial; rank 0 writes the weights under the names of the reference."""
+    workers = workers_of(trial, started)
+    module, task = trial.build()
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
         for step in range(start, start + steps):
-            for number in range(cell.accumulate):
-                yield from cell.batch(step, number, workers.rank).repeated(cell.uses)
+            for number in range(trial.accumulate):
+                yield from trial.batch(step, number, workers.rank).repeated(trial.uses)
 
-    train_cell(task, batches, cell, workers, folder, index)
+    train_trial(task, batches, trial, workers, folder, index)
     state = module.state_dict()
-    if cell.kind == "finetune":
+    if trial.kind == "finetune":
         rows = {path.key: module.row_state(path.row) for path in SPACE.paths}
         state = {f"{key}/{name}": value for key, row in rows.items() for name, value in row.items()}
     if workers.is_main:
@@ -37,11 +37,11 @@ def run(cell: SwsCell, started: Workers, folder: Path, index: int) -> None:
 
 
 def main() -> None:
-    cells = [SwsCell(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
-    workers = Workers.start(cells[0].engine_config())
+    trials = [SwsTrial(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
+    workers = Workers.start(trials[0].engine_config())
     torch.set_num_threads(1)
-    for index, cell in enumerate(cells):
-        run(cell, workers, Path(sys.argv[2]), index)
+    for index, trial in enumerate(trials):
+        run(trial, workers, Path(sys.argv[2]), index)
     workers.barrier()
     workers.close()
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from bad_worker import SAMPLES, STEPS, stream_of
+from bad_samples_worker import SAMPLES, STEPS, stream_of
 from exact_launch import HERE, run_workers
 from safetensors.torch import load_file
 
@@ -24,7 +24,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, one after the other, on two ranks of ZeRO-2."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "cases.json").write_text(json.dumps(CASES))
-    worker = [str(HERE / "bad_worker.py"), str(folder / "cases.json"), str(folder)]
+    worker = [str(HERE / "bad_samples_worker.py"), str(folder / "cases.json"), str(folder)]
     done = run_workers(2, deepspeed=True, worker=worker, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from defects_worker import Two
 from exact_launch import HERE, ROOT, command
+from workarounds_worker import Two
 
 
 def moves() -> list[float]:
@@ -33,7 +33,7 @@ def moves() -> list[float]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the worker measured on two ranks."""
     folder = tmp_path_factory.mktemp("defects")
-    call = [*command(2, deepspeed=True), str(HERE / "defects_worker.py"), str(folder)]
+    call = [*command(2, deepspeed=True), str(HERE / "workarounds_worker.py"), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from exact_cells import Cell
+from exact_trials import Trial
 from resume_jobs import Job, differences, launch, losses, whole_state
 from safetensors.torch import load_file
 
@@ -19,12 +19,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for engines in (("ddp",), ("zero1", "zero3")):
         jobs = []
         for engine in engines:
-            cell = Cell(engine, 2, steps=6)
+            trial = Trial(engine, 2, steps=6)
             for name in ("room", "continue", "stop"):
-                jobs.append(Job(f"{engine}-{name}", cell, every=2))
+                jobs.append(Job(f"{engine}-{name}", trial, every=2))
             for name in ("continue", "stop"):
                 first = f"{engine}-{name}/checkpoints/job/step-00000002"
-                jobs.append(Job(f"{engine}-{name}", cell, first, 1, limit=LIMIT, on_error=name))
+                jobs.append(Job(f"{engine}-{name}", trial, first, 1, limit=LIMIT, on_error=name))
         launch(jobs, folder)
     return folder
 

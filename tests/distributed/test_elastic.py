@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from exact_cells import Cell, Engine
 from exact_launch import TOLERANCE
 from exact_reference import reference
+from exact_trials import Engine, Trial
 from resume_jobs import Changing, Job, launch
 from safetensors.torch import load_file
 
@@ -40,13 +40,13 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder, asked = tmp_path_factory.mktemp("elastic"), {item.name for item in request.session.items}
     moves = [move for move in MOVES if f"{test_goes_on_with_other_ranks.__name__}[{name(move)}]" in asked]
     first = {
-        (engine, world): Job(f"{engine}-{world}", Cell(engine, world, **SETTINGS), every=AT, constant=True)
+        (engine, world): Job(f"{engine}-{world}", Trial(engine, world, **SETTINGS), every=AT, constant=True)
         for engine, world, _, _ in moves
     }
     second = {
         move: Job(
             name(move),
-            Cell(move[2], move[3], **SETTINGS),
+            Trial(move[2], move[3], **SETTINGS),
             f"{move[0]}-{move[1]}/checkpoints/job/step-{AT:08d}",
             every=0,
             constant=True,
@@ -56,7 +56,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for jobs in (first.values(), second.values()):
         groups: dict[tuple[int, bool], list[Job]] = {}
         for job in jobs:
-            groups.setdefault((job.cell.world, job.cell.engine == "ddp"), []).append(job)
+            groups.setdefault((job.trial.world, job.trial.engine == "ddp"), []).append(job)
         for group in groups.values():
             launch(group, folder)
     return folder
@@ -66,8 +66,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_goes_on_with_other_ranks(runs: Path, move: tuple[Engine, int, Engine, int]) -> None:
     """Weights at the end equal those of one process that runs as many paths a step as there are ranks."""
     before, ranks, _, then = move
-    base = Cell(before, ranks, **SETTINGS)
-    fields = {**replace(base.meaning, world=ranks).as_dict(), "at": AT, "then": then}
+    base = Trial(before, ranks, **SETTINGS)
+    fields = {**replace(base.on_one_process, world=ranks).as_dict(), "at": AT, "then": then}
     expected, found = reference(Changing(**fields)), load_file(runs / name(move) / "end.safetensors")
     assert max(float((found[key] - expected[key]).abs().max()) for key in expected) <= TOLERANCE
     same_world = reference(Changing(**{**fields, "then": ranks}))

@@ -97,7 +97,7 @@ def test_launcher_passes_signals_on(tmp_path: Path, mark: str, forwarded: bool) 
     """Ranks have time to save; the launcher makes 1 of their 75. SIGUSR1 needs PET_SIGNALS_TO_HANDLE."""
     names = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"} if forwarded else {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LGP_TEST_MARK": mark, **names}
-    command = [*TORCHRUN, HERE / "preempt_worker.py", tmp_path, "2"]
+    command = [*TORCHRUN, HERE / "preemption_worker.py", tmp_path, "2"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
         wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
         launcher.send_signal(signal.SIGUSR1 if forwarded else signal.SIGTERM)
@@ -174,7 +174,7 @@ def test_batch_script_decides(
 def test_batch_script_lets_ranks_leave(tmp_path: Path, mark: str, grace: str, save: int, saved: bool) -> None:
     """SIGUSR1 to the script reaches the ranks, which have the grace that it sets to save, and no more."""
     run = tmp_path / "RUN"
-    process = batch(tmp_path, mark, f"{' '.join(TORCHRUN)} {HERE / 'preempt_worker.py'} {run} {save}", GRACE_S=grace)
+    process = batch(tmp_path, mark, f"{' '.join(TORCHRUN)} {HERE / 'preemption_worker.py'} {run} {save}", GRACE_S=grace)
     wait_for(run / "ready-0", run / "ready-1")
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=120)

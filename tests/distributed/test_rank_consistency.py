@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agreement_worker import PLAIN, WORLD, changed
 from exact_launch import HERE, ROOT, command
+from rank_consistency_worker import PLAIN, WORLD, changed
 from run_helpers import SMALL, processes_with
 
 from lgp_dist.config.flat import flatten
@@ -74,7 +74,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | No
     refusal = {"refusal": case("refusal", "No shards there.", 2)}
     (folder / "cases.json").write_text(json.dumps(SETTINGS | SPECIAL | refusal))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, HERE / "agreement_worker.py", folder], env=environment, check=True, timeout=200)
+    subprocess.run(
+        [sys.executable, HERE / "rank_consistency_worker.py", folder], env=environment, check=True, timeout=200
+    )
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(WORLD)]
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from exact_cells import ENGINES, Cell
+from exact_trials import ENGINES, Trial
 from resume_jobs import Job, differences, launch, losses, whole_state
 from safetensors.torch import load_file
 
@@ -14,7 +14,7 @@ STEPS = 6
 LONG = bool(os.environ.get("LGP_LONG_TESTS"))
 """Whether every engine has all settings, not two of the three, and is resumed from every step."""
 RESUMED = range(1, STEPS) if LONG else (3,)
-"""Steps from which a cell is resumed."""
+"""Steps from which a trial is resumed."""
 SETTINGS = [
     {"accumulate": 2, "clip": 0.5},
     {"precision": "bf16", "optimizer": "sgd"},
@@ -22,37 +22,37 @@ SETTINGS = [
 ]
 
 
-def cells() -> list[Cell]:
+def trials() -> list[Trial]:
     found = [
-        Cell(engine, 2, steps=STEPS, **settings)
+        Trial(engine, 2, steps=STEPS, **settings)
         for place, engine in enumerate(ENGINES)
         for number, settings in enumerate(SETTINGS)
         if LONG or (place + number) % len(SETTINGS)
     ]
     return found + [
-        Cell("zero2", 2, steps=STEPS, offload=True),
-        Cell("zero3", 2, steps=STEPS, offload=True),
-        Cell("zero1", 2, steps=STEPS, reduction="union", accumulate=2),
-        Cell("zero3", 2, steps=STEPS, unused="zero", average="users"),
+        Trial("zero2", 2, steps=STEPS, offload=True),
+        Trial("zero3", 2, steps=STEPS, offload=True),
+        Trial("zero1", 2, steps=STEPS, reduction="union", accumulate=2),
+        Trial("zero3", 2, steps=STEPS, unused="zero", average="users"),
     ]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every cell without interruption, with a checkpoint at every step, then resumed."""
+    """Every trial without interruption, with a checkpoint at every step, then resumed."""
     folder = tmp_path_factory.mktemp("runs")
     for deepspeed in (True, False):
         jobs = []
-        for index, cell in enumerate(cells()):
-            if (cell.engine != "ddp") == deepspeed:
-                jobs.append(Job(f"{index}", cell))
+        for index, trial in enumerate(trials()):
+            if (trial.engine != "ddp") == deepspeed:
+                jobs.append(Job(f"{index}", trial))
                 for step in RESUMED:
-                    jobs.append(Job(f"{index}-{step}", cell, f"{index}/checkpoints/job/step-{step:08d}"))
+                    jobs.append(Job(f"{index}-{step}", trial, f"{index}/checkpoints/job/step-{step:08d}"))
         launch(jobs, folder, timeout=1200)
     return folder
 
 
-@pytest.mark.parametrize("index", range(len(cells())), ids=[cell.name for cell in cells()])
+@pytest.mark.parametrize("index", range(len(trials())), ids=[trial.name for trial in trials()])
 def test_resumed_is_uninterrupted(runs: Path, index: int) -> None:
     whole = runs / str(index)
     checkpoints = whole / "checkpoints" / "job"
@@ -72,9 +72,9 @@ def test_resumed_is_uninterrupted(runs: Path, index: int) -> None:
 def test_ranks_that_do_not_see_the_same_checkpoint_load_none(tmp_path: Path) -> None:
     """One rank has none where rank 0 has one, another of the same step, or the same with a part that is damaged on its
     node: all stop, before any weight is touched."""
-    cell = Cell("zero2", 2, steps=3)
-    other = replace(cell, seed=1)
-    jobs = [Job("one", cell), Job("two", other), Job("none", cell, "never", every=0)]
+    trial = Trial("zero2", 2, steps=3)
+    other = replace(trial, seed=1)
+    jobs = [Job("one", trial), Job("two", other), Job("none", trial, "never", every=0)]
     launch(jobs, tmp_path)
     for name in ("lacks", "differs", "flips", "flipped"):
         shutil.copytree(tmp_path / "one" / "checkpoints", tmp_path / name / "checkpoints")
@@ -85,7 +85,7 @@ def test_ranks_that_do_not_see_the_same_checkpoint_load_none(tmp_path: Path) -> 
     sentences = {"lacks": "is not a checkpoint", "differs": "Ranks see different checkpoints of step 2"}
     sentences |= {"flips": f"{part} is damaged"}
     places = dict(zip(sentences, ("none", "two", "flipped"), strict=True))
-    launch([Job(name, cell, elsewhere=place) for name, place in places.items()], tmp_path)
+    launch([Job(name, trial, elsewhere=place) for name, place in places.items()], tmp_path)
     for name, sentence in sentences.items():
         found = [(tmp_path / name / f"error-{rank}.txt").read_text() for rank in range(2)]
         assert any(sentence in text for text in found) and not (tmp_path / name / "end.safetensors").exists()

@@ -5,19 +5,19 @@ import os
 from pathlib import Path
 
 import pytest
-from exact_cells import Cell
 from exact_launch import TOLERANCE
 from exact_reference import reference
+from exact_trials import Trial
 from resume_jobs import Elsewhere, Job, differences, launch, losses
 from safetensors.torch import load_file
 
 STEPS = 6
 MORE = [
-    Cell("zero2", 2, steps=STEPS, offload=True),
-    Cell("zero1", 2, steps=STEPS, reduction="union", accumulate=2),
+    Trial("zero2", 2, steps=STEPS, offload=True),
+    Trial("zero1", 2, steps=STEPS, reduction="union", accumulate=2),
 ]
-CELLS = [
-    *(Cell(engine, 2, steps=STEPS, accumulate=2, clip=0.5) for engine in ("ddp", "zero1", "zero3")),
+TRIALS = [
+    *(Trial(engine, 2, steps=STEPS, accumulate=2, clip=0.5) for engine in ("ddp", "zero1", "zero3")),
     *MORE[: len(MORE) if os.environ.get("LGP_LONG_TESTS") else 0],
 ]
 """LGP_LONG_TESTS=1 runs more."""
@@ -31,8 +31,8 @@ STOPS = [("none allowed", 2, 3, 0), ("none left", 2, 3, 1), ("none to go back to
 """Name, steps between two checkpoints, the first bad step of data, and rollbacks allowed."""
 
 
-def number(cell: Cell) -> int:
-    return CELLS.index(cell)
+def number(trial: Trial) -> int:
+    return TRIALS.index(trial)
 
 
 def newest_of(every: int, first: int) -> int:
@@ -42,24 +42,24 @@ def newest_of(every: int, first: int) -> int:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every cell with every sequence of data, and resumed behind a rollback; stops."""
+    """Every trial with every sequence of data, and resumed behind a rollback; stops."""
     folder = tmp_path_factory.mktemp("rollback")
     for deepspeed in (True, False):
         jobs = []
-        for cell in CELLS:
-            if (cell.engine != "ddp") == deepspeed:
+        for trial in TRIALS:
+            if (trial.engine != "ddp") == deepspeed:
                 for name, every, bad, _ in SEQUENCES:
-                    base = f"{number(cell)}-{name}"
-                    jobs.append(Job(base, cell, "auto", every, constant=True, bad=bad, rollback=len(bad)))
-                later = f"{number(cell)}-once/checkpoints/job/step-00000004"
-                jobs.append(Job(f"{number(cell)}-later", cell, later, 0, constant=True, bad=[3]))
+                    base = f"{number(trial)}-{name}"
+                    jobs.append(Job(base, trial, "auto", every, constant=True, bad=bad, rollback=len(bad)))
+                later = f"{number(trial)}-once/checkpoints/job/step-00000004"
+                jobs.append(Job(f"{number(trial)}-later", trial, later, 0, constant=True, bad=[3]))
                 for name, every, first, allowed in STOPS:
                     bad = [first, *range(first + 1, 20)]
-                    base = f"{number(cell)}-{name}"
-                    jobs.append(Job(base, cell, "auto", every, constant=True, bad=bad, rollback=allowed))
+                    base = f"{number(trial)}-{name}"
+                    jobs.append(Job(base, trial, "auto", every, constant=True, bad=bad, rollback=allowed))
                     if newest := newest_of(every, first):
                         again = f"{base}/checkpoints/job/step-{newest:08d}"
-                        jobs.append(Job(f"{base}-again", cell, again, 0, constant=True, bad=bad))
+                        jobs.append(Job(f"{base}-again", trial, again, 0, constant=True, bad=bad))
         launch(jobs, folder, timeout=600)
     return folder
 
@@ -68,35 +68,35 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
 @pytest.mark.parametrize("sequence", SEQUENCES, ids=lambda sequence: sequence[0])
 def test_goes_on_behind_the_bad_batch(
-    runs: Path, cell: Cell, sequence: tuple[str, int, list[int], tuple[int, ...]]
+    runs: Path, trial: Trial, sequence: tuple[str, int, list[int], tuple[int, ...]]
 ) -> None:
     """As one process that trains the steps' paths on exactly this data."""
     name, _, _, data = sequence
-    folder = runs / f"{number(cell)}-{name}"
+    folder = runs / f"{number(trial)}-{name}"
     found = load_file(folder / "end.safetensors")
-    expected = reference(Elsewhere(**{**cell.meaning.as_dict(), "data": data}))
+    expected = reference(Elsewhere(**{**trial.on_one_process.as_dict(), "data": data}))
     assert max(float((found[key] - expected[key]).abs().max()) for key in expected) <= TOLERANCE
-    plain = reference(Elsewhere(**{**cell.meaning.as_dict(), "data": tuple(range(STEPS))}))
+    plain = reference(Elsewhere(**{**trial.on_one_process.as_dict(), "data": tuple(range(STEPS))}))
     assert max(float((plain[key] - expected[key]).abs().max()) for key in expected) > 100 * TOLERANCE
     assert [line["step"] for line in metrics(folder)] == list(range(STEPS))
     assert all(line["loss"] is not None and not line["skipped"] for line in metrics(folder))
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_resumes_behind_the_bad_batch(runs: Path, cell: Cell) -> None:
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
+def test_resumes_behind_the_bad_batch(runs: Path, trial: Trial) -> None:
     """A checkpoint made after going back says where the data stands."""
-    ends = [load_file(runs / f"{number(cell)}-{name}" / "end.safetensors") for name in ("once", "later")]
+    ends = [load_file(runs / f"{number(trial)}-{name}" / "end.safetensors") for name in ("once", "later")]
     assert differences(*ends) == []
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
 @pytest.mark.parametrize("stop", STOPS, ids=lambda stop: stop[0])
-def test_stops_where_it_may_not_go_back(runs: Path, cell: Cell, stop: tuple[str, int, int, int]) -> None:
+def test_stops_where_it_may_not_go_back(runs: Path, trial: Trial, stop: tuple[str, int, int, int]) -> None:
     name, every, first, allowed = stop
-    folder = runs / f"{number(cell)}-{name}"
+    folder = runs / f"{number(trial)}-{name}"
     one, two = ((folder / f"error-{rank}.txt").read_text() for rank in (0, 1))
     newest = newest_of(every, first)
     at = newest if allowed and newest else first
@@ -106,7 +106,7 @@ def test_stops_where_it_may_not_go_back(runs: Path, cell: Cell, stop: tuple[str,
     start = f" with --resume {folder}/checkpoints/job/step-{newest:08d}" if newest else ""
     assert one.endswith(f" The same command{start} meets this step again.")
     if newest:
-        again = runs / f"{number(cell)}-{name}-again"
+        again = runs / f"{number(trial)}-{name}-again"
         told = (again / "error-0.txt").read_text()
         assert told.startswith(f"Nothing of step {first} of stage job was applied: the loss is nan on rank 1")
         assert [line["step"] for line in metrics(again)] == list(range(newest, first))

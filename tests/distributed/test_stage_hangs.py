@@ -33,7 +33,7 @@ CASES = {
     "accuracy": ("evaluate", 1, f"{STOPPED}stage evaluate, phase accuracy", "phase accuracy"),
     "report": ("evaluate", 0, f"{STOPPED}stage report, phase begin", "phase begin"),
 }
-"""Case of stage_hang_worker.py -> its stage, rank, what is said of it, and where the other waits."""
+"""Case of stage_hangs_worker.py -> its stage, rank, what is said of it, and where the other waits."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def runs(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.rmtree(out / case / "run" / name)
         shutil.rmtree(out / case / "run" / "checkpoints", ignore_errors=True)
     done = subprocess.run(
-        [sys.executable, HERE / "stage_hang_worker.py", out, str(TIMEOUT_S)],
+        [sys.executable, HERE / "stage_hangs_worker.py", out, str(TIMEOUT_S)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         capture_output=True,
         text=True,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exact_cells import ENGINES
 from exact_launch import TOLERANCE, allowed, difference, groups, start
-from guard_cases import KINDS, Case, skips, spikes, stops
+from exact_trials import ENGINES
+from step_filter_cases import KINDS, Case, skips, spikes, stops
 
 EVERY = "LGP_FAULTS" in os.environ
 SKIPS, SPIKES, STOPS = skips(EVERY), spikes(EVERY), stops(EVERY)
@@ -25,7 +25,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, tuple[Path, 
     root, found = tmp_path_factory.mktemp("guard"), {}
     for (_, deepspeed), cases in groups([*SKIPS, *SPIKES, *STOPS]).items():
         folder = root / str(deepspeed)
-        done = start(cases, folder, script="guard_worker.py")
+        done = start(cases, folder, script="step_filter_worker.py")
         assert done.returncode == 0, done.stderr[-6000:]
         found |= {case: (folder, index) for index, case in enumerate(cases)}
     return found
@@ -53,7 +53,7 @@ def test_a_bad_step_leaves_no_trace(results: dict[Case, tuple[Path, int]], case:
     """Weights, moments and step counts stay bit for bit, on both ranks, and no other step stays without effect."""
     bad = {step: kind for step, kind, _ in case.faults}
     for found in facts(results, case):
-        assert (found["unmoved"], found["steps"], found["sentence"]) == (sorted(bad), case.cell.steps, "")
+        assert (found["unmoved"], found["steps"], found["sentence"]) == (sorted(bad), case.trial.steps, "")
     said = {line["step"]: line.get("reason") for line in lines(results, case) if line["skipped"]}
     assert said == {step: REASONS[kind] for step, kind in bad.items()}
     assert {line["step"] for line in lines(results, case) if line["loss"] is None} == {
@@ -64,9 +64,9 @@ def test_a_bad_step_leaves_no_trace(results: dict[Case, tuple[Path, int]], case:
 @pytest.mark.parametrize("case", [*SKIPS, *SPIKES], ids=lambda case: case.name)
 def test_the_run_goes_on_as_without_it(results: dict[Case, tuple[Path, int]], case: Case) -> None:
     """It ends where one process ends that does not apply these steps; the order of data and paths stays."""
-    found = difference(case.cell, *results[case], left_out=tuple(step for step, _, _ in case.faults))
-    assert found <= TOLERANCE or found <= allowed(case.cell)
-    assert difference(case.cell, *results[case]) > 100 * TOLERANCE
+    found = difference(case.trial, *results[case], left_out=tuple(step for step, _, _ in case.faults))
+    assert found <= TOLERANCE or found <= allowed(case.trial)
+    assert difference(case.trial, *results[case]) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("case", STOPS, ids=lambda case: case.name)
@@ -92,14 +92,14 @@ def test_the_run_stops_and_says_why(results: dict[Case, tuple[Path, int]], case:
 @pytest.mark.parametrize("case", STOPS, ids=lambda case: case.name)
 def test_the_engine_can_go_on_after_it(results: dict[Case, tuple[Path, int]], case: Case) -> None:
     """From a checkpoint, say: nothing of the bad gradients is left for the next step to add to."""
-    found = difference(case.cell, *results[case], left_out=(1,))
-    assert found <= TOLERANCE or found <= allowed(case.cell)
+    found = difference(case.trial, *results[case], left_out=(1,))
+    assert found <= TOLERANCE or found <= allowed(case.trial)
 
 
 def test_every_kind_is_among_them() -> None:
     """Every engine and precision too; a path that a fault follows is not drawn before it."""
     assert {case.engine for case in STOPS} == {case.engine for case in SKIPS} == set(ENGINES)
     assert {kind for case in STOPS for _, kind, _ in case.faults} == set(KINDS)
-    assert {case.cell.precision for case in STOPS} == {case.cell.precision for case in SKIPS} == {"fp32", "bf16"}
+    assert {case.trial.precision for case in STOPS} == {case.trial.precision for case in SKIPS} == {"fp32", "bf16"}
     assert {rank for case in STOPS for _, _, rank in case.faults} == {0, 1}
     assert not any(case.draw(0, rank)[0] in case.haunted for case in STOPS for rank in (0, 1))

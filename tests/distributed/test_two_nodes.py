@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from exact_cells import Cell
 from exact_launch import HERE, ROOT, TOLERANCE, difference
+from exact_trials import Trial
 
 NAMESPACES = ("unshare", "-Urnpf", "--mount-proc", "--kill-child")
 """A user, network and process namespace; with its first process all others in it end."""
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3") if os.environ.get("LGP_LONG_TESTS") else ("zero1", "zero3")
-CELLS = [Cell(engine, 4, accumulate=2, clip=0.5, steps=2) for engine in ENGINES]
+TRIALS = [Trial(engine, 4, accumulate=2, clip=0.5, steps=2) for engine in ENGINES]
 
 
 def missing() -> str:
@@ -35,7 +35,7 @@ def test_two_nodes(tmp_path: Path) -> None:
     """
     if reason := missing():
         pytest.skip(reason)
-    (tmp_path / "cells.json").write_text(json.dumps([cell.as_dict() for cell in CELLS]))
+    (tmp_path / "trials.json").write_text(json.dumps([trial.as_dict() for trial in TRIALS]))
     options = {
         "--config_file": "launch_configs/multinode.yaml",
         "--num_processes": "4",
@@ -44,7 +44,7 @@ def test_two_nodes(tmp_path: Path) -> None:
         "--machine_rank": "NODE",
     }
     launch = [sys.executable, "-m", "accelerate.commands.launch", *(text for pair in options.items() for text in pair)]
-    worker = [str(HERE / "exact_worker.py"), str(tmp_path / "cells.json"), str(tmp_path)]
+    worker = [str(HERE / "exact_worker.py"), str(tmp_path / "trials.json"), str(tmp_path)]
     done = subprocess.run(
         [*NAMESPACES, str(HERE / "two_nodes.sh"), *launch, *worker],
         cwd=ROOT,
@@ -54,8 +54,8 @@ def test_two_nodes(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    for index, cell in enumerate(CELLS):
-        assert difference(cell, tmp_path, index) <= TOLERANCE, cell.name
+    for index, trial in enumerate(TRIALS):
+        assert difference(trial, tmp_path, index) <= TOLERANCE, trial.name
     (cable,) = json.loads(next(line for line in done.stdout.splitlines() if '"ifname"' in line))
     weights = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert cable["ifname"] == "lgp1" and cable["stats64"]["rx"]["bytes"] > weights

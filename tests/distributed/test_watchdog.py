@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from exact_launch import HERE, ROOT
-from watch_worker import BAD_STEP, PHASE_OF
+from watchdog_worker import BAD_STEP, PHASE_OF
 
 from lgp_dist.errors import HUNG
 
@@ -32,7 +32,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """torchrun with two ranks, one of which stops: started first, since its grace is 30 s."""
     folder = tmp_path_factory.mktemp("torchrun")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = [HERE / "watch_worker.py", folder, "stop", "1", str(TIMEOUT_S)]
+    worker = [HERE / "watchdog_worker.py", folder, "stop", "1", str(TIMEOUT_S)]
     with subprocess.Popen([*launch, *worker], env=environment(), stderr=subprocess.PIPE, text=True) as process:
         yield folder, process
 
@@ -44,7 +44,7 @@ def runs(launched: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case in (*HUNG_CASES, *QUIET_CASES):
         (out / case).mkdir()
     subprocess.run(
-        [sys.executable, HERE / "watch_worker.py", out, str(TIMEOUT_S)], env=environment(), check=True, timeout=120
+        [sys.executable, HERE / "watchdog_worker.py", out, str(TIMEOUT_S)], env=environment(), check=True, timeout=120
     )
     return out
 

@@ -1,7 +1,7 @@
 """Ranks that train nothing under a watchdog, one of which goes wrong.
 
-watch_worker.py FOLDER TIMEOUT                  see `main`
-watch_worker.py FOLDER FAULT CULPRIT TIMEOUT    under torchrun
+watchdog_worker.py FOLDER TIMEOUT                  see `main`
+watchdog_worker.py FOLDER FAULT CULPRIT TIMEOUT    under torchrun
 """
 
 import ctypes

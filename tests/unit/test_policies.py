@@ -342,7 +342,7 @@ def from_config(config: RunConfig) -> PathSampler:
 
 
 def test_the_default_is_what_it_was() -> None:
-    """Without new settings: all paths, equal shares, the draws that are pinned in test_sampling."""
+    """Without new settings: all paths, equal shares, the draws that are pinned in test_sampler."""
     sampler, config = from_config(pool12()), pool12()
     assert (sampler.paths, sampler.policy, sampler.seed) == (POOL12.paths, "independent", config.seed)
     assert [POOL12.paths.index(sampler.draw(step, 0, 0, 1)) for step in range(8)] == [4, 0, 9, 4, 6, 15, 2, 10]
