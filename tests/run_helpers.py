@@ -91,9 +91,9 @@ def write_ancestry(target: Path, seed: int = 0) -> None:
     """An untrained ancestry of the recipe tiny."""
     import torch
 
+    from lgp_dist.models.build import ancestry_vit
     from lgp_dist.recipes import tiny
     from lgp_dist.run.artifacts import save_tensors
-    from lgp_dist.stages.context import ancestry_vit
 
     torch.manual_seed(seed)
     save_tensors(target, ancestry_vit(tiny()).state_dict())

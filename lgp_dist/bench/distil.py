@@ -12,11 +12,11 @@ from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.workers import autocast, choose_attention
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
+from lgp_dist.models.build import ancestry_vit
 from lgp_dist.paths.cost import TRAINING, ancestry_flops
 from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.run.checks import check_config
-from lgp_dist.stages.context import ancestry_vit
 from lgp_dist.stages.distil import decays
 from lgp_dist.tasks.distil import DistilTask
 

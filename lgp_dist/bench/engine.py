@@ -15,12 +15,12 @@ from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.trainer import Trainer
 from lgp_dist.engine.workers import Workers
 from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.build import ancestry_vit
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.cost import TRAINING, ancestry_forward
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import heads_of, space_of
 from lgp_dist.protocols import Batch, StepContext
-from lgp_dist.stages.context import ancestry_vit
 from lgp_dist.tasks.finetune import FinetuneTask
 
 POLICIES = ("shared", "independent", "balanced")

@@ -15,11 +15,11 @@ from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.workers import autocast, choose_attention
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.build import ancestry_vit
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.space import Space, heads_of, space_of
 from lgp_dist.report.rows import write_atomic
 from lgp_dist.run.checks import check_config
-from lgp_dist.stages.context import ancestry_vit
 
 WARM_UP = 1
 """Rounds over all paths before the first that counts."""

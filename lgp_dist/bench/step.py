@@ -12,11 +12,11 @@ from lgp_dist.bench.common import as_table, ceilings, check_least, chosen_device
 from lgp_dist.config.run_config import Ops, Precision, RunConfig
 from lgp_dist.engine.workers import autocast, choose_attention
 from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.build import ancestry_vit
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.space import heads_of
 from lgp_dist.paths.stitched import Path, PathSpace
 from lgp_dist.run.checks import check_config
-from lgp_dist.stages.context import ancestry_vit
 from lgp_dist.tasks.losses import soft_cross_entropy
 
 WAYS: dict[str, tuple[Ops, bool]] = {

@@ -43,6 +43,27 @@ def contract_of(launch: Launch, engine: EngineConfig) -> Contract:
     return "none" if launch.zero_stage == 0 or engine.reduction == "union" else "chain"
 
 
+def prepare_module(module: nn.Module, workers: Workers) -> None:
+    """Makes a task's module compute as `engine` says: recomputed activations, compiled blocks, autocast."""
+    engine = workers.engine
+    recompute = engine.activation_checkpointing
+    module.set_grad_checkpointing(recompute == "on" or recompute == "auto" and workers.launch.zero_stage == 3)
+    for block in module.modules():
+        if engine.compile and isinstance(block, Block):
+            block.compile(backend=engine.compile, dynamic=False)
+    if engine.precision != "fp32":
+        # Within the module, since DeepSpeed's engine switches off an autocast around its own forward.
+        module.forward = workers.autocast()(module.forward)
+
+
+def restore_module(module: nn.Module) -> None:
+    """Undoes `prepare_module`."""
+    for block in module.modules():
+        block._compiled_call_impl = None
+    module.set_grad_checkpointing(False)
+    vars(module).pop("forward", None)
+
+
 class LossScale:
     """fp16's factor of the loss: the rule of torch's GradScaler, which itself cannot be used with ZeRO's partitions."""
 
@@ -86,7 +107,7 @@ class Trainer:
         self.losses: list[Tensor] = []
         self.scaler = LossScale(engine.fp16_scale) if engine.precision == "fp16" else None
         self.schedule: list[frozenset[str]] = []
-        self._prepare_module(task.module)
+        prepare_module(task.module, workers)
         self.accelerator = self._accelerator(trackers, log_dir)
         self.module: Any = self._wrapped(task.module)
         self._open = contextlib.ExitStack()
@@ -121,17 +142,6 @@ class Trainer:
     def _audit(self) -> DivergenceCheck:
         ordered = self.deepspeed and self.stage in (1, 2)
         return DivergenceCheck(self.task.module, self.task.walk, self.workers, gradients=ordered and not self.union)
-
-    def _prepare_module(self, module: nn.Module) -> None:
-        engine = self.workers.engine
-        recompute = engine.activation_checkpointing
-        module.set_grad_checkpointing(recompute == "on" or recompute == "auto" and self.stage == 3)
-        for block in module.modules():
-            if engine.compile and isinstance(block, Block):
-                block.compile(backend=engine.compile, dynamic=False)
-        if engine.precision != "fp32":
-            # Within the module, since DeepSpeed's engine switches off an autocast around its own forward.
-            module.forward = self.workers.autocast()(module.forward)
 
     def begin(self, step: int) -> None:
         """Takes in the step's schedule: what all ranks and micro-steps will use."""
@@ -247,7 +257,4 @@ class Trainer:
         self.gate.close()
         if self.audit is not None:
             self.audit.close()
-        for block in self.task.module.modules():
-            block._compiled_call_impl = None
-        self.task.module.set_grad_checkpointing(False)
-        vars(self.task.module).pop("forward", None)
+        restore_module(self.task.module)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lgp_dist.config.flat import flatten, up_to
 from lgp_dist.config.run_config import RunConfig, TrainConfig
@@ -19,12 +18,9 @@ from lgp_dist.engine.optim import Decays, decays_matrix
 from lgp_dist.engine.saver import Saving
 from lgp_dist.engine.step_filter import StepFilter
 from lgp_dist.engine.workers import Workers
-from lgp_dist.models.ancestry import Ancestry, timm_model
-from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
+from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.build import build_ancestry, build_pool
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.models.sws import auxiliary_net
-from lgp_dist.models.vit import build_vit
-from lgp_dist.paths.depths import DepthSpace
 from lgp_dist.paths.space import Space, heads_of, space_of
 from lgp_dist.paths.stratified import draw_index
 from lgp_dist.protocols import Batch, StepContext, Task
@@ -144,54 +140,16 @@ class Context:
         )
         return accuracies(forwards, batches, workers)
 
-    def load_ancestry(self, *, prepared: bool = True) -> Ancestry:
-        """The frozen teacher of this run, on its device. prepared: for stage finetune."""
-        vit = ancestry_vit(self.config)
-        vit.load_state_dict(self.require("ancestry").tensors("ancestry.safetensors"), strict=True)
-        ancestry, engine = Ancestry(vit).to(self.workers.device), self.config.engine
-        precision = engine.ancestry(self.config.finetune.ancestry_precision)
-        return ancestry.prepare(precision, engine.compile) if prepared else ancestry
+    def load_ancestry(self) -> Ancestry:
+        """The frozen teacher of this run, on its device, as timm builds it."""
+        state = self.require("ancestry").tensors("ancestry.safetensors")
+        return build_ancestry(self.config, self.workers.device, state)
 
-    def auxiliary_rows(self, ancestry: Ancestry | None) -> AuxiliaryRows:
-        """All rows with random weights. ancestry: needed where rows are made of its blocks or their outputs."""
-        config = self.config
-        if isinstance(self.space, DepthSpace):
-            return auxiliary_net(self.space, config.model.rows[0], config.distil)
-        shape = (ancestry.depth, ancestry.vit.embed_dim) if ancestry and config.taps_ancestry else ()
-        return AuxiliaryRows(build_rows(self.space, config.model.rows, config.distil, *shape))
-
-    def load_pool(self, stage: str) -> LearngenePool:
-        """The pool as stage `pool` or `finetune` left it, on this device in eval mode."""
-        pool = LearngenePool.empty(self.space, self.heads)
-        pool.load_state_dict(self.require(stage).tensors("pool.safetensors"), strict=True)
-        return pool.to(self.workers.device).eval()
+    def load_pool(self, stage: str, *, training: bool = False) -> LearngenePool:
+        """The pool as stage `pool` or `finetune` left it, on this device. training: as `build_pool`."""
+        state = self.require(stage).tensors("pool.safetensors")
+        return build_pool(self.config, self.workers.device, state, training=training)
 
     def seed(self, stage: str, rank: int = 0) -> None:
         """Seeds torch: another for each stage; without a rank for what must be the same everywhere (initialisation)."""
         torch.manual_seed(draw_index(2**63, "torch", self.config.seed, stage, rank))
-
-
-def ancestry_vit(config: RunConfig) -> nn.Module:
-    """The ancestry's architecture with random weights: a plain ViT where its blocks are used or it is trained here."""
-    ancestry = config.ancestry
-    plain = config.taps_ancestry or ancestry.source == "train"
-    if ancestry.model == "vit":
-        return build_vit(
-            width=ancestry.width,
-            depth=ancestry.depth,
-            heads=ancestry.heads,
-            drop_path=ancestry.drop_path,
-            **model_input(config),
-        )
-    return timm_model(ancestry.model, "ancestry", plain, **model_input(config))
-
-
-def model_input(config: RunConfig) -> dict[str, int]:
-    """What every model of the run is given and asked for."""
-    data = config.data
-    return {
-        "image_size": data.image_size,
-        "patch_size": config.model.patch_size,
-        "channels": data.channels,
-        "num_classes": data.num_classes,
-    }

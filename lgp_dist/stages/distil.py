@@ -12,10 +12,11 @@ from lgp_dist.engine.optim import decays_matrix
 from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import Ancestry, check_normalisation, hub_weights, load_weights, timm_model
 from lgp_dist.models.auxiliary import AuxiliaryRows
+from lgp_dist.models.build import auxiliary_rows, model_input, prepare_ancestry
 from lgp_dist.models.row_start import check_row, take_tail
 from lgp_dist.paths.cost import ancestry_flops, trained_rows_flops, work
 from lgp_dist.run.artifacts import load_tensors, save_tensors
-from lgp_dist.stages.context import Context, model_input
+from lgp_dist.stages.context import Context
 from lgp_dist.tasks.distil import DistilTask
 
 log = logging.getLogger("lgp")
@@ -31,14 +32,13 @@ def run(context: Context) -> None:
     began, config = time.monotonic(), context.config
     sources = {row.source for row in config.model.rows}
     inputs = [context.require("ancestry")] if {"distil", "tail"} & sources else []
-    ancestry = context.load_ancestry(prepared=False) if inputs else None
+    ancestry = context.load_ancestry() if inputs else None
     context.seed("distil")
-    module = context.auxiliary_rows(ancestry)
+    module = auxiliary_rows(config, ancestry)
     facts: dict[str, Any] = {"rows": [start(context, row.number, row.vit, ancestry) for row in module.rows]}
     trained = AuxiliaryRows([row for row in module.rows if config.model.rows[row.number].trains])
     if len(trained.rows):
-        precision = config.engine.ancestry(config.distil.ancestry_precision)
-        teacher = ancestry.prepare(precision, config.engine.compile) if "distil" in sources else None
+        teacher = prepare_ancestry(ancestry, config, "distil") if "distil" in sources else None
         task = DistilTask(trained, teacher, config.distil)
         facts["training"] = context.train("distil", task, config.distil.train, decays)
         images = facts["training"]["steps"] * config.distil.train.batch_size

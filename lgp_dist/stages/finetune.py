@@ -10,6 +10,7 @@ from torch import nn
 
 from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import load_weights
+from lgp_dist.models.build import prepare_ancestry
 from lgp_dist.paths.cost import ancestry_forward, work
 from lgp_dist.paths.ledger import behind, build_ledger
 from lgp_dist.paths.sampler import PathSampler
@@ -29,9 +30,10 @@ def run(context: Context) -> None:
     if config.weights:
         context.write("finetune", inputs, partial(take, context, config.weights), time.monotonic() - began)
         return
-    ancestry = context.load_ancestry() if config.distil_weight else None
-    pool = context.load_pool("pool")
-    pool.set_ops(context.config.engine.ops)
+    ancestry = None
+    if config.distil_weight:
+        ancestry = prepare_ancestry(context.load_ancestry(), context.config, "finetune")
+    pool = context.load_pool("pool", training=True)
     context.seed("finetune")
     sampler = PathSampler.from_config(context.config, context.space)
     if config.policy == "balanced" and config.meet == "step" and meets_in_micro_steps(context):

@@ -12,6 +12,7 @@ from torch import Tensor
 from lgp_dist.data.stream import clean_batches, evaluation_batches, open_split
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryViT
+from lgp_dist.models.build import auxiliary_rows
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.stitch_fit import stitch_fits
 from lgp_dist.models.stitch_init import Starts, ancestry_means, least_squares_starts, transformation_starts
@@ -29,7 +30,7 @@ HELD_OUT = 256
 def run(context: Context) -> None:
     """Writes pool/pool.safetensors."""
     began, distilled = time.monotonic(), context.require("distil")
-    ancestry = context.load_ancestry(prepared=False) if context.config.taps_ancestry else None
+    ancestry = context.load_ancestry() if context.config.taps_ancestry else None
     context.seed("pool")
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def put_together(context: Context, rows: list[VisionTransformer]) -> LearngenePo
 
 def finished_rows(context: Context, ancestry: Ancestry | None, artifact: Artifact) -> list[AuxiliaryViT]:
     """The rows as stage distil left them, on this device in eval mode."""
-    module = context.auxiliary_rows(ancestry)
+    module = auxiliary_rows(context.config, ancestry)
     module.load_state_dict(artifact.tensors("rows.safetensors"), strict=True)
     return list(module.to(context.workers.device).eval().rows)
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from lgp_dist.data.stream import evaluation_batches, open_split
+from lgp_dist.models.build import ancestry_vit
 from lgp_dist.recipes import tiny
-from lgp_dist.stages.context import ancestry_vit
 
 SAMPLE = Path(__file__).parents[2] / "shards" / "sample"
 

@@ -21,13 +21,13 @@ from lgp_dist.engine.loop import Batches, train
 from lgp_dist.engine.watch.watchdog import Watchdog
 from lgp_dist.engine.workers import Workers
 from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.build import ancestry_vit
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.cost import TRAINING
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import heads_of
 from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.protocols import Batch, Task
-from lgp_dist.stages.context import ancestry_vit
 from lgp_dist.tasks.finetune import FinetuneTask
 
 
