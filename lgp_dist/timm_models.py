@@ -10,7 +10,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
-from lgp_dist.models.descendant import Descendant, model_of
+from lgp_dist.models.descendant import StitchedViT, model_of
 
 __all__ = ["lgp_descendant"]
 
@@ -23,7 +23,7 @@ def _build(
     in_chans: int,
     img_size: int | tuple[int, int],
     global_pool: str = "token",
-) -> Descendant:
+) -> StitchedViT:
     """A descendant with random weights; input and pooling are as it was made, the number of classes is free."""
     size = img_size if isinstance(img_size, int) else img_size[0]
     if (in_chans, size, global_pool) != (space["channels"], space["image_size"], "token"):

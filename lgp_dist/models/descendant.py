@@ -18,7 +18,7 @@ from lgp_dist.paths.space import AnyPath, Space, space_from
 from lgp_dist.paths.stitched import Path, PathSpace
 
 
-class Descendant(nn.Module):
+class StitchedViT(nn.Module):
     """A stitched path: stem and first blocks of one row, a stitch layer, blocks and head of the next."""
 
     def __init__(self, space: PathSpace, heads: tuple[int, ...], path: Path):
@@ -53,15 +53,15 @@ class Descendant(nn.Module):
         return run(self.high, self.stitch(run(self.low, embed(self.stem, images))))
 
 
-def empty_descendant(space: Space, heads: tuple[int, ...], path: AnyPath) -> VisionTransformer | Descendant:
-    """A model of the path's shape: a stock timm ViT for a row alone, a `Descendant` for a stitched path."""
+def empty_descendant(space: Space, heads: tuple[int, ...], path: AnyPath) -> VisionTransformer | StitchedViT:
+    """A model of the path's shape: a stock timm ViT for a row alone, a `StitchedViT` for a stitched path."""
     if path.stitch is None:
         return row_vit(space, path.first_row, heads)
-    return Descendant(space, heads, path)
+    return StitchedViT(space, heads, path)
 
 
 @torch.no_grad()
-def descendant_from_path(pool: LearngenePool, heads: tuple[int, ...], path: AnyPath) -> VisionTransformer | Descendant:
+def descendant_from_path(pool: LearngenePool, heads: tuple[int, ...], path: AnyPath) -> VisionTransformer | StitchedViT:
     """The path's model with copies of the pool's weights, in eval mode; its logits equal the path's bit for bit."""
     model = empty_descendant(pool.space, heads, path)
     model.load_state_dict(copy.deepcopy(descendant_state(pool, path)), strict=True)
@@ -81,9 +81,9 @@ def descendant_state(pool: LearngenePool, path: AnyPath) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for prefix, part in parts.items() for name, value in part.state_dict().items()}
 
 
-def shape_of(model: VisionTransformer | Descendant) -> dict[str, Any]:
+def shape_of(model: VisionTransformer | StitchedViT) -> dict[str, Any]:
     """What a plain-torch copy of the model needs to know beside its tensors; read from the model itself."""
-    stitched = isinstance(model, Descendant)
+    stitched = isinstance(model, StitchedViT)
     stem, head = (model.stem, model.head) if stitched else (model, model)
     rows = [model.low, model.high] if stitched else [model.blocks]
     return {
@@ -117,7 +117,7 @@ def vit_arguments(model: VisionTransformer) -> dict[str, Any]:
 
 
 def exported_config(
-    model: VisionTransformer | Descendant,
+    model: VisionTransformer | StitchedViT,
     data: DataConfig,
     arguments: dict[str, Any],
     about: dict[str, Any],
@@ -174,14 +174,14 @@ def timm_config(
     return exported_config(model, data, arguments, about, classes)
 
 
-def load_descendant(config: dict[str, Any], state: dict[str, Tensor]) -> VisionTransformer | Descendant:
+def load_descendant(config: dict[str, Any], state: dict[str, Tensor]) -> VisionTransformer | StitchedViT:
     """The exported model of a config.json and the tensors of its model.safetensors, in eval mode."""
     model = model_of(config["lgp"])
     model.load_state_dict(state, strict=True)
     return model.eval()
 
 
-def model_of(about: dict[str, Any], **changed: int) -> VisionTransformer | Descendant:
+def model_of(about: dict[str, Any], **changed: int) -> VisionTransformer | StitchedViT:
     """A model with random weights of the path, space and heads that config.json names under `lgp`.
 
     changed: fields of the space that differ, such as num_classes."""
