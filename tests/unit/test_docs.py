@@ -201,7 +201,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_broken_link_is_found() -> None:
-    text = "# One\n\n[a](#one) [b](#two) [c](start.md#what-it-gave) [d](start.md#none) [e](none.md) [f](https://none)\n"
+    text = "# One\n\n[a](#one) [b](#two) [c](start.md#results) [d](start.md#none) [e](none.md) [f](https://none)\n"
     assert broken("docs/page.md", text) == [
         "docs/page.md: #two: no such heading",
         "docs/page.md: start.md#none: no such heading",
