@@ -93,7 +93,7 @@ def write_ancestry(target: Path, seed: int = 0) -> None:
 
     from lgp_dist.models.build import ancestry_vit
     from lgp_dist.recipes import tiny
-    from lgp_dist.run.artifacts import save_tensors
+    from lgp_dist.run.tensors import save_tensors
 
     torch.manual_seed(seed)
     save_tensors(target, ancestry_vit(tiny()).state_dict())

@@ -19,9 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-
 from lgp_dist.config.flat import STAGES, meaning, up_to
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
@@ -89,25 +86,6 @@ class Artifact:
                     f"{path} is missing or damaged (its sha256 differs from artifact.json): make the stage again with "
                     f"`lgp {self.record['stage']} ... --force`."
                 )
-
-    def tensors(self, name: str) -> dict[str, Any]:
-        """The tensors of one of its safetensors files."""
-        return load_tensors(self.folder / name)
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Tensors of a safetensors file by name; UserError where it is missing or damaged."""
-    try:
-        return load(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a safetensors file that can.") from None
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): name another, or make it again.") from None
-
-
-def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
-    """Writes tensors as safetensors."""
-    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 RECORD_KEYS = {"stage", "id", "config", "inputs", "files", "facts"}

@@ -9,7 +9,7 @@ from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import check_normalisation, hub_weights, load_weights
 from lgp_dist.models.build import ancestry_vit
 from lgp_dist.paths.cost import ancestry_flops, work
-from lgp_dist.run.artifacts import load_tensors, save_tensors
+from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context
 from lgp_dist.tasks.classify import ClassifyTask
 

@@ -26,6 +26,7 @@ from lgp_dist.paths.stratified import draw_index
 from lgp_dist.protocols import Batch, StepContext, Task
 from lgp_dist.run.artifacts import Artifact, RunDirectory
 from lgp_dist.run.provenance import command, versions
+from lgp_dist.run.tensors import load_tensors
 
 Fill = Callable[[Path], dict[str, Any]]
 """Writes a stage's files into a folder and returns what the stage measured."""
@@ -142,12 +143,12 @@ class Context:
 
     def load_ancestry(self) -> Ancestry:
         """The frozen teacher of this run, on its device, as timm builds it."""
-        state = self.require("ancestry").tensors("ancestry.safetensors")
+        state = load_tensors(self.require("ancestry").folder / "ancestry.safetensors")
         return build_ancestry(self.config, self.workers.device, state)
 
     def load_pool(self, stage: str, *, training: bool = False) -> LearngenePool:
         """The pool as stage `pool` or `finetune` left it, on this device. training: as `build_pool`."""
-        state = self.require(stage).tensors("pool.safetensors")
+        state = load_tensors(self.require(stage).folder / "pool.safetensors")
         return build_pool(self.config, self.workers.device, state, training=training)
 
     def seed(self, stage: str, rank: int = 0) -> None:

@@ -15,7 +15,7 @@ from lgp_dist.models.auxiliary import AuxiliaryRows
 from lgp_dist.models.build import auxiliary_rows, model_input, prepare_ancestry
 from lgp_dist.models.row_start import check_row, take_tail
 from lgp_dist.paths.cost import ancestry_flops, trained_rows_flops, work
-from lgp_dist.run.artifacts import load_tensors, save_tensors
+from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context
 from lgp_dist.tasks.distil import DistilTask
 

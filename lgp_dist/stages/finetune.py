@@ -14,8 +14,9 @@ from lgp_dist.models.build import prepare_ancestry
 from lgp_dist.paths.cost import ancestry_forward, work
 from lgp_dist.paths.ledger import behind, build_ledger
 from lgp_dist.paths.sampler import PathSampler
-from lgp_dist.run.artifacts import load_tensors, save_tensors, write_json
+from lgp_dist.run.artifacts import write_json
 from lgp_dist.run.metrics import read_metrics
+from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context
 from lgp_dist.tasks.finetune import FinetuneTask
 

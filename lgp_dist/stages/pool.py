@@ -18,7 +18,8 @@ from lgp_dist.models.stitch_fit import stitch_fits
 from lgp_dist.models.stitch_init import Starts, ancestry_means, least_squares_starts, transformation_starts
 from lgp_dist.models.sws import expand
 from lgp_dist.paths.depths import DepthSpace
-from lgp_dist.run.artifacts import Artifact, save_tensors
+from lgp_dist.run.artifacts import Artifact
+from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")
@@ -62,7 +63,7 @@ def put_together(context: Context, rows: list[VisionTransformer]) -> LearngenePo
 def finished_rows(context: Context, ancestry: Ancestry | None, artifact: Artifact) -> list[AuxiliaryViT]:
     """The rows as stage distil left them, on this device in eval mode."""
     module = auxiliary_rows(context.config, ancestry)
-    module.load_state_dict(artifact.tensors("rows.safetensors"), strict=True)
+    module.load_state_dict(load_tensors(artifact.folder / "rows.safetensors"), strict=True)
     return list(module.to(context.workers.device).eval().rows)
 
 

@@ -25,7 +25,7 @@ from lgp_dist.config.flat import STAGES
 from lgp_dist.data.build.build import BuildOptions, build_shards
 from lgp_dist.models.build import ancestry_vit
 from lgp_dist.recipes import RECIPES, tiny
-from lgp_dist.run.artifacts import save_tensors
+from lgp_dist.run.tensors import save_tensors
 
 STAGE = rf"({'|'.join(STAGES)})"
 RECIPE = r"(tiny|tiny_paper|sws_tiny|snnet_tiny)"

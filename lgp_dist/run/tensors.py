@@ -1,0 +1,24 @@
+"""Tensors in safetensors files; apart from artifacts.py, which the command line reads before torch is imported."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from lgp_dist.errors import UserError
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Tensors of a safetensors file by name; UserError where it is missing or damaged."""
+    try:
+        return load(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a safetensors file that can.") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): name another, or make it again.") from None
+
+
+def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """Writes tensors as safetensors."""
+    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
