@@ -10,10 +10,10 @@ import tyro
 
 from lgp_dist.cli.bench import BenchAction, run_bench
 from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
-from lgp_dist.cli.compare import run_report, run_study
+from lgp_dist.cli.study import run_report, run_study
 from lgp_dist.cli.descendants import REGISTRY, Downstream, of_a_run, run_downstream
 from lgp_dist.cli.doctor import run_doctor
-from lgp_dist.cli.guard import guarded
+from lgp_dist.cli.exit_status import guarded
 from lgp_dist.cli.launch import Check, run_launch
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.cli.shards import ShardsAction, run_shards

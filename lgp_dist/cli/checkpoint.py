@@ -12,7 +12,7 @@ from lgp_dist.errors import UserError
 
 
 @dataclass(frozen=True)
-class Verify:
+class VerifyCheckpoint:
     """Read every byte and compare it with the manifest; status 2 at the first file that differs."""
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -20,7 +20,7 @@ class Verify:
 
 
 @dataclass(frozen=True)
-class Show:
+class ShowCheckpoint:
     """What a checkpoint is of."""
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -40,14 +40,14 @@ class Consolidate:
 
 
 CheckpointAction = Annotated[
-    Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)]
-    | Annotated[Show, tyro.conf.subcommand("show", prefix_name=False)]
+    Annotated[VerifyCheckpoint, tyro.conf.subcommand("verify", prefix_name=False)]
+    | Annotated[ShowCheckpoint, tyro.conf.subcommand("show", prefix_name=False)]
     | Annotated[Consolidate, tyro.conf.subcommand("consolidate", prefix_name=False)],
     tyro.conf.arg(name=""),
 ]
 
 
-def run_checkpoint(action: Verify | Show | Consolidate) -> None:
+def run_checkpoint(action: VerifyCheckpoint | ShowCheckpoint | Consolidate) -> None:
     """Does what the arguments ask for."""
     from lgp_dist.engine.checkpoints.manifest import read_manifest  # torch, which `lgp --help` must not wait for
 
@@ -55,7 +55,7 @@ def run_checkpoint(action: Verify | Show | Consolidate) -> None:
         _consolidate(action)
         return
     manifests = [read_manifest(folder) for folder in _folders(action.path)]
-    if isinstance(action, Verify):
+    if isinstance(action, VerifyCheckpoint):
         for manifest in manifests:
             manifest.check_files()
             size = sum(size for size, _ in manifest.files.values())

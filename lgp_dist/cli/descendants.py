@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from lgp_dist.cli.guard import guarded
+from lgp_dist.cli.exit_status import guarded
 from lgp_dist.config.budget import Amount, Budget, parse_amount
 from lgp_dist.config.run_config import (
     AugmentConfig,

@@ -50,7 +50,7 @@ def test_handlers_take_a_note_and_go() -> None:
 
 FAILING = """
 import os, signal
-from lgp_dist.cli.guard import guarded
+from lgp_dist.cli.exit_status import guarded
 from lgp_dist.engine.watch.signals import Preemption
 from lgp_dist.errors import UserError
 
