@@ -10,13 +10,13 @@ import tyro
 
 from lgp_dist.cli.bench import BenchAction, run_bench
 from lgp_dist.cli.checkpoint import CheckpointAction, run_checkpoint
-from lgp_dist.cli.study import run_report, run_study
 from lgp_dist.cli.descendants import REGISTRY, Downstream, of_a_run, run_downstream
 from lgp_dist.cli.doctor import run_doctor
 from lgp_dist.cli.exit_status import guarded
 from lgp_dist.cli.launch import Check, run_launch
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.cli.shards import ShardsAction, run_shards
+from lgp_dist.cli.study import run_report, run_study
 from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.paths.space import space_of
