@@ -92,7 +92,7 @@ def _work_and_tell(context: Context, stage: str, work: Callable[[Context], None]
     except BaseException as error:
         if workers.is_main:
             with contextlib.suppress(OSError):  # the error itself is what a person must see
-                write_run_status(directory.root, _outcome(error))
+                write_run_status(directory.root, _status(error))
             end_log()
         if isinstance(error, Preempted):
             workers.barrier()  # a launcher ends all ranks when the first has left
@@ -120,7 +120,7 @@ def _run(context: Context, stages: tuple[str, ...]) -> None:
         RUN[stage](context)
 
 
-def _outcome(error: BaseException) -> RunStatus:
+def _status(error: BaseException) -> RunStatus:
     """How a start that an exception ends has ended."""
     if isinstance(error, Preempted):
         return RunStatus("preempted", error.stage, error.step, str(error))

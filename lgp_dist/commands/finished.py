@@ -38,7 +38,7 @@ def config_of(run: Path, evaluated: Artifact, **changed: Any) -> tuple[RunConfig
     """The settings with which a run directory's evaluation was made, and some that differ, and the fingerprints of what
     the run read; UserError where a value is out of range."""
     made = evaluated.record["config"]
-    settings = flatten(unflatten(made), with_free=False).keys() & made.keys()
+    settings = flatten(unflatten(made), with_runtime_only=False).keys() & made.keys()
     sources = {name: value for name, value in made.items() if name not in settings}
     kept = _kept(run / "config.json")
     config = unflatten(kept | {name: made[name] for name in settings})

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def free(default: Any) -> Any:
-    """A field that does not belong to the meaning of a run."""
-    return field(default=default, metadata={"free": True})
+def runtime_only(default: Any) -> Any:
+    """A field that no stage's artifact depends on: it changes how a run computes, not what."""
+    return field(default=default, metadata={"runtime_only": True})
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class AugmentConfig:
 class DataConfig:
     """What is read, and how an image becomes a tensor."""
 
-    root: str = free("shards/imagenet")
-    """Folder that holds manifest.json and the tars, or its http(s)://, s3://, gs:// or hf:// address; what it holds
-    belongs to a run's meaning, not where it lies."""
+    root: str = runtime_only("shards/imagenet")
+    """Folder that holds manifest.json and the tars, or its http(s)://, s3://, gs:// or hf:// address; stages
+    depend on what it holds, not on where it lies."""
     train_split: str = "train"
     """Split to train on."""
     val_split: str = "validation"
@@ -56,15 +56,15 @@ class DataConfig:
     """Shards that are shuffled together; about so many are in use at a time."""
     decoder: Literal["simplejpeg", "nvimgcodec"] = "simplejpeg"
     """Of JPEGs in training: libjpeg-turbo, or the extra nvimgcodec, which decodes only what a crop needs."""
-    max_bad: int = free(0)
+    max_bad: int = runtime_only(0)
     """Images of an epoch, over all ranks, that may be bad; each is replaced and named, and one more stops the run."""
-    threads: int = free(8)
+    threads: int = runtime_only(8)
     """Decoding threads per rank; 0 decodes in the training thread."""
-    cache: str = free("")
+    cache: str = runtime_only("")
     """Folder on a disk of this node for shards of a remote root; empty for $XDG_CACHE_HOME/lgp or ~/.cache/lgp."""
-    cache_bytes: int = free(200_000_000_000)
+    cache_bytes: int = runtime_only(200_000_000_000)
     """Bytes that all shards in the cache may take; what was not asked for the longest is removed."""
-    timeout_s: float = free(60.0)
+    timeout_s: float = runtime_only(60.0)
     """Seconds in which a remote root must send 64 KiB, or the rest of a file; if not, the transfer has stalled."""
-    retries: int = free(5)
+    retries: int = runtime_only(5)
     """Further tries after a transfer that failed in a way that may pass."""

@@ -9,21 +9,21 @@ from typing import Any
 from lgp_dist.config.run_config import RunConfig
 
 
-def flatten(config: Any, *, with_free: bool = True, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, *, with_runtime_only: bool = True, prefix: str = "") -> dict[str, Any]:
     """Dotted keys and plain values of a dataclass tree; tuples of dataclasses get their index as key.
 
-    with_free: also the fields that do not belong to the meaning of a run.
+    with_runtime_only: also the fields that no artifact depends on.
     """
     flat: dict[str, Any] = {}
     for item in dataclasses.fields(config):
-        if item.metadata.get("free") and not with_free:
+        if item.metadata.get("runtime_only") and not with_runtime_only:
             continue
         value, key = getattr(config, item.name), prefix + item.name
         if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, with_free=with_free, prefix=key + "."))
+            flat.update(flatten(value, with_runtime_only=with_runtime_only, prefix=key + "."))
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             for index, part in enumerate(value):
-                flat.update(flatten(part, with_free=with_free, prefix=f"{key}.{index}."))
+                flat.update(flatten(part, with_runtime_only=with_runtime_only, prefix=f"{key}.{index}."))
         else:
             flat[key] = list(value) if isinstance(value, tuple) else value
     return flat
@@ -70,9 +70,9 @@ def up_to(stage: str) -> tuple[str, ...]:
     return STAGES[: STAGES.index(stage) + 1] if stage in STAGES else STAGES
 
 
-def meaning(config: RunConfig, stage: str) -> dict[str, Any]:
+def depends_on(config: RunConfig, stage: str) -> dict[str, Any]:
     """The settings that the artifact of a stage depends on: its own and those of the stages before it."""
     parts = [part for name in up_to(stage) for part in SECTIONS[name]]
-    flat = flatten(config, with_free=False)
+    flat = flatten(config, with_runtime_only=False)
     chosen = {key: value for key, value in flat.items() if any(key == p or key.startswith(p + ".") for p in parts)}
     return json.loads(json.dumps(chosen))

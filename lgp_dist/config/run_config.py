@@ -1,7 +1,7 @@
 """Every number a person may choose, as frozen dataclasses with units in the field docs.
 
-A field whose metadata holds ``free`` may differ between runs without changing what is computed (threads, logging,
-the run directory); all others belong to the meaning of a run and are compared before an artifact is used again.
+`runtime_only` marks fields that may differ between runs without changing what is computed (threads, logging, the run
+directory). Stages depend on all others, which are compared before an artifact is used again.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Literal
 
 from lgp_dist.config.budget import Budget
 from lgp_dist.config.data_config import AugmentConfig as AugmentConfig
-from lgp_dist.config.data_config import DataConfig, free
+from lgp_dist.config.data_config import DataConfig, runtime_only
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AncestryPrecision = Literal["engine", "fp32", "bf16", "fp16"]
@@ -56,7 +56,7 @@ class TrainConfig:
     """CutMix's alpha; 0 for none."""
     label_smoothing: float = 0.0
     """Weight that is spread over all classes."""
-    log_every: int = free(20)
+    log_every: int = runtime_only(20)
     """Optimizer steps between two writes of the log."""
 
 
@@ -66,27 +66,27 @@ class EngineConfig:
 
     precision: Precision = "bf16"
     """bf16 and fp16 keep parameters, gradients and optimizer in fp32 and compute under autocast; fp16 scales losses."""
-    fp16_scale: float = free(2.0**16)
+    fp16_scale: float = runtime_only(2.0**16)
     """fp16's first loss scale; it halves after an overflow and doubles after 2,000 steps without one."""
-    activation_checkpointing: Literal["auto", "on", "off"] = free("auto")
+    activation_checkpointing: Literal["auto", "on", "off"] = runtime_only("auto")
     """Compute activations again in backward. auto does so under ZeRO-3 alone, where they would keep whole weights."""
-    compile: str = free("")
+    compile: str = runtime_only("")
     """torch.compile's backend for every block, such as inductor or cudagraphs; empty for none."""
-    ops: Ops = free("auto")
+    ops: Ops = runtime_only("auto")
     """How the pool computes a stitch with the block that it enters, and a block's residual add with its norm: reference
     (as timm does), fused (one operation each; kernels on GPUs), compiled (by torch.compile), auto (fused on cards on
     which benchmarks/ shows it ahead, else reference)."""
-    offload_optimizer: bool = free(False)
+    offload_optimizer: bool = runtime_only(False)
     """Keep and step the optimizer on the CPU (ZeRO stages 1 to 3)."""
-    reduction: Literal["all", "union"] = free("all")
+    reduction: Literal["all", "union"] = runtime_only("all")
     """Gradients that ranks exchange: all; or, once per step, only those that some rank used (ZeRO stages 1 and 2)."""
-    audit: bool = free(True)
+    audit: bool = runtime_only(True)
     """Compare order of gradients and schedule over ranks before every optimizer step, and stop at a difference."""
-    audit_weights_every: int = free(500)
+    audit_weights_every: int = runtime_only(500)
     """Optimizer steps between two comparisons of all weights over ranks, beside the first; 0 for none."""
-    device: Literal["auto", "cpu", "cuda"] = free("auto")
+    device: Literal["auto", "cpu", "cuda"] = runtime_only("auto")
     """auto takes the GPU if there is one."""
-    threads: int = free(0)
+    threads: int = runtime_only(0)
     """CPU threads per rank; 0 shares the machine's cores between its ranks."""
 
     def ancestry(self, precision: AncestryPrecision) -> Precision:
@@ -112,8 +112,8 @@ class RowConfig:
     head behind random ones and trains with the labels alone; random trains nothing."""
     model: str = ""
     """timm's name of a plain ViT of this shape, for source hub."""
-    weights: str = free("")
-    """A safetensors file of timm's names, for source file; its content belongs to a run's meaning."""
+    weights: str = runtime_only("")
+    """A safetensors file of timm's names, for source file; stages depend on its content."""
 
     @property
     def trains(self) -> bool:
@@ -135,8 +135,8 @@ class AncestryConfig:
     """Attention heads."""
     source: Literal["hub", "file", "train"] = "hub"
     """hub takes timm's pretrained weights, file takes `weights`, train trains it on the training split."""
-    weights: str = free("")
-    """A safetensors file of timm's names, for source file; its content belongs to a run's meaning."""
+    weights: str = runtime_only("")
+    """A safetensors file of timm's names, for source file; stages depend on its content."""
     drop_path: float = 0.1
     """Largest stochastic-depth rate, for source train."""
     train: TrainConfig = TrainConfig(epochs=300.0, batch_size=1024)
@@ -214,9 +214,9 @@ class FinetuneConfig:
 
     gradients: GradientConfig = GradientConfig()
     """Parameters that not every path of a step has."""
-    watch_every: int = free(0)
+    watch_every: int = runtime_only(0)
     """Optimizer steps between two measurements of all paths while training; 0 for none."""
-    watch_images: int = free(1000)
+    watch_images: int = runtime_only(1000)
     """Validation images of such a measurement."""
 
     paths_per_batch: int = 1
@@ -236,11 +236,11 @@ class FinetuneConfig:
     """Factor of the learning rate for each row, from narrow to wide; stitch layers have 1. Empty for 1 everywhere."""
     only: tuple[str, ...] = ()
     """Keys of the paths to train and measure, as `lgp paths` lists them; empty for all."""
-    costs: str = free("")
-    """File of `lgp bench paths` with each path's seconds, for `balanced`; empty for FLOPs. Its content belongs to a
-    run's meaning."""
-    weights: str = free("")
-    """A consolidated checkpoint to take in place of training; its content belongs to a run's meaning."""
+    costs: str = runtime_only("")
+    """File of `lgp bench paths` with each path's seconds, for `balanced`; empty for FLOPs. Stages
+    depend on its content."""
+    weights: str = runtime_only("")
+    """A consolidated checkpoint to take in place of training; stages depend on its content."""
     tau: float = 1.0
     """Temperature of the soft cross-entropy to the ancestry."""
     distil: Literal["soft", "hard"] = "soft"
@@ -271,11 +271,11 @@ class EvaluateConfig:
 class CheckpointConfig:
     """What is kept of a stage while it trains, so that it can go on."""
 
-    every: int = free(500)
+    every: int = runtime_only(500)
     """Optimizer steps between two checkpoints; 0 for one at a preemption alone."""
-    keep: int = free(2)
+    keep: int = runtime_only(2)
     """Newest checkpoints of a stage that are kept, beside the best measured."""
-    on_error: Literal["continue", "stop"] = free("continue")
+    on_error: Literal["continue", "stop"] = runtime_only("continue")
     """After a checkpoint that could not be written: train on until the next, or stop."""
 
 
@@ -298,14 +298,14 @@ class ExportConfig:
 class FaultConfig:
     """What a run answers to faults while it trains."""
 
-    skip_steps: int = free(0)
+    skip_steps: int = runtime_only(0)
     """Optimizer steps on end that may be left out for a loss or gradient that is not finite or a spike; one more stops
     the run."""
-    spike: float = free(0.0)
+    spike: float = runtime_only(0.0)
     """A loss above so many times the median of the last 100 good steps is a spike; 0 for none."""
-    rollback: int = free(0)
+    rollback: int = runtime_only(0)
     """How often the run may go back to its last checkpoint where it would stop for such steps."""
-    timeout_s: float = free(1800.0)
+    timeout_s: float = runtime_only(1800.0)
     """Seconds a rank may stand still in a step until the run is ended; elsewhere ten times as long, an hour at most."""
 
 
@@ -313,7 +313,7 @@ class FaultConfig:
 class RunConfig:
     """A complete run, from shards to an exported descendant."""
 
-    recipe: str = free("")
+    recipe: str = runtime_only("")
     """Name of the recipe that this began as; the default run directory is called after it."""
     seed: int = 0
     """Seeds initialisation, order, augmentation and paths."""
@@ -341,18 +341,18 @@ class RunConfig:
     """Stage descend."""
     export: ExportConfig = ExportConfig()
     """Stage export."""
-    run_dir: str = free("")
+    run_dir: str = runtime_only("")
     """Where results go; empty for runs/RECIPE."""
-    trackers: tuple[str, ...] = free(("tensorboard",))
+    trackers: tuple[str, ...] = runtime_only(("tensorboard",))
     """Trackers of accelerate: tensorboard, wandb, ..."""
-    resume: str = free("auto")
+    resume: str = runtime_only("auto")
     """auto goes on from a stage's newest whole checkpoint, or begins; latest asks for one; never begins again; a path
     names a checkpoint."""
-    allow_change: tuple[str, ...] = free(())
+    allow_change: tuple[str, ...] = runtime_only(())
     """Settings that may differ from those of the checkpoint, by dotted key."""
-    force: bool = free(False)
+    force: bool = runtime_only(False)
     """Make the stage's artifact again although one is complete."""
-    debug: bool = free(False)
+    debug: bool = runtime_only(False)
     """Show tracebacks of errors that have a sentence."""
 
     @property

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.config.flat import STAGES, meaning, up_to
+from lgp_dist.config.flat import STAGES, depends_on, up_to
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.files import sha256
@@ -103,12 +103,12 @@ class RunDirectory:
     Those of `data` count for every stage, those of rows from `distil` on, others from the stage on that their name
     begins with."""
 
-    def meaning(self, config: RunConfig, stage: str) -> dict[str, Any]:
+    def depends_on(self, config: RunConfig, stage: str) -> dict[str, Any]:
         """Settings and sources that the stage's artifact depends on."""
         earlier = up_to(stage)
         owners = {name: name.replace("model.rows", "distil", 1).split(".")[0] for name in self.sources}
         counts = {name: value for name, value in self.sources.items() if owners[name] in {"data", *earlier}}
-        return meaning(config, stage) | counts
+        return depends_on(config, stage) | counts
 
     def check_writable(self) -> None:
         """UserError where the folder cannot be made or written to."""
@@ -142,7 +142,7 @@ class RunDirectory:
         artifact = self.find(stage)
         if artifact is None:
             return
-        made, now = artifact.record["config"], self.meaning(config, stage)
+        made, now = artifact.record["config"], self.depends_on(config, stage)
         changed = [key for key in sorted(made.keys() | now.keys()) if made.get(key) != now.get(key)]
         if changed:
             shown = "; ".join(f"{key} was {made.get(key)!r}, now {now.get(key)!r}" for key in changed[:5])
@@ -224,7 +224,7 @@ class RunDirectory:
         files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
         identity = {
             "stage": stage,
-            "config": self.meaning(config, stage),
+            "config": self.depends_on(config, stage),
             "inputs": {artifact.record["stage"]: artifact.id for artifact in inputs},
             "files": {name: sha256(path) for name, path in files.items()},
         }

@@ -11,7 +11,7 @@ from lgp_dist.errors import UserError
 from lgp_dist.run.artifacts import write_json
 
 NAME = "outcome.json"
-OUTCOMES = ("complete", "preempted", "failed")
+STATUSES = ("complete", "preempted", "failed")
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class RunStatus:
     """What a person is told; empty where all is well."""
 
     def __post_init__(self):
-        if self.outcome not in OUTCOMES:
-            raise ValueError(f"outcome is {self.outcome!r}, not one of {', '.join(OUTCOMES)}")
+        if self.outcome not in STATUSES:
+            raise ValueError(f"outcome is {self.outcome!r}, not one of {', '.join(STATUSES)}")
 
 
-def write_run_status(run: Path, outcome: RunStatus) -> None:
+def write_run_status(run: Path, status: RunStatus) -> None:
     """Writes it under a temporary name, then renames. Called by rank 0; OSError where the folder is not writable."""
-    write_json(run / NAME, asdict(outcome))
+    write_json(run / NAME, asdict(status))
 
 
 def clear_run_status(run: Path) -> None:

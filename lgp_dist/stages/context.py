@@ -118,7 +118,7 @@ class Context:
             folder=self.run.root / "checkpoints" / stage,
             config=config.checkpoint,
             seed=config.seed,
-            settings=self.run.meaning(config, stage) | made,
+            settings=self.run.depends_on(config, stage) | made,
             versions=versions(),
             data_state=stream.state,
             data_restore=stream.restore,

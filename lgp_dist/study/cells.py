@@ -37,9 +37,9 @@ class Cell:
         """Its run directory."""
         return Path(self.config.run_dir)
 
-    def meaning(self, stage: str) -> dict[str, Any]:
+    def depends_on(self, stage: str) -> dict[str, Any]:
         """All that the stage's artifact depends on."""
-        return RunDirectory(self.folder, self.sources).meaning(self.config, stage)
+        return RunDirectory(self.folder, self.sources).depends_on(self.config, stage)
 
     def has(self, stage: str) -> bool:
         """Whether the stage's artifact lies there; the run itself judges it."""
@@ -82,7 +82,7 @@ def shared_stages(one: Cell, other: Cell) -> tuple[str, ...]:
     an ancestry."""
     if one.config.needs_ancestry != other.config.needs_ancestry:
         return ()
-    differ = (number for number, stage in enumerate(STAGES) if one.meaning(stage) != other.meaning(stage))
+    differ = (number for number, stage in enumerate(STAGES) if one.depends_on(stage) != other.depends_on(stage))
     return STAGES[: next(differ, len(STAGES))]
 
 

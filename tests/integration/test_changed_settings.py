@@ -1,4 +1,4 @@
-"""Going on under changed settings: what keeps the meaning passes, all else is refused by name, or let through by it."""
+"""Resuming under changed settings: those that no stage depends on pass, others are refused or allowed, each by name."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from run_helpers import SMALL, Lgp, call_main, has
 
-from lgp_dist.config.flat import flatten, meaning
+from lgp_dist.config.flat import depends_on, flatten
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.checkpoints.manifest import TrainState, read_manifest
 from lgp_dist.engine.checkpoints.settings import check_settings
@@ -44,7 +44,7 @@ PASS: dict[str, Any] = {
     "budget.max_params": 1e6,
     "export.images": 3,
 }
-"""Settings that keep the meaning of stage finetune, and another value of each."""
+"""Settings that stage finetune does not depend on, and another value of each."""
 REFUSE: dict[str, Any] = {
     "seed": 1,
     "data.train_split": "test",
@@ -78,7 +78,7 @@ REFUSE: dict[str, Any] = {
     "finetune.train.clip_grad": 2.0,
     "finetune.train.mixup": 0.5,
 }
-"""Settings that are part of the meaning."""
+"""Settings that it depends on."""
 
 
 def changed(config: Any, key: str, value: Any) -> Any:
@@ -91,7 +91,7 @@ def changed(config: Any, key: str, value: Any) -> Any:
 
 def state(config: RunConfig) -> TrainState:
     fields: dict[str, Any] = {"stage": STAGE, "step": 5, "steps": 9, "seed": 0, "data": {}, "world": 1, "engine": "ddp"}
-    return TrainState(**fields, config=meaning(config, STAGE))
+    return TrainState(**fields, config=depends_on(config, STAGE))
 
 
 @pytest.mark.parametrize("key", [*PASS, *REFUSE])

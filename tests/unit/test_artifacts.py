@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from run_helpers import ABOUT, SMALL, Lgp, has, overwrite, refused, snapshot, write_ancestry
 
-from lgp_dist.config.flat import STAGES, flatten, meaning
+from lgp_dist.config.flat import STAGES, depends_on, flatten
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.recipes import RECIPES
@@ -56,7 +56,7 @@ def test_record_names_files_inputs_settings_and_facts(tmp_path: Path) -> None:
     found = RunDirectory(tmp_path).find("distil")
     assert found is not None and found.record == second.record
     assert found.record["inputs"] == {"ancestry": first.id}
-    assert found.record["config"] == meaning(TINY, "distil")
+    assert found.record["config"] == depends_on(TINY, "distil")
     assert sorted(found.record["files"]) == ["a.txt", "b.txt"]
     assert (found.facts, found.record["world"]) == ({"count": 2}, 2)
 
@@ -130,7 +130,7 @@ def test_id_depends_on_settings_inputs_and_files_alone(tmp_path: Path) -> None:
     assert len(set(ids)) == len(ids)
 
 
-FREE = {
+RUNTIME_ONLY = {
     "run_dir": "elsewhere",
     "force": True,
     "debug": True,
@@ -143,11 +143,11 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize("key", FREE)
-def test_free_settings_do_not_change_the_meaning(tmp_path: Path, key: str) -> None:
-    changed = with_setting(key, FREE[key])
+@pytest.mark.parametrize("key", RUNTIME_ONLY)
+def test_no_artifact_depends_on_runtime_only_settings(tmp_path: Path, key: str) -> None:
+    changed = with_setting(key, RUNTIME_ONLY[key])
     assert flatten(changed) != flatten(TINY)
-    assert all(meaning(changed, stage) == meaning(TINY, stage) for stage in STAGES)
+    assert all(depends_on(changed, stage) == depends_on(TINY, stage) for stage in STAGES)
     make(tmp_path)
     assert RunDirectory(tmp_path).is_current("ancestry", changed)
 
@@ -155,9 +155,9 @@ def test_free_settings_do_not_change_the_meaning(tmp_path: Path, key: str) -> No
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_other_setting_belongs_to_the_meaning(name: str) -> None:
     config = RECIPES[name]()
-    assert set(meaning(config, "export")) == set(flatten(config, with_free=False)) - {"recipe"}
+    assert set(depends_on(config, "export")) == set(flatten(config, with_runtime_only=False)) - {"recipe"}
     for earlier, later in zip(STAGES, STAGES[1:], strict=False):
-        assert meaning(config, earlier).items() < meaning(config, later).items()
+        assert depends_on(config, earlier).items() < depends_on(config, later).items()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_every_other_setting_belongs_to_the_meaning(name: str) -> None:
 )
 def test_setting_counts_from_its_stage_on(tmp_path: Path, key: str, value: Any, first: str) -> None:
     changed = with_setting(key, value)
-    found = [stage for stage in STAGES if meaning(changed, stage) != meaning(TINY, stage)]
+    found = [stage for stage in STAGES if depends_on(changed, stage) != depends_on(TINY, stage)]
     assert found == list(STAGES[STAGES.index(first) :])
     make(tmp_path, first)
     with pytest.raises(UserError, match=rf"{key} was .*, now {value!r}"):

@@ -1,4 +1,4 @@
-"""Configurations: what belongs to the meaning of a run, and the recipes' settings."""
+"""Configurations: what stages depend on, and the recipes' settings."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lgp_dist.config.flat import STAGES, flatten, meaning, unflatten
+from lgp_dist.config.flat import STAGES, depends_on, flatten, unflatten
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.recipes import (
     RECIPES,
@@ -22,7 +22,7 @@ from lgp_dist.recipes import (
     tiny_paper,
 )
 
-FREE = {
+RUNTIME_ONLY = {
     "cache",
     "cache_bytes",
     "timeout_s",
@@ -58,7 +58,7 @@ FREE = {
     "costs",
     "recipe",
 }
-"""Names of fields that may differ between runs of one meaning."""
+"""Names of fields that no artifact depends on."""
 FIRST_STAGE = {
     "data.augment.hflip": "ancestry",
     "seed": "ancestry",
@@ -80,9 +80,9 @@ FIRST_STAGE = {
 """Some settings and the first stage whose artifact depends on them."""
 
 
-def free_keys(config: Any) -> set[str]:
+def runtime_only_keys(config: Any) -> set[str]:
     """Keys of these fields; the device for which a budget limits latency is part of what is asked."""
-    return {key for key in flatten(config) if key.split(".")[-1] in FREE} - {"budget.device"}
+    return {key for key in flatten(config) if key.split(".")[-1] in RUNTIME_ONLY} - {"budget.device"}
 
 
 def change(config: Any, key: str) -> Any:
@@ -132,42 +132,42 @@ def test_unflatten_gives_back_what_was_flattened(name: str) -> None:
     assert unflatten({"seed": 3}) == replace(RunConfig(), seed=3)
 
 
-def test_flatten_without_free_fields() -> None:
+def test_flatten_without_runtime_only_fields() -> None:
     """Exactly the fields that change nothing that is computed are left out, at every depth."""
     config = tiny()
-    left_out = flatten(config).keys() - flatten(config, with_free=False).keys()
-    assert {key.split(".")[-1] for key in left_out} == FREE
-    assert left_out == free_keys(config)
+    left_out = flatten(config).keys() - flatten(config, with_runtime_only=False).keys()
+    assert {key.split(".")[-1] for key in left_out} == RUNTIME_ONLY
+    assert left_out == runtime_only_keys(config)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_meaning_grows_along_the_stages(name: str) -> None:
-    """Each stage's meaning holds that of the stage before it, unchanged, and something more."""
+def test_dependence_grows_along_the_stages(name: str) -> None:
+    """Each stage depends on the settings of the stage before it, unchanged, and on more."""
     config = RECIPES[name]()
-    found = [meaning(config, stage) for stage in STAGES]
+    found = [depends_on(config, stage) for stage in STAGES]
     for before, after in zip(found, found[1:], strict=False):
         assert before.items() < after.items()
-    assert found[-1].keys() == flatten(config, with_free=False).keys()
+    assert found[-1].keys() == flatten(config, with_runtime_only=False).keys()
     assert all(one == json.loads(json.dumps(one)) for one in found)
 
 
 @pytest.mark.parametrize(("key", "first"), FIRST_STAGE.items())
 def test_setting_counts_from_its_stage_on(key: str, first: str) -> None:
-    """A changed setting changes the meaning of its own stage and of all later ones, and of no earlier one."""
+    """Its own stage and all later ones depend on a setting, and no earlier one does."""
     config = tiny()
-    changed = [stage for stage in STAGES if meaning(config, stage) != meaning(change(config, key), stage)]
+    changed = [stage for stage in STAGES if depends_on(config, stage) != depends_on(change(config, key), stage)]
     assert changed == list(STAGES[STAGES.index(first) :])
 
 
-def test_free_settings_never_count() -> None:
+def test_runtime_only_settings_never_count() -> None:
     """Workers, logging, device, run directory, trackers and the recipe's name leave every artifact valid."""
     config = tiny()
-    free = free_keys(config)
-    assert {"data.threads", "ancestry.train.log_every", "run_dir"} < free
-    for key in free:
+    names = runtime_only_keys(config)
+    assert {"data.threads", "ancestry.train.log_every", "run_dir"} < names
+    for key in names:
         other = change(config, key)
         assert other != config
-        assert [meaning(other, stage) for stage in STAGES] == [meaning(config, stage) for stage in STAGES]
+        assert [depends_on(other, stage) for stage in STAGES] == [depends_on(config, stage) for stage in STAGES]
 
 
 @pytest.mark.parametrize(("recipe", "depth"), [(pool12, 6), (pool18, 9)])

@@ -446,7 +446,8 @@ def test_costs_count_from_stage_finetune_on(tmp_path: File) -> None:
     directory = RunDirectory(tmp_path, {"data.train": "a", "ancestry.weights": "b", "finetune.costs": "c"})
     sources = {"data.train", "ancestry.weights", "finetune.costs"}
     found = {
-        stage: sources & directory.meaning(tiny(), stage).keys() for stage in ("ancestry", "pool", "finetune", "export")
+        stage: sources & directory.depends_on(tiny(), stage).keys()
+        for stage in ("ancestry", "pool", "finetune", "export")
     }
     assert found["ancestry"] == found["pool"] == {"data.train", "ancestry.weights"}
     assert found["finetune"] == found["export"] == sources
