@@ -27,7 +27,7 @@ ALLOWED = {
     "models": {"config", "errors", "ops", "paths"},
     "tasks": BUILDING,
     "engine": BASE | {"run"},
-    "report": {"errors", "files", "run"},
+    "report": {"errors", "files", "paths", "run"},
     "timm_models": {"models", "paths"},
     "export": BASE | {"models", "run", "timm_models"},
     "stages": BUILDING | {"engine", "export", "report", "tasks"},

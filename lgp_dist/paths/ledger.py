@@ -1,32 +1,54 @@
-"""Which path ran where and how often, counted from the lines of metrics.jsonl. Pure."""
+"""How often each path was trained, and on which rank, counted from the lines of metrics.jsonl."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 SIGMAS = 4.0
-"""Standard deviations by which a path may stay below its expected draws."""
+"""Standard deviations that a path may stay below its expected draws."""
 NEVER = 10.0
-"""Draws expected by chance of its own at which a path that never came has fallen behind."""
+"""Expected independent draws from which on a path that was never drawn counts as under-drawn."""
 
 Shares = Callable[[int], Mapping[str, float]]
 """Number of ranks to the expected share of each path by its key."""
-Clump = Callable[[int], int]
-"""Number of ranks to the most slots of a step that one chance fills."""
+TiedSlots = Callable[[int], int]
+"""Number of ranks to the most slots of a step that one random choice fills: `PathSampler.tied_slots`."""
 
 
-def build_ledger(lines: Sequence[Mapping[str, Any]], shares: Shares, clump: Clump, accumulate: int) -> dict[str, Any]:
-    """The ledger of a stage: steps, draws, and for each path its draws against what was expected.
+class PathDraws(TypedDict):
+    """One path of the ledger."""
+
+    key: str
+    draws: int
+    share: float
+    """Of all draws."""
+    expected_share: float
+    """0 for a path that the sampler does not know."""
+    ranks: list[int]
+    """Draws of each rank."""
+    last_step: int | None
+    """None if it was never drawn."""
+    behind: bool
+    """Whether it was drawn less often than chance explains."""
+
+
+class Ledger(TypedDict):
+    """ledger.json."""
+
+    steps: int
+    draws: int
+    ranks: int
+    """The most ranks of any step."""
+    paths: list[PathDraws]
+
+
+def build_ledger(lines: Sequence[Mapping[str, Any]], shares: Shares, tied_slots: TiedSlots, accumulate: int) -> Ledger:
+    """The ledger of a stage.
 
     lines: of one stage, each with `step` and `path`, the keys of all ranks and micro-steps: rank 0's micro-steps, then
-    rank 1's. Of several lines for a step the last one counts: a restart made the step again. accumulate: micro-steps a
-    step in lines that do not say so themselves (`accumulate`); the ranks of a line follow from it, so that a file may
-    hold lines of runs with different numbers of ranks.
-
-    Each path has key, draws, share and expected_share (of all draws), ranks (draws of each rank), last_step (None where
-    it never came) and behind: whether it came less often than chance explains, by SIGMAS of independent draws of
-    `clump` slots each, or never where NEVER such draws were expected. A path that `shares` does not know has an
-    expected share of 0.
+    rank 1's. If a step has several lines, the last counts: a restart repeated it. accumulate: micro-steps of a step in
+    lines without `accumulate` of their own. A line's number of ranks follows from it, so one file may hold lines of
+    restarts with other numbers of ranks.
     """
     latest = {line["step"]: line for line in lines}
     counts: dict[str, Counter[int]] = {}
@@ -38,17 +60,19 @@ def build_ledger(lines: Sequence[Mapping[str, Any]], shares: Shares, clump: Clum
         for slot, key in enumerate(line["path"]):
             counts.setdefault(key, Counter())[slot // micro_steps] += 1
             last[key] = step
-    expected, variance, chances = Counter(), Counter(), Counter()
+    # Expected draws are summed over steps, each with the shares of its number of ranks. A path is under-drawn if it is
+    # SIGMAS below them. Slots tied to one random choice count as one draw: they widen the deviation as much.
+    expected, variance, choices = (defaultdict[str, float](float) for _ in range(3))
     for (world, slots), steps in sizes.items():
         for key, share in shares(world).items():
             expected[key] += steps * slots * share
-            variance[key] += steps * slots * clump(world) * share * (1 - share)
-            chances[key] += steps * slots * share / clump(world)
+            variance[key] += steps * slots * tied_slots(world) * share * (1 - share)
+            choices[key] += steps * slots * share / tied_slots(world)
     keys = list(shares(max((world for world, _ in sizes), default=1)))
     keys += sorted(counts.keys() - set(keys))
     draws = sum(slots * steps for (_, slots), steps in sizes.items())
     ranks = max((world for world, _ in sizes), default=0)
-    paths = []
+    paths: list[PathDraws] = []
     for key in keys:
         found = counts.get(key, Counter())
         late = found.total() < expected[key] - SIGMAS * variance[key] ** 0.5
@@ -60,12 +84,12 @@ def build_ledger(lines: Sequence[Mapping[str, Any]], shares: Shares, clump: Clum
                 "expected_share": round(expected[key] / draws, 6) if draws else 0.0,
                 "ranks": [found[rank] for rank in range(ranks)],
                 "last_step": last.get(key),
-                "behind": late or (not found and chances[key] >= NEVER),
+                "behind": late or (not found and choices[key] >= NEVER),
             }
         )
     return {"steps": len(latest), "draws": draws, "ranks": ranks, "paths": paths}
 
 
-def behind(ledger: Mapping[str, Any]) -> list[str]:
-    """Keys of the paths that fell behind."""
+def under_drawn(ledger: Ledger) -> list[str]:
+    """Keys of the paths that were drawn less often than chance explains."""
     return [path["key"] for path in ledger["paths"] if path["behind"]]

@@ -1,4 +1,4 @@
-"""Which path each rank trains in each micro-step: a pure function, the same before and after a restart."""
+"""Which path each rank trains in each micro-step: a pure function, so a resumed run trains the same paths."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -13,7 +13,14 @@ from lgp_dist.config.run_config import Policy, RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths.cost import path_costs
 from lgp_dist.paths.space import AnyPath, Space
-from lgp_dist.paths.stratified import PathGroups, deal, draw_index, draw_order, pairs, singles
+from lgp_dist.paths.stratified import (
+    PathGroups,
+    balanced_pairs,
+    draw_index,
+    draw_order,
+    single_paths,
+    systematic_sample,
+)
 
 Plan = tuple[tuple[AnyPath, ...], ...]
 """The paths of a step, indexed by micro-step, then rank."""
@@ -26,14 +33,13 @@ KEPT = 4
 class PathSampler:
     """Draws paths. A step has world * accumulate slots, and every slot holds each path with that path's share.
 
-    policy `independent`: each rank draws alone (SN-Net's and the paper's choice). `shared`: all ranks draw the same.
-    `spread`: in a step each path comes slots * share times, rounded up or down, in random places; with equal shares
-    none repeats until all have come. `balanced`: spread, as far as the ranks' summed cost in a step stays equal: two
-    micro-steps hold a light and a heavy path in random order, so that their sum is nearly the same for all, and a
-    micro-step without a partner holds paths of like cost on all ranks (`dealing.bands`). One rank waits for none: there
-    `balanced` is `spread`.
+    `independent`: each rank draws on its own, as in SN-Net and the paper. `shared`: all ranks draw the same path.
+    `spread`: in a step each path comes slots * share times, rounded up or down, in random slots; with equal shares no
+    path repeats until all have come. `balanced`: as `spread`, within what keeps the ranks' summed costs nearly equal:
+    two micro-steps hold a light and a heavy path in random order, and a micro-step without a partner holds paths of
+    like cost on all ranks (`stratified.cost_buckets`). A single rank waits for nobody: there `balanced` is `spread`.
 
-    The only state is the seed; a plan that is remembered is the one that would be made again.
+    The only state is the seed. Recent plans are cached.
     """
 
     paths: tuple[AnyPath, ...]
@@ -44,11 +50,11 @@ class PathSampler:
     costs: tuple[float, ...] = ()
     """Of each path, in any unit; only `balanced` needs them."""
     weights: tuple[int | Fraction, ...] = ()
-    """Of each path, how often it comes compared to others; empty for equal shares."""
+    """Of each path: how often it comes, relative to the others; empty for equal shares."""
     meet: Literal["step", "micro_step"] = "step"
-    """Where ranks wait for each other: under `balanced` each micro-step of micro_step is dealt as if it were alone."""
+    """Where ranks wait for each other; with micro_step, `balanced` equalises the costs of every micro-step."""
     sandwich: bool = False
-    """Whether every step holds each row alone at least once; see `shares`."""
+    """Whether every step trains each row alone at least once; see `shares`."""
 
     def __post_init__(self) -> None:
         if self.policy == "balanced" and len(self.costs) != len(self.paths):
@@ -103,35 +109,35 @@ class PathSampler:
         if self.policy in ("independent", "shared"):
             return self._alone_schedule(step, world)
         if self.policy == "balanced" and world > 1:
-            hands = self._hands(step, world)
+            ranks = self._balanced(step, world)
         else:
             slots = world * self.accumulate
-            dealt = deal(self._step_weights(world), slots, "spread", self.seed, step)
-            hands = [dealt[rank::world] for rank in range(world)]
-        return [[hand[micro] for hand in hands] for micro in range(self.accumulate)]
+            sample = systematic_sample(self._step_weights(world), slots, "spread", self.seed, step)
+            ranks = [sample[rank::world] for rank in range(world)]
+        return [[paths[micro] for paths in ranks] for micro in range(self.accumulate)]
 
     def shares(self, world: int) -> dict[AnyPath, float]:
-        """The long-run share of each path, on every rank and over all; they sum to 1.
+        """The long-run share of each path, on every rank and in total; shares sum to 1.
 
-        Weights over their sum. With `sandwich` a row alone that would come less than once in a step (under `shared`:
-        in the micro-steps of a step) comes once, at a place that every rank has equally often, and the other paths
-        share the rest by their weights: then shares depend on the number of ranks.
+        Shares are weights over their sum. With `sandwich` a row alone that would come less than once in a step (under
+        `shared`: in the micro-steps of a step) comes once, on every rank equally often, and the other paths divide the
+        remaining slots by their weights. Shares then depend on the number of ranks.
         """
         weights = self._step_weights(world)
         return {path: weight / sum(weights) for path, weight in zip(self.paths, weights, strict=True)}
 
-    def clump(self, world: int) -> int:
-        """The most slots of a step that hold a path by one and the same chance: how much rougher than single draws."""
+    def tied_slots(self, world: int) -> int:
+        """The most slots of a step that one random choice fills with the same path."""
         if self.policy == "shared":
             return world
         if self.policy != "balanced" or world == 1:
             return 1
-        decks = self._decks(world)
-        both = 2 if self.accumulate > 1 and self.meet == "step" else 1
-        return both if all(len(deck.bands) == 1 for deck, rounds in decks if rounds) else both * world
+        in_pairs = 2 if self.accumulate > 1 and self.meet == "step" else 1
+        one_bucket = all(len(groups.cost_buckets) == 1 for groups, rounds in self._groups(world) if rounds)
+        return in_pairs if one_bucket else in_pairs * world
 
     def check(self, world: int) -> None:
-        """UserError where `sandwich` cannot hold with so many ranks."""
+        """UserError if `sandwich` cannot hold with this number of ranks."""
         if not self.sandwich:
             return
         rows, slots = len(self._rows), self._slots(world)
@@ -144,8 +150,8 @@ class PathSampler:
                 f"step has {slots} slots ({kind}): raise finetune.train.accumulate, or turn it off."
             )
         if self.policy == "balanced" and world > 1:
-            deck, rounds = self._decks(world)[0]
-            if len(deck.bands) > 1 or not self._holds_rows(deck, rounds * world):
+            groups, rounds = self._groups(world)[0]
+            if len(groups.cost_buckets) > 1 or not self._holds_rows(groups, rounds * world):
                 raise UserError(
                     f"finetune.sandwich cannot hold with finetune.policy balanced, {world} ranks and "
                     f"finetune.train.accumulate {self.accumulate}, as the ranks' work would differ: make accumulate "
@@ -170,11 +176,11 @@ class PathSampler:
         return tuple(running_sums(self._whole_weights))
 
     def _slots(self, world: int) -> int:
-        """Places of a step that are filled one by one."""
+        """Slots of a step that are filled one by one."""
         return self.accumulate * (1 if self.policy == "shared" else world)
 
     def _step_weights(self, world: int) -> tuple[int, ...]:
-        """Whole weights with the rows' guarantee in them."""
+        """Whole weights, raised for the rows that `sandwich` guarantees."""
         if not self.sandwich:
             return self._whole_weights
         return _guaranteed(self._whole_weights, self._rows, self._slots(world))
@@ -185,7 +191,7 @@ class PathSampler:
         return bisect_right(ends, draw_index(ends[-1], "path", self.seed, step, micro_step, who))
 
     def _alone_schedule(self, step: int, world: int) -> list[list[int]]:
-        """Of `independent` and `shared`: rows that must come take random slots, the other slots are drawn."""
+        """Of `independent` and `shared`: guaranteed rows take random slots, the other slots are drawn."""
         ends, fixed = self._ends, {}
         if self.sandwich:
             slots = self._slots(world)
@@ -201,58 +207,59 @@ class PathSampler:
         ]
         return [row * world for row in filled] if self.policy == "shared" else filled
 
-    def _decks(self, world: int) -> tuple[tuple[PathGroups, int], tuple[PathGroups, int]]:
-        """What `balanced` deals: (pairs, rounds of them), (single paths, rounds of them); the first has rounds."""
-        weights = self._step_weights(world)
-        single, pair = _both_decks(weights, self.costs)
-        if self.accumulate == 1 or self.meet == "micro_step" or pair.reach < single.reach:
-            return (single, self.accumulate), (pair, 0)
-        return (pair, self.accumulate // 2), (single, self.accumulate % 2)
+    def _groups(self, world: int) -> tuple[tuple[PathGroups, int], tuple[PathGroups, int]]:
+        """What `balanced` samples from: two kinds of groups, each with its rounds in a step; the first has rounds."""
+        single, pairs = _both_groups(self._step_weights(world), self.costs)
+        if self.accumulate == 1 or self.meet == "micro_step" or pairs.groups_per_round < single.groups_per_round:
+            return (single, self.accumulate), (pairs, 0)
+        return (pairs, self.accumulate // 2), (single, self.accumulate % 2)
 
-    def _hands(self, step: int, world: int) -> list[list[int]]:
+    def _balanced(self, step: int, world: int) -> list[list[int]]:
         """The paths of each rank in a step of `balanced`, in random order."""
-        hands: list[list[int]] = [[] for _ in range(world)]
-        for number, (deck, rounds) in enumerate(self._decks(world)):
+        ranks: list[list[int]] = [[] for _ in range(world)]
+        for number, (groups, rounds) in enumerate(self._groups(world)):
             if rounds:
-                first = self._row_cards(deck) if self.sandwich and number == 0 and len(deck.bands) == 1 else ()
-                dealt = deck.hands(rounds, world, "balanced", self.seed, step, number, first=first)
-                for hand, more in zip(hands, dealt, strict=True):
-                    hand.extend(more)
-        if self.meet == "micro_step":  # hands hold the same bands at the same places, and keep them so
+                guaranteed = self.sandwich and number == 0 and len(groups.cost_buckets) == 1
+                first = self._row_groups(groups) if guaranteed else ()
+                assigned = groups.assignments(rounds, world, "balanced", self.seed, step, number, first=first)
+                for paths, more in zip(ranks, assigned, strict=True):
+                    paths.extend(more)
+        if self.meet == "micro_step":  # one order for all ranks, whose paths at equal places are of one bucket
             order = draw_order(self.accumulate, "order", self.seed, step)
-            return [[hand[place] for place in order] for hand in hands]
+            return [[paths[place] for place in order] for paths in ranks]
         slots = draw_order(world * self.accumulate, "order", self.seed, step)
         ordered = []
-        for rank, hand in enumerate(hands):
+        for rank, paths in enumerate(ranks):
             mine = slots[rank * self.accumulate : (rank + 1) * self.accumulate]
-            ordered.append([path for _, path in sorted(zip(mine, hand, strict=True))])
+            ordered.append([path for _, path in sorted(zip(mine, paths, strict=True))])
         return ordered
 
-    def _row_cards(self, deck: PathGroups) -> list[int]:
-        """Cards with a row alone, those with the same row beside each other as far as they can be."""
-        ends = sorted(self._rows, key=lambda index: (self.costs[index], index))
-        chain = [ends[0], *reversed(ends[1:])]  # the lightest row meets the heaviest
+    def _row_groups(self, groups: PathGroups) -> list[int]:
+        """Groups with a row alone, those with the same row next to each other as far as possible."""
+        by_cost = sorted(self._rows, key=lambda index: (self.costs[index], index))
+        chain = [by_cost[0], *reversed(by_cost[1:])]  # the lightest row is paired with the heaviest
         found = []
-        for card, held in enumerate(deck.cards):
+        for group, held in enumerate(groups.groups):
             places = [chain.index(index) for index in held if index in chain]
             if places:
-                found.append((min(places), max(places), card))
-        return [card for _, _, card in sorted(found)]
+                found.append((min(places), max(places), group))
+        return [group for _, _, group in sorted(found)]
 
-    def _holds_rows(self, deck: PathGroups, count: int) -> bool:
-        """Whether a deal of `count` cards of one band holds every row, however it falls."""
-        cards = self._row_cards(deck)
+    def _holds_rows(self, groups: PathGroups, count: int) -> bool:
+        """Whether every sample of `count` groups of one bucket holds every row."""
+        with_rows = self._row_groups(groups)
         for row in self._rows:
-            places = [place for place, card in enumerate(cards) if row in deck.cards[card]]
+            places = [place for place, group in enumerate(with_rows) if row in groups.groups[group]]
             if not places or places[-1] - places[0] + 1 != len(places):
                 return False
-            if count * sum(deck.weights[cards[place]] for place in places) < sum(deck.weights):
+            if count * sum(groups.weights[with_rows[place]] for place in places) < sum(groups.weights):
                 return False
         return True
 
 
 def _whole(weights: Sequence[int | Fraction]) -> tuple[int, ...]:
     """The smallest whole numbers in the same proportions."""
+    # Times the least common multiple of the denominators every weight is whole; the common divisor is then removed.
     common = lcm(*(Fraction(weight).denominator for weight in weights))
     scaled = [int(weight * common) for weight in weights]
     return tuple(weight // gcd(*scaled) for weight in scaled)
@@ -260,27 +267,29 @@ def _whole(weights: Sequence[int | Fraction]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16)
 def _guaranteed(weights: tuple[int, ...], rows: tuple[int, ...], slots: int) -> tuple[int, ...]:
-    """Weights with which each of `rows` is due at least once in so many slots; the others keep their proportions."""
+    """Weights with which each of `rows` is expected at least once in so many slots; others keep their proportions."""
+    # A row expected less than once is raised to exactly one slot. That leaves fewer slots to the others, which may
+    # push another row below one, so it repeats until no row is raised.
     if slots < len(rows):
         raise ValueError(f"{slots} slots cannot hold {len(rows)} rows")
-    lifted: set[int] = set()
+    raised: set[int] = set()
     while True:
-        rest = sum(weight for index, weight in enumerate(weights) if index not in lifted)
-        due = Fraction(slots - len(lifted), rest or 1)
-        more = {row for row in rows if row not in lifted and weights[row] * due < 1}
+        rest = sum(weight for index, weight in enumerate(weights) if index not in raised)
+        per_weight = Fraction(slots - len(raised), rest or 1)
+        more = {row for row in rows if row not in raised and weights[row] * per_weight < 1}
         if not more:
-            return _whole([1 if index in lifted else weight * due for index, weight in enumerate(weights)])
-        lifted |= more
+            return _whole([1 if index in raised else weight * per_weight for index, weight in enumerate(weights)])
+        raised |= more
 
 
 @lru_cache(maxsize=16)
 def _without(weights: tuple[int, ...], rows: tuple[int, ...], slots: int) -> tuple[int, ...]:
-    """What is left of these weights when each of `rows` has one of the slots already."""
+    """What remains of these weights once each of `rows` has one of the slots."""
     total = sum(weights)
     left = [weight * slots - (total if index in rows else 0) for index, weight in enumerate(weights)]
     return _whole(left) if any(left) else weights
 
 
 @lru_cache(maxsize=16)
-def _both_decks(weights: tuple[int, ...], costs: tuple[float, ...]) -> tuple[PathGroups, PathGroups]:
-    return singles(weights, costs), pairs(weights, costs)
+def _both_groups(weights: tuple[int, ...], costs: tuple[float, ...]) -> tuple[PathGroups, PathGroups]:
+    return single_paths(weights, costs), balanced_pairs(weights, costs)

@@ -1,36 +1,33 @@
 """The report's table of draws: how often each path was trained."""
 
-from collections.abc import Mapping
 from html import escape
-from typing import Any
+
+from lgp_dist.paths.ledger import Ledger, PathDraws, under_drawn
 
 
-def draws_section(ledger: Mapping[str, Any] | None) -> str:
-    """The ledger of stage finetune as HTML: path, draws, share against expected, last step; empty without a ledger.
-
-    Paths that fell behind are marked and named above the table.
-    """
+def draws_section(ledger: Ledger | None) -> str:
+    """The ledger of stage finetune as HTML; empty without one. Under-drawn paths are marked and named above it."""
     if not ledger or not ledger["paths"]:
         return ""
-    late = [path["key"] for path in ledger["paths"] if path["behind"]]
+    late = under_drawn(ledger)
     lines = "".join(_line(path) for path in ledger["paths"])
     heads = ["Draws", "Share (%)", "Expected (%)", "Ranks, fewest to most", "Last step"]
     head = "<th>Path</th>" + "".join(f'<th class="n">{text}</th>' for text in heads)
-    note = f"{ledger['draws']:,} draws in {ledger['steps']:,} steps. A share differs from what is expected by chance"
+    note = f"{ledger['draws']:,} draws in {ledger['steps']:,} steps. Shares differ from the expected ones by chance"
     if late:
         names = ", ".join(f"<code>{escape(key)}</code>" for key in late)
-        warning = f'<p><strong class="down">Fell behind</strong>, by more than chance explains: {names}.</p>'
+        warning = f'<p><strong class="down">Drawn less often</strong> than chance explains: {names}.</p>'
     else:
         warning = ""
-        note += "; no path fell behind"
+        note += "; no path was drawn less often than chance explains"
     return (
         f'{warning}<p class="soft">{note}.</p>'
         f'<div class="panel"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
     )
 
 
-def _line(path: Mapping[str, Any]) -> str:
-    mark = ' <span class="badge down">behind</span>' if path["behind"] else ""
+def _line(path: PathDraws) -> str:
+    mark = ' <span class="badge down">under-drawn</span>' if path["behind"] else ""
     ranks, last = path["ranks"] or [0], path["last_step"]
     cells = [
         (path["draws"], f"{path['draws']:,}"),

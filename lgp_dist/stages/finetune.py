@@ -12,7 +12,7 @@ from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import load_weights
 from lgp_dist.models.build import prepare_ancestry
 from lgp_dist.paths.cost import ancestry_forward, work
-from lgp_dist.paths.ledger import behind, build_ledger
+from lgp_dist.paths.ledger import Ledger, build_ledger, under_drawn
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.run.artifacts import write_json
 from lgp_dist.run.metrics import read_metrics
@@ -54,7 +54,7 @@ def run(context: Context) -> None:
         save_tensors(folder / "pool.safetensors", pool.state_dict())
         ledger = draws_of(context.run.root / "metrics.jsonl", sampler)
         write_json(folder / "ledger.json", ledger)
-        if late := behind(ledger):
+        if late := under_drawn(ledger):
             log.warning("finetune: %d path(s) were drawn less often than expected: %s", len(late), ", ".join(late))
         images, flops = training["steps"] * config.train.batch_size, mean_flops(context, ledger)
         cost = work(images, config.paths_per_batch * flops, ancestry_forward(context.config))
@@ -85,17 +85,17 @@ def measure(context: Context, pool: nn.Module) -> dict[str, float]:
     return {f"top1/{key}": top1 for key, (top1, _) in found.items()}
 
 
-def mean_flops(context: Context, ledger: dict[str, Any]) -> float:
+def mean_flops(context: Context, ledger: Ledger) -> float:
     """FLOPs of one image's forward, averaged over the paths that were drawn."""
     flops = {path.key: context.space.cost(path).flops for path in context.space.paths}
     return sum(path["share"] * flops[path["key"]] for path in ledger["paths"] if path["draws"])
 
 
-def draws_of(metrics: Path, sampler: PathSampler) -> dict[str, Any]:
+def draws_of(metrics: Path, sampler: PathSampler) -> Ledger:
     """The ledger of the stage's lines in a metrics file."""
     lines = [line for line in read_metrics(metrics) if line["stage"] == "finetune"]
 
     def shares(world: int) -> dict[str, float]:
         return {path.key: share for path, share in sampler.shares(world).items()}
 
-    return build_ledger(lines, shares, sampler.clump, sampler.accumulate)
+    return build_ledger(lines, shares, sampler.tied_slots, sampler.accumulate)

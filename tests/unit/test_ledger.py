@@ -1,4 +1,4 @@
-"""The ledger: counted by hand, over restarts and world sizes, and what it says of a path that fell behind."""
+"""The ledger: counted by hand, over restarts and world sizes, and what it says of an under-drawn path."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from run_helpers import SMALL, Lgp
 
-from lgp_dist.paths.ledger import behind, build_ledger
+from lgp_dist.paths.ledger import build_ledger, under_drawn
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.report.draw_table import draws_section
@@ -48,7 +48,7 @@ def test_counts_by_hand() -> None:
         "c": pytest.approx(1 / 12, abs=1e-6),
     }
     assert set(by_key(ledger, "expected_share").values()) == {round(1 / 3, 6)}
-    assert behind(ledger) == []
+    assert under_drawn(ledger) == []
 
 
 def test_another_world_size_after_a_restart() -> None:
@@ -79,33 +79,37 @@ def test_expected_shares_follow_the_ranks_of_each_line() -> None:
     assert by_key(ledger, "expected_share") == {"a": round(2 / 6, 6), "b": round(4 / 6, 6)}
 
 
-def test_a_path_that_falls_behind() -> None:
+def test_a_path_that_is_under_drawn() -> None:
     """300 draws of thirds have a standard deviation of 8.2: 68 are fine, 66 are 4.2 below."""
     for draws, late in ((68, []), (66, ["c"])):
         lines = [line(step, "c" if step < draws else "ab"[step % 2]) for step in range(300)]
-        assert behind(build_ledger(lines, thirds, alone, 1)) == late
+        assert under_drawn(build_ledger(lines, thirds, alone, 1)) == late
 
 
 def test_a_path_that_never_comes() -> None:
     """Noted from ten expected draws on; where all ranks draw as one, from ten expected draws of them all."""
     for steps, late in ((29, []), (30, ["c"])):
-        assert behind(build_ledger([line(step, "ab"[step % 2]) for step in range(steps)], thirds, alone, 1)) == late
+        assert (
+            under_drawn(build_ledger([line(step, "ab"[step % 2]) for step in range(steps)], thirds, alone, 1)) == late
+        )
         together = [line(step, "ab"[step % 2] * 8) for step in range(steps)]
-        assert behind(build_ledger(together, thirds, lambda world: world, 1)) == late
+        assert under_drawn(build_ledger(together, thirds, lambda world: world, 1)) == late
 
 
 def test_no_lines_and_unknown_paths() -> None:
     empty = build_ledger([], thirds, alone, 1)
-    assert (empty["steps"], empty["draws"], behind(empty)) == (0, 0, [])
+    assert (empty["steps"], empty["draws"], under_drawn(empty)) == (0, 0, [])
     assert by_key(empty, "last_step") == {"a": None, "b": None, "c": None}
     strange = build_ledger([line(0, "xa")], thirds, alone, 1)
     assert by_key(strange, "draws") == {"a": 1, "b": 0, "c": 0, "x": 1}
-    assert by_key(strange, "expected_share")["x"] == 0 and behind(strange) == []
+    assert by_key(strange, "expected_share")["x"] == 0 and under_drawn(strange) == []
 
 
 @pytest.mark.parametrize("policy", ["independent", "shared", "spread", "balanced"])
 @pytest.mark.parametrize(("accumulate", "sandwich"), [(1, False), (4, False), (4, True)])
-def test_a_sampler_never_falls_behind_itself(policy: str, accumulate: int, sandwich: bool, tmp_path: Path) -> None:
+def test_a_sampler_never_looks_under_drawn_to_itself(
+    policy: str, accumulate: int, sandwich: bool, tmp_path: Path
+) -> None:
     """Metrics of a run that went on at other world sizes: draws as planned, and no alarm at any length."""
     sampler = PathSampler(SPACE.paths, policy, 2, accumulate, COSTS, sandwich=sandwich)
     lines, wanted = [], Counter()
@@ -118,22 +122,22 @@ def test_a_sampler_never_falls_behind_itself(policy: str, accumulate: int, sandw
     for length in (1, 5, 30, 80, 200, 240):
         file = tmp_path / f"{length}.jsonl"
         file.write_text("".join(json.dumps(each) + "\n" for each in lines[:length]))
-        assert behind(draws_of(file, sampler)) == []
+        assert under_drawn(draws_of(file, sampler)) == []
     ledger = draws_of(file, sampler)
     assert by_key(ledger, "draws") == {path.key: wanted[path.key] for path in sampler.paths}
     assert sum(by_key(ledger, "expected_share").values()) == pytest.approx(1, abs=1e-4)
 
 
 def test_the_table_of_the_report() -> None:
-    """Every path with its numbers, marks and a sentence where one fell behind; nothing without a ledger."""
+    """Every path with its numbers, marks and a sentence for an under-drawn one; nothing without a ledger."""
     lines = [line(step, "ab"[step % 2]) for step in range(300)]
     text = draws_section(build_ledger(lines, thirds, alone, 1))
     cells = [re.sub(r"<[^>]*>", " ", row).split() for row in text.split("<tr>")[2:]]
     assert cells[0] == ["a", "150", "50.00", "33.33", "150", "to", "150", "298"]
-    assert cells[2] == ["c", "behind", "0", "0.00", "33.33", "0", "to", "0", "never"]
-    assert "Fell behind" in text and "300 draws in 300 steps" in text
+    assert cells[2] == ["c", "under-drawn", "0", "0.00", "33.33", "0", "to", "0", "never"]
+    assert "Drawn less often" in text and "300 draws in 300 steps" in text
     fine = draws_section(build_ledger([line(0, "abc")], thirds, alone, 1))
-    assert "Fell behind" not in fine and "no path fell behind" in fine
+    assert "Drawn less often" not in fine and "no path was drawn less often" in fine
     assert draws_section(None) == ""
     hostile = build_ledger([], lambda world: {"<script>": 1.0}, alone, 1)
     assert "<script>" not in draws_section(hostile)
