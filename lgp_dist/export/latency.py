@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Place:
+class LatencySetup:
     """Where and how a latency is measured; figures of two places are not compared."""
 
     device: str
@@ -47,7 +47,7 @@ class Place:
     """Version."""
 
     @classmethod
-    def here(cls, budget: Budget) -> "Place":
+    def here(cls, budget: Budget) -> "LatencySetup":
         """This machine, with the device, batch and dtype of a budget; UserError where there is no such device."""
         if budget.device == "cuda" and not torch.cuda.is_available():
             raise UserError("The budget's device is cuda, but torch finds no GPU on this machine: choose cpu.")
@@ -77,7 +77,7 @@ class Latency:
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, image: tuple[int, int, int], place: Place, repeats: int = REPEATS) -> Latency:
+def measure(model: nn.Module, image: tuple[int, int, int], place: LatencySetup, repeats: int = REPEATS) -> Latency:
     """Times forwards of zeros [batch, *image] one by one. image: channels, height, width. Moves the model to the
     place's device and dtype."""
     device, dtype = torch.device(place.device), DTYPES[place.dtype]
@@ -103,7 +103,7 @@ class LatencyFile:
     of: str
     """What the models' shape depends on, such as the id of the trained pool; figures of another are dropped."""
 
-    def latency(self, key: str, place: Place, measured: Callable[[], Latency]) -> Latency:
+    def latency(self, key: str, place: LatencySetup, measured: Callable[[], Latency]) -> Latency:
         """What the file has of a path at a place; else what is measured, which it then keeps."""
         kept = self._read()
         name = hashlib.sha256(json.dumps(asdict(place), sort_keys=True).encode()).hexdigest()[:12]
@@ -136,7 +136,7 @@ def with_latencies(
 
     build: a path's key to a model of its shape; weights do not matter. image: channels, height, width.
     """
-    place, timed = Place.here(budget), []
+    place, timed = LatencySetup.here(budget), []
     for row in rows:
         found = file.latency(row["key"], place, lambda key=row["key"]: measure(build(key), image, place))
         spread = {"latency_low_ms": found.low_ms, "latency_high_ms": found.high_ms, "latency_on": place.words}

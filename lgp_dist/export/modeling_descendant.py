@@ -99,7 +99,7 @@ class Head(nn.Module):
         return self.head(self.fc_norm(pooled))
 
 
-class Descendant(nn.Module):
+class PlainDescendant(nn.Module):
     """Stem, blocks, and for a stitched path a linear layer into the blocks of another width; then the head."""
 
     def __init__(self, shape: dict[str, Any]):
@@ -127,10 +127,10 @@ def renamed(name: str) -> str:
     return f"head.{name}" if first in ("norm", "fc_norm") or name in ("head.weight", "head.bias") else name
 
 
-def load(folder: str | Path) -> Descendant:
+def load(folder: str | Path) -> PlainDescendant:
     """The model of an exported folder, on the CPU, in eval mode."""
     shape = json.loads((Path(folder) / "config.json").read_text())["lgp"]["shape"]
-    model = Descendant(shape)
+    model = PlainDescendant(shape)
     tensors = load_file(Path(folder) / "model.safetensors")
     model.load_state_dict({renamed(name): tensor for name, tensor in tensors.items()}, strict=True)
     return model.eval()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lgp_dist.config.budget import Amount, Budget, parse_amount
 from lgp_dist.errors import UserError
 from lgp_dist.export.choice import choose
-from lgp_dist.export.latency import LatencyFile, Place, measure, with_latencies
+from lgp_dist.export.latency import LatencyFile, LatencySetup, measure, with_latencies
 
 ROWS: list[dict[str, Any]] = [
     {"key": "a", "params": 100, "flops": 10, "latency_ms": 3.0, "top1": 50.0},
@@ -86,7 +86,7 @@ class Counted(nn.Module):
 
 @pytest.mark.parametrize(("dtype", "kind"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_latency_of_what_was_asked(dtype: str, kind: torch.dtype) -> None:
-    model, place = Counted(), Place.here(Budget(batch=3, dtype=dtype))  # type: ignore[arg-type]
+    model, place = Counted(), LatencySetup.here(Budget(batch=3, dtype=dtype))  # type: ignore[arg-type]
     found = measure(model, (1, 5, 7), place, repeats=11)
     assert set(model.seen) == {((3, 1, 5, 7), kind)} and len(model.seen) > 11, "warmed up"
     assert 0 < found.low_ms <= found.median_ms <= found.high_ms < math.inf and found.repeats == 11
@@ -128,4 +128,4 @@ def test_damaged_latencies_are_named(tmp_path: Path, content: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_no_such_device() -> None:
     with pytest.raises(UserError, match="device is cuda, but torch finds no GPU .* choose cpu"):
-        Place.here(Budget(device="cuda"))
+        LatencySetup.here(Budget(device="cuda"))
