@@ -92,6 +92,7 @@ ELSEWHERE = {
         "all stages, launched one after the other",
         "tests/distributed/test_stages.py::test_engines_make_the_same_weights",
     ),
+    r"scripts/same_numbers": ("minutes", "tests/distributed/test_stages.py::test_engines_make_the_same_weights"),
     r"scripts/soak": ("minutes", "tests/distributed/test_soak.py::test_a_process_is_seen_as_it_is"),
     r"scripts/test": ("runs this", "tests/unit/test_docs.py::test_every_command_is_one"),
     r"scripts/torture": ("minutes", "tests/distributed/test_torture.py::test_a_minute_of_faults"),

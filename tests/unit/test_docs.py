@@ -22,8 +22,8 @@ from lgp_dist.config.flat import flatten
 from lgp_dist.recipes import RECIPES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-BEHIND = {"prove_exact": "prove.py", "torture": "torture.py", "soak": "soak.py"}
-"""Script -> the file of tests/distributed that reads its arguments."""
+WITH_OPTIONS = ("prove_exact", "same_numbers", "soak", "torture")
+"""Scripts whose options the file of the same name in tests/distributed reads."""
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
 
 @cache
-def options_of(file: str) -> frozenset[str]:
+def options_of(script: str) -> frozenset[str]:
     """Fields of classes and arguments of functions of a script's Python file: what tyro makes options of."""
-    tree = ast.parse((ROOT / "tests/distributed" / file).read_text())
+    tree = ast.parse((ROOT / f"tests/distributed/{script}.py").read_text())
     fields = {
         node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and hasattr(node.target, "id")
     }
@@ -103,9 +103,9 @@ def script_arguments(script: str, rest: list[str], parse: Callable[..., str]) ->
         return parse("run", "tiny", *rest)
     if script == "run_pool12":
         return parse("finetune", "pool12", *rest)
-    if script in BEHIND:
-        flags = {word[2:].replace("-", "_") for word in rest if word.startswith("--")}
-        return f"no options {flags - options_of(BEHIND[script])}" if flags - options_of(BEHIND[script]) else ""
+    if script in WITH_OPTIONS:
+        unknown = {word[2:].replace("-", "_") for word in rest if word.startswith("--")} - options_of(script)
+        return f"no options {unknown}" if unknown else ""
     return ""
 
 
