@@ -16,10 +16,11 @@ from lgp_dist.engine.rank_consistency import COMPARED_S, REFUSAL, check_equal, f
 from lgp_dist.engine.watch.watchdog import Watchdog
 from lgp_dist.engine.workers import Workers, check_trackers
 from lgp_dist.errors import Preempted, UserError
+from lgp_dist.files import write_json
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
 from lgp_dist.report.publish import publish
-from lgp_dist.run.artifacts import RunDirectory, fingerprint, write_json
+from lgp_dist.run.artifacts import RunDirectory, fingerprint
 from lgp_dist.run.checks import check_config
 from lgp_dist.run.log import end_log, open_log, show
 from lgp_dist.run.provenance import code_hashes, environment, versions
@@ -91,7 +92,7 @@ def _work_and_tell(context: Context, stage: str, work: Callable[[Context], None]
         work(context)
     except BaseException as error:
         if workers.is_main:
-            with contextlib.suppress(OSError):  # the error itself is what a person must see
+            with contextlib.suppress(UserError):  # the error itself is what a person must see
                 write_run_status(directory.root, _status(error))
             end_log()
         if isinstance(error, Preempted):

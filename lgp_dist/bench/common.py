@@ -13,7 +13,7 @@ import torch
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
-from lgp_dist.run.artifacts import write_json
+from lgp_dist.files import write_json
 from lgp_dist.run.checks import check_config
 from lgp_dist.run.provenance import environment
 

@@ -1,6 +1,5 @@
 """Seconds that each path takes on this machine, for `finetune.costs`."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,11 @@ from lgp_dist.bench.common import check_least, chosen_device, facts, spread
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.workers import autocast, choose_attention
 from lgp_dist.errors import UserError
+from lgp_dist.files import write_json
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.build import ancestry_vit
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.space import Space, heads_of, space_of
-from lgp_dist.report.rows import write_atomic
 from lgp_dist.run.checks import check_config
 
 WARM_UP = 1
@@ -61,7 +60,7 @@ def bench_paths(config: RunConfig, out: Path, batch: int = 0, repeats: int = 5) 
         "spread": {key: spread(values) for key, values in seconds.items()},
         **facts(device),
     }
-    write_atomic(out, (json.dumps(table, indent=2) + "\n").encode())
+    write_json(out, table)
     return table
 
 

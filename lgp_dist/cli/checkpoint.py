@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from lgp_dist.errors import UserError
+from lgp_dist.files import replacing
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,11 @@ def _consolidate(action: Consolidate) -> None:
     if action.out.exists():
         raise UserError(f"--out {action.out} is there already: choose another file.")
     weights = consolidate(read_manifest(action.path))
-    partial = action.out.with_name(action.out.name + ".partial")
     try:
-        Disk().write_tensors(partial, weights)
-        partial.rename(action.out)
+        with replacing(action.out) as partial:
+            Disk().write_tensors(partial, weights)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"--out {action.out} cannot be written ({error}): choose a file in a folder that can."
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
     sys.stdout.write(f"{action.out}: {sum(tensor.numel() for tensor in weights.values())} parameters\n")

@@ -19,9 +19,9 @@ from lgp_dist.data.stream import check_batch
 from lgp_dist.errors import UserError
 from lgp_dist.export.folder import Exported, told, write_folder
 from lgp_dist.export.latency import NAME, LatencyFile, with_latencies
+from lgp_dist.files import replace_folder
 from lgp_dist.models.descendant import exported_config
 from lgp_dist.pipeline import inputs, joined, recorded
-from lgp_dist.run.artifacts import replace_folder
 from lgp_dist.stages.context import Context
 from lgp_dist.stages.export import batches_of
 from lgp_dist.tasks.classify import ClassifyTask

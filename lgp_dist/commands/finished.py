@@ -13,11 +13,12 @@ from lgp_dist.errors import UserError
 from lgp_dist.export.choice import choose, limits_of
 from lgp_dist.export.folder import told
 from lgp_dist.export.latency import NAME, LatencyFile, with_path_latencies
+from lgp_dist.files import replace_folder
 from lgp_dist.paths.space import heads_of, space_of
 from lgp_dist.report.choice import choice_figure
 from lgp_dist.report.plots import save_figure
 from lgp_dist.report.rows import amount
-from lgp_dist.run.artifacts import Artifact, RunDirectory, replace_folder
+from lgp_dist.run.artifacts import Artifact, RunDirectory
 from lgp_dist.run.checks import check_config
 from lgp_dist.run.provenance import git_commit
 from lgp_dist.stages import export

@@ -12,8 +12,8 @@ from lgp_dist.config.run_config import ExportConfig
 from lgp_dist.errors import UserError
 from lgp_dist.export.card import model_card
 from lgp_dist.export.formats import FORMATS, wanted
+from lgp_dist.files import write_json
 from lgp_dist.protocols import Batch
-from lgp_dist.run.artifacts import write_json
 from lgp_dist.run.tensors import save_tensors
 
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from lgp_dist.config.budget import Budget
 from lgp_dist.errors import UserError
+from lgp_dist.files import write_json
 from lgp_dist.models.descendant import empty_descendant
 from lgp_dist.paths.space import Space
-from lgp_dist.run.artifacts import write_json
 from lgp_dist.run.provenance import processor
 
 NAME = "latency.json"
@@ -110,7 +110,6 @@ class LatencyFile:
         entry = kept["places"].setdefault(name, {"place": asdict(place), "paths": {}})
         if key not in entry["paths"]:
             entry["paths"][key] = asdict(measured())
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, kept)
         return Latency(**entry["paths"][key])
 

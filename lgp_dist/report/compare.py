@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lgp_dist.errors import UserError
+from lgp_dist.files import write_atomic
 from lgp_dist.report.plots import LINE_STYLES, STYLE, cost_axis, new_panels, save_figure
-from lgp_dist.report.rows import Row, amount, flops_unit, pareto_front, row_alone, write_atomic
+from lgp_dist.report.rows import Row, amount, flops_unit, pareto_front, row_alone
 from lgp_dist.run.artifacts import RunDirectory
 
 COLOURS = (*dict.fromkeys(colour for colour, _ in LINE_STYLES), "#56B4E9", "#000000")

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from lgp_dist.report.rows import Kind, Row, flops_unit, kind_label, kind_of, kinds, pareto_front, write_atomic
+from lgp_dist.files import write_atomic
+from lgp_dist.report.rows import Kind, Row, flops_unit, kind_label, kind_of, kinds, pareto_front
 
 INK, FAINT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
 SINGLE_STYLES = (("#0072B2", "s"), ("#009E73", "D"), ("#56B4E9", "^"))

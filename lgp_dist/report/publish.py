@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lgp_dist.files import write_atomic
 from lgp_dist.report.html import render_report
 from lgp_dist.report.plots import figure_svg, report_figures, save_figure
-from lgp_dist.report.rows import write_atomic
 from lgp_dist.report.tables import paths_table, write_paths_csv, write_paths_json
 from lgp_dist.run.artifacts import Artifact
 from lgp_dist.run.metrics import read_metrics

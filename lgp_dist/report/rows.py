@@ -1,16 +1,12 @@
-"""What the report's parts share: the kind of a path, units for its costs, and whole-or-nothing writes.
+"""What the report's parts share: the kind of a path and units for its costs.
 
 A row is one evaluated path, a dict with the fields of paths.json: key, low, high (blocks), low_row, high_row, stitch
 (indices or None), params, params_paper (counts), flops (multiply-adds), top1 and top5 (percent).
 """
 
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from lgp_dist.errors import UserError
 
 Row = dict[str, Any]
 """One evaluated path."""
@@ -79,21 +75,3 @@ def amount(count: float) -> str:
         if count >= divisor:
             return f"{count / divisor:.2f} {letter}"
     return f"{count:g}"
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part. Makes missing folders.
-
-    Raises UserError where the folder cannot be written or the disk is full.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        if path.parent.is_dir():
-            partial.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; choose a folder that can be written to") from error

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lgp_dist.report.rows import FIELDS, Row, decimals, flops_unit, pareto_front, write_atomic
+from lgp_dist.files import write_atomic
+from lgp_dist.report.rows import FIELDS, Row, decimals, flops_unit, pareto_front
 
 MAX_KEY = 32
 """Characters of a key that the text table shows; a longer key loses its middle. Keeps a line within 100 columns."""

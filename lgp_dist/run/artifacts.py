@@ -11,7 +11,6 @@ A stage writes into `RUN/.STAGE.partial`, which is renamed when whole.
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 from lgp_dist.config.flat import STAGES, depends_on, up_to
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.files import sha256
+from lgp_dist.files import replace_folder, sha256, write_json
 
 
 def fingerprint(path: Path, kind: str = "safetensors") -> str:
@@ -31,33 +30,6 @@ def fingerprint(path: Path, kind: str = "safetensors") -> str:
         return sha256(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name a {kind} file that can.") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name, then renames."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def replace_folder(final: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Makes a folder, or replaces one, and returns what `fill` returns, which writes files into a folder beside it.
-
-    Where `fill` raises, nothing has changed."""
-    partial, old = (final.with_name(f".{final.name}.{word}") for word in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        result = fill(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(partial, final)
-    shutil.rmtree(old, ignore_errors=True)
-    return result
 
 
 @dataclass(frozen=True)
@@ -205,7 +177,7 @@ class RunDirectory:
         """Makes the stage's artifact. `fill` writes files into a folder and returns facts."""
 
         def fill_and_record(partial: Path) -> dict[str, Any]:
-            record = self._record(stage, config, inputs, fill(partial), provenance)
+            record = self._record(partial, stage, config, inputs, fill(partial), provenance)
             write_json(partial / "artifact.json", record)
             return record
 
@@ -213,6 +185,7 @@ class RunDirectory:
 
     def _record(
         self,
+        partial: Path,
         stage: str,
         config: RunConfig,
         inputs: list[Artifact],
@@ -220,7 +193,6 @@ class RunDirectory:
         provenance: dict[str, Any],
     ) -> dict[str, Any]:
         """What artifact.json says of the files in the stage's partial folder."""
-        partial = self.root / f".{stage}.partial"
         files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
         identity = {
             "stage": stage,

@@ -1,10 +1,11 @@
 """metrics.jsonl of a run directory: one JSON object per optimizer step and stage."""
 
 import json
-import os
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
+
+from lgp_dist.files import replacing
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -45,15 +46,10 @@ class MetricsFile:
         return ""
 
     def _begin(self) -> None:
-        temporary = self.path.with_suffix(".partial")
         known, first = read_metrics(self.path), self.first
         kept = [line for line in known if line["stage"] != self.stage or line["step"] < first]
-        try:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, self.path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._begun = True
 
 

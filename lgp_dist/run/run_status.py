@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lgp_dist.errors import UserError
-from lgp_dist.run.artifacts import write_json
+from lgp_dist.files import write_json
 
 NAME = "outcome.json"
 STATUSES = ("complete", "preempted", "failed")
@@ -33,7 +33,7 @@ class RunStatus:
 
 
 def write_run_status(run: Path, status: RunStatus) -> None:
-    """Writes it under a temporary name, then renames. Called by rank 0; OSError where the folder is not writable."""
+    """Replaces outcome.json. Called by rank 0; UserError where the folder cannot be written to."""
     write_json(run / NAME, asdict(status))
 
 

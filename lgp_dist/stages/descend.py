@@ -8,8 +8,8 @@ from typing import Any
 
 from lgp_dist.export.choice import choose
 from lgp_dist.export.latency import NAME, LatencyFile, with_path_latencies
+from lgp_dist.files import write_json
 from lgp_dist.models.descendant import descendant_from_path
-from lgp_dist.run.artifacts import write_json
 from lgp_dist.run.tensors import save_tensors
 from lgp_dist.stages.context import Context
 

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lgp_dist.files import write_json
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.run.artifacts import write_json
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")

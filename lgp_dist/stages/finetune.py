@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from lgp_dist.files import sha256
+from lgp_dist.files import sha256, write_json
 from lgp_dist.models.ancestry import load_weights
 from lgp_dist.models.build import prepare_ancestry
 from lgp_dist.paths.cost import ancestry_forward, work
 from lgp_dist.paths.ledger import Ledger, build_ledger, under_drawn
 from lgp_dist.paths.sampler import PathSampler
-from lgp_dist.run.artifacts import write_json
 from lgp_dist.run.metrics import read_metrics
 from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context

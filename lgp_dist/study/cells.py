@@ -10,6 +10,7 @@ from typing import Any
 from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
+from lgp_dist.files import replace_folder
 from lgp_dist.run.artifacts import RunDirectory
 from lgp_dist.study.questions import Arm, Question
 
@@ -103,10 +104,7 @@ def take_over(cell: Cell, leader: Cell, stages: Sequence[str]) -> None:
     """
     for stage in stages:
         if leader.has(stage) and not cell.has(stage):
-            partial = cell.folder / f".{stage}.linked"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(leader.folder / stage, partial, copy_function=_link)
-            os.replace(partial, cell.folder / stage)
+            _copy_folder(leader.folder / stage, cell.folder / stage, copy_function=_link)
 
 
 def adopt(cell: Cell, folders: Sequence[Path], ranks: int) -> None:
@@ -119,11 +117,8 @@ def adopt(cell: Cell, folders: Sequence[Path], ranks: int) -> None:
     made = [(count_alike(RunDirectory(path, cell.sources), cell.config), path) for path in folders]
     count, path = max(made, key=lambda each: each[0], default=(0, cell.folder))
     if count == len(STAGES) and _ranks_of(path) == ranks:
-        partial = cell.folder.with_name(f".{cell.folder.name}.adopted")
-        shutil.rmtree(partial, ignore_errors=True)
         leave_out = shutil.ignore_patterns("checkpoints", "study.lock")
-        shutil.copytree(path, partial, copy_function=_link_artifacts, ignore=leave_out)
-        os.replace(partial, cell.folder)
+        _copy_folder(path, cell.folder, copy_function=_link_artifacts, ignore=leave_out)
     elif count:
         cell.folder.mkdir(parents=True)
         take_over(cell, replace(cell, config=replace(cell.config, run_dir=str(path))), before[:count])
@@ -143,6 +138,11 @@ def count_alike(run: RunDirectory, config: RunConfig) -> int:
         except UserError:
             return count
     return len(STAGES)
+
+
+def _copy_folder(source: Path, target: Path, **options: Any) -> None:
+    """`copytree`, whole or not at all."""
+    replace_folder(target, lambda partial: shutil.copytree(source, partial, dirs_exist_ok=True, **options))
 
 
 def _link_artifacts(source: str, target: str) -> str:

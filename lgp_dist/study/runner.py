@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lgp_dist.errors import UserError
-from lgp_dist.run.artifacts import write_json
+from lgp_dist.files import write_json
 from lgp_dist.study.cells import Cell, leader_of, take_over
 from lgp_dist.study.settings import arguments
 

@@ -10,11 +10,11 @@ from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.remote.roots import local_root
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.errors import UserError
+from lgp_dist.files import write_atomic, write_json
 from lgp_dist.pipeline import sources
 from lgp_dist.report.compare import System, arms_figure, compare_figure, markdown
 from lgp_dist.report.plots import save_figure
-from lgp_dist.report.rows import write_atomic
-from lgp_dist.run.artifacts import RunDirectory, write_json
+from lgp_dist.run.artifacts import RunDirectory
 from lgp_dist.run.provenance import environment
 from lgp_dist.study.cells import Cell, adopt, cells_of
 from lgp_dist.study.questions import QUESTIONS, Question

@@ -22,11 +22,11 @@ from lgp_dist.errors import UserError
 from lgp_dist.export import modeling_descendant
 from lgp_dist.export.folder import Exported, largest_difference, write_folder
 from lgp_dist.export.formats import FORMATS, wanted
+from lgp_dist.files import replace_folder
 from lgp_dist.models.descendant import descendant_from_path, exported_config, timm_config, vit_arguments
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.stitched import Path, PathSpace
 from lgp_dist.protocols import Batch
-from lgp_dist.run.artifacts import replace_folder
 
 DATA = DataConfig(
     image_size=28,

@@ -14,8 +14,9 @@ from run_helpers import ABOUT, SMALL, Lgp, has, overwrite, refused, snapshot, wr
 from lgp_dist.config.flat import STAGES, depends_on, flatten
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
+from lgp_dist.files import write_json
 from lgp_dist.recipes import RECIPES
-from lgp_dist.run.artifacts import Artifact, RunDirectory, write_json
+from lgp_dist.run.artifacts import Artifact, RunDirectory
 
 TINY = RECIPES["tiny"]()
 Fill = Callable[[Path], dict[str, Any]]

@@ -78,14 +78,13 @@ def test_workers_and_repeats_do_not_change_a_byte_and_seeds_do(tmp_path: Path) -
 KILLED = """
 import os, signal, sys
 from lgp_dist.data.build import build
-from lgp_dist.data.build import write
 from lgp_dist.data.build.write import write_shard as real
 made = 0
 def stop_at(path, *arguments):
     global made
     made += 1
     if made == int(sys.argv[3]):
-        write.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
+        os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
     return real(path, *arguments)
 build.write_shard = stop_at
 build.build_shards(sys.argv[4], sys.argv[1], sys.argv[2], build.BuildOptions(per_shard=2, workers=1), print)
@@ -104,7 +103,7 @@ def test_kill_in_the_middle_and_resume(layout: str, shard: int, tmp_path: Path) 
     assert not out.exists()
     partial = tmp_path / ".out.partial"
     whole = sorted((partial / "shards").glob("*.tar"))
-    assert len(whole) == shard - 1 and len(list((partial / "shards").glob("*.tmp"))) == 1
+    assert len(whole) == shard - 1 and len(list((partial / "shards").glob(".*.partial"))) == 1
     inodes = {path.name: path.stat().st_ino for path in whole}
     assert "was interrupted" in refused(layout, made.root, out, per_shard=3)
     build_shards(layout, made.root, out, options, quiet)

@@ -158,7 +158,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(rows, tmp_p
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lgp_dist.report.rows.os.replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(UserError, match="No space left"):
         write_paths_json(rows[:1], path)
     assert json.loads(path.read_text()) == rows

@@ -67,7 +67,7 @@ def test_taken_over_is_the_same_file_and_whole_or_absent(tmp_path: Path) -> None
     (leader.folder / "distil" / "rows.safetensors").write_bytes(b"rows")
     (cell.folder / "ancestry").mkdir(parents=True)
     (cell.folder / "ancestry" / "artifact.json").write_text("its own")
-    (cell.folder / ".distil.linked").mkdir()  # of a study that was killed
+    (cell.folder / ".distil.partial").mkdir()  # of a study that was killed
     take_over(cell, leader, ("ancestry", "distil", "pool"))
     assert (cell.folder / "ancestry" / "artifact.json").read_text() == "its own"
     assert (cell.folder / "distil" / "rows.safetensors").samefile(leader.folder / "distil" / "rows.safetensors")

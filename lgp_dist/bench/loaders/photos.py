@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from shutil import rmtree
 
 import numpy as np
 from PIL import Image
 
 from lgp_dist.data.shards.index import index_shards
 from lgp_dist.errors import UserError
+from lgp_dist.files import replace_folder
 
 VARIANTS = ("full", "s256")
 """About 500 x 375 at quality 93 to 98; and the same crops with the short side 256 at quality 90."""
@@ -70,22 +70,19 @@ def make_photographs(
     if out.exists():
         raise UserError(f"--folder {out} exists already: name another, or leave out --photos to use it.")
     sources = find_photographs(folders)
-    partial_folder = out.with_name(f".{out.name}.partial")
-    rmtree(partial_folder, ignore_errors=True)
-    try:
+
+    def fill(folder: Path) -> None:
         for variant in VARIANTS:
-            (partial_folder / variant).mkdir(parents=True)
+            (folder / variant).mkdir()
         per = -(-samples // shards)
         jobs = [range(start, min(start + per, samples)) for start in range(0, samples, per)]
         with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-            for number, _ in enumerate(pool.map(partial(_write_shard, sources, partial_folder, per), jobs)):
+            for number, _ in enumerate(pool.map(partial(_write_shard, sources, folder, per), jobs)):
                 progress(f"{number + 1} of {len(jobs)} shards")
         for variant in VARIANTS:
-            index_shards(partial_folder / variant, lambda line: None)
-        os.replace(partial_folder, out)
-    except BaseException:
-        rmtree(partial_folder, ignore_errors=True)
-        raise
+            index_shards(folder / variant, lambda line: None)
+
+    replace_folder(out, fill)
 
 
 def _write_shard(sources: Sequence[Path], folder: Path, per: int, numbers: range) -> None:

@@ -25,10 +25,11 @@ from lgp_dist.data.build.source import Item, Source
 from lgp_dist.data.build.write import write_shard
 from lgp_dist.data.order import position_to_sample, turns
 from lgp_dist.data.shards.index import IndexedShard, write_indexes
-from lgp_dist.data.shards.manifest import ShardEntry, ShardManifest, write_file
+from lgp_dist.data.shards.manifest import ShardEntry, ShardManifest
 from lgp_dist.data.shards.scan import Sample
 from lgp_dist.data.shards.sizes import check_shrink
 from lgp_dist.errors import UserError
+from lgp_dist.files import write_atomic, write_json
 
 LAYOUTS = ("imagefolder", "imagenet", "kaggle", "parquet", "webdataset", "fashion-mnist")
 """What `open_source` knows."""
@@ -187,7 +188,7 @@ def _remember(partial: Path, plan: dict[str, list[Item]], options: BuildOptions)
                 " repeat that one, or remove the folder."
             )
     else:
-        write_file(path, json.dumps(wanted).encode())
+        write_json(path, wanted)
 
 
 def _write(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) -> dict[str, IndexedShard]:
@@ -205,7 +206,7 @@ def _write(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) ->
     def task(name: str) -> None:
         made = write_shard(folder / name, plan[name], options.short_side, options.quality)
         row = {**asdict(made.entry), "samples": [[*_row(s), c] for s, c in zip(made.samples, made.sums, strict=True)]}
-        write_file(records / f"{name}.json", json.dumps(row).encode())
+        write_atomic(records / f"{name}.json", json.dumps(row).encode())
         done[name] = made
         bar.update()
 
@@ -249,6 +250,6 @@ def _finish(partial: Path, out: Path, source: Source, done: dict[str, IndexedSha
     splits = {split: tuple(shard.entry for shard in indexed[split]) for split in sorted(indexed)}
     manifest = ShardManifest(folder, source.classes, splits, source.origin, source.licence)
     for name, text in source.texts.items():
-        write_file(folder / name, text.encode())
+        write_atomic(folder / name, text.encode())
     write_indexes(manifest, indexed)
     os.replace(folder, out)

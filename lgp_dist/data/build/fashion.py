@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 
 from lgp_dist.data.build.source import Item, Source
 from lgp_dist.errors import UserError
+from lgp_dist.files import replacing
 
 DEFAULT_SOURCE = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the idx files."""
@@ -49,15 +49,14 @@ def fashion_mnist(source: Path, spool: Path) -> Source:
     splits: dict[str, list[Item]] = {}
     for split, (images, labels) in loaded.items():
         target, position = spool / f"{split}.bin", 0
-        partial, splits[split] = target.with_suffix(".tmp"), []
-        with open(partial, "wb") as stream:
+        splits[split] = []
+        with replacing(target) as partial, open(partial, "wb") as stream:
             for place, (pixels, label) in enumerate(zip(images, labels.tolist(), strict=True)):
                 buffer = io.BytesIO()
                 Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
                 size = stream.write(buffer.getvalue())
                 splits[split].append(Item(f"{split}-{place:05d}", label, str(target), position, size))
                 position += size
-        os.replace(partial, target)
     origin = "https://github.com/zalandoresearch/fashion-mnist"
     return Source("fashion-mnist", splits, CLASSES, origin, "MIT", {"LICENSE": LICENCE})
 

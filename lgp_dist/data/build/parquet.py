@@ -10,8 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lgp_dist.data.build.source import Item, Source, optional, unique_keys, want_folder
-from lgp_dist.data.shards.manifest import write_file
 from lgp_dist.errors import UserError
+from lgp_dist.files import replacing, write_atomic
 
 ROWS = 64
 """Rows that are read at once."""
@@ -66,9 +66,8 @@ def _spool(reader: Any, path: Path, target: Path) -> dict[str, Any]:
     """Copies the images of a parquet file one after the other and says where each is; raises UserError."""
     rows: list[tuple[str, int, int, int]] = []
     position = 0
-    partial = target.with_suffix(".tmp")
     try:
-        with reader.ParquetFile(path) as table, open(partial, "wb") as stream:
+        with replacing(target) as partial, reader.ParquetFile(path) as table, open(partial, "wb") as stream:
             for batch in table.iter_batches(batch_size=ROWS, columns=["image", "label"]):
                 for image, label in zip(batch["image"].to_pylist(), batch["label"].to_pylist(), strict=True):
                     content = image["bytes"]
@@ -77,16 +76,14 @@ def _spool(reader: Any, path: Path, target: Path) -> dict[str, Any]:
                     position += len(content)
             classes = _class_names(table.schema_arrow.metadata or {})
     except Exception as error:  # pyarrow raises many kinds on bad bytes; a wrong column is a KeyError or TypeError
-        partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename != str(path):
             raise  # the disk, not the file
         raise UserError(
             f"{path} cannot be read as parquet with columns image (bytes, path) and label"
             f" ({str(error).splitlines()[0] if str(error) else type(error).__name__}): download the file again."
         ) from error
-    os.replace(partial, target)
     stored = {"bytes": position, "classes": classes, "rows": rows}
-    write_file(target.with_suffix(".json"), json.dumps(stored).encode())
+    write_atomic(target.with_suffix(".json"), json.dumps(stored).encode())
     return stored
 
 

@@ -11,6 +11,7 @@ from lgp_dist.data.shards.index import IndexedShard, index_shard
 from lgp_dist.data.shards.sizes import dimensions, extension, shrink
 from lgp_dist.data.shards.tar import read_at
 from lgp_dist.errors import UserError
+from lgp_dist.files import flush, replacing
 
 
 def write_shard(path: Path, items: list[Item], short_side: int = 0, quality: int = 90) -> IndexedShard:
@@ -19,8 +20,7 @@ def write_shard(path: Path, items: list[Item], short_side: int = 0, quality: int
     Bytes of images stay as they are, or become smaller JPEGs: see pixels.shrink. The tar is read back before it gets
     its name. Raises UserError that names the first image that cannot be read or is none.
     """
-    partial = path.with_suffix(".tmp")
-    try:
+    with replacing(path) as partial:
         with (
             open(partial, "wb") as stream,
             TarWriter(stream, user="lgp", group="lgp", mode=0o644, mtime=0, compress=False, encoder=False) as tar,
@@ -31,20 +31,8 @@ def write_shard(path: Path, items: list[Item], short_side: int = 0, quality: int
         made = index_shard(partial)
         if [sample.key for sample in made.samples] != [item.key for item in items]:
             raise RuntimeError(f"{path.name} does not read back as it was written")
-        _to_disk(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        flush(partial)
     return replace(made, entry=replace(made.entry, name=path.name))
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file is on disk, so that a name never stands for less after a power cut."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _content(item: Item, short_side: int, quality: int) -> bytes:

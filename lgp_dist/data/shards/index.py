@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lgp_dist.data.shards.decode import ShardFiles, decode_image
-from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardEntry, ShardManifest, write_file
+from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardEntry, ShardManifest
 from lgp_dist.data.shards.scan import Sample, hash_shard, scan_shard, shown_key
 from lgp_dist.data.shards.timm_info import write_info
 from lgp_dist.errors import UserError
+from lgp_dist.files import write_atomic
 
 SIDECAR_FORMAT = 2
 """Format 1 had no width, height and crc; it is still read."""
@@ -236,7 +237,7 @@ def _write_sidecar(manifest: ShardManifest, split: str, index: ShardIndex) -> No
         fingerprint=np.str_(manifest.fingerprint(split)),
         **{name: getattr(index, name) for name in (*COLUMNS, *MORE_COLUMNS)},
     )
-    write_file(sidecar_path(manifest.root, split), buffer.getvalue())
+    write_atomic(sidecar_path(manifest.root, split), buffer.getvalue())
 
 
 def read_sidecar(manifest: ShardManifest, split: str) -> ShardIndex | None:

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lgp_dist.errors import UserError
+from lgp_dist.files import write_atomic
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -72,7 +72,7 @@ class ShardManifest:
             "splits": {split: [asdict(entry) for entry in entries] for split, entries in self.splits.items()},
         }
         path = self.root / MANIFEST_NAME
-        write_file(path, (json.dumps(stored, indent=2, ensure_ascii=False) + "\n").encode())
+        write_atomic(path, (json.dumps(stored, indent=2, ensure_ascii=False) + "\n").encode())
         return path
 
     def entries(self, split: str) -> tuple[ShardEntry, ...]:
@@ -114,16 +114,6 @@ class ShardManifest:
         """Hash over names and hashes of a split's shards, in order: 64 hex digits."""
         lines = "".join(f"{entry.sha256} {entry.name}\n" for entry in self.entries(split))
         return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name beside it and renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parse(root: Path, path: Path, stored: Any) -> ShardManifest:

@@ -9,8 +9,9 @@ from PIL import Image, ImageDraw, ImageOps
 
 from lgp_dist.data.order import permutation, turns
 from lgp_dist.data.shards.index import ShardIndex, read_image
-from lgp_dist.data.shards.manifest import ShardManifest, write_file
+from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.errors import UserError
+from lgp_dist.files import write_atomic
 
 BARS = 20
 """Classes that the text shows of each split; the JSON has all."""
@@ -116,7 +117,7 @@ def contact_sheet(manifest: ShardManifest, split: str, path: Path, images: int =
         draw.text((left, top + THUMBNAIL), name[: THUMBNAIL // 6], fill="black")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    write_file(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
 def _in_turn(index: ShardIndex, count: int, seed: int) -> list[int]:

@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from lgp_dist.data.shards.manifest import ShardManifest, write_file
+from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.files import write_atomic
 
 INFO_NAME = "_info.json"
 
@@ -28,4 +29,4 @@ def write_info(manifest: ShardManifest) -> None:
             "shard_lengths": [entry.samples for entry in entries],
         }
     info["splits"] = {split: splits[split] for split in splits if split in manifest.splits}
-    write_file(path, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())

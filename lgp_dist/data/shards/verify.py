@@ -15,6 +15,7 @@ from lgp_dist.data.shards.manifest import ShardEntry, ShardManifest
 from lgp_dist.data.shards.scan import Sample, hash_shard, scan_shard, shown_key
 from lgp_dist.data.shards.timm_info import INFO_NAME
 from lgp_dist.errors import UserError
+from lgp_dist.files import write_json
 
 LISTED = 10
 """Problems that a sentence spells out."""
@@ -92,7 +93,7 @@ def table(problems: list[Problem]) -> str:
 
 def write_problems(problems: list[Problem], path: Path) -> None:
     """Writes a JSON list of objects with the fields of Problem."""
-    path.write_text(json.dumps([asdict(problem) for problem in problems], indent=2) + "\n", encoding="utf-8")
+    write_json(path, [asdict(problem) for problem in problems])
 
 
 def _read(manifest: ShardManifest, entry: ShardEntry, stored: ShardIndex | None, place: int) -> _Read:

@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lgp_dist.files import flush
+
 
 class Disk:
     """Changes that survive a loss of power once they return. All raise OSError, or SafetensorError for tensors."""
@@ -20,28 +22,19 @@ class Disk:
         """A new safetensors file."""
         save_file(dict(tensors), path)
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it unreadable for others
-        _flush(path)
+        flush(path)
 
     def write_text(self, path: Path, text: str) -> None:
         """A new text file."""
         path.write_text(text)
-        _flush(path)
+        flush(path)
 
     def rename(self, old: Path, new: Path) -> None:
         """Gives a folder another name on the same file system, at once or not at all."""
-        _flush(old)
+        flush(old)
         os.rename(old, new)
-        _flush(new.parent)
+        flush(new.parent)
 
     def remove(self, folder: Path) -> None:
         """Removes a folder and what it holds."""
         shutil.rmtree(folder)
-
-
-def _flush(path: Path) -> None:
-    """What was written to a file or folder reaches the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

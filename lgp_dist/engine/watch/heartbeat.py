@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lgp_dist.files import write_json
+
 COMMUNICATION = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
 """Folders of code whose call is a wait for other ranks."""
 
@@ -73,21 +75,14 @@ def main_thread() -> tuple[bool, str]:
     return False, where
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes under a name of this process's own, then renames: never half a file, and no two writers in one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def file_of(folder: Path, rank: int) -> Path:
     """Where a rank's beats are."""
     return folder / f"rank-{rank}.json"
 
 
 def write_beat(folder: Path, beat: Beat) -> None:
-    """Replaces the rank's file."""
-    write_text(file_of(folder, beat.rank), json.dumps(asdict(beat)))
+    """Replaces the rank's file; UserError where it cannot be written."""
+    write_json(file_of(folder, beat.rank), asdict(beat))
 
 
 def read_beats(folder: Path, world: int) -> dict[int, Beat]:

@@ -33,9 +33,9 @@ from lgp_dist.engine.watch.heartbeat import (
     read_beats,
     sentence,
     write_beat,
-    write_text,
 )
-from lgp_dist.errors import HUNG
+from lgp_dist.errors import HUNG, UserError
+from lgp_dist.files import write_json
 
 log = logging.getLogger("lgp")
 Item = TypeVar("Item")
@@ -195,9 +195,9 @@ class Watchdog:
         )
         try:
             write_beat(self.folder, beat)
-        except OSError as error:
+        except UserError as error:
             if not self._failed:
-                log.warning("The heartbeat of rank %d cannot be written: %s", self.rank, error)
+                log.warning("The heartbeat of rank %d is not written: %s", self.rank, error)
             self._failed = True
         return beat
 
@@ -219,8 +219,8 @@ class Watchdog:
             "beats": [asdict(beat) for beat in pulse.beats.values()],
             "lives": [beat.life for beat in pulse.beats.values()],
         }
-        with contextlib.suppress(OSError):
-            write_text(self.folder / "hang.json", json.dumps(record, indent=2) + "\n")
+        with contextlib.suppress(UserError):
+            write_json(self.folder / "hang.json", record)
         return text
 
     def _end(self, text: str) -> None:
