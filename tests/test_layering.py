@@ -35,21 +35,7 @@ ALLOWED = {
     "bench": BUILDING | {"engine", "report", "stages", "tasks"},
     "study": BUILDING | {"pipeline", "report", "stages"},
     "commands": BUILDING | {"engine", "export", "pipeline", "report", "stages", "tasks", "timm_models"},
-    "cli": {
-        "bench",
-        "commands",
-        "config",
-        "data",
-        "engine",
-        "errors",
-        "files",
-        "paths",
-        "pipeline",
-        "recipes",
-        "report",
-        "run",
-    }
-    | {"study"},
+    "cli": BASE | {"bench", "commands", "data", "engine", "pipeline", "recipes", "report", "run", "study"},
     "__main__": {"cli"},
     "__init__": set(),
 }
