@@ -47,15 +47,16 @@ class StepContext:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """How the forwards of a module differ. Empty where every forward runs everything."""
+class ModuleStructure:
+    """Which submodules a forward calls in order, and which it may skip. Empty where every forward runs everything."""
 
-    units: tuple[str, ...] = ()
-    """Names of submodules that every forward calls once, in this order; together they hold every parameter. A unit
-    takes a tensor as its first argument and returns one; where a forward has no use for it, it returns that tensor.
-    Further tensors that it hands on, in a tuple, carry no gradient: ZeRO-3 counts those that do."""
-    parts: tuple[str, ...] = ()
-    """Names of submodules, each a unit or below one, that a forward uses as a whole or not at all."""
+    ordered_modules: tuple[str, ...] = ()
+    """Names of submodules, called units, that every forward calls once, in this order; together they hold every
+    parameter. A unit takes a tensor as its first argument and returns a tensor; a forward that does not need the unit
+    gets its input back. A unit may return a tuple, whose further tensors carry no gradient: ZeRO-3 counts those that
+    do."""
+    skippable_modules: tuple[str, ...] = ()
+    """Names of submodules, each a unit or within one, that a forward uses as a whole or skips."""
 
 
 class Task(Protocol):
@@ -64,11 +65,11 @@ class Task(Protocol):
     module: nn.Module
     """Everything that is trained, in one module with one forward: what a distributed wrapper sees. Like timm's models
     it has `set_grad_checkpointing(enable)`."""
-    walk: Walk
-    """Which parts of the module a forward may leave out."""
+    structure: ModuleStructure
+    """Which submodules of `module` a forward calls in order, and which it may skip."""
 
     def used(self, context: StepContext) -> frozenset[str]:
-        """The parts of `walk` that the forward of any rank's step runs. Pure: every rank asks for every rank."""
+        """The skippable modules that the forward of a rank's micro-step uses. Pure: every rank asks for every rank."""
         ...
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:

@@ -34,9 +34,9 @@ class Toy:
         torch.manual_seed(0)
         self.module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
-        self.shelf = CheckpointDir(folder, disk or Disk())
+        self.checkpoint_dir = CheckpointDir(folder, disk or Disk())
         fragments = Fragments(self.module, self.optimizer, None, 0, 1)
-        self.checkpointer = Checkpointer(self.shelf, ALONE, fragments, CheckpointConfig(**config))
+        self.checkpointer = Checkpointer(self.checkpoint_dir, ALONE, fragments, CheckpointConfig(**config))
 
     def train(self, step: int) -> None:
         """One step of gradients that are a function of its number."""

@@ -59,8 +59,8 @@ class _Saves:
     def __init__(self, bench: Bench, folder: Path, steps: int):
         self.bench, self.steps, self.step = bench, steps, 0
         workers = bench.workers
-        self.shelf = CheckpointDir(folder)
-        self.saves = Checkpointer(self.shelf, workers, bench.trainer.fragments(), bench.config.checkpoint)
+        self.checkpoint_dir = CheckpointDir(folder)
+        self.saves = Checkpointer(self.checkpoint_dir, workers, bench.trainer.fragments(), bench.config.checkpoint)
         self.engine = f"zero{workers.launch.zero_stage}" if workers.launch.deepspeed else "ddp"
 
     def turn(self, mode: str) -> dict[str, float]:
@@ -99,7 +99,7 @@ class _Saves:
         return TrainState("bench", self.step, self.step, config.seed, {}, {}, world, self.engine)
 
     def _newest(self) -> Manifest:
-        return read_manifest(self.shelf.final(self.shelf.steps()[0]))
+        return read_manifest(self.checkpoint_dir.final(self.checkpoint_dir.steps()[0]))
 
     def row(self, mode: str, turns: list[dict[str, float]], first: dict[str, float]) -> dict[str, Any]:
         """The object of one mode."""

@@ -73,10 +73,10 @@ class Bench:
         pool.set_ops(config.engine.ops)
         self.task = FinetuneTask(pool.train(), ancestry, self.samplers["shared"], config.finetune)
         self.task.to(workers.device)
-        self.gathered = Gathered(pool, pool.unit_names)
-        self.units = {name: _numbers(pool.get_submodule(name)) for name in pool.unit_names}
-        self.parts = {name: _numbers(pool.get_submodule(name)) for name in pool.part_names}
-        optimizer = build_optimizer(pool, self.train, parts=pool.part_names)
+        self.gathered = Gathered(pool, pool.ordered_modules)
+        self.units = {name: _numbers(pool.get_submodule(name)) for name in pool.ordered_modules}
+        self.parts = {name: _numbers(pool.get_submodule(name)) for name in pool.skippable_modules}
+        optimizer = build_optimizer(pool, self.train, skippable=pool.skippable_modules)
         self.trainer = Trainer(workers, self.task, optimizer, self.train, config.finetune.gradients)
         self.traffic = CommStats(self.trainer.module)
         images = self.train.batch_size // (workers.world * self.train.accumulate)
@@ -133,7 +133,7 @@ class Bench:
         return TRAINING * max(map(sum, schedule)) / 1e9
 
     def _unused(self, step: int) -> int:
-        used = frozenset().union(*(self.task.module.parts_of(path) for row in self._schedule(step) for path in row))
+        used = frozenset().union(*(self.task.module.modules_of(path) for row in self._schedule(step) for path in row))
         return sum(4 * size for part, size in self.parts.items() if part not in used)
 
     def row(self, policy: str, seconds: list[float], steps: range) -> dict[str, Any]:

@@ -44,9 +44,14 @@ class _Save:
     """One checkpoint that is being written."""
 
     def __init__(
-        self, state: TrainState, steps: dict[str, float], pieces: list[TensorSlice], path: Path, shelf: CheckpointDir
+        self,
+        state: TrainState,
+        steps: dict[str, float],
+        slices: list[TensorSlice],
+        path: Path,
+        checkpoint_dir: CheckpointDir,
     ):
-        self.state, self.steps, self.pieces, self.path, self.shelf = state, steps, pieces, path, shelf
+        self.state, self.steps, self.slices, self.path, self.checkpoint_dir = state, steps, slices, path, checkpoint_dir
         self.status, self.problem, self.bytes, self.digest = RUNNING, "", 0, ""
         self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self.thread.start()
@@ -54,9 +59,9 @@ class _Save:
     def _run(self) -> None:
         status = FAILED
         try:
-            self.shelf.disk.make(self.path.parent)
-            self.shelf.disk.write_tensors(self.path, {piece.name: piece.values for piece in self.pieces})
-            if not same(self.path, self.pieces):
+            self.checkpoint_dir.disk.make(self.path.parent)
+            self.checkpoint_dir.disk.write_tensors(self.path, {part.name: part.values for part in self.slices})
+            if not same(self.path, self.slices):
                 raise OSError("what was read back differs from what was written")
             self.bytes, self.digest, status = self.path.stat().st_size, sha256(self.path), WRITTEN
         except (OSError, SafetensorError) as error:
@@ -71,8 +76,8 @@ class _Save:
 class Checkpointer:
     """The checkpoints of one stage of one run."""
 
-    def __init__(self, shelf: CheckpointDir, workers: Workers, fragments: Fragments, config: CheckpointConfig):
-        self.shelf, self.workers, self.fragments, self.config = shelf, workers, fragments, config
+    def __init__(self, checkpoint_dir: CheckpointDir, workers: Workers, fragments: Fragments, config: CheckpointConfig):
+        self.checkpoint_dir, self.workers, self.fragments, self.config = checkpoint_dir, workers, fragments, config
         self._save: _Save | None = None
         self._buffers: dict[str, Tensor] = {}
         self.stall_s = 0.0
@@ -93,9 +98,9 @@ class Checkpointer:
         began = time.monotonic()
         self.wait()
         steps = self._all_steps()
-        pieces = [self._copy(piece) for piece in self.fragments.written()]
-        path = self.shelf.partial(state.step) / rank_file(self.workers.rank)
-        self._save = _Save(state, steps, pieces, path, self.shelf)
+        slices = [self._copy(part) for part in self.fragments.written()]
+        path = self.checkpoint_dir.partial(state.step) / rank_file(self.workers.rank)
+        self._save = _Save(state, steps, slices, path, self.checkpoint_dir)
         self.stall_s = time.monotonic() - began
 
     def settle(self, worst: int) -> None:
@@ -114,12 +119,12 @@ class Checkpointer:
             self._save.thread.join(LOOK_S)
             self.settle(int(self.workers.highest([self.status])[0]))
 
-    def _copy(self, piece: TensorSlice) -> TensorSlice:
+    def _copy(self, part: TensorSlice) -> TensorSlice:
         """In this machine's memory, in a buffer of the save before."""
-        values = piece.values
-        if piece.name not in self._buffers:
-            self._buffers[piece.name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        return replace(piece, values=self._buffers[piece.name].copy_(values))
+        values = part.values
+        if part.name not in self._buffers:
+            self._buffers[part.name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        return replace(part, values=self._buffers[part.name].copy_(values))
 
     def _all_steps(self) -> dict[str, float]:
         """Updates of every parameter, whichever rank holds it."""
@@ -136,30 +141,31 @@ class Checkpointer:
             files = {rank_file(rank): (row[0], bytes(row[1:]).hex()) for rank, row in enumerate(table)}
             manifest = Manifest(save.path.parent, save.state, self.fragments.shapes, save.steps, files)
             try:
-                self.shelf.publish(save.state.step, manifest)
+                self.checkpoint_dir.publish(save.state.step, manifest)
             except OSError as error:
                 save.problem, outcome = str(error), FAILED
             else:
-                log.info("checkpoint: step %d in %s", save.state.step, self.shelf.final(save.state.step))
+                log.info("checkpoint: step %d in %s", save.state.step, self.checkpoint_dir.final(save.state.step))
                 self._prune()
         return int(self.workers.highest([outcome])[0])
 
     def _prune(self) -> None:
         try:
-            self.shelf.prune(self.config.keep)
+            self.checkpoint_dir.prune(self.config.keep)
         except OSError as error:
-            log.warning("checkpoint: an old one in %s could not be removed (%s)", self.shelf.folder, error)
+            log.warning("checkpoint: an old one in %s could not be removed (%s)", self.checkpoint_dir.folder, error)
 
     def _drop(self, save: _Save) -> None:
         """Says why the save failed, on the ranks where it did, and removes what there is of it."""
         save.thread.join()
         self.workers.highest([0])  # no rank removes while another writes
-        folder, needed = save.path.parent, sum(piece.values.nbytes for piece in save.pieces)
+        folder, needed = save.path.parent, sum(part.values.nbytes for part in save.slices)
         sentence = ""
         if save.problem:
-            free = shutil.disk_usage(self.shelf.folder if self.shelf.folder.is_dir() else Path.cwd()).free
+            target = self.checkpoint_dir.folder
+            free = shutil.disk_usage(target if target.is_dir() else Path.cwd()).free
             sentence = (
-                f"The checkpoint of step {save.state.step} could not be written to {self.shelf.folder} by rank "
+                f"The checkpoint of step {save.state.step} could not be written to {target} by rank "
                 f"{self.workers.rank} ({save.problem}; its part needs {needed} bytes, {free} are free): the one before "
                 "stays; free space, or choose another --run-dir."
             )
@@ -191,21 +197,21 @@ class Checkpointer:
         found, problem = None, ""
         if self.workers.is_main:
             try:
-                found = self.shelf.find(resume, stage)
+                found = self.checkpoint_dir.find(resume, stage)
                 if found:
                     check(found.state)
                     check_shapes(found, self.fragments.shapes)
-                self.shelf.begin(found.state.step if found else -1)
+                self.checkpoint_dir.begin(found.state.step if found else -1)
             except (UserError, OSError) as error:
                 problem = str(error)
         self._all_or_none(problem, "Rank 0 could not choose a checkpoint")
-        named = found is not None and found.folder != self.shelf.final(found.state.step)
+        named = found is not None and found.folder != self.checkpoint_dir.final(found.state.step)
         step, named = map(int, self.workers.highest([found.state.step if found else -1, named]))
         if step < 0:
             return None
         try:
             if found is None:
-                found = read_manifest(Path(resume) if named else self.shelf.final(step))
+                found = read_manifest(Path(resume) if named else self.checkpoint_dir.final(step))
                 if self.workers.rank % self.workers.launch.local_world == 0:
                     found.check_files()
             digest = int(found.digest[:12], 16)
@@ -214,15 +220,15 @@ class Checkpointer:
         self._all_or_none(problem, "Another rank could not read the checkpoint")
         if not self.workers.equal(digest):
             raise UserError(
-                f"Ranks see different checkpoints of step {step} in {self.shelf.folder}: the run directory must be "
-                "one that all nodes share."
+                f"Ranks see different checkpoints of step {step} in {self.checkpoint_dir.folder}: the run directory "
+                "must be one that all nodes share."
             )
         return found
 
     def _load(self, manifest: Manifest) -> None:
         with SliceReader(manifest) as reader, torch.no_grad():
-            for piece in self.fragments.read():
-                reader.fill(piece)
+            for part in self.fragments.read():
+                reader.fill(part)
         self.fragments.set_steps(manifest.steps)
 
     def _all_or_none(self, problem: str, elsewhere: str) -> None:

@@ -92,7 +92,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     return kept
 
 
-def check_zero(stage: int, engine: EngineConfig, file: Mapping[str, Any]) -> None:
+def check_zero_stage(stage: int, engine: EngineConfig, file: Mapping[str, Any]) -> None:
     """UserError where settings do not fit the ZeRO stage."""
     if stage not in (0, 1, 2, 3):
         raise UserError(f"The launch file sets zero_stage {stage}, but there are 0, 1, 2 and 3: choose one of them.")

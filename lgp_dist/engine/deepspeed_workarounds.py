@@ -13,7 +13,7 @@ from deepspeed.runtime.zero import ZeroParamStatus
 from torch import Tensor, nn
 
 
-def spare_probes() -> None:
+def skip_operator_probes() -> None:
     """None of DeepSpeed's own operators is used on a CPU.
 
     Saying so spares a probe that compiles each of them, and the shared-memory all-reduce (for inference), which leaves
@@ -45,7 +45,7 @@ def _offloaded(optimizer: Any) -> Iterator[tuple[int, Tensor]]:
 
 
 def reduced_gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """This rank's share of the gradients at ZeRO-1 to 3, after a step's last backward, each with its group's `part`."""
+    """This rank's share of the gradients under ZeRO-1 to 3, after a step's last backward, with their group's module."""
     optimizer = engine.optimizer
     for event in getattr(optimizer, "_pending_offload_events", {}).values():
         event.synchronize()
@@ -54,7 +54,7 @@ def reduced_gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
         found = [(index, tensor) for index, group in optimizer.averaged_gradients.items() for tensor in group or ()]
     group_of = getattr(optimizer, "sub_group_to_group_id", None)
     for index, tensor in found:
-        yield optimizer.optimizer.param_groups[group_of[index] if group_of else index]["part"], tensor
+        yield optimizer.optimizer.param_groups[group_of[index] if group_of else index]["module"], tensor
 
 
 def drop_gradients(engine: Any) -> None:
@@ -68,7 +68,7 @@ def drop_gradients(engine: Any) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class OptimizerSlice:
     """Where the optimizer holds elements of a parameter."""
 
     flat: Tensor
@@ -83,7 +83,7 @@ class Place:
     """Of the optimizer's groups."""
 
 
-def partitions(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Place]]:
+def partitions(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, OptimizerSlice]]:
     """Name and place of every parameter of which this rank's partitions of ZeRO-1, 2 or 3 hold a part.
 
     Read from DeepSpeed's own maps. Its universal checkpoint has the same, but gives every group of ZeRO-3 the settings
@@ -103,7 +103,7 @@ def partitions(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterat
             count = mapping.hp_fragment_address.numel
         else:
             continue
-        yield name, Place(flat, offset, start, count, group)
+        yield name, OptimizerSlice(flat, offset, start, count, group)
 
 
 def gathered(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
-from lgp_dist.protocols import Walk
+from lgp_dist.protocols import ModuleStructure
 
 ADVICE = "nothing of this step was applied: give every rank the same code, recipe and seed, and report it if they have"
 
@@ -29,13 +29,13 @@ def bits(tensor: Tensor) -> Tensor:
 class DivergenceCheck:
     """Records what one rank does in a step and compares it over ranks."""
 
-    def __init__(self, module: nn.Module, walk: Walk, workers: Workers, *, gradients: bool):
+    def __init__(self, module: nn.Module, structure: ModuleStructure, workers: Workers, *, gradients: bool):
         """gradients: also the order in which gradients come; off where it may differ without harm."""
         self.module, self.workers = module, workers
         self.events: list[int] = []
         self._hooks: list[Any] = []
-        self.names = list(walk.units)
-        for index, name in enumerate(walk.units):
+        self.names = list(structure.ordered_modules)
+        for index, name in enumerate(structure.ordered_modules):
             self._hooks.append(module.get_submodule(name).register_forward_pre_hook(self._unit(index)))
         if gradients:
             for name, parameter in module.named_parameters():
@@ -53,7 +53,10 @@ class DivergenceCheck:
         return lambda parameter: self.events.append(index)
 
     def check(self, step: int, schedule: Iterable[frozenset[str]]) -> None:
-        """UserError where ranks differ. schedule: the parts that each draw of the step uses, over all ranks."""
+        """UserError if ranks differ.
+
+        schedule: the skippable modules that each micro-step of each rank uses.
+        """
         drawn = zlib.crc32("/".join(map(_named, schedule)).encode())
         events, self.events = self.events, []
         if not self.workers.equal(zlib.crc32(torch.tensor([drawn, *events]).numpy().tobytes())):
@@ -94,6 +97,6 @@ class DivergenceCheck:
 
 
 @lru_cache(maxsize=4096)
-def _named(parts: frozenset[str]) -> str:
-    """The parts of a draw as text; a run has few paths."""
-    return ",".join(sorted(parts))
+def _named(modules: frozenset[str]) -> str:
+    """The modules of a draw as text; a run has few paths."""
+    return ",".join(sorted(modules))

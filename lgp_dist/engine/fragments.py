@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lgp_dist.engine.checkpoints.tensor_slices import WEIGHT, TensorSlice
-from lgp_dist.engine.deepspeed_workarounds import Place, partitions
+from lgp_dist.engine.deepspeed_workarounds import OptimizerSlice, partitions
 from lgp_dist.engine.optim import materialise
 
 
@@ -37,13 +37,13 @@ class Fragments:
     def written(self) -> list[TensorSlice]:
         """This rank's share; over all ranks every element comes once."""
         found = []
-        for piece in self._held():
+        for held in self._held():
             if self.engine is None:
-                count = piece.values.numel()
+                count = held.values.numel()
                 first, end = (count * part // self.world for part in (self.rank, self.rank + 1))
-                piece = TensorSlice(piece.parameter, piece.kind, first, piece.values[first:end])
-            if piece.values.numel():
-                found.append(piece)
+                held = TensorSlice(held.parameter, held.kind, first, held.values[first:end])
+            if held.values.numel():
+                found.append(held)
         return found
 
     def read(self) -> list[TensorSlice]:
@@ -72,15 +72,15 @@ class Fragments:
                 if isinstance(value, Tensor) and value.shape == place.flat.shape:
                     yield TensorSlice(name, kind, place.start, value.detach().view(-1)[part])
 
-    def _state(self, place: Place) -> dict[str, Any]:
+    def _state(self, place: OptimizerSlice) -> dict[str, Any]:
         materialise(self.base, self.base.param_groups[place.group], place.flat)
         return self.base.state[place.flat]
 
-    def _places(self) -> Iterator[tuple[str, Place]]:
+    def _places(self) -> Iterator[tuple[str, OptimizerSlice]]:
         if self.engine is None:
             groups = {id(p): index for index, group in enumerate(self.base.param_groups) for p in group["params"]}
             for name, parameter in self.named:
-                yield name, Place(parameter, 0, 0, parameter.numel(), groups[id(parameter)])
+                yield name, OptimizerSlice(parameter, 0, 0, parameter.numel(), groups[id(parameter)])
         else:
             yield from partitions(self.engine, self.named)
 

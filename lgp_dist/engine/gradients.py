@@ -1,25 +1,22 @@
-"""Makes gradients whole on every rank when ranks train different paths.
+"""Gives every rank the same gradients in the same order, although ranks train different paths.
 
-A module is walked in one order by every rank (`protocols.Walk`): each unit is called once in every forward, and passes
-its input through where the rank's path has no use for it. On this order stands one contract per engine:
+All ranks call the ordered modules of a task (`protocols.ModuleStructure`), called units, once in every forward and in
+the same order; a unit that is not on a rank's path returns its input. Each engine has a contract on top of this order:
 
-* ZeRO-1 and ZeRO-2: a **chain** of anchors. At the entry of a unit stands one node of the autograd graph for each of
-  its parameters, which passes the gradient on and gives a zero to the parameter if the path does not use it. Every
-  parameter then has a gradient on every rank, and gets it when the unit's backward is over, in the order of the chain:
-  by data dependency, not by autograd's queue. ZeRO fills its buckets in the order of gradients.
-* DDP: **anchors**, one for all parameters of a unit. DDP's buckets hold fixed parameters and are reduced in a fixed
-  order, so that every parameter must get a gradient on every rank, in whatever order.
-* ZeRO-3: **leaves**. Every unit is a leaf module of DeepSpeed: gathered as a whole when it is called, used or not, and
-  its gradients reduced as a whole when its backward is over, with zeros for what has none. DeepSpeed sees the end of a
-  backward only through the gradient of an input.
-* ZeRO-0: nothing. DeepSpeed reduces all parameters in the module's order, with zeros for what has no gradient.
-* One process: nothing. Zeros are filled in before the optimizer's step.
-* The union, in place of the chain at ZeRO-1 and ZeRO-2: nothing is reduced before the last micro-step's backward; then
-  zeros are filled in for what this rank lacks of the step's union, and the union alone is reduced, in module order.
+* `chain` (ZeRO-1 and ZeRO-2): a gate per parameter. ZeRO fills its buckets in the order in which gradients arrive, so
+  that order must be the same on every rank.
+* `gates` (DDP): one gate per unit. DDP reduces fixed buckets in a fixed order and only needs a gradient for every
+  parameter.
+* `leaves` (ZeRO-3): every unit is a leaf module of DeepSpeed, which gathers all its weights when it is called, and
+  reduces all its gradients after its backward, with zeros for missing ones. DeepSpeed sees the end of a backward only
+  through the gradient of an input, so the first unit needs an ordering token (below).
+* `none` (ZeRO-0; one process; `engine.reduction` union). ZeRO-0 reduces all parameters in module order and sends zeros
+  for missing gradients. One process fills in zeros before the optimizer's step. With the union, ranks reduce nothing
+  until the last backward of a step, then fill in zeros and reduce what any rank used, in module order.
 
-The first unit takes images, whose gradient nobody wants and which costs more than that of its weights: its nodes stand
-on a **tick**, one number beside the images that is joined to what the unit gives. In backward they are ready at once,
-and come last all the same, since autograd takes what was made last first. Models know nothing of this.
+A gate is an autograd node on the tokens at the entry of a unit, with parameters of the unit as further inputs. A
+gradient is released only when autograd reaches its gate, after the backward of the unit. The tokens' own gradient
+passes through all gates, so gates form a chain: data dependency orders them, not autograd's queue.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,102 +27,107 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lgp_dist.protocols import Walk
+from lgp_dist.protocols import ModuleStructure
 
-Contract = Literal["chain", "anchors", "leaves", "none"]
+Contract = Literal["chain", "gates", "leaves", "none"]
 
 
-class Anchor(torch.autograd.Function):
-    """The identity on tokens, with parameters as further inputs: their gradients wait for this node."""
+class GradientGate(torch.autograd.Function):
+    """The identity on tokens that releases gradients of parameters, with zeros for those that the forward skips."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, used: Sequence[bool], *parameters: Tensor) -> Tensor:
-        """tokens: any shape, passed through. used: of each parameter, whether the forward behind this node uses it."""
-        ctx.missing = [None if uses else _shape(tensor) for uses, tensor in zip(used, parameters, strict=True)]
+        """Returns the tokens, of any shape. used: for each parameter, whether the unit's forward uses it."""
+        ctx.skipped = [
+            None if uses else (tensor.shape, tensor.dtype, tensor.device)
+            for uses, tensor in zip(used, parameters, strict=True)
+        ]
         return tokens.view_as(tokens)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient, and a zero for every parameter that the forward does not use."""
-        return (gradient, None, *(kind and torch.zeros(kind[0], **kind[1]) for kind in ctx.missing))
+        """Returns the tokens' gradient, and a zero for every skipped parameter."""
+        zeros = (kind and torch.zeros(kind[0], dtype=kind[1], device=kind[2]) for kind in ctx.skipped)
+        return (gradient, None, *zeros)
 
 
-class Join(torch.autograd.Function):
-    """The identity on tokens, with a tick as a further input."""
+class JoinOrderingToken(torch.autograd.Function):
+    """The identity on tokens that makes an ordering token part of their graph."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, tick: Tensor) -> Tensor:
-        """tokens: any shape, passed through. tick: [1]."""
+    def forward(ctx: Any, tokens: Tensor, ordering_token: Tensor) -> Tensor:
+        """Returns the tokens, of any shape. ordering_token: [1]."""
         return tokens.view_as(tokens)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient, and a zero for the tick."""
+        """Returns the tokens' gradient, and a zero for the ordering token."""
         return gradient, torch.zeros(1, device=gradient.device)
 
 
-def _shape(tensor: Tensor) -> tuple[torch.Size, dict[str, Any]]:
-    return tensor.shape, {"dtype": tensor.dtype, "device": tensor.device}
-
-
-def part_of(name: str, parts: Collection[str]) -> str:
-    """The part that holds a parameter; empty for one that every forward uses."""
-    return next((part for part in parts if name.startswith(part + ".")), "")
+def skippable_module_of(name: str, skippable: Collection[str]) -> str:
+    """Returns the skippable module that holds a parameter, or "" for a parameter that every forward uses."""
+    return next((module for module in skippable if name.startswith(module + ".")), "")
 
 
 class Gradients:
-    """The contract of one module and engine, from before DeepSpeed wraps the module until `close`."""
+    """Applies a contract to a module, from before DeepSpeed wraps it until `close`."""
 
-    def __init__(self, module: nn.Module, walk: Walk, contract: Contract):
+    def __init__(self, module: nn.Module, structure: ModuleStructure, contract: Contract):
         self.module = module
         self.used: frozenset[str] = frozenset()
+        """The skippable modules that the next forward uses."""
         self.parameters = [
-            (name, parameter, part_of(name, walk.parts))
+            (name, parameter, skippable_module_of(name, structure.skippable_modules))
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         ]
-        self._hooks = []
-        self._first = module.get_submodule(walk.units[0]) if walk.units and contract != "none" else None
-        self._leaves = [module.get_submodule(name) for name in walk.units] if contract == "leaves" else []
+        """Name, parameter and skippable module of everything that is trained."""
+        units = {name: module.get_submodule(name) for name in structure.ordered_modules}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._leaves = list(units.values()) if contract == "leaves" else []
         for leaf in self._leaves:
             set_z3_leaf_module(leaf, True)
+        self._first = next(iter(units.values()), None) if contract != "none" else None
         if self._first is not None:
-            self._hooks.append(self._first.register_forward_pre_hook(_tick))
-            self._first.forward = _joined(self._first.forward)
-        if contract in ("chain", "anchors"):
-            for name in walk.units:
-                mine = [(tensor, part) for full, tensor, part in self.parameters if full.startswith(name + ".")]
-                nodes = [[one] for one in mine[::-1]] if contract == "chain" else [mine]
-                self._hooks.append(module.get_submodule(name).register_forward_pre_hook(self._anchors(nodes)))
+            self._hooks.append(self._first.register_forward_pre_hook(_add_ordering_token))
+            self._first.forward = _joins_ordering_token(self._first.forward)
+        if contract in ("chain", "gates"):
+            for name, unit in units.items():
+                mine = [(tensor, owner) for full, tensor, owner in self.parameters if full.startswith(name + ".")]
+                gates = [[one] for one in mine[::-1]] if contract == "chain" else [mine]
+                self._hooks.append(unit.register_forward_pre_hook(self._gates(gates)))
 
-    def _anchors(self, nodes: list[list[tuple[Parameter, str]]]) -> Any:
+    def _gates(self, gates: list[list[tuple[Parameter, str]]]) -> Callable[..., tuple[Any, ...] | None]:
+        """A hook that sends a unit's tokens, or its ordering token, through gates for these parameters."""
+
         def hook(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not torch.is_grad_enabled():
                 return None
             changed, place = list(arguments), -1 if unit is self._first else 0
-            for node in nodes:
-                used = [not part or part in self.used for _, part in node]
-                changed[place] = Anchor.apply(changed[place], used, *(parameter for parameter, _ in node))
+            for gate in gates:
+                used = [not owner or owner in self.used for _, owner in gate]
+                changed[place] = GradientGate.apply(changed[place], used, *(parameter for parameter, _ in gate))
             return tuple(changed)
 
         return hook
 
     def weigh(self, factors: Mapping[str, float]) -> None:
-        """From now on multiplies gradients of the parts that `factors` names, which may change from step to step."""
+        """Multiplies gradients from now on by the factor of their skippable module, which may change between steps."""
 
-        def scaled(part: str) -> Any:
-            return lambda gradient: gradient * factors[part] if part in factors else gradient
+        def scaled(owner: str) -> Callable[[Tensor], Tensor]:
+            return lambda gradient: gradient * factors[owner] if owner in factors else gradient
 
-        self._hooks += [tensor.register_hook(scaled(part)) for _, tensor, part in self.parameters if part]
+        self._hooks += [tensor.register_hook(scaled(owner)) for _, tensor, owner in self.parameters if owner]
 
-    def fill(self, parts: Collection[str] | None = None) -> None:
-        """Gives parameters without a gradient a zero: all, or those of some parts and of none."""
-        for _, parameter, part in self.parameters:
-            if parameter.grad is None and (parts is None or not part or part in parts):
+    def fill(self, modules: Collection[str] | None = None) -> None:
+        """Gives a zero to parameters without a gradient: to all, or to those of these modules and of every forward."""
+        for _, parameter, owner in self.parameters:
+            if parameter.grad is None and (modules is None or not owner or owner in modules):
                 parameter.grad = torch.zeros_like(parameter)
 
     def close(self) -> None:
-        """Takes every hook and mark off the module."""
+        """Removes every hook and mark from the module."""
         for hook in self._hooks:
             hook.remove()
         for leaf in self._leaves:
@@ -134,18 +136,24 @@ class Gradients:
             del self._first.forward
 
 
-def _tick(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """A tick behind the first unit's arguments."""
+# The first unit takes images. Gates on images would make autograd compute the gradient of images, which nobody needs
+# and which costs more than that of the unit's weights. So its gates stand on an ordering token: one number that enters
+# after the images and joins the unit's output. These gates are ready when the unit's backward begins, but run last:
+# autograd runs the most recently created ready node first, and they were created first.
+
+
+def _add_ordering_token(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Appends an ordering token to the first unit's arguments."""
     if not torch.is_grad_enabled():
         return None
     return (*arguments, torch.zeros(1, device=arguments[0].device, requires_grad=True))
 
 
-def _joined(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The first unit's forward, which takes a tick behind its own arguments where there is one."""
+def _joins_ordering_token(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The first unit's forward, which also takes an ordering token and joins it to its output."""
 
-    def joined(images: Tensor, path: Any, tick: Tensor | None = None) -> Tensor:
+    def joined(images: Tensor, path: Any, ordering_token: Tensor | None = None) -> Tensor:
         tokens = forward(images, path)
-        return tokens if tick is None else Join.apply(tokens, tick)
+        return tokens if ordering_token is None else JoinOrderingToken.apply(tokens, ordering_token)
 
     return joined

@@ -15,7 +15,7 @@ from torch import Tensor
 from lgp_dist.config.run_config import GradientConfig, TrainConfig
 from lgp_dist.engine.meters import StepMeter
 from lgp_dist.engine.optim import Decays, build_optimizer, build_schedule, decays_matrix, planned_steps, rate_of
-from lgp_dist.engine.saver import Saver, Saving
+from lgp_dist.engine.saver import Saver, SaverConfig
 from lgp_dist.engine.step_filter import NotFinite, StepFilter
 from lgp_dist.engine.trainer import Trainer, Watch
 from lgp_dist.engine.watch.signals import Preemption
@@ -46,28 +46,32 @@ def train(
     watch: Watch | None = None,
     watch_every: int = 0,
     check: Callable[[list[dict[str, Any]]], None] = lambda lines: None,
-    guard: StepFilter | None = None,
-    saving: Saving | None = None,
+    step_filter: StepFilter | None = None,
+    saver_config: SaverConfig | None = None,
     seeds: Seeds | None = None,
 ) -> dict[str, Any]:
     """Trains `task.module` in place; afterwards every rank holds the same weights, whole.
 
-    rates: factors of the learning rate by part of the task's walk. watch: called with the wrapped module in eval mode
-    every `watch_every` optimizer steps; what it measures is logged. check: called on every rank with finished lines of
-    metrics, which hold batches' facts summed over ranks; may raise. guard: of this task and stage; without one, the run
-    stops at the first step that is not finite. saving: how the stage is saved and resumed; None for not at all.
+    rates: learning rate factors by skippable module. watch: called with the wrapped module in eval mode every
+    `watch_every` optimizer steps; what it measures is logged. check: called on every rank with finished lines of
+    metrics, which hold batches' facts summed over ranks; may raise. step_filter: of this task and stage; without one,
+    the run stops at the first step that is not finite. saver_config: how the stage is saved and resumed; None if not.
     Returns steps of the whole run, seconds and images of this part. Raises Preempted once it has saved for a signal.
     """
     steps, began = planned_steps(config, steps_per_epoch), time.monotonic()
     workers.watchdog.phase("start")
     with contextlib.ExitStack() as stack:
         task.to(workers.device)
-        optimizer = build_optimizer(task.module.to(workers.device).train(), config, decays, task.walk.parts, rates)
+        optimizer = build_optimizer(
+            task.module.to(workers.device).train(), config, decays, task.structure.skippable_modules, rates
+        )
         schedule = build_schedule(optimizer, config, steps, steps_per_epoch)
-        guard = guard or StepFilter(task, workers, config.accumulate, stage=stage)
-        trainer = Trainer(workers, task, optimizer, config, gradients, trackers, run_dir / "tracking" / stage, guard)
+        step_filter = step_filter or StepFilter(task, workers, config.accumulate, stage=stage)
+        trainer = Trainer(
+            workers, task, optimizer, config, gradients, trackers, run_dir / "tracking" / stage, step_filter
+        )
         trainer.accelerator.init_trackers(stage, config=_plain(tracked_config or {}))
-        saver = Saver(saving, trainer, stage, steps, stack.enter_context(Preemption())) if saving else None
+        saver = Saver(saver_config, trainer, stage, steps, stack.enter_context(Preemption())) if saver_config else None
         meter = partial(StepMeter, trainer, run_dir / "metrics.jsonl", stage, steps, check)
 
         def one_step(step: int, stream: Iterator[Batch], meter: StepMeter) -> None:
@@ -101,7 +105,7 @@ def _steps(
     saver: Saver | None,
     steps: int,
 ) -> int:
-    """All steps from where the run goes on, which it returns; goes back to a checkpoint where the guard asks for it."""
+    """Runs the remaining steps; goes back to a checkpoint when the step filter asks for it. Returns the first step."""
     first = step = saver.restore() if saver else 0
     while True:
         meter, stream = new_meter(step), batches(step, steps - step)
@@ -124,7 +128,7 @@ def _steps(
 def _step(
     trainer: Trainer, stream: Iterator[Batch], step: int, seeds: Seeds | None
 ) -> tuple[list[dict[str, Tensor]], Counter[str], dict[str, Any], dict[str, float]]:
-    """One optimizer step: losses of its micro-steps, counts of its batches, what the guard says of it, and seconds."""
+    """One optimizer step: losses of its micro-steps, counts of its batches, the step filter's facts, and seconds."""
     losses, counts, wait, start = [], Counter[str](), 0.0, time.monotonic()
     watchdog = trainer.workers.watchdog
     trainer.begin(step)

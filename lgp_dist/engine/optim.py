@@ -1,4 +1,4 @@
-"""Optimizers with one parameter group per part and decay, the gate before their step, and timm's cosine schedule."""
+"""Optimizers with a parameter group per skippable module and decay, the mask of their step, timm's cosine schedule."""
 
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
 from lgp_dist.config.run_config import TrainConfig
-from lgp_dist.engine.gradients import part_of
+from lgp_dist.engine.gradients import skippable_module_of
 
 Decays = Callable[[str, Parameter], bool]
 
@@ -25,26 +25,26 @@ def build_optimizer(
     module: nn.Module,
     train: TrainConfig,
     decays: Decays = decays_matrix,
-    parts: tuple[str, ...] = (),
+    skippable: tuple[str, ...] = (),
     rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Optimizer:
-    """The optimizer over all trained parameters, in a group for each part, decayed and not.
+    """The optimizer over all trained parameters, with two groups per skippable module: with and without weight decay.
 
-    parts: names of submodules that a step may leave out as a whole. A group's key `part` names its own, "" for none.
-    rates: factors of the learning rate by part, 1 where none is given; timm's schedule applies a group's `lr_scale`.
+    skippable: names of the modules that a step may skip. A group's key `module` names its module, "" for parameters of
+    none of them. rates: learning rate factors by module, 1 by default; timm's schedule applies a group's `lr_scale`.
     """
     groups: dict[tuple[str, bool], list[Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((part_of(name, parts), decays(name, parameter)), []).append(parameter)
+            groups.setdefault((skippable_module_of(name, skippable), decays(name, parameter)), []).append(parameter)
     settings = [
         {
             "params": parameters,
             "weight_decay": train.weight_decay if decay else 0.0,
-            "part": part,
-            "lr_scale": rates.get(part, 1.0),
+            "module": module_name,
+            "lr_scale": rates.get(module_name, 1.0),
         }
-        for (part, decay), parameters in groups.items()
+        for (module_name, decay), parameters in groups.items()
     ]
     if train.optimizer == "sgd":
         return SGD(settings, lr=train.lr, momentum=train.momentum)
@@ -52,22 +52,22 @@ def build_optimizer(
 
 
 def rate_of(optimizer: Optimizer) -> float:
-    """The present learning rate of parts with factor 1, or of the first part if there are none."""
+    """The current learning rate of the groups with factor 1, or of the first group if there is none."""
     groups = optimizer.param_groups
     return next((group["lr"] for group in groups if group["lr_scale"] == 1), groups[0]["lr"])
 
 
-class Gate:
-    """Leaves parts out of an optimizer's step: no decay, no update, their moments and step counts as they were.
+class StepMask:
+    """Excludes modules from an optimizer's step: no decay, no update, moments and step counts unchanged.
 
-    Works for whatever tensors stand in the groups when the step comes: parameters, or DeepSpeed's flat partitions.
+    Works on whatever tensors the groups hold at the step: parameters, or DeepSpeed's flat partitions.
     """
 
     def __init__(self, optimizer: Optimizer):
         self.active: Collection[str] | None = None
-        """Parts that take part in the next step; None for all."""
-        self.closed = False
-        """Whether the next step leaves out everything."""
+        """Modules that the next step updates; None for all."""
+        self.skip_all = False
+        """Whether the next step updates nothing."""
         self._kept: list[tuple[Parameter, torch.Tensor]] = []
         self._hooks = (
             optimizer.register_step_pre_hook(self._before),
@@ -76,8 +76,8 @@ class Gate:
 
     def _before(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
         for group in optimizer.param_groups:
-            idle = group["part"] and self.active is not None and group["part"] not in self.active
-            if idle or self.closed:
+            idle = group["module"] and self.active is not None and group["module"] not in self.active
+            if idle or self.skip_all:
                 for parameter in group["params"]:
                     materialise(optimizer, group, parameter)
                     if parameter.grad is not None:
@@ -85,7 +85,7 @@ class Gate:
                         parameter.grad = None
 
     def _after(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
-        for parameter, gradient in self._kept:  # offloaded partitions keep their gradient buffer for good
+        for parameter, gradient in self._kept:  # offloaded partitions keep their gradient buffer
             parameter.grad = gradient
         self._kept = []
 

@@ -41,7 +41,7 @@ PER_RANK = frozenset(
     }
 )
 """Settings that may differ between ranks. No other may, even if it may differ between runs: ranks that write, measure,
-audit or reduce at other steps wait for each other for ever. Rows have no number here."""
+check or reduce at other steps wait for each other for ever. Rows have no number here."""
 
 REFUSAL = "refusal"
 """Fact of a rank that refuses its own recipe or inputs: the sentence that says why."""

@@ -21,12 +21,12 @@ log = logging.getLogger("lgp")
 
 
 @dataclass(frozen=True)
-class Saving:
+class SaverConfig:
     """How a stage is saved and resumed."""
 
     folder: Path
     """Of its checkpoints, on a file system that all ranks share."""
-    config: CheckpointConfig
+    checkpoint: CheckpointConfig
     seed: int
     """The recipe's."""
     settings: Mapping[str, Any]
@@ -46,22 +46,22 @@ class Saving:
 class Saver:
     """One stage's checkpoints: whether one is due, and what it says beside weights and optimizer state."""
 
-    def __init__(self, saving: Saving, trainer: Trainer, stage: str, steps: int, preemption: Preemption):
-        self.saving, self.trainer, self.preemption = saving, trainer, preemption
+    def __init__(self, config: SaverConfig, trainer: Trainer, stage: str, steps: int, preemption: Preemption):
+        self.config, self.trainer, self.preemption = config, trainer, preemption
         workers = trainer.workers
         self.rolled = 0
-        self.checkpointer = Checkpointer(CheckpointDir(saving.folder), workers, trainer.fragments(), saving.config)
+        self.checkpointer = Checkpointer(CheckpointDir(config.folder), workers, trainer.fragments(), config.checkpoint)
         launch = workers.launch
         self.state = TrainState(
             stage=stage,
             step=0,
             steps=steps,
-            seed=saving.seed,
+            seed=config.seed,
             data={},
-            config=saving.settings,
+            config=config.settings,
             world=workers.world,
             engine=f"zero{launch.zero_stage}" if launch.deepspeed else "ddp",
-            versions=saving.versions,
+            versions=config.versions,
         )
 
     def restore(self, resume: str = "") -> int:
@@ -71,20 +71,20 @@ class Saver:
         """
 
         def check(state: TrainState) -> None:
-            check_settings(state, self.state, self.saving.allow)
+            check_settings(state, self.state, self.config.allow)
 
-        found = self.checkpointer.restore(resume or self.saving.resume, self.state.stage, check)
+        found = self.checkpointer.restore(resume or self.config.resume, self.state.stage, check)
         if found is None:
             none = (
                 "--resume never"
-                if self.saving.resume == "never"
-                else f"no checkpoint in {self.checkpointer.shelf.folder}"
+                if self.config.resume == "never"
+                else f"no checkpoint in {self.checkpointer.checkpoint_dir.folder}"
             )
             log.info("%s: begins at step 0 of %d (%s)", self.state.stage, self.state.steps, none)
             return 0
-        self.saving.data_restore(found.data, found.step)
+        self.config.data_restore(found.data, found.step)
         if found.guard:
-            self.trainer.guard.load_state_dict(dict(found.guard))
+            self.trainer.step_filter.load_state_dict(dict(found.guard))
         if self.trainer.scaler is not None and found.loss_scale is not None:
             self.trainer.scaler.value, self.trainer.scaler.good = found.loss_scale, found.good_steps
         self.state = replace(self.state, best=found.best)
@@ -101,17 +101,17 @@ class Saver:
         NotFinite, which says how to meet the step again, where faults.rollback allows none.
         """
         self.checkpointer.wait()
-        shelf, allowed = self.checkpointer.shelf, self.trainer.guard.faults.rollback
-        newest = int(self.trainer.workers.highest([max(shelf.steps(), default=0)])[0])
+        checkpoint_dir, allowed = self.checkpointer.checkpoint_dir, self.trainer.step_filter.faults.rollback
+        newest = int(self.trainer.workers.highest([max(checkpoint_dir.steps(), default=0)])[0])
         if self.rolled >= allowed or not newest:
-            start = f" with --resume {shelf.final(newest)}" if newest else ""
+            start = f" with --resume {checkpoint_dir.final(newest)}" if newest else ""
             raise NotFinite(f"{problem} The same command{start} meets this step again.", problem.step) from problem
         self.rolled += 1
         if self.trainer.workers.is_main:
             log.warning("%s Going back to the last checkpoint, %d of %d times.", problem, self.rolled, allowed)
-        behind = self.saving.data_state(problem.step + 1)
+        behind = self.config.data_state(problem.step + 1)
         step = self.restore("latest")
-        self.saving.data_restore(behind, step)
+        self.config.data_restore(behind, step)
         return step
 
     def step_done(self, step: int, facts: Mapping[str, Any], flush: Callable[[], None]) -> None:
@@ -126,7 +126,7 @@ class Saver:
         top1 = [value for name, value in facts.items() if name.startswith("top1/")]
         score = sum(top1) / len(top1) if top1 else None
         better = score is not None and (best is None or score > best)
-        last, every = step == self.state.steps, self.saving.config.every
+        last, every = step == self.state.steps, self.config.checkpoint.every
         if better:
             self.state = replace(self.state, best=score)
         if asked or not last and (better or every and step % every == 0):
@@ -134,7 +134,7 @@ class Saver:
             self._save(step, score)
         if asked:
             saves.wait()
-            raise Preempted(self.state.stage, step, saved=step in saves.shelf.steps())
+            raise Preempted(self.state.stage, step, saved=step in saves.checkpoint_dir.steps())
 
     def _save(self, step: int, score: float | None) -> None:
         scaler = self.trainer.scaler
@@ -142,9 +142,9 @@ class Saver:
             replace(
                 self.state,
                 step=step,
-                data=self.saving.data_state(step),
+                data=self.config.data_state(step),
                 score=score,
-                guard=self.trainer.guard.state_dict(),
+                guard=self.trainer.step_filter.state_dict(),
                 loss_scale=scaler.value if scaler else None,
                 good_steps=scaler.good if scaler else 0,
                 created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -2,7 +2,7 @@
 
 Bad is a loss or a gradient that is not finite, or a loss far above those of the steps before it. What every rank needs
 for the decision travels in one all-reduce of a small vector: each draw's loss in a place of its own, and the squared
-norm of each part's gradient. `optim.Gate` then leaves the step out; the data goes on as if it had been taken.
+norm of each skippable module's gradient. `optim.StepMask` then skips the step; the data goes on as if it were taken.
 """
 
 import logging
@@ -27,7 +27,7 @@ Describe = Callable[[int, int, int], str]
 """(step, micro-step, rank) to shards and keys of that batch's samples, on any rank."""
 
 REMEMBERED, FEWEST, NAMED = 100, 20, 3
-"""Good steps whose median a spike is compared with; how many of them it takes; draws or parts that a sentence names."""
+"""Good steps whose median a spike is compared with; how many it takes; draws or modules that a sentence names."""
 LARGEST = torch.finfo(torch.float32).max
 """Squared norm of gradients above which DeepSpeed's is infinite."""
 
@@ -41,7 +41,7 @@ class NotFinite(UserError):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepVerdict:
     """What becomes of a step."""
 
     reason: str = ""
@@ -52,7 +52,7 @@ class Verdict:
     """To be raised when the step has been left out, so that the engine is ready for another."""
 
     @property
-    def left_out(self) -> bool:
+    def skipped(self) -> bool:
         """Whether the step is not applied."""
         return bool(self.reason)
 
@@ -75,8 +75,8 @@ class StepFilter:
         describe: Describe = lambda step, micro, rank: "",
     ):
         self.task, self.workers, self.faults, self.stage, self.describe = task, workers, faults, stage, describe
-        self.accumulate, self.parts = accumulate, ("", *task.walk.parts)
-        self.places = {part: place for place, part in enumerate(self.parts)}
+        self.accumulate, self.modules = accumulate, ("", *task.structure.skippable_modules)
+        self.places = {module: place for place, module in enumerate(self.modules)}
         self.good: deque[float] = deque(maxlen=REMEMBERED)
         """Losses of the last good steps."""
         self.skipped = 0
@@ -92,31 +92,31 @@ class StepFilter:
 
     def judge(
         self, step: int, losses: Sequence[Tensor], gradients: Iterable[tuple[str, Tensor]], scaled: bool
-    ) -> Verdict:
+    ) -> StepVerdict:
         """The verdict on a step; waits for the device.
 
         losses: this rank's, one per micro-step. gradients: as reduced, or this rank's share of them, each with its
-        part. scaled: whether a loss scale above 1 may be why a gradient is not finite.
+        module. scaled: whether a loss scale above 1 may be why a gradient is not finite.
         """
         table, squares = self._collect(losses, gradients)
         overflow = not sum(squares) <= LARGEST  # with nan too
         reason = self._reason(table, overflow, scaled)
         if reason in ("loss", "gradient", "spike"):
-            return Verdict(reason, overflow, self._fault(step, self._explain(step, reason, table, squares)))
+            return StepVerdict(reason, overflow, self._fault(step, self._explain(step, reason, table, squares)))
         if not reason:
             self.good.append(fmean(table))
             self.skipped = 0
-        return Verdict(reason, overflow)
+        return StepVerdict(reason, overflow)
 
     def _collect(
         self, losses: Sequence[Tensor], gradients: Iterable[tuple[str, Tensor]]
     ) -> tuple[list[float], list[float]]:
-        """Losses of all draws, those of a rank together, and squared norms of all parts, from all ranks."""
-        parts, tensors = zip(*gradients, strict=True)
+        """Losses of all draws, those of a rank together, and squared norms of all modules, from all ranks."""
+        modules, tensors = zip(*gradients, strict=True)
         device = tensors[0].device
         squares = torch.stack(torch._foreach_norm(tensors)).square()
-        places = torch.tensor([self.places[part] for part in parts], device=device)
-        totals = torch.zeros(len(self.parts), device=device).index_add_(0, places, squares).to(self.workers.device)
+        places = torch.tensor([self.places[module] for module in modules], device=device)
+        totals = torch.zeros(len(self.modules), device=device).index_add_(0, places, squares).to(self.workers.device)
         table = torch.zeros(self.workers.world, self.accumulate, device=self.workers.device)
         table[self.workers.rank] = torch.stack([loss.float() for loss in losses])
         values = self.workers.sum(torch.cat([table.flatten(), totals])).tolist()
@@ -151,10 +151,12 @@ class StepFilter:
             bad = [place for place, loss in enumerate(table) if not math.isfinite(loss)]
             what = f"the loss is {table[bad[0]]}"
         elif reason == "gradient":
-            parts = {part for part, square in zip(self.parts, squares, strict=True) if not math.isfinite(square)}
-            bad = [place for place, mine in enumerate(used) if parts <= mine]
-            bad = bad or [place for place, mine in enumerate(used) if parts & mine] or list(range(len(table)))
-            what = f"the gradient of {_named(parts)} is not finite, with losses that are,"
+            bad_modules = {
+                module for module, square in zip(self.modules, squares, strict=True) if not math.isfinite(square)
+            }
+            bad = [place for place, mine in enumerate(used) if bad_modules <= mine]
+            bad = bad or [place for place, mine in enumerate(used) if bad_modules & mine] or list(range(len(table)))
+            what = f"the gradient of {_named(bad_modules)} is not finite, with losses that are,"
         else:
             bad = [max(range(len(table)), key=table.__getitem__)]
             normal = f"{self.faults.spike:g} times the median {median(self.good):.6g} of {len(self.good)} good steps"
@@ -173,7 +175,7 @@ class StepFilter:
         return StepContext(step, micro, rank, self.workers.world)
 
 
-def _named(parts: set[str]) -> str:
-    """A few of the parts; the empty one stands for what every forward uses."""
-    names = sorted(parts - {""}) or ["what every forward uses"]
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more parts" if len(names) > NAMED else "")
+def _named(modules: set[str]) -> str:
+    """A few of the modules; the empty name stands for what every forward uses."""
+    names = sorted(modules - {""}) or ["what every forward uses"]
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more modules" if len(names) > NAMED else "")

@@ -1,7 +1,7 @@
 """One task on one engine: the only place that starts accelerate's wrapper and DeepSpeed.
 
-A step is `begin`, then for each micro-step a forward of `module` and `backward`, then `finish`. What makes it exact
-with another path on every rank is in `gradients`, `optim.Gate` and `zero`; what watches over it is in `audit`.
+A step is `begin`, then for each micro-step a forward of `module` and `backward`, then `finish`. `gradients`,
+`optim.StepMask` and `deepspeed_config` keep it exact with another path on every rank; `divergence_check` watches it.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from lgp_dist.engine.divergence_check import DivergenceCheck
 from lgp_dist.engine.fragments import Fragments
 from lgp_dist.engine.gradients import Contract, Gradients
 from lgp_dist.engine.launch.environment import Launch
-from lgp_dist.engine.optim import Gate
-from lgp_dist.engine.step_filter import StepFilter, Verdict
+from lgp_dist.engine.optim import StepMask
+from lgp_dist.engine.step_filter import StepFilter, StepVerdict
 from lgp_dist.engine.trackers import harmless
 from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import StepContext, Task
@@ -37,7 +37,7 @@ Watch = Callable[[nn.Module], dict[str, float]]
 def contract_of(launch: Launch, engine: EngineConfig) -> Contract:
     """How this engine is kept exact (engine/gradients.py)."""
     if not launch.deepspeed:
-        return "anchors" if launch.world > 1 else "none"
+        return "gates" if launch.world > 1 else "none"
     if launch.zero_stage == 3:
         return "leaves"
     return "none" if launch.zero_stage == 0 or engine.reduction == "union" else "chain"
@@ -71,7 +71,7 @@ class LossScale:
         self.value, self.good = start, 0
 
     def update(self, overflow: bool) -> None:
-        """Halves after a step whose gradients were not finite; doubles after 2,000 steps on end that were."""
+        """Halves after a step whose gradients were not finite; doubles after 2,000 consecutive steps that were."""
         self.good = 0 if overflow else self.good + 1
         if overflow:
             self.value /= 2
@@ -91,19 +91,19 @@ class Trainer:
         rules: GradientConfig,
         trackers: tuple[str, ...] = (),
         log_dir: Path = Path("."),
-        guard: StepFilter | None = None,
+        step_filter: StepFilter | None = None,
     ):
         self.workers, self.task, self.optimizer, self.train, self.rules = workers, task, optimizer, train, rules
         launch, engine = workers.launch, workers.engine
         self.deepspeed, self.stage = launch.deepspeed, launch.zero_stage
         self.union = engine.reduction == "union"
-        self.gradients = Gradients(task.module, task.walk, contract_of(launch, engine))
+        self.gradients = Gradients(task.module, task.structure, contract_of(launch, engine))
         self.factors: dict[str, float] = {}
         if rules.average == "users":
             self.gradients.weigh(self.factors)
-        self.audit = self._audit() if engine.audit and workers.world > 1 else None
-        self.gate = Gate(optimizer)
-        self.guard = guard or StepFilter(task, workers, train.accumulate)
+        self.divergence_check = self._divergence_check() if engine.audit and workers.world > 1 else None
+        self.step_mask = StepMask(optimizer)
+        self.step_filter = step_filter or StepFilter(task, workers, train.accumulate)
         self.losses: list[Tensor] = []
         self.scaler = LossScale(engine.fp16_scale) if engine.precision == "fp16" else None
         self.schedule: list[frozenset[str]] = []
@@ -139,9 +139,11 @@ class Trainer:
             project_dir=str(log_dir),
         )
 
-    def _audit(self) -> DivergenceCheck:
+    def _divergence_check(self) -> DivergenceCheck:
         ordered = self.deepspeed and self.stage in (1, 2)
-        return DivergenceCheck(self.task.module, self.task.walk, self.workers, gradients=ordered and not self.union)
+        return DivergenceCheck(
+            self.task.module, self.task.structure, self.workers, gradients=ordered and not self.union
+        )
 
     def begin(self, step: int) -> None:
         """Takes in the step's schedule: what all ranks and micro-steps will use."""
@@ -149,12 +151,12 @@ class Trainer:
         contexts = [StepContext(step, m, rank, workers.world) for m in range(count) for rank in range(workers.world)]
         self.schedule = [self.task.used(context) for context in contexts]
         union = frozenset().union(*self.schedule)
-        self.gate.active = union if self.rules.unused == "skip" else None
+        self.step_mask.active = union if self.rules.unused == "skip" else None
         self.losses.clear()
         self.factors.clear()
         if self.rules.average == "users":
-            uses = {part: sum(part in used for used in self.schedule) for part in union}
-            self.factors.update({part: len(contexts) / number for part, number in uses.items()})
+            uses = {name: sum(name in used for used in self.schedule) for name in union}
+            self.factors.update({name: len(contexts) / number for name, number in uses.items()})
         if self.scaler is not None and self.deepspeed and self.stage:
             self.module.optimizer.override_loss_scale(self.scaler.value)
         if self.union:
@@ -189,36 +191,36 @@ class Trainer:
             scale = 1.0 if self.scaler is None else self.scaler.value
             (loss * scale / self.train.accumulate).backward()
 
-    def finish(self, step: int) -> Verdict:
-        """Audits, judges, clips and steps, or leaves the step out; NotFinite after as many as the guard allows."""
+    def finish(self, step: int) -> StepVerdict:
+        """Checks, clips and steps, or skips the step; NotFinite after more bad steps than the step filter allows."""
         if self.union:
             self.gradients.fill(frozenset().union(*self.schedule))
             self._open.close()
-        if self.audit is not None:
-            self.audit.check(step, self.schedule)
-        parted = self.deepspeed and self.stage
-        gradients = reduced_gradients(self.module) if parted else self._whole_gradients()
+        if self.divergence_check is not None:
+            self.divergence_check.check(step, self.schedule)
+        partitioned = self.deepspeed and self.stage
+        gradients = reduced_gradients(self.module) if partitioned else self._whole_gradients()
         scaled = self.scaler is not None and self.scaler.value > 1
-        verdict = self.guard.judge(step, self.losses, gradients, scaled)
-        self.gate.closed = verdict.left_out
-        if parted and verdict.left_out:
+        verdict = self.step_filter.judge(step, self.losses, gradients, scaled)
+        self.step_mask.skip_all = verdict.skipped
+        if partitioned and verdict.skipped:
             drop_gradients(self.module)
         self._step()
-        if parted:
+        if partitioned:
             forget_gradients(self.module)
         if self.scaler is not None:
             self.scaler.update(verdict.overflow)
         if verdict.stop is not None:
             raise verdict.stop
         every = self.workers.engine.audit_weights_every
-        if self.audit is not None and every and self.stage < 3 and (step == 0 or (step + 1) % every == 0):
-            self.audit.check_weights(step)
+        if self.divergence_check is not None and every and self.stage < 3 and (step == 0 or (step + 1) % every == 0):
+            self.divergence_check.check_weights(step)
         return verdict
 
     def _whole_gradients(self) -> list[tuple[str, Tensor]]:
-        """The gradients with their parts where they lie whole on every rank, without fp16's factor."""
+        """Every gradient with its skippable module, where ranks hold them whole, without fp16's loss scale."""
         self.gradients.fill()
-        found = [(part, parameter.grad) for _, parameter, part in self.gradients.parameters]
+        found = [(module, parameter.grad) for _, parameter, module in self.gradients.parameters]
         if self.scaler is not None:
             torch._foreach_div_([gradient for _, gradient in found], self.scaler.value)
         return found
@@ -254,7 +256,7 @@ class Trainer:
             make_whole(self.task.module)
         self.accelerator.free_memory()
         self.gradients.close()
-        self.gate.close()
-        if self.audit is not None:
-            self.audit.close()
+        self.step_mask.close()
+        if self.divergence_check is not None:
+            self.divergence_check.close()
         restore_module(self.task.module)

@@ -19,7 +19,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor
 
 from lgp_dist.config.run_config import EngineConfig, Precision
-from lgp_dist.engine.deepspeed_workarounds import spare_probes
+from lgp_dist.engine.deepspeed_workarounds import skip_operator_probes
 from lgp_dist.engine.launch.environment import Launch, check_launch
 from lgp_dist.engine.watch.watchdog import Watchdog, longest
 from lgp_dist.errors import UserError
@@ -77,7 +77,7 @@ class Workers:
         _quiet()
         _keep_imports()
         if device_type == "cpu":
-            spare_probes()
+            skip_operator_probes()
             choose_attention(device_type, engine.precision)
             torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // launch.local_world))
         patience = max(TIMEOUT, timedelta(seconds=longest(timeout_s)) + LATER) if timeout_s else TIMEOUT

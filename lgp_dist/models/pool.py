@@ -93,7 +93,7 @@ class HeadUnit(nn.Module):
 
 
 class LearngenePool(nn.Module):
-    """Rows, stitch layers and the walk over them."""
+    """Rows, stitch layers and the order in which a forward calls them."""
 
     def __init__(self, space: Space, rows: list[VisionTransformer]):
         """rows: timm ViTs from narrow to wide; they are used up, and the pool owns their tensors."""
@@ -130,19 +130,19 @@ class LearngenePool(nn.Module):
                 unit.block.forward = partial(fused_block, unit.block, ops)
 
     @property
-    def unit_names(self) -> tuple[str, ...]:
-        """Names of the units in the order of the walk: each is called once in every forward, whatever the path."""
+    def ordered_modules(self) -> tuple[str, ...]:
+        """Names of the units, in the order in which every forward calls each of them once, whatever the path."""
         return ("stem", *(f"units.{name}" for name in self.units), "head")
 
     @property
-    def part_names(self) -> tuple[str, ...]:
-        """Names of the submodules that a path runs as a whole or not at all, in the order of the walk."""
+    def skippable_modules(self) -> tuple[str, ...]:
+        """Names of the submodules that a path runs as a whole or skips, in the order of the units."""
         rows, ends = range(len(self.space.widths)), ("",) if self.space.final_norm else (".norm", ".head")
         stems, heads = (f"stem.rows.{row}" for row in rows), (f"head.rows.{row}{end}" for row in rows for end in ends)
         return (*stems, *(f"units.{name}" for name in self.units), *heads)
 
-    def parts_of(self, path: AnyPath) -> frozenset[str]:
-        """Those of `part_names` that a path runs."""
+    def modules_of(self, path: AnyPath) -> frozenset[str]:
+        """Those of `skippable_modules` that a path runs."""
         head = f"head.rows.{path.last_row}"
         runs = {
             f"stem.rows.{path.first_row}",
@@ -152,10 +152,10 @@ class LearngenePool(nn.Module):
             return frozenset(runs | {head})
         return frozenset(runs | {f"{head}.head"} | ({f"{head}.norm"} if self.space.has_norm(path) else set()))
 
-    def row_parts(self, row: int) -> tuple[str, ...]:
-        """Those of `part_names` that belong to one row; stitch layers belong to none."""
+    def row_modules(self, row: int) -> tuple[str, ...]:
+        """Those of `skippable_modules` that belong to one row; a stitch layer belongs to no row."""
         starts = (f"stem.rows.{row}", f"units.row{row}_", f"head.rows.{row}")
-        return tuple(name for name in self.part_names if name in starts or name.startswith(starts[1]))
+        return tuple(name for name in self.skippable_modules if name in starts or name.startswith(starts[1]))
 
     @classmethod
     def empty(cls, space: Space, heads: tuple[int, ...]) -> "LearngenePool":

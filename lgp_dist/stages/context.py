@@ -15,7 +15,7 @@ from lgp_dist.data.stream import ResumableStream, TrainStream, evaluation_batche
 from lgp_dist.engine.evaluate import Forward, accuracies
 from lgp_dist.engine.loop import train
 from lgp_dist.engine.optim import Decays, decays_matrix
-from lgp_dist.engine.saver import Saving
+from lgp_dist.engine.saver import SaverConfig
 from lgp_dist.engine.step_filter import StepFilter
 from lgp_dist.engine.workers import Workers
 from lgp_dist.models.ancestry import Ancestry
@@ -103,20 +103,20 @@ class Context:
             tracked_config=flatten(self.config),
             decays=decays,
             check=stream.check,
-            guard=StepFilter(task, workers, config.accumulate, self.config.faults, stage, describe),
-            saving=self._saving(stage, stream),
+            step_filter=StepFilter(task, workers, config.accumulate, self.config.faults, stage, describe),
+            saver_config=self._saver_config(stage, stream),
             seeds=seeds,
             **more,
         )
 
-    def _saving(self, stage: str, stream: ResumableStream) -> Saving:
+    def _saver_config(self, stage: str, stream: ResumableStream) -> SaverConfig:
         """Checkpoints of a stage that trains. Earlier stages count by their artifacts."""
         config = self.config
         earlier = [self.run.find(name) for name in up_to(stage) if name != stage]
         made = {f"{artifact.record['stage']}.id": artifact.id for artifact in earlier if artifact}
-        return Saving(
+        return SaverConfig(
             folder=self.run.root / "checkpoints" / stage,
-            config=config.checkpoint,
+            checkpoint=config.checkpoint,
             seed=config.seed,
             settings=self.run.depends_on(config, stage) | made,
             versions=versions(),

@@ -43,7 +43,7 @@ def run(context: Context) -> None:
         FinetuneTask(pool, ancestry, sampler, config),
         config.train,
         gradients=config.gradients,
-        rates={part: factor for row, factor in enumerate(config.row_lr) for part in pool.row_parts(row)},
+        rates={part: factor for row, factor in enumerate(config.row_lr) for part in pool.row_modules(row)},
         watch=partial(measure, context),
         watch_every=config.watch_every,
         uses=config.paths_per_batch,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgp_dist.protocols import Batch, StepContext, Walk
+from lgp_dist.protocols import Batch, ModuleStructure, StepContext
 from lgp_dist.tasks.losses import cross_entropy
 
 
@@ -13,10 +13,10 @@ class ClassifyTask:
     """Cross-entropy of one model."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.walk = module, Walk()
+        self.module, self.structure = module, ModuleStructure()
 
     def used(self, context: StepContext) -> frozenset[str]:
-        """Nothing: there are no parts, every forward runs everything."""
+        """No skippable modules: every forward runs everything."""
         return frozenset()
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lgp_dist.config.run_config import DistilConfig
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryRows
-from lgp_dist.protocols import Batch, StepContext, Walk
+from lgp_dist.protocols import Batch, ModuleStructure, StepContext
 from lgp_dist.tasks.losses import cross_entropy, mean_squared_error, soft_cross_entropy
 
 
@@ -19,11 +19,11 @@ class DistilTask:
     def __init__(self, module: AuxiliaryRows, ancestry: Ancestry | None, config: DistilConfig):
         """ancestry: None where no row is distilled."""
         self.module, self.ancestry, self.config = module, ancestry, config
-        self.walk = Walk()
+        self.structure = ModuleStructure()
         self.blocks = frozenset(level.ancestry for row in module.rows for level in row.levels)
 
     def used(self, context: StepContext) -> frozenset[str]:
-        """Nothing: there are no parts, every forward runs everything."""
+        """No skippable modules: every forward runs everything."""
         return frozenset()
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import AnyPath
-from lgp_dist.protocols import Batch, StepContext, Walk
+from lgp_dist.protocols import Batch, ModuleStructure, StepContext
 from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 
 
@@ -19,8 +19,8 @@ class FinetuneTask:
 
     def __init__(self, module: LearngenePool, ancestry: Ancestry | None, sampler: PathSampler, config: FinetuneConfig):
         self.module, self.ancestry, self.sampler, self.config = module, ancestry, sampler, config
-        self.walk = Walk(module.unit_names, module.part_names)
-        self._parts = {path: module.parts_of(path) for path in module.space.paths}
+        self.structure = ModuleStructure(module.ordered_modules, module.skippable_modules)
+        self._modules = {path: module.modules_of(path) for path in module.space.paths}
         self._seen: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def path(self, context: StepContext) -> AnyPath:
@@ -28,8 +28,8 @@ class FinetuneTask:
         return self.sampler.draw(context.step, context.micro_step, context.rank, context.world)
 
     def used(self, context: StepContext) -> frozenset[str]:
-        """The parts on the path of one rank's micro-step."""
-        return self._parts[self.path(context)]
+        """The skippable modules on the path of one rank's micro-step."""
+        return self._modules[self.path(context)]
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """loss, cls and, with an ancestry, pred."""

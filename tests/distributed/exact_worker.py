@@ -44,7 +44,7 @@ class Watched(FinetuneTask):
         place = tensor.untyped_storage().data_ptr()
         for name, weight in gathered(self.named).items():
             if weight.untyped_storage().data_ptr() == place:
-                unit = next(unit for unit in self.walk.units if name.startswith(unit + "."))
+                unit = next(unit for unit in self.structure.ordered_modules if name.startswith(unit + "."))
                 self.kept |= {unit}
         return tensor
 
@@ -52,8 +52,8 @@ class Watched(FinetuneTask):
 class Backwards(trainer.Gradients):
     """Gradients of a unit in the opposite order."""
 
-    def __init__(self, module: Any, walk: Any, contract: str):
-        super().__init__(module, walk, "chain")
+    def __init__(self, module: Any, structure: Any, contract: str):
+        super().__init__(module, structure, "chain")
 
     def _anchors(self, nodes: list[Any]) -> Any:
         return super()._anchors(nodes[::-1])
@@ -96,8 +96,8 @@ def run(trial: Trial, started: Workers, folder: Path, index: int) -> None:
         trainer.contract_of = lambda *_: "none"
     if trial.broken == "order" and workers.rank:
         trainer.Gradients = Backwards
-    largest = max(sum(p.numel() for p in pool.get_submodule(name).parameters()) for name in pool.unit_names)
-    held, answers = Gathered(pool, pool.unit_names), []
+    largest = max(sum(p.numel() for p in pool.get_submodule(name).parameters()) for name in pool.ordered_modules)
+    held, answers = Gathered(pool, pool.ordered_modules), []
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
         for step in range(start, start + steps):
@@ -121,7 +121,7 @@ def run(trial: Trial, started: Workers, folder: Path, index: int) -> None:
         workers,
         folder,
         index,
-        rates={part: rate for row, rate in enumerate(trial.row_lr) for part in pool.row_parts(row)},
+        rates={part: rate for row, rate in enumerate(trial.row_lr) for part in pool.row_modules(row)},
         watch=watch,
         watch_every=trial.steps,
     )

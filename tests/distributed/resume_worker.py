@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from lgp_dist.config.run_config import CheckpointConfig, FaultConfig
 from lgp_dist.engine.loop import train
-from lgp_dist.engine.saver import Saving
+from lgp_dist.engine.saver import SaverConfig
 from lgp_dist.engine.step_filter import StepFilter
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
@@ -48,9 +48,9 @@ def run(job: Job, started: Workers, root: Path) -> None:
         assert state == {"position": step} or job.bad
         at[:] = step, state["position"]
 
-    saving = Saving(
+    saving = SaverConfig(
         folder=(root / job.elsewhere if job.elsewhere and workers.rank else folder) / "checkpoints" / "job",
-        config=CheckpointConfig(every=job.every, keep=1000, on_error=job.on_error),
+        checkpoint=CheckpointConfig(every=job.every, keep=1000, on_error=job.on_error),
         seed=trial.seed,
         settings=job.settings,
         versions={},
@@ -72,8 +72,8 @@ def run(job: Job, started: Workers, root: Path) -> None:
             steps_per_epoch=trial.steps,
             run_dir=folder,
             gradients=trial.finetune_config().gradients,
-            guard=StepFilter(task, workers, trial.accumulate, FaultConfig(rollback=job.rollback), "job"),
-            saving=saving,
+            step_filter=StepFilter(task, workers, trial.accumulate, FaultConfig(rollback=job.rollback), "job"),
+            saver_config=saving,
         )
     except UserError as error:
         (folder / f"error-{workers.rank}.txt").write_text(str(error))

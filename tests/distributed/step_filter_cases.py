@@ -53,7 +53,7 @@ class Case:
         """Key and parts of the path of a rank's last micro-step."""
         pool, _, sampler = self.trial.build()
         path = sampler.draw(step, self.trial.accumulate - 1, rank, self.trial.world)
-        return path.key, pool.parts_of(path)
+        return path.key, pool.modules_of(path)
 
     @property
     def haunted(self) -> frozenset[str]:

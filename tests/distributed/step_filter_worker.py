@@ -48,7 +48,7 @@ class Faulty(FinetuneTask):
         pool, ancestry, sampler = case.trial.build()
         super().__init__(pool, ancestry, sampler, case.trial.finetune_config())
         self.case, self.part, self.haunted = case, "", case.haunted
-        for part in pool.part_names:
+        for part in pool.skippable_modules:
             next(pool.get_submodule(part).parameters()).register_hook(self._hook(part))
 
     def _hook(self, part: str) -> Any:
@@ -125,7 +125,7 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
             run_dir=folder / str(index),
             watch=watch,
             watch_every=1,
-            guard=guard,
+            step_filter=guard,
         )
     except NotFinite as error:
         facts |= {"sentence": str(error), "step": error.step}

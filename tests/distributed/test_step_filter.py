@@ -82,7 +82,7 @@ def test_the_run_stops_and_says_why(results: dict[Case, tuple[Path, int]], case:
     if kind == "part":
         assert f"gradient of {max(parts)} is" in one["sentence"]
     elif kind == "gradient":
-        assert re.search(r"gradient of \S+, \S+, \S+ and \d+ more parts is not finite", one["sentence"])
+        assert re.search(r"gradient of \S+, \S+, \S+ and \d+ more modules is not finite", one["sentence"])
     else:
         assert f"the loss is {'inf' if kind == 'inf' else 'nan'} on" in one["sentence"]
         drawn = {other for other in (0, 1) if other == rank or case.draw(step, other)[0] in case.haunted}

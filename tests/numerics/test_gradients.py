@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lgp_dist.engine.gradients import Contract, Gradients
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.protocols import Walk
+from lgp_dist.protocols import ModuleStructure
 
 BATCH = images(2)
-CONTRACTS: tuple[Contract, ...] = ("chain", "anchors", "leaves", "none")
+CONTRACTS: tuple[Contract, ...] = ("chain", "gates", "leaves", "none")
 
 
 class Stems(TorchDispatchMode):
@@ -38,8 +38,8 @@ def pool_of(checkpointed: bool) -> LearngenePool:
 def run(pool: LearngenePool, contract: Contract, path: Any) -> tuple[list[str], list[list[bool]]]:
     """Gradients of one path: in which order parameters got theirs, and what stems computed."""
     order: list[str] = []
-    gradients = Gradients(pool, Walk(pool.unit_names, pool.part_names), contract)
-    gradients.used = pool.parts_of(path)
+    gradients = Gradients(pool, ModuleStructure(pool.ordered_modules, pool.skippable_modules), contract)
+    gradients.used = pool.modules_of(path)
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
         for name, parameter in pool.named_parameters()
@@ -79,7 +79,7 @@ def test_chain_gives_gradients_in_one_order(checkpointed: bool) -> None:
     assert any(order != free[0] for order in free), "without the chain paths have orders of their own"
 
 
-@pytest.mark.parametrize("contract", ["chain", "anchors"])
+@pytest.mark.parametrize("contract", ["chain", "gates"])
 def test_every_parameter_gets_a_gradient(contract: Contract) -> None:
     """Zeros for what the path does not have, once each."""
     for path in THREE.paths:

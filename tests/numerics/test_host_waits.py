@@ -26,7 +26,7 @@ from lgp_dist.engine.gradients import Contract
 from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.loop import _step
 from lgp_dist.engine.optim import build_optimizer
-from lgp_dist.engine.step_filter import Verdict
+from lgp_dist.engine.step_filter import StepVerdict
 from lgp_dist.engine.trainer import Trainer
 from lgp_dist.engine.workers import Workers
 from lgp_dist.models.ancestry import Ancestry
@@ -112,7 +112,7 @@ def batch_on(device: str, soft: bool) -> Batch:
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize("contract", ["chain", "anchors", "none"])
+@pytest.mark.parametrize("contract", ["chain", "gates", "none"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", TASKS)
 def test_no_value_is_read_in_the_loops_step(
@@ -125,15 +125,15 @@ def test_no_value_is_read_in_the_loops_step(
         Launch.from_environment({}), EngineConfig(precision=precision, device=device), 0, 1, torch.device(device)
     )
     task.to(workers.device)
-    optimizer = build_optimizer(task.module.to(device).train(), train, parts=task.walk.parts)
+    optimizer = build_optimizer(task.module.to(device).train(), train, skippable=task.structure.skippable_modules)
     trainer = Trainer(workers, task, optimizer, train, GradientConfig())
-    judge = trainer.guard.judge
+    judge = trainer.step_filter.judge
 
-    def judged(*arguments: Any) -> Verdict:
+    def judged(*arguments: Any) -> StepVerdict:
         with watched(device, on=False), _disable_current_modes():
             return judge(*arguments)
 
-    trainer.guard.judge = judged
+    trainer.step_filter.judge = judged
     batches = iter([batch_on(device, soft) for soft in (False, True)] * 3)
     with Reads() as reads:
         for step in range(3):

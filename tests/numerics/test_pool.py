@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp_dist.config.run_config import DataConfig
-from lgp_dist.engine.gradients import part_of
+from lgp_dist.engine.gradients import skippable_module_of
 from lgp_dist.models.descendant import descendant_from_path, load_descendant, timm_config
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.stitched import Path, PathSpace
@@ -69,7 +69,9 @@ def test_gradient_reaches_exactly_the_paths_parameters(space: PathSpace, path: P
     reached = {name: p for name, p in pool.named_parameters() if p.grad is not None}
     own = {name: p for name, p in pool.named_parameters() if name.startswith(own_prefixes(path))}
     assert reached.keys() == {name for name in own if not name.startswith(idle_norm(space, path))}
-    assert reached.keys() == {name for name in own if part_of(name, pool.part_names) in pool.parts_of(path)}
+    assert reached.keys() == {
+        name for name in own if skippable_module_of(name, pool.skippable_modules) in pool.modules_of(path)
+    }
     assert sum(p.numel() for p in own.values()) == space.cost(path).params
     assert all(p.grad.abs().sum() > 0 for p in reached.values())
 

@@ -153,7 +153,7 @@ def test_models_share_no_weights(auxiliary: VisionTransformer, pool: LearngenePo
     assert len(set(places)) == len(places)
     pool(images(2), path_of(5)).sum().backward()
     touched = {name for name, parameter in pool.named_parameters() if parameter.grad is not None}
-    parts = pool.parts_of(path_of(5))
+    parts = pool.modules_of(path_of(5))
     assert touched == {name for name, _ in pool.named_parameters() if any(name.startswith(f"{p}.") for p in parts)}
 
 

@@ -190,7 +190,9 @@ def test_a_graph_for_each_width_serves_all_blocks_and_paths(ops: Any, graphs: in
         Launch.from_environment({}), EngineConfig(precision="fp32", compile="eager"), 0, 1, torch.device("cpu")
     )
     task = FinetuneTask(pool, None, PathSampler(space.paths, "independent", 0), config.finetune)
-    trainer = Trainer(workers, task, build_optimizer(pool, train, parts=task.walk.parts), train, GradientConfig())
+    trainer = Trainer(
+        workers, task, build_optimizer(pool, train, skippable=task.structure.skippable_modules), train, GradientConfig()
+    )
     images = torch.randn(2, 1, 28, 28)
     for count in (graphs, 2 * graphs):
         for path in space.paths:

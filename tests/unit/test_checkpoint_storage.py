@@ -68,11 +68,11 @@ def test_next_save_waits_for_the_slow_one(tmp_path: Path) -> None:
         toy.train(step)
         saved[step] = toy.values()
         toy.checkpointer.save(make_checkpoint.state(step))
-    assert toy.shelf.steps() == [1], "the first was named before the second began"
+    assert toy.checkpoint_dir.steps() == [1], "the first was named before the second began"
     toy.checkpointer.wait()
     for step in (2, 1):
         again = Toy(tmp_path / "s")
-        assert again.restore(str(toy.shelf.final(step))) == step and equal(again.values(), saved[step])
+        assert again.restore(str(toy.checkpoint_dir.final(step))) == step and equal(again.values(), saved[step])
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ETIMEDOUT])
@@ -118,7 +118,11 @@ def test_real_small_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         toy.train(3)
         toy.save(3)
         assert "step 3 could not be written" in caplog.text and "No space left" in caplog.text
-        assert "are free" in caplog.text and toy.shelf.steps() == [2, 1] and not list((tmp_path / "s").glob(".step*"))
+        assert (
+            "are free" in caplog.text
+            and toy.checkpoint_dir.steps() == [2, 1]
+            and not list((tmp_path / "s").glob(".step*"))
+        )
         again = Toy(tmp_path / "s", keep=9)
         assert again.restore() == 2 and equal(again.values(), saved)
         (tmp_path / "filling").unlink()

@@ -286,7 +286,7 @@ def test_pruning_keeps_a_whole_checkpoint_in_any_history(tmp_path: Path, seed: i
         what = draw.choice(["save", "save", "save", "torn", "incomplete", "lost", "cut"])
         if what in ("save", "lost", "cut"):
             toy.save(step, score=score)
-            part = toy.shelf.final(step) / "rank-00000.safetensors"
+            part = toy.checkpoint_dir.final(step) / "rank-00000.safetensors"
             if what == "lost":
                 part.unlink()
             elif what == "cut":
@@ -294,16 +294,16 @@ def test_pruning_keeps_a_whole_checkpoint_in_any_history(tmp_path: Path, seed: i
             else:
                 whole[step] = score
         elif what == "torn":
-            toy.shelf.partial(step).mkdir(parents=True)
+            toy.checkpoint_dir.partial(step).mkdir(parents=True)
         else:
-            toy.shelf.final(step).mkdir(parents=True)
+            toy.checkpoint_dir.final(step).mkdir(parents=True)
         if draw.random() < 0.5:
-            toy.shelf.prune(keep)
+            toy.checkpoint_dir.prune(keep)
             scored = {number: value for number, value in whole.items() if value is not None}
             best = [max(scored, key=lambda number: scored[number])] if scored else []
             whole = {number: whole[number] for number in {*sorted(whole)[-keep:], *best}}
         for number in whole:
-            read_manifest(toy.shelf.final(number)).check_files()
+            read_manifest(toy.checkpoint_dir.final(number)).check_files()
     found = {int(path.parent.name.removeprefix("step-")) for path in (tmp_path / "s").glob("step-*/manifest.json")}
     assert not whole or max(whole) in found
     assert found >= set(whole)

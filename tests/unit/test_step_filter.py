@@ -11,11 +11,11 @@ from torch import nn
 
 from lgp_dist.config.run_config import EngineConfig, FaultConfig
 from lgp_dist.engine.launch.environment import Launch
-from lgp_dist.engine.step_filter import FEWEST, NotFinite, StepFilter, Verdict
+from lgp_dist.engine.step_filter import FEWEST, NotFinite, StepFilter, StepVerdict
 from lgp_dist.engine.workers import Workers
 from lgp_dist.tasks.classify import ClassifyTask
 
-GOOD = Verdict()
+GOOD = StepVerdict()
 
 
 def guard(**faults: float) -> StepFilter:
@@ -26,7 +26,9 @@ def guard(**faults: float) -> StepFilter:
     )
 
 
-def judge(judging: StepFilter, losses: Iterable[float], gradient: float = 1.0, scaled: bool = False) -> list[Verdict]:
+def judge(
+    judging: StepFilter, losses: Iterable[float], gradient: float = 1.0, scaled: bool = False
+) -> list[StepVerdict]:
     """Steps of two micro-steps each, whose mean is the loss given."""
     found = []
     for step, loss in enumerate(losses):
@@ -75,8 +77,8 @@ def test_a_spike_is_found_and_not_remembered() -> None:
     for step in (100, 101, 102, 400):
         losses[step] *= 20
     found = judge(guard(spike=3.0, skip_steps=3), losses)
-    assert [step for step, verdict in enumerate(found) if verdict == Verdict("spike")] == [100, 101, 102, 400]
-    assert sum(verdict.left_out for verdict in found) == 4
+    assert [step for step, verdict in enumerate(found) if verdict == StepVerdict("spike")] == [100, 101, 102, 400]
+    assert sum(verdict.skipped for verdict in found) == 4
     assert judge(guard(), losses) == [GOOD] * 500
 
 
@@ -106,7 +108,7 @@ def test_the_limit_counts_steps_on_end() -> None:
 @pytest.mark.parametrize("gradient", [math.nan, math.inf, -math.inf, 1e30])
 def test_gradients(gradient: float) -> None:
     """1e30 is finite, but its square is not, and so no norm."""
-    assert judge(guard(skip_steps=1), [1.0], gradient) == [Verdict("gradient", overflow=True)]
+    assert judge(guard(skip_steps=1), [1.0], gradient) == [StepVerdict("gradient", overflow=True)]
     with pytest.raises(NotFinite, match="gradient of what every forward uses is not finite"):
         judge(guard(), [1.0], gradient)
 
@@ -114,7 +116,7 @@ def test_gradients(gradient: float) -> None:
 def test_an_overflow_of_fp16_is_no_fault() -> None:
     """Its loss scale halves and mends it, however often; a loss that is not finite is one."""
     judging = guard()
-    assert judge(judging, [1.0] * 50, math.inf, scaled=True) == [Verdict("overflow", overflow=True)] * 50
+    assert judge(judging, [1.0] * 50, math.inf, scaled=True) == [StepVerdict("overflow", overflow=True)] * 50
     assert not judging.good and not judging.skipped
     with pytest.raises(NotFinite, match="the loss is inf"):
         judge(judging, [math.inf], math.inf, scaled=True)

@@ -81,7 +81,7 @@ class Shown:
     """A task that shows its wrapped module to `seen` before the first forward."""
 
     def __init__(self, task: Task, seen: Callable[[Any], None]):
-        self.task, self.module, self.walk = task, task.module, task.walk
+        self.task, self.module, self.structure = task, task.module, task.structure
         self.used, self.labels, self.to = task.used, task.labels, task.to
         self._seen: Callable[[Any], None] | None = seen
 

@@ -115,7 +115,7 @@ def bare(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
     """A plain loop over the same forwards, losses, backwards and steps as the project's. batches: in memory."""
     task, train = bench.task(), bench.train
     pool = task.module
-    optimizer = build_optimizer(pool, train, parts=pool.part_names)
+    optimizer = build_optimizer(pool, train, skippable=pool.skippable_modules)
 
     def step(number: int) -> None:
         for micro in range(train.accumulate):

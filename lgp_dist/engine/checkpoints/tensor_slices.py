@@ -1,6 +1,6 @@
 """Parts of parameters by name: what some ranks write, another number of ranks or another engine can read.
 
-A rank writes pieces, each some consecutive elements of a flattened parameter's weight or optimizer state. A reader asks
+A rank writes slices, each some consecutive elements of a flattened parameter's weight or optimizer state. A reader asks
 for the elements that its own engine holds, and gets them from whatever files have them.
 """
 
@@ -20,7 +20,7 @@ from lgp_dist.engine.checkpoints.manifest import ADVICE, Manifest
 from lgp_dist.errors import UserError
 
 WEIGHT = "weight"
-"""The kind of a piece that is no optimizer state."""
+"""The kind of a slice of a weight."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class SliceReader:
         return self
 
     def _add(self, file: Any) -> None:
-        """Notes what a file holds; ValueError for a tensor that is no piece."""
+        """Notes what a file holds; ValueError for a tensor that is no slice."""
         for key in file.keys():  # noqa: SIM118  not a mapping
             kind, rest = key.split("/", 1)
             parameter, start = rest.rsplit("@", 1)
@@ -73,18 +73,18 @@ class SliceReader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
 
-    def fill(self, piece: TensorSlice) -> None:
-        """Copies a piece's elements into it; UserError where the checkpoint lacks some of them."""
-        at, end = piece.start, piece.start + piece.values.numel()
-        for start, length, file, key in self._places.get((piece.parameter, piece.kind), ()):
+    def fill(self, wanted: TensorSlice) -> None:
+        """Copies a slice's elements into it; UserError where the checkpoint lacks some of them."""
+        at, end = wanted.start, wanted.start + wanted.values.numel()
+        for start, length, file, key in self._places.get((wanted.parameter, wanted.kind), ()):
             if start <= at < start + length and at < end:
                 upto = min(end, start + length)
                 part = file.get_slice(key)[at - start : upto - start]
-                piece.values[at - piece.start : upto - piece.start].copy_(part)
+                wanted.values[at - wanted.start : upto - wanted.start].copy_(part)
                 at = upto
         if at < end:
             raise UserError(
-                f"{self.manifest.folder} holds no {piece.kind} of {piece.parameter} from element {at} on: "
+                f"{self.manifest.folder} holds no {wanted.kind} of {wanted.parameter} from element {at} on: "
                 "resume with the recipe and the optimizer that it was made with."
             )
 
@@ -118,11 +118,11 @@ def consolidate(manifest: Manifest) -> dict[str, Tensor]:
     return whole
 
 
-def same(path: Path, pieces: Iterable[TensorSlice]) -> bool:
-    """Whether a file holds these pieces bit for bit."""
+def same(path: Path, slices: Iterable[TensorSlice]) -> bool:
+    """Whether a file holds these slices bit for bit."""
     with safe_open(path, framework="pt") as file:
         found = set(file.keys())
-        wanted = {piece.name: piece.values for piece in pieces}
+        wanted = {one.name: one.values for one in slices}
         return found == wanted.keys() and all(
             torch.equal(file.get_tensor(name).view(torch.int32), values.view(torch.int32))
             for name, values in wanted.items()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lgp_dist.config.run_config import EngineConfig
-from lgp_dist.engine.deepspeed_config import check_zero, read_deepspeed_file
+from lgp_dist.engine.deepspeed_config import check_zero_stage, read_deepspeed_file
 from lgp_dist.errors import UserError
 
 
@@ -85,7 +85,7 @@ def check_launch(launch: Launch, engine: EngineConfig, cuda_devices: int) -> str
             "and DeepSpeed's settings: remove it there and use the recipe's fields."
         )
     if launch.deepspeed:
-        check_zero(launch.zero_stage, engine, launch.file)
+        check_zero_stage(launch.zero_stage, engine, launch.file)
     elif engine.offload_optimizer or engine.reduction == "union":
         asked = "offload_optimizer is on" if engine.offload_optimizer else "reduction is union"
         raise UserError(

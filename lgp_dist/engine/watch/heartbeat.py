@@ -118,7 +118,7 @@ class Pulse:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Suspects:
     """Who holds up the others."""
 
     ranks: tuple[int, ...]
@@ -126,25 +126,25 @@ class Verdict:
     reason: str
 
 
-def judge(beats: Mapping[int, Beat], silent: Sequence[int]) -> Verdict:
+def judge(beats: Mapping[int, Beat], silent: Sequence[int]) -> Suspects:
     """The ranks to blame: those without signs of life; else those that alone do not wait; else those out of place.
 
     A rank that waits for others and is further than they are has left out what they wait in. Where nobody is seen to
     wait (a device's queue does that out of sight), who is behind holds up the others.
     """
     if silent:
-        return Verdict(tuple(silent), "silent")
+        return Suspects(tuple(silent), "silent")
     busy = [rank for rank, beat in beats.items() if not beat.waits]
     if busy and len(busy) < len(beats):
-        return Verdict(tuple(busy), "busy")
+        return Suspects(tuple(busy), "busy")
     places = Counter(beat.notes for beat in beats.values())
     if len(places) == 1:
-        return Verdict((), "together")
+        return Suspects((), "together")
     if busy:
         odd, reason = min(places), "behind"
     else:
         odd, reason = min(places, key=lambda place: (places[place], -place)), "apart"
-    return Verdict(tuple(rank for rank, beat in beats.items() if beat.notes == odd), reason)
+    return Suspects(tuple(rank for rank, beat in beats.items() if beat.notes == odd), reason)
 
 
 def listed(ranks: Sequence[int]) -> str:
@@ -152,7 +152,7 @@ def listed(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def sentence(verdict: Verdict, pulse: Pulse, limit_s: float) -> str:
+def sentence(verdict: Suspects, pulse: Pulse, limit_s: float) -> str:
     """What a person reads: who, for how long, where, and who waits."""
     beats = pulse.beats
     others = [rank for rank in range(pulse.world) if rank not in verdict.ranks]
