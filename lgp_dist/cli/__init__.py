@@ -20,6 +20,7 @@ from lgp_dist.cli.study import run_report, run_study
 from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.paths.space import space_of
+from lgp_dist.run.text_table import text_table
 from lgp_dist.study.questions import QUESTIONS
 
 SUMMARIES = {
@@ -156,12 +157,14 @@ def _paths(config: RunConfig, *, as_json: bool) -> None:
         unmeasured = [{**row, "top1": None, "top5": None} for row in rows]
         sys.stdout.write(json.dumps(unmeasured, indent=2) + "\n")
         return
-    lines = [f"{'key':<24}{'low':>5}{'high':>5}{'params M':>10}{'paper M':>10}{'GFLOPs':>9}"]
-    for row in rows:
-        millions = [f"{row[name] / 1e6:>10.2f}" for name in ("params", "params_paper")]
-        lines.append(f"{row['key']:<24}{row['low']:>5}{row['high']:>5}{''.join(millions)}{row['flops'] / 1e9:>9.2f}")
+    lines = [
+        [row["key"], str(row["low"]), str(row["high"])]
+        + [f"{row[name] / unit:.2f}" for name, unit in (("params", 1e6), ("params_paper", 1e6), ("flops", 1e9))]
+        for row in rows
+    ]
+    table = text_table(["key", "low", "high", "params M", "paper M", "GFLOPs"], lines)
     total = f"{len(rows)} paths, {len(space.stitch_widths)} stitch layers, {space.stored_params / 1e6:.2f} M stored"
-    sys.stdout.write("\n".join([*lines, total]) + "\n")
+    sys.stdout.write(f"{table}\n{total}\n")
 
 
 def main() -> None:

@@ -203,7 +203,7 @@ def _bench_sampler(action: BenchSampler) -> Result:
 
 
 def _bench_paths(action: BenchPaths) -> Result:
-    from lgp_dist.bench.compare import as_rows
+    from lgp_dist.bench.baseline_ratios import as_rows
     from lgp_dist.bench.paths import bench_paths, paths_line  # torch and timm, as in those below
 
     table = bench_paths(action.recipe, action.out, action.batch, action.repeats)
@@ -304,7 +304,7 @@ BenchAction = Annotated[
 
 def run_bench(action: Compared) -> None:
     """Measures what the arguments ask for; rank 0 prints a table or JSON, and ratios to an earlier result."""
-    from lgp_dist.bench.compare import comparison, read_rows  # torch, as above
+    from lgp_dist.bench.baseline_ratios import comparison, read_rows  # torch, as above
 
     name, measure = BENCHES[type(action)]
     before = read_rows(name, action.compare) if action.compare else None

@@ -18,6 +18,7 @@ from lgp_dist.files import write_atomic
 from lgp_dist.report.plots import LINE_STYLES, STYLE, cost_axis, new_panels, save_figure
 from lgp_dist.report.rows import Row, amount, flops_unit, pareto_front, row_alone
 from lgp_dist.run.artifacts import RunDirectory
+from lgp_dist.run.text_table import markdown_table
 
 COLOURS = (*dict.fromkeys(colour for colour, _ in LINE_STYLES), "#56B4E9", "#000000")
 """The palette of Okabe and Ito; beyond it markers tell apart."""
@@ -127,20 +128,7 @@ def compare_table(systems: Sequence[System]) -> str:
             ]
         )
     head = ["system", "models", "params", "FLOPs", "narrow", "wide", "mean", "best", "on its front", "training cost"]
-    return markdown(head, lines)
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with columns as wide as their widest cell; all but the first to the right."""
-    body = [[cell.replace("|", "\\|") for cell in line] for line in (head, *lines)]
-    widths = [max(3, *(len(line[column]) for line in body)) for column in range(len(head))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def line_of(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    return "\n".join([line_of(body[0]), line_of(rule), *map(line_of, body[1:])])
+    return markdown_table(head, lines)
 
 
 def compare_figure(systems: Sequence[System], *, title: str) -> Figure:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lgp_dist.files import write_atomic
 from lgp_dist.report.rows import FIELDS, Row, decimals, flops_unit, pareto_front
+from lgp_dist.run.text_table import text_table
 
 MAX_KEY = 32
 """Characters of a key that the text table shows; a longer key loses its middle. Keeps a line within 100 columns."""
@@ -41,7 +42,7 @@ def paths_table(rows: Sequence[Row]) -> str:
         for row in sorted(rows, key=lambda row: (row["flops"], -row["top1"], row["key"]))
     ]
     note = f"* on the Pareto front of top-1 against FLOPs: {len(front)} of {len(rows)} paths"
-    return "\n".join([*_align(head, body), note])
+    return text_table(head, body, left=2, style="ruled") + "\n" + note
 
 
 def write_paths_csv(rows: Sequence[Row], path: Path) -> None:
@@ -72,16 +73,3 @@ def _shorten(key: str) -> str:
     safe = "".join(each if each.isprintable() else "?" for each in safe)
     half = (MAX_KEY - 2) // 2
     return safe if len(safe) <= MAX_KEY else f"{safe[:half]}..{safe[-half:]}"
-
-
-def _align(head: list[str], body: list[list[str]]) -> list[str]:
-    """Lines with columns as wide as their widest cell: mark and path to the left, numbers to the right."""
-    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
-    rule = ["-" * width for width in widths]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (head, rule, *body)
-    ]

@@ -12,10 +12,11 @@ from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic, write_json
 from lgp_dist.pipeline import sources
-from lgp_dist.report.compare import System, arms_figure, compare_figure, markdown
+from lgp_dist.report.compare import System, arms_figure, compare_figure
 from lgp_dist.report.plots import save_figure
 from lgp_dist.run.artifacts import RunDirectory
 from lgp_dist.run.provenance import environment
+from lgp_dist.run.text_table import markdown_table
 from lgp_dist.study.cells import Cell, adopt, cells_of
 from lgp_dist.study.questions import QUESTIONS, Question
 from lgp_dist.study.results import MEASURES, PAIRED, cell_record, layer_fits, mean_curve, mean_rows, summary, verdicts
@@ -138,14 +139,14 @@ def tables(
     parts = [
         f"**{question.name}**: {question.asks}",
         f"Mean and 95 % interval over {count} seed(s):",
-        markdown(head, means),
+        markdown_table(head, means),
         f"Difference from `{question.reference}` on the same seeds:",
-        markdown(["arm", *(MEASURES[name] for name in names if name in PAIRED)], pairs),
+        markdown_table(["arm", *(MEASURES[name] for name in names if name in PAIRED)], pairs),
     ]
     if any(fit != fits[question.reference] for fit in fits.values()):
         layers = sorted({layer for fit in fits.values() for layer in fit})
         body = [[arm, *(str(fit.get(layer, "-")) for layer in layers)] for arm, fit in fits.items()]
-        parts += ["R² of each stitch layer before fine-tuning:", markdown(["arm", *map(str, layers)], body)]
+        parts += ["R² of each stitch layer before fine-tuning:", markdown_table(["arm", *map(str, layers)], body)]
     if judged:
         lines = [
             [arm, str(each["wide"]), str(each["narrow"]), str(each["mean"]), "yes" if each["passes"] else "no"]
@@ -155,7 +156,7 @@ def tables(
         parts += [
             "Passes where, by means, the wide row ends no worse than before fine-tuning, the narrow better, and all "
             f"paths together at least as well as `{question.reference}`:",
-            markdown(["arm", "wide, change", "narrow, change", reference, "passes"], lines),
+            markdown_table(["arm", "wide, change", "narrow, change", reference, "passes"], lines),
         ]
     return "\n\n".join(parts)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from run_helpers import Lgp, has
 
-from lgp_dist.bench.compare import FIELDS, as_rows, compare
+from lgp_dist.bench.baseline_ratios import FIELDS, as_rows, compare
 from lgp_dist.bench.sampler import measure, with_policy
 from lgp_dist.bench.scaling import FACTORS, amounts_of, fit
 from lgp_dist.paths.stitched import PathSpace

@@ -8,8 +8,9 @@ import pytest
 from run_helpers import Lgp, has
 
 from lgp_dist.errors import UserError
-from lgp_dist.report.compare import System, arms_figure, compare_figure, compare_table, markdown, read_snnet
+from lgp_dist.report.compare import System, arms_figure, compare_figure, compare_table, read_snnet
 from lgp_dist.report.plots import figure_svg
+from lgp_dist.run.text_table import markdown_table
 from lgp_dist.study.statistics import estimate
 
 PUBLISHED = [
@@ -84,7 +85,7 @@ def test_arms_have_a_panel_of_curves_where_there_are_any() -> None:
 
 
 def test_markdown_columns_line_up() -> None:
-    lines = markdown(["arm", "a number"], [["x", "1.00 ± 0.50"], ["longer", "-"]]).splitlines()
+    lines = markdown_table(["arm", "a number"], [["x", "1.00 ± 0.50"], ["longer", "-"]]).splitlines()
     assert len({len(line) for line in lines}) == 1 and lines[1] == "| ------ | ----------: |"
 
 
