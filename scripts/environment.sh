@@ -1,4 +1,4 @@
-# Sourced by the scripts: makes .venv once, from requirements.lock, and puts it first on PATH.
+# Sourced by the other scripts: makes .venv from requirements.lock, once, and puts it first on PATH.
 
 lgp_environment() {
     local stamp=.venv/lgp-stamp python candidate
