@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import SAMPLE, SMALL, Lgp, Result, call_main, processes_with, write_ancestry, write_shard
+from run_helpers import SAMPLE, SMALL, Lgp, Result, call_main, gone, processes_with, write_ancestry, write_shard
 
 from lgp_dist.data.shards.index import index_shards
 
@@ -42,10 +42,11 @@ def mark() -> Iterator[str]:
     """A mark in the environment of what a test starts; nothing with it may be left."""
     found = uuid.uuid4().hex
     yield found
-    left = processes_with(found)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left
+    try:
+        gone(found)
+    finally:
+        for pid in processes_with(found):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

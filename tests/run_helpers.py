@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,11 @@ SMALL = (
     *(f"--{stage}.train.{setting}" for stage in ("distil", "finetune") for setting in ("max-steps=2", "batch-size=8")),
 )
 """`tiny` on what the fixture `place` holds: each stage takes about a second."""
+
+LIMIT_S = 1200.0
+"""Longest wait for what must come. It is long, since a busy machine may need minutes; an idle one does not wait."""
+GONE_S = 120.0
+"""Longest wait for the end of what has to end by itself: processes whose launcher has ended, and what they held."""
 
 ABOUT = ("config.json", "environment.json", "log.txt", "outcome.json", "heartbeats")
 """Files and folders about the latest command; tests/unit/test_artifacts.py says what may become of them."""
@@ -146,6 +152,19 @@ def break_images(split: str, samples: list[int]) -> None:
     for sample in samples:
         shard = index.root / index.shards[index.shard[sample]]
         overwrite(shard, int(index.offset[sample]), b"x" * int(index.size[sample]))
+
+
+def eventually(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
+    """Waits until the condition holds; fails, and says what did not come, after a time that no machine needs."""
+    until = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < until, f"{what}: not within {limit_s:.0f} s"
+        time.sleep(0.01)
+
+
+def gone(mark: str) -> None:
+    """Waits until no process with a mark in its environment is left."""
+    eventually(lambda: not processes_with(mark), "the end of all that was started", GONE_S)
 
 
 def processes_with(mark: str) -> list[int]:

@@ -10,8 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from exact_reference import reference
 from exact_trials import Trial
+from run_helpers import LIMIT_S
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +30,7 @@ def command(world: int, deepspeed: bool) -> list[str]:
 
 
 def start(
-    trials: Sequence[Any], folder: Path, timeout: float = 600, script: str = "exact_worker.py"
+    trials: Sequence[Any], folder: Path, timeout: float = LIMIT_S, script: str = "exact_worker.py"
 ) -> subprocess.CompletedProcess[str]:
     """Trains trials of one world size, all of DeepSpeed or all of DDP, in one launch.
 

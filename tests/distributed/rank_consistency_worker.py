@@ -25,7 +25,7 @@ from lgp_dist.recipes import tiny
 
 WORLD = 3
 PLAIN = {
-    "code.paths.py": "5a",
+    "code.recipes.py": "5a",
     "versions.torch": "2.15.0",
     "versions.triton": "not installed",
     "sources.data.train": "77",
@@ -63,7 +63,7 @@ def facts_with(key: str, value: Any) -> dict[str, Any]:
 
 def rank_main(folder: Path, rank: int) -> None:
     """All cases on one rank."""
-    store, patience = f"file://{folder}/store", timedelta(minutes=2)
+    store, patience = f"file://{folder}/store", timedelta(minutes=20)
     torch.distributed.init_process_group("gloo", store, rank=rank, world_size=WORLD, timeout=patience)
     workers = Workers(Launch(WORLD, WORLD, True, 1, "no", None), EngineConfig(), rank, WORLD, torch.device("cpu"))
     found, slowest = {}, 0.0

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from exact_launch import HERE, run_workers
 from exact_trials import Trial
+from run_helpers import LIMIT_S
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -101,7 +102,7 @@ class Job:
         return replace(batch, images=batch.images * math.nan) if faulty else batch
 
 
-def launch(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> None:
+def launch(jobs: Sequence[Job], folder: Path, timeout: float = LIMIT_S) -> None:
     """Trains jobs of one world size, all of DeepSpeed or all of DDP, in one launch."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from exact_launch import ROOT, command
+from run_helpers import LIMIT_S
 
 SMALL = ("--rounds=1", "--steps=2", "--finetune.train.batch-size=4", "--engine.device=cpu")
 
@@ -20,7 +21,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str],
         launch = command(2, deepspeed=engine != "ddp") + ([] if engine == "ddp" else ["--zero_stage", engine[-1]])
         call = [*launch, "-m", "lgp_dist", "bench", "engine", "tiny_paper", "--out", str(out), *SMALL, *more]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "balanced" in done.stdout
         for row in json.loads(out.read_text()):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from exact_launch import ROOT, command
+from run_helpers import LIMIT_S
 
 from lgp_dist.bench.loop.phases import PHASES
 
@@ -20,7 +21,7 @@ def bench(name: str, folder: Path, deepspeed: bool, *more: str) -> list[dict[str
     call = [*command(2, deepspeed), "-m", "lgp_dist", "bench", name, "tiny_paper", *SMALL, *more]
     call += ["--out", str(out), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(out.read_text())
     printed = done.stdout[done.stdout.index("[\n") :]  # DeepSpeed logs there before

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from exact_launch import HERE, ROOT, command
+from run_helpers import LIMIT_S
 from workarounds_worker import Two
 
 
@@ -35,7 +36,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("defects")
     call = [*command(2, deepspeed=True), str(HERE / "workarounds_worker.py"), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads((folder / "results.json").read_text())
 

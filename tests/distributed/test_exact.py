@@ -6,7 +6,6 @@ This is a sample of the table; LGP_LONG_TESTS=1 takes a larger one, and `scripts
 import json
 import os
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from exact_launch import TOLERANCE, allowed, difference, groups, start
 from exact_reference import reference
 from exact_trials import ENGINES, Trial, sample, unfused
 from footprint import SHARED, left_behind
+from run_helpers import GONE_S, eventually
 
 ANY_ORDER = Trial("ddp", 2, broken="order", audit=False)
 """Rank 1 gets its gradients in another order than rank 0, which DDP's fixed buckets do not mind."""
@@ -35,11 +35,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Trial, tuple[Path,
         done = start(trials, folder)
         assert done.returncode == 0, done.stderr[-6000:]
         found |= {trial: (folder, index) for index, trial in enumerate(trials)}
-    left, until = left_behind(before), time.monotonic() + 10
-    while left and time.monotonic() < until:  # another test's run may be about to map its own
-        time.sleep(0.1)
-        left &= left_behind(before)
-    assert not left, "a run left shared memory behind"
+    left = left_behind(before)  # perhaps another test's, whose ranks are about to map it
+    eventually(lambda: not left & left_behind(before), "shared memory that nobody holds goes", GONE_S)
     return found
 
 
@@ -147,7 +144,7 @@ def test_fp16_meets_overflow() -> None:
 @pytest.mark.parametrize("trial", BROKEN, ids=lambda trial: trial.engine)
 def test_without_the_contract_it_is_wrong(tmp_path: Path, trial: Trial) -> None:
     """A test of the test: with anchors and leaves switched off, ranks fail, hang or end with other weights."""
-    done = start([trial], tmp_path / "run", timeout=90)
+    done = start([trial], tmp_path / "run")
     assert done.returncode != 0 or difference(trial, tmp_path / "run", 0) > 100 * TOLERANCE
 
 
@@ -176,6 +173,6 @@ def test_zero2_mixes_gradients_without_a_word(results: dict[Trial, tuple[Path, i
 )
 def test_the_alarm_stops_the_run_and_names_the_difference(tmp_path: Path, trial: Trial, sentence: str) -> None:
     """Before the step is applied."""
-    done = start([trial], tmp_path / "run", timeout=90)
+    done = start([trial], tmp_path / "run")
     assert done.returncode != 0
     assert re.search(sentence, done.stderr), done.stderr[-3000:]

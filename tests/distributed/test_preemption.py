@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from exact_launch import HERE, ROOT
+from run_helpers import LIMIT_S, eventually
 
 from lgp_dist.engine.watch.signals import Preemption
 from lgp_dist.errors import BUG, PREEMPTED, USER
@@ -79,17 +80,14 @@ def test_a_launcher_that_asks_before_a_rank_knows_why(rank: int, failure: str, s
     waited for another would say in the end what the first has said. A bug keeps its traceback."""
     environment = {**os.environ, "RANK": str(rank), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", FAILING.format(failure=failure)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == status and done.stderr.endswith(said) and bool(done.stderr) == bool(said), done.stderr
 
 
-def wait_for(*paths: Path) -> None:
-    """Until these files are there; a minute and a half at most."""
-    for _ in range(900):
-        if all(path.exists() for path in paths):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{paths} did not come")
+def ready(run: Path) -> bool:
+    """Whether both ranks count steps."""
+    files = [run / f"ready-{rank}" for rank in (0, 1)]
+    return all(file.exists() and file.read_text() for file in files)
 
 
 @pytest.mark.parametrize("forwarded", [False, True], ids=["SIGTERM", "SIGUSR1 twice"])
@@ -99,13 +97,13 @@ def test_launcher_passes_signals_on(tmp_path: Path, mark: str, forwarded: bool) 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LGP_TEST_MARK": mark, **names}
     command = [*TORCHRUN, HERE / "preemption_worker.py", tmp_path, "2"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
-        wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+        eventually(lambda: ready(tmp_path), "both ranks begin")
         launcher.send_signal(signal.SIGUSR1 if forwarded else signal.SIGTERM)
         if forwarded:
             time.sleep(0.5)
             for rank in (0, 1):
                 os.kill(int((tmp_path / f"ready-{rank}").read_text()), signal.SIGUSR1)
-        launcher.communicate(timeout=60)
+        launcher.communicate(timeout=LIMIT_S)
     assert launcher.returncode == 1
     assert read_run_status(tmp_path) == RunStatus(
         "preempted", "finetune", read_run_status(tmp_path).step, "Asked to leave."
@@ -163,21 +161,21 @@ def test_batch_script_decides(
         write_run_status(tmp_path, RunStatus(outcome, "pool", 3, 'a "quoted" word, "outcome": "preempted"'))
     launch = f'bash -c "! test -e $RUN/outcome.json && cp $FAKE/outcome.json $RUN/ 2> /dev/null; exit {status}"'
     process = batch(tmp_path, mark, launch, SLURM_RESTART_COUNT=str(restarts))
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == expected, out
     assert said(tmp_path, "scontrol") == ("requeue 42\n" if requeued else "")
     assert "--num_machines 1 --num_processes 8 --main_process_ip localhost" in said(tmp_path, "accelerate")
     assert said(tmp_path, "accelerate").endswith(f"-m lgp_dist run tiny --seed=1 --run-dir={run}\n")
 
 
-@pytest.mark.parametrize(("grace", "save", "saved"), [("280", SAVE_S, True), ("2", 60, False)])
+@pytest.mark.parametrize(("grace", "save", "saved"), [("280", SAVE_S, True), ("2", 600, False)])
 def test_batch_script_lets_ranks_leave(tmp_path: Path, mark: str, grace: str, save: int, saved: bool) -> None:
     """SIGUSR1 to the script reaches the ranks, which have the grace that it sets to save, and no more."""
     run = tmp_path / "RUN"
     process = batch(tmp_path, mark, f"{' '.join(TORCHRUN)} {HERE / 'preemption_worker.py'} {run} {save}", GRACE_S=grace)
-    wait_for(run / "ready-0", run / "ready-1")
+    eventually(lambda: ready(run), "both ranks begin")
     process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == (PREEMPTED if saved else 1), out
     assert said(tmp_path, "scancel") == "--signal=USR1 42\n"
     assert said(tmp_path, "scontrol") == ("requeue 42\n" if saved else "")

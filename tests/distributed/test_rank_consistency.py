@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from exact_launch import HERE, ROOT, command
 from rank_consistency_worker import PLAIN, WORLD, changed
-from run_helpers import SMALL, processes_with
+from run_helpers import LIMIT_S, SMALL, gone
 
 from lgp_dist.config.flat import flatten
 from lgp_dist.data.shards.manifest import ShardManifest
@@ -50,7 +50,7 @@ SPECIAL = {
     "launch.deepspeed": case("launch.deepspeed", False),
     "launch.precision": case("launch.precision", "bf16"),
     "launch.file": case("launch.file", {"zero_optimization": {"stage": 1}}),
-    "code.paths.py": case("code.paths.py", "5b"),
+    "code.recipes.py": case("code.recipes.py", "5b"),
     "code.new.py": case("code.new.py", "00"),
     "versions.torch": case("versions.torch", "2.11.0"),
     "sources.data.train": case("sources.data.train", "78"),
@@ -74,9 +74,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | No
     refusal = {"refusal": case("refusal", "No shards there.", 2)}
     (folder / "cases.json").write_text(json.dumps(SETTINGS | SPECIAL | refusal))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [sys.executable, HERE / "rank_consistency_worker.py", folder], env=environment, check=True, timeout=200
-    )
+    worker = [sys.executable, HERE / "rank_consistency_worker.py", folder]
+    subprocess.run(worker, env=environment, check=True, timeout=LIMIT_S)
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
@@ -130,8 +129,9 @@ def test_values_are_shown(results: list[dict[str, str | None]]) -> None:
 
 
 def test_code_hashes_cover_the_package() -> None:
-    files = {path.relative_to(ROOT / "lgp_dist").as_posix() for path in (ROOT / "lgp_dist").rglob("*.py")}
-    assert code_hashes().keys() == files and len(set(code_hashes().values())) > len(files) - 10
+    files = {path.relative_to(ROOT / "lgp_dist").as_posix(): path for path in (ROOT / "lgp_dist").rglob("*.py")}
+    contents = {path.read_bytes() for path in files.values()}
+    assert code_hashes().keys() == files.keys() and len(set(code_hashes().values())) == len(contents)
 
 
 CASES = {"other": "--seed=1", "refused": "--engine.threads=-1"}
@@ -139,14 +139,14 @@ CASES = {"other": "--seed=1", "refused": "--engine.threads=-1"}
 
 
 @pytest.fixture(scope="module")
-def launches(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, str, list[int]]]:
+def launches(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, str]]:
     """`lgp distil` on two ranks, of which rank 1 has other code, another timm and other arguments.
 
-    Case -> its folder, status, lines of `lgp` and processes that are left.
+    Case -> its folder, status and lines of `lgp`. No process is left of either.
     """
     folder, mark = tmp_path_factory.mktemp("other"), uuid.uuid4().hex
     shutil.copytree(ROOT / "lgp_dist", folder / "lgp_dist")
-    with (folder / "lgp_dist" / "paths.py").open("a") as file:
+    with (folder / "lgp_dist" / "recipes.py").open("a") as file:
         file.write("# a local change\n")
     (folder / "timm-9.9.9.dist-info").mkdir()
     (folder / "timm-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 9.9.9\n")
@@ -163,26 +163,27 @@ def launches(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             text=True,
         )
     for name, process in running.items():
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=LIMIT_S)
         lines = [line for line in errors.splitlines() if line.startswith("lgp")]
-        found[name] = folder / name, process.returncode, "\n".join(lines), processes_with(mark + name)
+        gone(mark + name)
+        found[name] = folder / name, process.returncode, "\n".join(lines)
     return found
 
 
-def test_launch_with_another_recipe_code_and_package(launches: dict[str, tuple[Path, int, str, list[int]]]) -> None:
+def test_launch_with_another_recipe_code_and_package(launches: dict[str, tuple[Path, int, str]]) -> None:
     """One sentence names all three; nothing is written, nobody is left."""
-    place, status, sentence, left = launches["other"]
+    place, status, sentence = launches["other"]
     hashes = code_hashes()
-    assert status == 1 and not left
-    assert sentence.startswith("lgp: Rank 1 differs from rank 0 in code.paths.py: '")
-    assert f"there, '{hashes['paths.py']}' here; seed: 1 there, 0 here; versions.timm: '9.9.9' there, " in sentence
+    assert status == 1
+    assert sentence.startswith("lgp: Rank 1 differs from rank 0 in code.recipes.py: '")
+    assert f"there, '{hashes['recipes.py']}' here; seed: 1 there, 0 here; versions.timm: '9.9.9' there, " in sentence
     assert not (place / "run").exists()
 
 
-def test_launch_where_one_rank_refuses_its_recipe(launches: dict[str, tuple[Path, int, str, list[int]]]) -> None:
+def test_launch_where_one_rank_refuses_its_recipe(launches: dict[str, tuple[Path, int, str]]) -> None:
     """All say why: on another node, whose launcher does not see a rank end, ranks would wait for it for minutes."""
-    place, status, sentence, left = launches["refused"]
-    assert status == 1 and not left
+    place, status, sentence = launches["refused"]
+    assert status == 1
     assert sentence == (
         "lgp: Rank 1 cannot start as the others do: engine.threads is -1, but must be from 0 to 4096: choose another "
         "value."

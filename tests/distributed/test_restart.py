@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from exact_launch import ROOT, command
-from run_helpers import SMALL, processes_with
+from run_helpers import LIMIT_S, SMALL, eventually, gone, processes_with
 from safetensors.torch import load_file
 
 from lgp_dist.run.run_status import RunStatus, read_run_status
@@ -48,12 +47,8 @@ def start(name: str, place: Path, mark: str) -> subprocess.Popen[str]:
 def saved(place: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Waits until a step has its checkpoint."""
     path = place / "run" / "checkpoints" / "finetune" / f"step-{step:08d}"
-    for _ in range(6000):
-        if path.is_dir():
-            return
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.01)
-    raise AssertionError(f"{path} did not come")
+    eventually(lambda: path.is_dir() or process.poll() is not None, f"{path} comes")
+    assert process.poll() is None, process.communicate()[1][-3000:]
 
 
 def rank(mark: str, number: int) -> int:
@@ -85,23 +80,23 @@ def test_a_run_survives_preemption_and_a_killed_rank(finished: Path, tmp_path: P
     """SIGTERM to the launcher; started again; kill -9 of a rank; the launcher starts all again: the same run."""
     whole, place = (prepared(finished, tmp_path / folder) for folder in ("whole", "disturbed"))
     undisturbed = start(name, whole, mark)
-    error = undisturbed.communicate(timeout=240)[1]
+    error = undisturbed.communicate(timeout=LIMIT_S)[1]
     assert undisturbed.returncode == 0, error[-3000:]
 
     first = start(name, place, mark)
     saved(place, 2 * EVERY, first)
     first.send_signal(signal.SIGTERM)
-    error = first.communicate(timeout=120)[1]
+    error = first.communicate(timeout=LIMIT_S)[1]
     left = read_run_status(place / "run")
     assert (first.returncode, left.outcome, left.stage) == (1, "preempted", "finetune"), error[-3000:]
     assert 2 * EVERY <= left.step < STEPS and f"step-{left.step:08d}" in os.listdir(place / "run/checkpoints/finetune")
-    assert not processes_with(mark)
+    gone(mark)
 
     second = start(name, place, mark)
     later = (left.step // EVERY + 2) * EVERY
     saved(place, later, second)
     os.kill(rank(mark, 1), signal.SIGKILL)
-    error = second.communicate(timeout=240)[1]
+    error = second.communicate(timeout=LIMIT_S)[1]
     assert second.returncode == 0, error[-6000:]
     assert error.count("finetune: goes on from step") == 2 and f"goes on from step {left.step} of" in error
     assert read_run_status(place / "run") == RunStatus("complete", "finetune")

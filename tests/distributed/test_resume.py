@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from exact_trials import ENGINES, Trial
 from resume_jobs import Job, differences, launch, losses, whole_state
+from run_helpers import LIMIT_S
 from safetensors.torch import load_file
 
 STEPS = 6
@@ -48,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 jobs.append(Job(f"{index}", trial))
                 for step in RESUMED:
                     jobs.append(Job(f"{index}-{step}", trial, f"{index}/checkpoints/job/step-{step:08d}"))
-        launch(jobs, folder, timeout=1200)
+        launch(jobs, folder, timeout=LIMIT_S)
     return folder
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from exact_launch import HERE, ROOT
+from run_helpers import LIMIT_S
 
 from lgp_dist.config.flat import STAGES
 from lgp_dist.errors import HUNG
@@ -50,7 +51,7 @@ def runs(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return out

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from exact_launch import command
-from run_helpers import SMALL
+from run_helpers import LIMIT_S, SMALL
 from safetensors.torch import load_file
 
 ENGINES = ("zero1", "zero3", "ddp", *["zero2"] * ("LGP_LONG_TESTS" in os.environ))
@@ -47,7 +47,7 @@ def runs(inputs: Path, calls: Path, tmp_path_factory: pytest.TempPathFactory) ->
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=LIMIT_S,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         found[engine] = place / "run"

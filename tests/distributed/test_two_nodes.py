@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from exact_launch import HERE, ROOT, TOLERANCE, difference
 from exact_trials import Trial
+from run_helpers import LIMIT_S
 
 NAMESPACES = ("unshare", "-Urnpf", "--mount-proc", "--kill-child")
 """A user, network and process namespace; with its first process all others in it end."""
@@ -51,7 +52,7 @@ def test_two_nodes(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     for index, trial in enumerate(TRIALS):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from exact_launch import HERE, ROOT
+from run_helpers import GONE_S, LIMIT_S, eventually
 from watchdog_worker import BAD_STEP, PHASE_OF
 
 from lgp_dist.errors import HUNG
@@ -43,9 +44,8 @@ def runs(launched: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("watchdog")
     for case in (*HUNG_CASES, *QUIET_CASES):
         (out / case).mkdir()
-    subprocess.run(
-        [sys.executable, HERE / "watchdog_worker.py", out, str(TIMEOUT_S)], env=environment(), check=True, timeout=120
-    )
+    worker = [sys.executable, HERE / "watchdog_worker.py", out, str(TIMEOUT_S)]
+    subprocess.run(worker, env=environment(), check=True, timeout=LIMIT_S)
     return out
 
 
@@ -96,11 +96,11 @@ def test_no_false_alarm(runs: Path, case: str) -> None:
 def test_stopped_rank_under_torchrun(launched: Any, runs: Path) -> None:
     """The launcher ends the stopped rank when the others have ended."""
     folder, process = launched
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1
     hang = json.loads((folder / "watch" / "hang.json").read_text())
     assert hang["ranks"] == [1] and f"lgp: {hang['sentence']}" in errors
     assert f"exitcode  : {HUNG}" in errors
     assert len(hang["beats"]) == 2
     for beat in hang["beats"]:
-        assert not Path("/proc", str(beat["pid"])).exists()
+        eventually(lambda pid=beat["pid"]: not Path("/proc", str(pid)).exists(), "the end of both ranks", GONE_S)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from run_helpers import SMALL
+from run_helpers import LIMIT_S, SMALL
 from safetensors.torch import load_file
 
 from lgp_dist.engine.trackers import Tracking, harmless
@@ -112,7 +112,7 @@ def finetune(place: Path, limited: bool, gone: bool) -> subprocess.CompletedProc
         stdout=to[0],
         stderr=to[1],
         text=True,
-        timeout=300,
+        timeout=LIMIT_S,
     )
     for _, write in ends:
         os.close(write)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import LIMIT_S
 from safetensors.torch import load_file
 
 from lgp_dist.config.flat import STAGES
@@ -25,7 +26,7 @@ def lgp(*arguments: str, launched: bool) -> subprocess.CompletedProcess[str]:
     launcher = ["accelerate.commands.launch", "--config_file", "launch_configs/cpu_2.yaml", "-m"] if launched else []
     command = [sys.executable, "-m", *launcher, "lgp_dist", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 @pytest.fixture(scope="module")

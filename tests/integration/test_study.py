@@ -7,11 +7,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from run_helpers import SMALL, Lgp, call_main
+from run_helpers import SMALL, Lgp, call_main, eventually
 from scipy import stats
 
 from lgp_dist.config.flat import STAGES
@@ -27,9 +26,7 @@ def kill_in_the_middle(arguments: list[str], moment: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "lgp_dist", *arguments]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True) as process:
-        until = time.monotonic() + 300
-        while not moment.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.05)
+        eventually(lambda: moment.exists() or process.poll() is not None, f"{moment} comes")
         os.killpg(process.pid, signal.SIGKILL)
         assert moment.exists(), process.stderr.read().decode()[-3000:]
 

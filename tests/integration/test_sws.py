@@ -5,13 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from run_helpers import PLAIN, SMALL, Lgp, has
+from run_helpers import PLAIN, SMALL, Lgp, eventually, has
 from safetensors.torch import load_file, save_file
 
 from lgp_dist.config.flat import STAGES
@@ -97,9 +96,8 @@ def killed_after_a_checkpoint(stage: str, *settings: str) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while not list(checkpoints.glob("step-*")):
-            assert process.poll() is None, process.communicate()[1][-3000:]
-            time.sleep(0.005)
+        eventually(lambda: any(checkpoints.glob("step-*")) or process.poll() is not None, "a checkpoint comes")
+        assert process.poll() is None, process.communicate()[1][-3000:]
         process.kill()
     assert not Path(f"run/{stage}/artifact.json").exists()
 

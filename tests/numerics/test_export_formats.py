@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from numerics_cases import EVERY_PATH, HEADS, THREE, TWO, path_id, shake
+from run_helpers import LIMIT_S
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -127,7 +128,7 @@ print(worst)
     folders = [str(index) for index in range(len(EVERY_PATH))]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", script, *folders]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= FORMATS["torch"].bound == 1e-5
 

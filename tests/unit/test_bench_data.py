@@ -64,7 +64,7 @@ def test_photographs_are_read_by_webdataset(photographs: Path) -> None:
 def test_a_process_of_its_own(photographs: Path) -> None:
     """What a child prints; and its last words where it fails."""
     found = bench._run("decoder", photographs / "s256", 1, 8)
-    assert found["images"] == 20 and 0 < found["cpu_s"] < 60
+    assert found["images"] == 20 and found["cpu_s"] > 0
 
 
 def test_objects(lgp: Lgp, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

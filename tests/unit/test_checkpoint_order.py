@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_helpers import LIMIT_S
 
 SAVE = "import sys; from pathlib import Path; from checkpoint_helpers import Toy; toy = Toy(Path(sys.argv[1])); "
 SAVE += "toy.train(1); toy.save(1)"
@@ -41,7 +42,7 @@ def test_everything_is_on_disk_before_the_name(tmp_path: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT_S,
     )
     if "ptrace" in done.stderr and done.returncode:
         pytest.skip("strace may not trace here")

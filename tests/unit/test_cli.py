@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from run_helpers import Lgp, has
+from run_helpers import LIMIT_S, Lgp, has
 
 from lgp_dist.cli import SUMMARIES
 from lgp_dist.config.flat import STAGES
@@ -19,7 +19,7 @@ HEAVY = {"torch", "torchvision", "timm", "deepspeed", "accelerate", "transformer
 
 def test_help_answers_without_torch() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "lgp_dist", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
     assert "tyro" in imported and not imported & HEAVY
     assert all(name in done.stdout for name in (*STAGES, "run", "paths", "shards", "bench", "study", "report"))

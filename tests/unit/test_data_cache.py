@@ -19,6 +19,7 @@ import fsspec
 import numpy as np
 import pytest
 from fault_server import FaultServer, serve
+from run_helpers import LIMIT_S, eventually
 
 from lgp_dist.config.run_config import DataConfig
 from lgp_dist.data.remote import transfer as remote
@@ -85,15 +86,6 @@ def whole(folder: Path) -> set[str]:
     for path in found:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
     return {names[path.name] for path in found}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for something that must come."""
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come")
 
 
 # Faults
@@ -229,7 +221,7 @@ def child(root: str, folder: Path, name: str = NAMES[0], limit: str = "", **vari
 
 def test_processes_of_a_node_fetch_a_shard_once(server: FaultServer, tmp_path: Path) -> None:
     children = [child(server.root("slow"), tmp_path) for _ in range(3)]
-    said = [process.communicate(timeout=120)[0].split() for process in children]
+    said = [process.communicate(timeout=LIMIT_S)[0].split() for process in children]
     assert all(process.returncode == 0 for process in children)
     assert {path for path, _ in said} == {str(tmp_path / "shards" / ENTRIES[0].sha256)}
     assert sorted(int(moved) for _, moved in said) == [0, 0, SIZE]
@@ -239,9 +231,9 @@ def test_processes_of_a_node_fetch_a_shard_once(server: FaultServer, tmp_path: P
 def test_killed_process_leaves_no_lock_and_nothing_half_written(server: FaultServer, tmp_path: Path) -> None:
     process = child(server.root("stall"), tmp_path)
     part = tmp_path / "shards" / f"{ENTRIES[0].sha256}.{SIZE}.part"
-    until(lambda: part.exists() and part.stat().st_size > 0)
+    eventually(lambda: part.exists() and part.stat().st_size > 0)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=LIMIT_S)
     begun = part.stat().st_size
     assert whole(tmp_path) == set()
     with open(tmp_path / "locks" / ENTRIES[0].sha256) as lock:
@@ -254,7 +246,7 @@ def test_killed_process_leaves_no_lock_and_nothing_half_written(server: FaultSer
 def test_full_disk(server: FaultServer, tmp_path: Path) -> None:
     """A limit on the size of files stands for it; what has come is continued when there is room."""
     process = child(server.root("fine"), tmp_path, limit="ulimit -f 100")
-    said = process.communicate(timeout=60)[1].splitlines()[-1]
+    said = process.communicate(timeout=LIMIT_S)[1].splitlines()[-1]
     assert "UserError" in said and str(tmp_path) in said and "cannot be written to" in said and "data.cache" in said
     assert whole(tmp_path) == set()
     assert cache_of(server.root("fine"), tmp_path).path(NAMES[0]).read_bytes() == content_of(0)
@@ -268,8 +260,8 @@ def test_forked_process_uses_the_cache(server: FaultServer, tmp_path: Path) -> N
     answers = context.Queue()
     process = context.Process(target=lambda: answers.put((cache.path(NAMES[1]).stat().st_size, cache.misses)))
     process.start()
-    assert answers.get(timeout=60) == (SIZE, 1)
-    process.join(timeout=60)
+    assert answers.get(timeout=LIMIT_S) == (SIZE, 1)
+    process.join(timeout=LIMIT_S)
     assert process.exitcode == 0 and cache.path(NAMES[1]).read_bytes() == content_of(1)
 
 
@@ -350,7 +342,7 @@ def test_prefetch_in_the_known_order(server: FaultServer, tmp_path: Path) -> Non
     cache = cache_of(server.root("fine"), tmp_path)
     order = [NAMES[number] for number in (3, 1, 4)]
     cache.prefetch(order)
-    until(lambda: whole(tmp_path) == set(order))
+    eventually(lambda: whole(tmp_path) == set(order))
     assert [name for _, name, _ in server.asked] == order
     assert cache.path(order[0]).read_bytes() == content_of(3)
     assert (cache.hits, cache.misses) == (1, 0)
@@ -360,11 +352,11 @@ def test_prefetch_waits_for_room(server: FaultServer, tmp_path: Path) -> None:
     """It never throws out what it fetched before and is still wanted; the next announcement lets it go on."""
     cache = cache_of(server.root("fine"), tmp_path, shards=2)
     cache.prefetch(NAMES[:4])
-    until(lambda: whole(tmp_path) == set(NAMES[:2]))
+    eventually(lambda: whole(tmp_path) == set(NAMES[:2]))
     time.sleep(1.2)  # two looks for room
     assert whole(tmp_path) == set(NAMES[:2]) and len(server.asked) == 2
     cache.prefetch(NAMES[1:3])
-    until(lambda: whole(tmp_path) == set(NAMES[1:3]))
+    eventually(lambda: whole(tmp_path) == set(NAMES[1:3]))
     assert cache.path(NAMES[4]).read_bytes() == content_of(4), "what is asked for is fetched in any case"
     cache.close()
 
@@ -374,7 +366,7 @@ def test_prefetch_that_fails_is_met_again(
 ) -> None:
     cache = cache_of(server.root("404"), tmp_path)
     cache.prefetch(NAMES[:1])
-    until(lambda: any("404" in record.getMessage() for record in caplog.records))
+    eventually(lambda: any("404" in record.getMessage() for record in caplog.records))
     assert "does not exist (404)" in sentence(lambda: cache.path(NAMES[0]))
 
 
@@ -417,7 +409,7 @@ def test_hub(folder: Path, tmp_path: Path) -> None:
         at = f"http://127.0.0.1:{hub.port}"
         for name, piece in ((NAMES[0], str(SIZE)), ("other.tar", "hf://datasets/me/set/d/other.tar does not exist")):
             process = child("hf://datasets/me/set/d", tmp_path, name=name, HF_ENDPOINT=at, HF_HOME=str(tmp_path / "hf"))
-            assert piece in "".join(process.communicate(timeout=60))
+            assert piece in "".join(process.communicate(timeout=LIMIT_S))
         pieces = [(f"to {start + 99_999}", NAMES[0], start) for start in range(0, SIZE, 100_000)]
         assert hub.asked == pieces, "no byte twice"
     assert whole(tmp_path) == {NAMES[0]}

@@ -14,6 +14,7 @@ import pytest
 import timm.data
 import webdataset
 from PIL import Image
+from run_helpers import LIMIT_S
 from shard_helpers import LAYOUTS, WNIDS, image, imagefolder, imagenet, kaggle, parquet, quiet, tar_of
 from shard_helpers import webdataset as web_shards
 
@@ -96,9 +97,8 @@ def test_kill_in_the_middle_and_resume(layout: str, shard: int, tmp_path: Path) 
     """A shard that is written but not yet named when kill -9 comes; then the same command goes on."""
     made = LAYOUTS[layout](tmp_path / "source")
     out, options = tmp_path / "out", BuildOptions(per_shard=2, workers=1)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(made.root), str(out), str(shard), layout], capture_output=True, timeout=120
-    )
+    call = [sys.executable, "-c", KILLED, str(made.root), str(out), str(shard), layout]
+    done = subprocess.run(call, capture_output=True, timeout=LIMIT_S)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not out.exists()
     partial = tmp_path / ".out.partial"

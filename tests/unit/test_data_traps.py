@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_helpers import snapshot
+from run_helpers import LIMIT_S, snapshot
 from shard_helpers import image, quiet, tar_of
 
 from lgp_dist.config.run_config import DataConfig, TrainConfig
@@ -197,7 +197,8 @@ def test_bombs_stay_small(tmp_path: Path) -> None:
                         packed.write(bytes(1 << 20))
             else:
                 file.truncate(1 << 29)
-    child = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    call = [sys.executable, "-c", CHILD, str(tmp_path)]
+    child = subprocess.run(call, capture_output=True, text=True, timeout=LIMIT_S)
     assert child.returncode == 0, child.stderr
     result = json.loads(child.stdout)
     refused = {name: text for name, text in result["found"].items() if name != "good.jpg"}

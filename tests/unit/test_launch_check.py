@@ -14,7 +14,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
-from run_helpers import Lgp
+from run_helpers import LIMIT_S, Lgp
 
 from lgp_dist.engine.launch.check import Demand, check_file
 from lgp_dist.engine.launch.file import DEEPSPEED, REFUSED, TOP, read_launch_file, schema_problems
@@ -258,7 +258,7 @@ def test_what_is_shown_is_what_runs(tmp_path: Path, lgp: Lgp, monkeypatch: pytes
         f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(json.dumps(dict(os.environ)))\n"
     )
     call = [sys.executable, "-m", "accelerate.commands.launch", *node["command"][2:4], str(script)]
-    subprocess.run(call, check=True, cwd=ROOT, env=os.environ, capture_output=True, timeout=120)
+    subprocess.run(call, check=True, cwd=ROOT, env=os.environ, capture_output=True, timeout=LIMIT_S)
     first, last = node["ranks"]
     for rank in range(first, last + 1):
         environment = json.loads((tmp_path / str(rank)).read_text())

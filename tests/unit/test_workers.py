@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from run_helpers import LIMIT_S
+
 CODE = """
 import gc
 import weakref
@@ -28,5 +30,5 @@ assert seen() is None and gc.get_freeze_count() <= first
 
 def test_what_imports_made_is_not_searched_for_garbage() -> None:
     """What is made later is, also where a process joins twice; and the end of it says nothing."""
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0 and "leaked" not in done.stderr + done.stdout, done.stderr
