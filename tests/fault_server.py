@@ -1,6 +1,7 @@
 """A local web server that misbehaves in a named way: http://127.0.0.1:PORT/FAULT/FILE. all-FAULT hurts all files."""
 
 import contextlib
+import io
 import json
 import re
 import threading
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from run_helpers import eventually
 
 PAGE = b"<!DOCTYPE html><html><body>Please log in.</body></html>"
 
@@ -23,6 +26,8 @@ class FaultServer:
     """Fault, file and first byte of every request."""
     over: threading.Event = field(default_factory=threading.Event)
     """Ends everything that hangs."""
+    cache: Path | None = None
+    """The client's cache: a connection that ends early does so when what was sent lies there."""
 
     def root(self, fault: str) -> str:
         return f"http://127.0.0.1:{self.port}/{fault}"
@@ -30,6 +35,12 @@ class FaultServer:
     def count(self, name: str) -> int:
         """Requests of a file so far."""
         return sum(asked[1] == name for asked in self.asked)
+
+    def arrives(self, count: int) -> None:
+        """Waits until a file of the cache has so many bytes, but for those that its writer still buffers."""
+        parts = (self.cache or self.folder) / "shards"
+        wanted = count - 2 * io.DEFAULT_BUFFER_SIZE
+        eventually(lambda: any(part.stat().st_size >= wanted for part in parts.glob("*.part")), f"{count} bytes arrive")
 
 
 @contextlib.contextmanager
@@ -121,12 +132,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_cut_once(self, content: bytes, start: int, count: int) -> None:
         self.good(content, start, len(content) // 2 if count == 1 else None)
         if count == 1:
-            time.sleep(0.3)  # so that what was sent has been read
+            self.server_facts.arrives(len(content) // 2)
 
     def do_cut_often(self, content: bytes, start: int, count: int) -> None:
         """Every answer ends after 100,000 bytes more."""
         self.good(content, start, 100_000)
-        time.sleep(0.3)
+        if start + 100_000 < len(content):
+            self.server_facts.arrives(start + 100_000)
 
     def do_no_answer(self, content: bytes, start: int, count: int) -> None:
         """Hangs up."""
@@ -186,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         """As `cut_once`, but always from the beginning."""
         self.good(content, 0, len(content) // 2 if count == 1 else None)
         if count == 1:
-            time.sleep(0.3)
+            self.server_facts.arrives(len(content) // 2)
 
     def do_other_range(self, content: bytes, start: int, count: int) -> None:
         """Answers the second request with another range than it was asked for."""

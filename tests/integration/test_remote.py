@@ -35,7 +35,7 @@ def server(tmp_path: Path, place: Path) -> Iterator[FaultServer]:
 
 def options(server: FaultServer, fault: str) -> list[str]:
     stalls = fault.removeprefix("all-") in ("stall", "stall-first", "drip")
-    timeout = f"--data.timeout-s={0.5 if stalls else 30}"
+    timeout = f"--data.timeout-s={3 if stalls else 30}"
     return [f"--data.root={server.root(fault)}", "--data.cache=cache", timeout, "--data.retries=0"]
 
 

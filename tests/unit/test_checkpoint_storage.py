@@ -159,7 +159,7 @@ def test_clocks_decide_nothing(tmp_path: Path, seed: int) -> None:
 
 
 def stored(checkpoint: Path, toy: Toy) -> dict[str, Tensor]:
-    """What a checkpoint of two ranks holds, under the names of `Toy.values`; each rank has half of every flat tensor."""
+    """What a checkpoint of two ranks holds, under the names of `Toy.values`; each rank has half of each tensor."""
     halves = [load_file(checkpoint / f"rank-0000{rank}.safetensors") for rank in range(make_checkpoint.WORLD)]
     flat = {name.split("@")[0]: value for name, value in halves[0].items()}
     for name, value in halves[1].items():
