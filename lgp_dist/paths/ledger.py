@@ -1,7 +1,8 @@
 """How often each path was trained, and on which rank, counted from the lines of metrics.jsonl."""
 
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
 SIGMAS = 4.0
@@ -42,7 +43,7 @@ class Ledger(TypedDict):
     paths: list[PathDraws]
 
 
-def build_ledger(lines: Sequence[Mapping[str, Any]], shares: Shares, tied_slots: TiedSlots, accumulate: int) -> Ledger:
+def build_ledger(lines: Iterable[Mapping[str, Any]], shares: Shares, tied_slots: TiedSlots, accumulate: int) -> Ledger:
     """The ledger of a stage.
 
     lines: of one stage, each with `step` and `path`, the keys of all ranks and micro-steps: rank 0's micro-steps, then
@@ -50,14 +51,13 @@ def build_ledger(lines: Sequence[Mapping[str, Any]], shares: Shares, tied_slots:
     lines without `accumulate` of their own. A line's number of ranks follows from it, so one file may hold lines of
     restarts with other numbers of ranks.
     """
-    latest = {line["step"]: line for line in lines}
+    latest = {line["step"]: (line.get("accumulate", accumulate), [*map(sys.intern, line["path"])]) for line in lines}
     counts: dict[str, Counter[int]] = {}
     last: dict[str, int] = {}
     sizes: Counter[tuple[int, int]] = Counter()
-    for step, line in sorted(latest.items()):
-        micro_steps = line.get("accumulate", accumulate)
-        sizes[len(line["path"]) // micro_steps, len(line["path"])] += 1
-        for slot, key in enumerate(line["path"]):
+    for step, (micro_steps, drawn) in sorted(latest.items()):
+        sizes[len(drawn) // micro_steps, len(drawn)] += 1
+        for slot, key in enumerate(drawn):
             counts.setdefault(key, Counter())[slot // micro_steps] += 1
             last[key] = step
     # Expected draws are summed over steps, each with the shares of its number of ranks. A path is under-drawn if it is

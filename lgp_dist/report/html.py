@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
+from lgp_dist.report.curves import Curves
 from lgp_dist.report.draw_table import draws_section
 from lgp_dist.report.page import CSS, SCRIPT
-from lgp_dist.report.plots import stage_lines
 from lgp_dist.report.rows import Row, amount, decimals, flops_unit, kind_label, kind_of, kinds, pareto_front
 
 DESCENDANT_FIELDS = {
@@ -29,7 +29,7 @@ def render_report(
     *,
     title: str,
     rows: Sequence[Row],
-    metrics: Sequence[dict[str, Any]],
+    curves: Mapping[str, Curves],
     config: Mapping[str, Any],
     environment: Mapping[str, Any],
     artifacts: Sequence[Mapping[str, Any]],
@@ -40,7 +40,7 @@ def render_report(
 ) -> str:
     """The whole report as HTML text. All data is escaped; the figures are trusted to be ours.
 
-    rows, before: evaluated paths after and before fine-tuning. metrics: lines of metrics.jsonl. config: flat, with
+    rows, before: evaluated paths after and before fine-tuning. curves: of each stage. config: flat, with
     dotted keys. artifacts: what each stage left, with stage, id, created (text or seconds since 1970), seconds,
     command and whatever else. descendant: the chosen path, with key and any of params, flops, top1, top5, budget,
     file and load (code to load it, shown as it is). figures: SVG text by the names of `plots.report_figures`. ledger:
@@ -52,7 +52,7 @@ def render_report(
         ("pareto", "Accuracy against cost", _figure(figures, "pareto")),
         ("paths", "All paths", _paths(rows, before or [], descendant)),
         ("descendant", "Descendant", _descendant(descendant)),
-        ("training", "Training", _training(metrics, figures)),
+        ("training", "Training", _training(curves, figures)),
         ("draws", "Draws of each path", draws_section(ledger)),
         ("provenance", "Provenance", _provenance(artifacts)),
         ("environment", "Environment", _pairs(environment)),
@@ -210,28 +210,26 @@ def _descendant(descendant: Mapping[str, Any] | None) -> str:
     return f'<div class="card"><dl>{"".join(items)}</dl></div>{code}'
 
 
-def _training(metrics: Sequence[dict[str, Any]], figures: Mapping[str, str]) -> str:
+def _training(curves: Mapping[str, Curves], figures: Mapping[str, str]) -> str:
     """A summary and the curves of each stage, in the order in which the stages appear."""
-    stages = list(dict.fromkeys(line["stage"] for line in metrics if "stage" in line))
-    curves = [name for name in figures if name != "pareto" and name.removeprefix("loss_") not in stages]
-    if not stages and not curves:
+    others = [name for name in figures if name != "pareto" and name.removeprefix("loss_") not in curves]
+    if not curves and not others:
         return '<p class="soft">No training has been logged.</p>'
-    lines = "".join(_stage_summary(stage, stage_lines(metrics, stage)) for stage in stages)
+    lines = "".join(_stage_summary(stage, logged) for stage, logged in curves.items())
     names = ["Stage", "Last step", "Loss, first", "Loss, last tenth", "Images/s", "Step (s)", "Waiting for data"]
     head = "".join(f"<th{' class=n' if i else ''}>{name}</th>" for i, name in enumerate(names))
     table = f'<div class="panel"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div><br>'
-    drawn = "".join(_figure(figures, name) for name in [*(f"loss_{stage}" for stage in stages), *curves])
-    return (table if stages else "") + drawn
+    drawn = "".join(_figure(figures, name) for name in [*(f"loss_{stage}" for stage in curves), *others])
+    return (table if curves else "") + drawn
 
 
-def _stage_summary(stage: str, lines: Sequence[dict[str, Any]]) -> str:
+def _stage_summary(stage: str, curves: Curves) -> str:
     """One table line: how far a stage went, where its loss ended and how fast it ran (means over the stage)."""
-    loss = _numbers(lines, "loss")
+    loss = curves.finite("loss")
     tail = loss[-max(1, len(loss) // 10) :]
-    step, wait = _mean(_numbers(lines, "step_time_s")), _mean(_numbers(lines, "data_wait_s"))
-    speed = _mean(_numbers(lines, "images_per_s"))
+    step, wait, speed = (_mean(curves.finite(name)) for name in ("step_time_s", "data_wait_s", "images_per_s"))
     cells = [
-        str(lines[-1]["step"]) if lines else "–",
+        str(curves.steps[-1]) if curves.steps else "–",
         f"{loss[0]:.3f}" if loss else "–",
         f"{_mean(tail):.3f}" if loss else "–",
         "–" if speed is None else f"{speed:,.0f}",

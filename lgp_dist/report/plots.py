@@ -2,9 +2,8 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lgp_dist.files import write_atomic
+from lgp_dist.report.curves import Curves
 from lgp_dist.report.rows import Kind, Row, flops_unit, kind_label, kind_of, kinds, pareto_front
 
 INK, FAINT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
@@ -90,42 +90,39 @@ def pareto_figure(rows: Sequence[Row], *, title: str, before: Sequence[Row] | No
     return figure
 
 
-def loss_figure(metrics: Sequence[dict[str, Any]], stage: str) -> Figure:
+def loss_figure(curves: Curves, stage: str) -> Figure:
     """Training curves of one stage: the loss, and its named parts, against the optimiser step.
 
-    metrics: the lines of metrics.jsonl; lines of other stages are ignored, and of lines with equal step (a resumed
-    run) the last counts. Thin lines are the values as logged, thick ones their moving average. A value that is not
-    finite leaves a gap.
+    Thin lines are the values as logged, thick ones their moving average. A value that is not finite leaves a gap.
     """
-    lines = stage_lines(metrics, stage)
-    parts = _part_names(lines)
+    parts = _part_names(curves)
     with matplotlib.rc_context(STYLE):
         handles = [
             Line2D([], [], color=colour, ls=dash, lw=1.7, label=name)
             for name, (colour, dash) in zip(parts, LINE_STYLES, strict=False)
         ]
         figure, axes = new_panels(2 if parts else 1, 3.3, handles, gap=0.12)
-        _curve(axes[0], lines, "loss", INK, "-")
+        _curve(axes[0], curves, "loss", INK, "-")
         axes[0].set_title(f"{stage}: loss")
         if parts:
             axes[1].set_title(f"{stage}: parts of the loss")
         for handle in handles:
-            _curve(axes[1], lines, handle.get_label(), handle.get_color(), handle.get_linestyle())
+            _curve(axes[1], curves, handle.get_label(), handle.get_color(), handle.get_linestyle())
         for panel in axes:
-            _finish_curves(panel, lines)
+            _finish_curves(panel, curves)
     return figure
 
 
 def report_figures(
-    rows: Sequence[Row], metrics: Sequence[dict[str, Any]], *, title: str, before: Sequence[Row] | None = None
+    rows: Sequence[Row], curves: Mapping[str, Curves], *, title: str, before: Sequence[Row] | None = None
 ) -> dict[str, Figure]:
     """All figures that a report shows, by the name under which the HTML report looks for them.
 
-    "pareto" where there are rows, and "loss_STAGE" for each stage in the metrics, in the order of their first line.
+    "pareto" where there are rows, and "loss_STAGE" for each stage of `curves`.
     """
     figures = {"pareto": pareto_figure(rows, title=title, before=before)} if rows else {}
-    for stage in dict.fromkeys(line["stage"] for line in metrics):
-        figures[f"loss_{stage}"] = loss_figure(metrics, stage)
+    for stage, logged in curves.items():
+        figures[f"loss_{stage}"] = loss_figure(logged, stage)
     return figures
 
 
@@ -144,12 +141,6 @@ def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
     for path in written:
         write_atomic(path, _render(figure, path.suffix[1:]))
     return written
-
-
-def stage_lines(metrics: Sequence[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
-    """The metrics lines of one stage by step; of lines with equal step, as a resumed run leaves them, the last."""
-    by_step = {line["step"]: line for line in metrics if line.get("stage") == stage}
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def new_panels(
@@ -291,19 +282,13 @@ def _pareto_legend(all_kinds: Sequence[Kind], before: bool) -> list[Line2D]:
     return handles
 
 
-def _part_names(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the parts of the loss in these lines, in the order in which they first appear."""
-    names = dict.fromkeys(name for line in lines for name, value in line.items() if isinstance(value, int | float))
+def _part_names(curves: Curves) -> list[str]:
+    """Names of the logged parts of the loss, in the order in which they first appear."""
     return [
         name
-        for name in names
+        for name in curves.columns
         if name not in NOT_LOSSES and not name.startswith("lr") and not name.endswith(("_s", "_ms", "_gb"))
     ]
-
-
-def _finite(value: Any) -> float:
-    """The value as a number, NaN where it is absent, no number or infinite."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
 def _smooth(values: Sequence[float], half: int) -> list[float]:
@@ -324,10 +309,9 @@ def _smooth(values: Sequence[float], half: int) -> list[float]:
     return result
 
 
-def _curve(panel: Axes, lines: Sequence[dict[str, Any]], name: str, colour: str, dash: str) -> None:
+def _curve(panel: Axes, curves: Curves, name: str, colour: str, dash: str) -> None:
     """Draws one quantity: as logged (thin) and averaged over a 30th of the run (thick)."""
-    values = [_finite(line.get(name)) for line in lines]
-    steps = [line["step"] for line in lines]
+    values, steps = curves.of(name), curves.steps
     smooth = _smooth(values, len(values) // 60)
     stride = max(1, math.ceil(len(steps) / MAX_POINTS))
     picked = sorted({*range(0, len(steps), stride), *([len(steps) - 1] if steps else [])})
@@ -344,7 +328,7 @@ def _curve(panel: Axes, lines: Sequence[dict[str, Any]], name: str, colour: str,
     )
 
 
-def _finish_curves(panel: Axes, lines: Sequence[dict[str, Any]]) -> None:
+def _finish_curves(panel: Axes, curves: Curves) -> None:
     """Axis labels and a scale that fits: logarithmic where positive averages span more than a factor of 20."""
     panel.set_xlabel("Optimiser step")
     panel.xaxis.set_major_locator(MaxNLocator(7, integer=True))
@@ -352,7 +336,8 @@ def _finish_curves(panel: Axes, lines: Sequence[dict[str, Any]]) -> None:
     if not drawn:
         panel.text(0.5, 0.5, "nothing logged", transform=panel.transAxes, ha="center", color=FAINT)
         return
-    panel.set_xlim(lines[0]["step"], lines[-1]["step"] + (lines[0]["step"] == lines[-1]["step"]))
+    first, last = curves.steps[0], curves.steps[-1]
+    panel.set_xlim(first, last + (first == last))
     if min(drawn) > 0 and max(drawn) / min(drawn) > 20:
         panel.set_yscale("log")
         _plain_log_ticks(panel.yaxis)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lgp_dist.files import write_atomic
+from lgp_dist.report.curves import curves_of
 from lgp_dist.report.html import render_report
 from lgp_dist.report.plots import figure_svg, report_figures, save_figure
 from lgp_dist.report.tables import paths_table, write_paths_csv, write_paths_json
 from lgp_dist.run.artifacts import Artifact
-from lgp_dist.run.metrics import read_metrics
+from lgp_dist.run.metrics import read_lines
 
 LOAD = """\
 import json
@@ -30,7 +31,7 @@ def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence
     config: flat. artifacts: of the complete stages, in order. Returns the table of paths, empty if none is evaluated.
     """
     by_stage = {artifact.record["stage"]: artifact for artifact in artifacts}
-    metrics = read_metrics(root / "metrics.jsonl")
+    curves = curves_of(read_lines(root / "metrics.jsonl"))
     rows, before, descendant, ledger = [], None, None, None
     if "evaluate" in by_stage:
         folder = by_stage["evaluate"].folder
@@ -46,13 +47,13 @@ def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence
     if "export" in by_stage:
         exported = by_stage["export"]
         descendant = {**exported.facts, "file": str(exported.folder), "load": LOAD.format(folder=exported.folder)}
-    figures = report_figures(rows, metrics, title=f"Pool {recipe}: {len(rows)} paths", before=before)
+    figures = report_figures(rows, curves, title=f"Pool {recipe}: {len(rows)} paths", before=before)
     if "pareto" in figures:
         save_figure(figures["pareto"], root / "pareto")
     page = render_report(
         title=f"lgp_dist: {recipe}",
         rows=rows,
-        metrics=metrics,
+        curves=curves,
         config=config,
         environment=json.loads(_read(root / "environment.json") or "{}"),
         artifacts=[_summary(artifact) for artifact in artifacts],

@@ -1,63 +1,135 @@
-"""metrics.jsonl of a run directory: one JSON object per optimizer step and stage."""
+"""metrics.jsonl of a run directory: one JSON object per optimizer step, in the order of stages and steps.
+
+It is appended to, and read from its end where a stage begins: a run of ImageNet writes half a million lines.
+"""
 
 import json
-from io import RawIOBase
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NotRequired, TypedDict
 
-from lgp_dist.files import replacing
+from lgp_dist.config.flat import STAGES
+
+BLOCK = 1 << 16
+"""Bytes that are read at a time."""
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; none where it is missing. A line that a kill cut off is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+class MetricsLine(TypedDict):
+    """One optimizer step. Next to these a line holds the task's other losses, `top1/KEY` of each path that was
+    measured, counts of the step's batches and what the step filter says."""
+
+    stage: str
+    step: int
+    """Optimizer steps of the stage before this one."""
+    epoch: float
+    lr: float
+    world: int
+    """Ranks."""
+    accumulate: int
+    """Micro-steps of each rank."""
+    path: NotRequired[list[str]]
+    """Keys of the paths: rank 0's micro-steps, then rank 1's."""
+    loss: float | None
+    """Mean over ranks and micro-steps; None if it was not finite."""
+    images_per_s: float
+    """Of all ranks."""
+    data_wait_s: float
+    step_time_s: float
+
+
+def read_metrics(path: Path, stage: str) -> Iterator[MetricsLine]:
+    """One stage's lines of a metrics file, in order; none if the file is missing."""
+    return (line for line in read_lines(path) if line["stage"] == stage)
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The values of a file of JSON lines, in order; none if the file is missing. Skips a line that a kill cut off."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
 
 
 class MetricsFile:
-    """Appends the lines of one stage from a step on, in place of those of an earlier attempt at it.
+    """Appends the lines of one stage from a step on, in place of those of an earlier attempt.
 
-    A disk that is full or gone loses lines, whole ones, and ends nothing.
+    A full or missing disk loses whole lines and ends nothing.
     """
 
     def __init__(self, path: Path, stage: str, first: int = 0):
         self.path, self.stage, self.first = path, stage, first
+        self.later = STAGES[STAGES.index(stage) + 1 :] if stage in STAGES else ()
         self.lost = 0
         """Lines that could not be written."""
         self._begun = False
 
-    def append(self, lines: list[dict[str, Any]]) -> str:
-        """Writes finished steps, in place of an earlier attempt's; the reason if that was not possible, or nothing."""
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> str:
+        """Writes finished steps. Returns why that failed, or nothing."""
+        text = "".join(json.dumps({"stage": self.stage, **line}) + "\n" for line in lines).encode()
         try:
-            if not self._begun:
-                self._begin()
-            text = "".join(json.dumps({"stage": self.stage, **line}) + "\n" for line in lines).encode()
-            with self.path.open("ab", buffering=0) as file:
-                before = file.tell()
-                _write(file, text, before)
+            self.path.touch()
+            with self.path.open("r+b", buffering=0) as file:
+                _write(file, text, file.seek(0, os.SEEK_END) if self._begun else self._cut(file))
         except OSError as error:
             self.lost += len(lines)
             return str(error.strerror)
+        self._begun = True
         return ""
 
-    def _begin(self) -> None:
-        known, first = read_metrics(self.path), self.first
-        kept = [line for line in known if line["stage"] != self.stage or line["step"] < first]
-        with replacing(self.path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._begun = True
+    def _cut(self, file: BinaryIO) -> int:
+        """Where the lines of an earlier attempt begin: those from the first step on, those of later stages, which were
+        trained on its result, and a line that a kill cut off.
+
+        The file is in the order of stages and steps, so they are its last lines: reading backwards ends before them.
+        """
+        lines = _backwards(file)
+        cut, _ = next(lines)  # after the last line that is whole
+        for offset, line in lines:
+            if self._precedes(line):
+                break
+            cut = offset
+        return cut
+
+    def _precedes(self, text: bytes) -> bool:
+        """Whether a line is of an earlier step or another stage, and not of a later one."""
+        try:
+            line = json.loads(text)
+        except ValueError:
+            return False
+        return line["step"] < self.first if line["stage"] == self.stage else line["stage"] not in self.later
 
 
-def _write(file: RawIOBase, text: bytes, before: int) -> None:
-    """All of it or nothing; OSError."""
+def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Offset and text of what follows the last line break, then of each line, last first."""
+    start, known = file.seek(0, os.SEEK_END), list[bytes]()  # known: a line's blocks so far, last first
+    while start:
+        size = min(BLOCK, start)
+        start -= size
+        file.seek(start)
+        first, *rest = file.read(size).split(b"\n")
+        end = start + size
+        for piece in reversed(rest):
+            end -= len(piece)
+            yield end, b"".join([piece, *reversed(known)])
+            known, end = [], end - 1
+        known.append(first)
+    yield 0, b"".join(reversed(known))
+
+
+def _write(file: BinaryIO, text: bytes, start: int) -> None:
+    """Makes the text the end of the file, from an offset on. OSError if there is no room: then the file ends at the
+    offset, or is as before if nothing could be written."""
+    file.seek(start)
     try:
         while text:
             text = text[file.write(text) :]
     except OSError:
-        file.truncate(before)
+        if file.tell() > start:
+            file.truncate(start)
         raise
+    file.truncate()

@@ -92,9 +92,8 @@ def mean_flops(context: Context, ledger: Ledger) -> float:
 
 def draws_of(metrics: Path, sampler: PathSampler) -> Ledger:
     """The ledger of the stage's lines in a metrics file."""
-    lines = [line for line in read_metrics(metrics) if line["stage"] == "finetune"]
 
     def shares(world: int) -> dict[str, float]:
         return {path.key: share for path, share in sampler.shares(world).items()}
 
-    return build_ledger(lines, shares, sampler.tied_slots, sampler.accumulate)
+    return build_ledger(read_metrics(metrics, "finetune"), shares, sampler.tied_slots, sampler.accumulate)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lgp_dist.report.rows import Row, row_alone
 from lgp_dist.run.artifacts import RunDirectory
-from lgp_dist.run.metrics import read_metrics
+from lgp_dist.run.metrics import read_lines, read_metrics
 from lgp_dist.study.cells import Cell
 from lgp_dist.study.runner import STARTS
 from lgp_dist.study.settings import arguments
@@ -46,7 +46,11 @@ def cell_record(cell: Cell, out: Path) -> dict[str, Any]:
     evaluated = artifacts["evaluate"].folder
     training = {stage: made.facts["training"] for stage, made in artifacts.items() if made.facts.get("training")}
     costs = [facts.get("flops") for facts in training.values()]
-    lines = [line for line in read_metrics(cell.folder / "metrics.jsonl") if line["stage"] == "finetune"]
+    step_s, curve = [], {}
+    for line in read_metrics(cell.folder / "metrics.jsonl", "finetune"):
+        step_s.append(line["step_time_s"])
+        if watched := _watched(line):
+            curve[line["step"] + 1] = watched
     return {
         "arm": cell.arm.name,
         "seed": cell.seed,
@@ -57,9 +61,9 @@ def cell_record(cell: Cell, out: Path) -> dict[str, Any]:
         "flops": None if None in costs else sum(costs),
         "seconds": {stage: artifact.record["seconds"] for stage, artifact in artifacts.items()},
         "starts": starts_of(cell, out),
-        "step_ms": 1000 * median(line["step_time_s"] for line in lines) if lines else None,
+        "step_ms": 1000 * median(step_s) if step_s else None,
         "r2": artifacts["pool"].facts.get("r2", {}) if "pool" in artifacts else {},
-        "curve": {line["step"] + 1: _watched(line) for line in lines if _watched(line)},
+        "curve": curve,
         "before": json.loads((evaluated / "before.json").read_text()) if cell.config.evaluate.before else [],
         "rows": json.loads((evaluated / "paths.json").read_text()),
     }
@@ -73,7 +77,7 @@ def _watched(line: Mapping[str, Any]) -> dict[str, float]:
 def starts_of(cell: Cell, out: Path) -> dict[str, float]:
     """How often the cell was started by this study, and the seconds of all these starts together."""
     total: Counter[str] = Counter({"count": 0, "wall_s": 0.0, "cpu_s": 0.0})
-    for line in read_metrics(out / STARTS):
+    for line in read_lines(out / STARTS):
         if (line["arm"], line["seed"]) == (cell.arm.name, cell.seed):
             total.update({"count": 1, "wall_s": line["wall_s"], "cpu_s": line["cpu_s"]})
     return {name: round(value, 1) for name, value in total.items()}

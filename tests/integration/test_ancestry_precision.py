@@ -18,7 +18,7 @@ def test_targets_are_rounded_and_labels_are_not(finished_place: Path, lgp: Lgp, 
     for precision in ("fp32", "bf16"):
         done = lgp(stage, *SMALL, "--engine.precision=fp32", option, precision, "--force")
         assert done.status == 0, done.err
-        found.append(next(line for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == stage))
+        found.append(next(read_metrics(Path("run/metrics.jsonl"), stage)))
     exact, rounded = found
     for name in exact:
         if name.endswith("cls"):

@@ -147,7 +147,7 @@ def test_bad_images_within_the_limit(lgp: Lgp, finished_place: Path) -> None:
             Path("run/log.txt").read_text(),
             f"bad sample: {index.describe(sample)}: its bytes are not those that were indexed",
         )
-    lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "distil"]
+    lines = list(read_metrics(Path("run/metrics.jsonl"), "distil"))
     assert [line["bad_samples"] for line in lines] == [2, 1]
     sentence = refused(lgp, "distil", "--force", "--data.max-bad=2", begun=True)
     has(sentence, "3 images of epoch 0 are bad", "data.max_bad allows 2", str(index.keys[samples[2]]))
@@ -338,7 +338,7 @@ def test_loss_that_becomes_infinite(lgp: Lgp, finished_place: Path) -> None:
     keys = index_of("train").keys[position_to_sample(0, 0, 64)[8:11]].tolist()
     sentence = refused(lgp, "distil", "--force", *settings, begun=True)
     has(sentence, "step 1 of stage distil", "rank 0", *keys, "distil.train.lr", "--faults.skip-steps")
-    assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "distil"] == [0]
+    assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl"), "distil")] == [0]
 
 
 # Two processes
@@ -362,7 +362,7 @@ def test_bad_images_of_all_ranks_count(finished_place: Path) -> None:
     break_images("train", position_to_sample(0, 0, 64)[[0, 1, 2, 11]].tolist())
     done = launched("distil", *SMALL, "--force", "--data.max-bad=4")
     assert done.returncode == 0, done.stderr
-    lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "distil"]
+    lines = list(read_metrics(Path("run/metrics.jsonl"), "distil"))
     assert [line["bad_samples"] for line in lines] == [3, 1]
     done = launched("distil", *SMALL, "--force", "--data.max-bad=3")
     assert done.returncode != 0 and "4 images of epoch 0 are bad, and data.max_bad allows 3" in done.stderr

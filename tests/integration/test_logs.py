@@ -61,8 +61,8 @@ def test_metrics_that_cannot_begin_keep_what_there_is(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert file.append(lines_of("s", range(6, 7))) == "" and file.lost == 2
-    assert [line["step"] for line in read_metrics(path) if line["stage"] == "s"] == [0, 1, 2, 3, 6]
-    assert len([line for line in read_metrics(path) if line["stage"] == "a"]) == 9
+    assert [line["step"] for line in read_metrics(path, "s")] == [0, 1, 2, 3, 6]
+    assert len(list(read_metrics(path, "a"))) == 9
 
 
 def test_log_on_a_full_device(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from lgp_dist.models.row_start import take_tail
 from lgp_dist.models.vit import build_vit
 from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny
-from lgp_dist.run.metrics import read_metrics
+from lgp_dist.run.metrics import read_lines, read_metrics
 
 HUB = "timm/test_vit.r160_in1k"
 ANCHOR = (
@@ -68,7 +68,7 @@ def test_every_system_from_shards_to_export_and_in_one_report(lgp: Lgp, place: P
             model = load_descendant(config, load_file(run / "export/model.safetensors"))
             assert config["lgp"]["path"] in keys
         assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
-        trained = {key for line in read_metrics(run / "metrics.jsonl") for key in line.get("path", ())}
+        trained = {key for line in read_lines(run / "metrics.jsonl") for key in line.get("path", ())}
         assert trained <= set(keys)
         again = lgp(*call)
         assert again.status == 0 and again.err.count("skipped") == len(STAGES)
@@ -101,7 +101,7 @@ def test_the_teacher_may_be_no_vit_where_its_logits_are_enough(lgp: Lgp, place: 
     taught = small("snnet_tiny", *overrides, "--finetune.distil=hard", "--evaluate.batch-size=8")
     done = lgp("run", *taught)
     assert done.status == 0, done.err
-    lines = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["stage"] == "finetune"]
+    lines = list(read_metrics(Path("run/metrics.jsonl"), "finetune"))
     assert len(lines) == 2 and all(line["loss"] == pytest.approx(line["cls"] + line["pred"]) for line in lines)
     has(refused(lgp, "ancestry", *overrides, "--run-dir=other", run="other"), "test_resnet is not a plain ViT")
     trained = small(

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import random
 import re
 from html.parser import HTMLParser
@@ -10,8 +11,9 @@ from html.parser import HTMLParser
 import pytest
 
 from lgp_dist.errors import UserError
+from lgp_dist.report.curves import Curves, curves_of
 from lgp_dist.report.html import render_report
-from lgp_dist.report.plots import figure_svg, loss_figure, pareto_figure, report_figures, save_figure, stage_lines
+from lgp_dist.report.plots import figure_svg, loss_figure, pareto_figure, report_figures, save_figure
 from lgp_dist.report.rows import FIELDS, kind_label, kind_of, kinds, pareto_front
 from lgp_dist.report.tables import paths_table, write_paths_csv, write_paths_json
 
@@ -47,7 +49,7 @@ def metrics():
 
 def page(rows, metrics=(), figures=None, **changes):
     given = {"config": {}, "environment": {}, "artifacts": [], "descendant": None, "figures": figures or {}} | changes
-    return render_report(**{"title": "A run", "rows": rows, "metrics": metrics} | given)
+    return render_report(**{"title": "A run", "rows": rows, "curves": curves_of(metrics)} | given)
 
 
 class Balance(HTMLParser):
@@ -170,31 +172,42 @@ def test_figures_are_the_same_bytes_each_time(rows, metrics, tmp_path):
         save_figure(pareto_figure(rows, title="t", before=rows[:2]), tmp_path / name / "v1.0")
     for kind in ("svg", "png"):
         assert (tmp_path / f"a/v1.0.{kind}").read_bytes() == (tmp_path / f"b/v1.0.{kind}").read_bytes()
-    figure = loss_figure(metrics, "distil")
-    assert figure_svg(figure) == figure_svg(loss_figure(metrics, "distil")) == figure_svg(figure)
+    curves = curves_of(metrics)["distil"]
+    figure = loss_figure(curves, "distil")
+    assert figure_svg(figure) == figure_svg(loss_figure(curves, "distil")) == figure_svg(figure)
     assert not re.search(r"\d\d:\d\d:\d\d", figure_svg(figure))
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_figures_of_almost_nothing(rows, metrics, count):
     assert "<svg" in figure_svg(pareto_figure(rows[:count], title=HOSTILE))
-    assert "<svg" in figure_svg(loss_figure(metrics[:count], "distil"))
+    assert "<svg" in figure_svg(loss_figure(curves_of(metrics[:count]).get("distil", Curves()), "distil"))
     bad = [{"stage": "s", "step": 0, "loss": float("nan"), "cls": None}]
-    assert "<svg" in figure_svg(loss_figure(bad, "s"))
+    assert "<svg" in figure_svg(loss_figure(curves_of(bad)["s"], "s"))
 
 
 def test_loss_parts_are_told_from_speeds_and_rates(metrics):
-    labels = [curve.get_label() for curve in loss_figure(metrics, "distil").axes[1].get_lines()]
+    labels = [curve.get_label() for curve in loss_figure(curves_of(metrics)["distil"], "distil").axes[1].get_lines()]
     assert [label for label in labels if not label.startswith("_")] == ["cls", "pred"]
 
 
 def test_a_resumed_run_shows_each_step_once():
     lines = [{"stage": "s", "step": step, "loss": loss} for step, loss in [(0, 3.0), (1, 2.0), (1, 1.5), (2, 1.0)]]
-    assert [line["loss"] for line in stage_lines(lines, "s")] == [3.0, 1.5, 1.0]
+    curves = curves_of(lines)["s"]
+    assert list(curves.steps) == [0, 1, 2] and list(curves.of("loss")) == [3.0, 1.5, 1.0]
+
+
+def test_lines_without_a_number_leave_a_gap():
+    """A column has a value for each step: NaN before its first line, where it is missing, null or not finite."""
+    losses = [{}, {"cls": 1.0}, {}, {"cls": None}, {"cls": float("inf")}, {"cls": 2}, {"cls": "x"}]
+    lines = [{"stage": "s", "step": step, **loss} for step, loss in enumerate(losses)]
+    curves = curves_of(lines)["s"]
+    assert [None if math.isnan(value) else value for value in curves.of("cls")] == [None, 1, None, None, None, 2, None]
+    assert curves.finite("cls") == [1.0, 2.0] and len(curves.of("none")) == len(lines) and not curves.finite("none")
 
 
 def test_page_is_well_formed_and_needs_nothing_from_outside(rows, metrics):
-    figures = {name: figure_svg(each) for name, each in report_figures(rows, metrics, title="A run").items()}
+    figures = {name: figure_svg(each) for name, each in report_figures(rows, curves_of(metrics), title="A run").items()}
     text = page(
         rows,
         metrics,
@@ -222,7 +235,9 @@ def test_page_escapes_whatever_it_is_given(rows):
     row = {**rows[2], "key": HOSTILE}
     bad = {HOSTILE: HOSTILE, "list": [HOSTILE]}
     line = {"stage": HOSTILE, "step": 1, "loss": 1.0, HOSTILE: 2.0}
-    figures = {n: figure_svg(f) for n, f in report_figures([row], [line], title=HOSTILE, before=[row]).items()}
+    figures = {
+        n: figure_svg(f) for n, f in report_figures([row], curves_of([line]), title=HOSTILE, before=[row]).items()
+    }
     text = page(
         [row],
         [line],
