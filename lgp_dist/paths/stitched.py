@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, TypeVar
 
+from lgp_dist.config.ranges import check_value
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 
@@ -137,8 +138,7 @@ class PathSpace:
     """Whether stitched paths apply the final norm of their last row, as rows alone always do."""
 
     def __post_init__(self) -> None:
-        if self.depth < 2:
-            raise UserError(f"model.depth is {self.depth}, but a row needs at least 2 blocks: choose 2 or more.")
+        check_value("model.depth", self.depth)
         if not self.widths or list(self.widths) != sorted(set(self.widths)):
             raise UserError(
                 f"model.rows has widths {list(self.widths)}, but rows go from narrow to wide, each wider than the one "

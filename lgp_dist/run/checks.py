@@ -1,10 +1,10 @@
 """Settings that would train wrongly or fail late, refused before anything starts."""
 
 import difflib
-import math
 import re
 
 from lgp_dist.config.flat import STAGES, flatten
+from lgp_dist.config.ranges import check_data, check_ranges
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths.space import Space, space_of
@@ -12,95 +12,11 @@ from lgp_dist.paths.space import Space, space_of
 SOURCES = ("ancestry.weights", "finetune.weights", "finetune.costs")
 """Files whose content counts, beside the splits of the data."""
 
-POSITIVE = math.ulp(0.0)
-"""The smallest float above zero."""
-
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**31 - 1),
-    "data.image_size": (1, 65536),
-    "data.num_classes": (1, 2**31 - 1),
-    "data.crop_pct": (POSITIVE, 1),
-    "data.augment.hflip": (0, 1),
-    "data.augment.random_erase": (0, 1),
-    "data.augment.color_jitter": (0, math.inf),
-    "data.window": (1, 2**31 - 1),
-    "data.max_bad": (0, 2**31 - 1),
-    "data.threads": (0, 1024),
-    "data.cache_bytes": (1, 2**62),
-    "data.timeout_s": (0.1, 86400),
-    "data.retries": (0, 1000),
-    "engine.threads": (0, 4096),
-    "engine.audit_weights_every": (0, 2**62),
-    "engine.fp16_scale": (1, 2**40),
-    "faults.skip_steps": (0, 2**31 - 1),
-    "faults.spike": (0, 1e9),
-    "faults.rollback": (0, 2**31 - 1),
-    "faults.timeout_s": (1, 2**31 - 1),
-    "model.patch_size": (1, 65536),
-    "model.depth": (2, 4096),
-    "ancestry.width": (1, 2**20),
-    "ancestry.depth": (1, 4096),
-    "ancestry.heads": (1, 2**20),
-    "ancestry.drop_path": (0, 0.999),
-    "distil.alpha": (0, 1),
-    "distil.tau": (POSITIVE, math.inf),
-    "distil.inverse_weight": (0, 1e9),
-    "pool.samples": (1, 2**31 - 1),
-    "pool.ridge": (POSITIVE, 1e9),
-    "finetune.tau": (POSITIVE, math.inf),
-    "finetune.distil_weight": (0, 1e9),
-    "finetune.label_weight": (0, 1e9),
-    "finetune.paths_per_batch": (1, 2**31 - 1),
-    "finetune.watch_every": (0, 2**62),
-    "finetune.watch_images": (1, 2**31 - 1),
-    "finetune.row_weight": (1e-3, 1e3),
-    "evaluate.batch_size": (1, 2**31 - 1),
-    "checkpoint.every": (0, 2**62),
-    "checkpoint.keep": (1, 10_000),
-    "budget.max_params": (0, math.inf),
-    "budget.max_flops": (0, math.inf),
-    "budget.max_latency_ms": (0, math.inf),
-    "budget.batch": (1, 2**20),
-    "export.images": (1, 2**31 - 1),
-    "export.int8_images": (1, 2**31 - 1),
-}
-"""Smallest and largest value of a setting."""
-
-TRAIN_RANGES: dict[str, tuple[float, float]] = {
-    "epochs": (POSITIVE, 1e9),
-    "max_steps": (0, 2**62),
-    "batch_size": (1, 2**31 - 1),
-    "accumulate": (1, 2**31 - 1),
-    "lr": (0, math.inf),
-    "min_lr": (0, math.inf),
-    "warmup_epochs": (0, math.inf),
-    "weight_decay": (0, 1e9),
-    "momentum": (0, 1),
-    "eps": (POSITIVE, math.inf),
-    "clip_grad": (0, 1e30),
-    "mixup": (0, 1e9),
-    "cutmix": (0, 1e9),
-    "label_smoothing": (0, 1),
-    "log_every": (1, 2**31 - 1),
-}
-"""The same for every stage's `train`."""
-
-ROW_RANGES: dict[str, tuple[float, float]] = {"width": (1, 2**20), "heads": (1, 2**20), "drop_path": (0, 0.999)}
-"""The same for every row."""
-
 
 def check_config(config: RunConfig) -> None:
     """UserError at the first setting that is out of range or does not fit another."""
-    ranges = dict(RANGES)
-    for stage in ("ancestry", "distil", "finetune"):
-        ranges |= {f"{stage}.train.{name}": limits for name, limits in TRAIN_RANGES.items()}
-    for row in range(len(config.model.rows)):
-        ranges |= {f"model.rows.{row}.{name}": limits for name, limits in ROW_RANGES.items()}
-    values = flatten(config)
-    for key, (low, high) in ranges.items():
-        if not low <= values[key] <= high:
-            allowed = f"above 0 and at most {high:.12g}" if low == POSITIVE else f"from {low:.12g} to {high:.12g}"
-            raise UserError(f"{key} is {values[key]}, but must be {allowed}: choose another value.")
+    check_ranges(config)
+    check_data(config.data)
     _check_shapes(config)
 
 
@@ -115,12 +31,6 @@ def _check_shapes(config: RunConfig) -> None:
                 f"{key} has width {width} and {heads} heads, but heads must divide the width: change one of them."
             )
     _check_rows(config)
-    data = config.data
-    if len(data.mean) != data.channels or len(data.std) != data.channels:
-        raise UserError(
-            f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values, but data.channels is "
-            f"{data.channels}: give one value per channel."
-        )
     if 0 < config.faults.spike <= 1:
         raise UserError(
             f"faults.spike is {config.faults.spike}, which a usual loss exceeds: set it above 1, or to 0 for no guard."

@@ -301,7 +301,7 @@ def test_erasing_is_that_of_timm() -> None:
     ("change", "sentence"),
     [
         ({"channels": 2}, "data.channels is 2"),
-        ({"mean": (0.1, 0.2, 0.3)}, "data.mean has 3 numbers but data.channels is 1"),
+        ({"mean": (0.1, 0.2, 0.3)}, "data.mean has 3 values, but data.channels is 1"),
         ({"std": (0.0,)}, "data.std"),
         ({"crop_pct": 0.0}, "data.crop_pct is 0.0"),
         ({"image_size": 0}, "data.image_size is 0"),

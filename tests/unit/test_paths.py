@@ -252,8 +252,8 @@ def test_space_of_a_recipe() -> None:
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ({"depth": 1}, ("model.depth is 1", "2 or more")),
-        ({"depth": 0}, ("model.depth is 0", "2 or more")),
+        ({"depth": 1}, ("model.depth is 1", "from 2 to")),
+        ({"depth": 0}, ("model.depth is 0", "from 2 to")),
         ({"widths": (768, 192)}, ("[768, 192]", "narrow to wide")),
         ({"image_size": 230}, ("data.image_size 230", "model.patch_size 16")),
         ({"patch_size": 15}, ("data.image_size 224", "model.patch_size 15")),

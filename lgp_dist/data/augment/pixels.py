@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lgp_dist.config.run_config import DataConfig
+from lgp_dist.config.data_config import DataConfig
+from lgp_dist.config.ranges import check_data
 from lgp_dist.data.augment.keyed_random import Keys, Numbers, device_normals, uniforms
 from lgp_dist.data.augment.randaugment import RandAugment, colour_jitter
-from lgp_dist.errors import UserError
 
 ERASE_AREA, ERASE_RATIO, ERASE_TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
 """timm's rectangle: share of the image, height by width, and how often one that does not fit is drawn again."""
@@ -19,7 +19,7 @@ ERASE_AREA, ERASE_RATIO, ERASE_TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """Augmentation and normalisation of a configuration. Raises UserError when made for values that cannot be."""
+    """Augmentation and normalisation of a configuration. UserError if a setting of the data is out of range."""
 
     data: DataConfig
     device: torch.device
@@ -97,23 +97,3 @@ def erase_box(height: int, width: int, draws: list[float]) -> tuple[int, int, in
             first = place * (height - h + 1)
             return int(first), int((first % 1.0) * (width - w + 1)), h, w
     return 0, 0, 0, 0
-
-
-def check_data(data: DataConfig) -> None:
-    """Raises UserError for values that would become wrong pixels or an obscure error."""
-    if data.channels not in (1, 3):
-        raise UserError(f"data.channels is {data.channels}, which no image has: set it to 1 (grey) or 3 (RGB).")
-    for key, values in (("mean", data.mean), ("std", data.std)):
-        if len(values) != data.channels:
-            raise UserError(
-                f"data.{key} has {len(values)} numbers but data.channels is {data.channels}: give one per channel."
-            )
-    if min(data.std) <= 0:
-        raise UserError(f"data.std is {data.std}, but each standard deviation must be more than 0.")
-    if data.image_size < 1:
-        raise UserError(f"data.image_size is {data.image_size}: set it to the side of the input in pixels.")
-    if not 0 < data.crop_pct <= 1:
-        raise UserError(f"data.crop_pct is {data.crop_pct}: set it to a share above 0 and up to 1.")
-    low, high = data.augment.crop_scale
-    if not 0 < low <= high <= 1:
-        raise UserError(f"data.augment.crop_scale is ({low}, {high}): give two shares with 0 < low <= high <= 1.")
