@@ -59,14 +59,15 @@ PLACES = tuple(
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGTERM twice", "SIGUSR1 twice")
 KINDS = (*KILLS * 4, "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
 """Faults that are drawn from; each as often as it stands here."""
-PATIENCE_S, STEP_S = 240.0, 2.0
-"""Longest life of two ranks, and longest time for the other to end once one is dead: so long, and so much a step."""
+PATIENCE_S, STEP_S = 1200.0, 10.0
+"""Longest life of two ranks, and longest time for the other to end once one is dead: so long, and so much a step. An
+idle machine needs a tenth of it; a busy one must not look like a hang."""
 HANG_S = 5.0
 """The watchdog's."""
 IN_STEPS = ("data", "forward", "backward", "step", "save")
 """Phases that have the watchdog's own time, from the second step of a life on; all else has ten times as long."""
-ALONE_S = 60.0
-"""For a rank whose peer was killed to leave by itself, and the watchdog's time beside; it leaves within 15 s."""
+ALONE_S = 120.0
+"""For a rank whose peer was killed to leave by itself, in addition to the watchdog's time; an idle one needs 15 s."""
 GOES_ON, BEGINS = "finetune: goes on from step ", "finetune: begins at step "
 """What rank 0 says of its start."""
 METRICS_LINE = 500
@@ -193,7 +194,7 @@ class Life:
                 self.send(signal.SIGKILL)
             if time.monotonic() > end:
                 self.send(signal.SIGKILL)
-                self.wait(30)
+                self.wait(seconds)
                 return False
             time.sleep(0.01)
         return True
@@ -471,7 +472,7 @@ class Campaign:
             time.sleep(draw.random() * self.options.timeout_s / 2)
             life.send(signal.SIGCONT, rank)
         alone = draw.random() < self.options.alone
-        if not life.wait(self.patience_s, ALONE_S + self.options.timeout_s if alone else 0.5):
+        if not life.wait(self.patience_s, ALONE_S + longest(self.options.timeout_s) if alone else 0.5):
             self._violation(said, story, f"a rank did not end within {self.patience_s:.0f} s")
         took = round(time.monotonic() - sent, 2)
         if kind in SIGNALS:
@@ -543,7 +544,7 @@ class Options:
     """Kills and faults at random moments against stage finetune on the sample; status 1 at a violation."""
 
     seconds: float = 60.0
-    """Begin no run after so many seconds."""
+    """Begin no run after so many seconds, unless `resumes` are missing."""
     seed: int = 0
     """Of everything that is drawn."""
     kinds: tuple[Literal["kill one", "kill all", "SIGTERM", "SIGUSR1", "SIGTERM twice", "SIGUSR1 twice", "stop one",
@@ -559,11 +560,19 @@ class Options:
     """The watchdog's."""
     alone: float = 0.1
     """Share of kills after which no launcher ends the other rank, which has to leave by itself."""
+    resumes: int = 0
+    """Go on until so many runs' resumes were exact, however long that takes."""
     rounds: int = 0
     """In place of random faults, one rank after the other is killed in every call of its save: of the first save of its
     life in round 1, of the second in round 2, as many rounds as this says, each under every engine; `--steps 180`."""
     out: Path | None = None
     """JSON of the campaign; it goes on where the file stands."""
+
+
+def goes_on(options: Options, report: Report, spent_s: float) -> bool:
+    """Whether there is time for another run, or too few have resumed. A violation ends the second."""
+    too_few = report.seen["exact resumes"] < options.resumes and not report.violations
+    return spent_s < options.seconds or too_few
 
 
 def main() -> int:
@@ -581,7 +590,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         campaign, index = Campaign(Path(folder), report, options), first
         last = options.rounds * len(options.engines) or sys.maxsize
-        while index < last and (time.monotonic() - began < options.seconds or index == first):
+        while index < last and (index == first or goes_on(options, report, time.monotonic() - began)):
             campaign.run(index)
             index += 1
             if options.out:
