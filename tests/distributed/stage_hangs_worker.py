@@ -10,11 +10,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from run_helpers import SMALL
+from run_helpers import LIMIT_S, SMALL
 from torture import Life
 
 from lgp_dist import pipeline
@@ -24,7 +25,9 @@ from lgp_dist.engine.workers import Workers
 from lgp_dist.run.artifacts import RunDirectory
 from lgp_dist.stages import finetune
 
-SEEN_S = 1.2
+LEAVE_S = 5.0
+"""For the other rank to leave by itself when one has ended, after which a launcher ends it."""
+SEEN_S = 2.0
 """After so many seconds in a phase the heartbeat has told of it."""
 
 
@@ -55,7 +58,7 @@ CASES: dict[str, tuple[str, int, Any, str, Callable[[], None]]] = {
     "compares": ("evaluate", 0, pipeline, "inputs", stop),
     "waits": ("finetune", 1, Workers, "barrier", at_second_call(stop)),  # the first is that of the start
     "writes": ("finetune", 0, RunDirectory, "_record", stop),
-    "ledger": ("finetune", 0, finetune, "draws_of", partial(time.sleep, 120)),
+    "ledger": ("finetune", 0, finetune, "draws_of", partial(time.sleep, 600)),
     "accuracy": ("evaluate", 1, evaluate, "correct", stop),
     "report": ("evaluate", 0, pipeline, "publish", stop),
 }
@@ -75,9 +78,13 @@ def main(folder: Path, timeout: str) -> None:
     for case, (stage, *_) in CASES.items():
         arguments = (stage, *SMALL, "--engine.device=cpu", "--trackers", f"--faults.timeout-s={timeout}")
         lives[case] = Life(folder / case, "ddp", folder / case / "out.log", arguments, partial(prepare, case))
-    for case, life in lives.items():
-        assert life.wait(150, alone_s=1.0), case
-        (folder / case / "statuses.json").write_text(json.dumps(life.statuses))
+
+    def end(case: str) -> None:
+        assert lives[case].wait(LIMIT_S, LEAVE_S), case
+        (folder / case / "statuses.json").write_text(json.dumps(lives[case].statuses))
+
+    with ThreadPoolExecutor(len(lives)) as pool:
+        list(pool.map(end, lives))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from run_helpers import LIMIT_S
 from lgp_dist.config.flat import STAGES
 from lgp_dist.errors import HUNG
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 4.0
+"""Of the watchdog within steps; all cases here are outside of them, where it is ten times as long."""
 STOPPED = "gives no sign of life .*: last seen in "
 LAST = "step 1, path [^,]+, "
 """Of training, which stands before the artifact."""

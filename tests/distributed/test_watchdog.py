@@ -15,7 +15,7 @@ from watchdog_worker import BAD_STEP, PHASE_OF
 
 from lgp_dist.errors import HUNG
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 4.0
 HUNG_CASES = (
     *("sleep-0-2", "sleep-1-2", "sleep-2-3", "stop-0-2", "stop-1-2", "stop-2-3", "lock-0-2", "lock-1-2"),
     *("skip-0-2", "skip-1-2", "skip-0-3", "pipe-1-2"),

@@ -20,7 +20,9 @@ import torch.distributed as dist
 from lgp_dist.engine.watch.watchdog import Watchdog, longest
 
 STEPS, BAD_STEP = 5, 3
-SEEN_S = 1.2
+LEAVE_S = 5.0
+"""For the last rank to leave by itself when the others have ended, after which a launcher ends it."""
+SEEN_S = 2.0
 """After so many seconds in a phase the heartbeat has told of it."""
 PHASE_OF = {
     **{"sleep": "data", "stop": "forward", "lock": "backward", "skip": "save", "pipe": "forward", "none": ""},
@@ -37,13 +39,13 @@ def go_wrong(fault: str) -> None:
     if fault == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "lock":
-        ctypes.PyDLL(None).sleep(120)
+        ctypes.PyDLL(None).sleep(600)
     elif fault == "pipe":
         os.dup2(os.pipe()[1], 2)
         while True:
             sys.stderr.write("x" * 4096)
     else:
-        time.sleep(120)
+        time.sleep(600)
 
 
 def pause(seconds: float) -> None:
@@ -55,7 +57,7 @@ def pause(seconds: float) -> None:
 
 def steps(dog: Watchdog, rank: int, fault: str, culprit: int) -> None:
     """A loop with two collectives in each step."""
-    ends = dist.new_group(backend="gloo", timeout=timedelta(minutes=5))
+    ends = dist.new_group(backend="gloo", timeout=timedelta(minutes=20))
     for step in range(STEPS):
         for phase in ("data", "forward", "backward", "reduce", "save"):
             dog.note(step, phase, f"path-{rank}")
@@ -97,7 +99,7 @@ def fork(folder: Path, rank: int, world: int, fault: str, culprit: int, timeout:
         errors = os.open(folder / f"stderr-{rank}.txt", os.O_WRONLY | os.O_CREAT, 0o644)
         os.dup2(errors, 2)
         store = f"file://{folder}/store"
-        dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=timedelta(minutes=5))
+        dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=timedelta(minutes=20))
         run(folder, rank, world, fault, culprit, timeout)
         status = 0
     finally:
@@ -115,21 +117,28 @@ def main(out: Path, timeout: float) -> None:
         for rank in range(int(world)):
             limit = 3 * timeout if fault == "pause" else timeout
             ranks[fork(folder, rank, int(world), fault, int(culprit), limit)] = folder, rank
+    due: dict[int, float] = {}
     while ranks:
-        pid, status = os.waitpid(-1, 0)
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            time.sleep(0.05)
+            for late in [other for other, moment in due.items() if moment < time.monotonic()]:
+                os.kill(late, signal.SIGKILL)
+                del due[late]
+            continue
         folder, rank = ranks.pop(pid)
+        due.pop(pid, None)
         (folder / f"status-{rank}").write_text(str(os.waitstatus_to_exitcode(status)))
         left = [other for other, (place, _) in ranks.items() if place == folder]
         if len(left) == 1 and os.waitstatus_to_exitcode(status):
-            time.sleep(2)
-            os.kill(left[0], signal.SIGKILL)
+            due[left[0]] = time.monotonic() + LEAVE_S
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         main(Path(sys.argv[1]), float(sys.argv[2]))
     else:
-        dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+        dist.init_process_group("gloo", timeout=timedelta(minutes=20))
         run(
             Path(sys.argv[1]), dist.get_rank(), dist.get_world_size(), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
         )

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_helpers import Lgp, has
@@ -112,11 +113,22 @@ def test_table_as_text(lgp: Lgp) -> None:
     assert 0.97 <= float(lines[2].split()[5]) <= 1
 
 
+def number(value: Any) -> bool:
+    """A float, or several."""
+    return all(isinstance(each, float) for each in (value if isinstance(value, list) else [value]))
+
+
 def test_committed_figures_are_those_of_this_code() -> None:
-    """benchmarks/sampler.json, for 8 ranks, made again: both recipes, all policies and micro-steps."""
+    """benchmarks/sampler.json, for 8 ranks, made again: both recipes, all policies and micro-steps. Draws are integers;
+    shares and intervals are rounded, and may differ by one in the last digit where another libm computes them."""
     kept = json.loads((ROOT / "benchmarks" / "sampler.json").read_text())
     chosen = [row for row in kept if row["ranks"] == 8]
-    assert bench_sampler("pool12,pool18", (8,), (1, 2, 3, 4, 8), POLICIES, 0, 0) == chosen
+    found = bench_sampler("pool12,pool18", (8,), (1, 2, 3, 4, 8), POLICIES, 0, 0)
+    for row, wanted in zip(found, chosen, strict=True):
+        assert row.keys() == wanted.keys()
+        for name, value in wanted.items():
+            last_digit = 1.1e-6 if name.startswith("share") else 1.1e-4
+            assert row[name] == (pytest.approx(value, abs=last_digit) if number(value) else value), name
     assert all(row["efficiency"] >= 0.97 for row in kept if row["policy"] == "balanced")
 
 
