@@ -116,20 +116,18 @@ def study(
     out: str = "",
     seeds: tuple[int, ...] = (0, 1, 2),
     jobs: int = 1,
-    arms: tuple[str, ...] = (),
-    beside: tuple[str, ...] = (),
+    variants: tuple[str, ...] = (),
 ) -> None:
-    """Answer a question by runs: its arms on several seeds, with means and intervals.
+    """Answer a question: run its variants on several seeds, with means and intervals.
 
     Args:
-        question: What is asked; arms are changes of the recipe.
+        question: What is compared; variants are changes of the recipe.
         out: Folder of all runs and of the result; empty for runs/study/QUESTION.
-        seeds: Every arm runs once on each.
+        seeds: Every variant runs once on each.
         jobs: Runs at a time, each on one thread.
-        arms: Arms to run beside the one that they are compared with; empty for all.
-        beside: Folders of other studies, of which runs and stages that are made alike are taken over.
+        variants: Variants to run besides the reference; empty for all.
     """
-    guarded(lambda: run_study(question, recipe, out, seeds, jobs, arms, beside), recipe.debug)
+    guarded(lambda: run_study(question, recipe, out, seeds, jobs, variants), recipe.debug)
 
 
 @app.command

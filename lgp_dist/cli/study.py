@@ -13,15 +13,14 @@ def run_study(
     out: str,
     seeds: tuple[int, ...],
     jobs: int,
-    arms: tuple[str, ...],
-    beside: tuple[str, ...],
+    variants: tuple[str, ...],
 ) -> None:
     """Runs what is left of the study and prints its tables."""
     from lgp_dist.study.study import study  # torch and timm, as above
 
     folder = Path(out or f"runs/study/{name}")
-    text = study(name, base, seeds, folder, jobs, arms, _say, [Path(each) for each in beside])
-    sys.stdout.write(f"{text}\n\nResults: {folder}/study.json, table.md, arms.png, paths.png\n")
+    text = study(name, base, seeds, folder, jobs, variants, _say)
+    sys.stdout.write(f"{text}\n\nResults: {folder}/study.json, table.md, variants.png, paths.png\n")
 
 
 def _say(line: str) -> None:

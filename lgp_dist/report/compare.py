@@ -173,25 +173,25 @@ def _points(panel: Axes, rows: Sequence[Row], cost: str, unit: float, colour: st
     panel.plot([r[cost] / unit for r in front], [r["top1"] for r in front], marker=marker, ms=5, color=colour, lw=1.2)
 
 
-def arms_figure(
-    arms: Mapping[str, Mapping[str, Any]], curves: Mapping[str, Mapping[int, float]], *, title: str
+def variants_figure(
+    means: Mapping[str, Mapping[str, Any]], curves: Mapping[str, Mapping[int, float]], *, title: str
 ) -> Figure:
-    """Arms of a study: narrow row, wide row and the mean over paths with their intervals, and the mean while training
-    where it was measured.
+    """Variants of a study: narrow row, wide row and mean over paths with their intervals; the mean during training.
 
-    arms: by name, measures with `mean` and `half`. curves: by name, top-1 (percent) by optimizer step.
+    means: measures with `mean` and `half` by variant. curves: top-1 (percent) by optimizer step, by variant; the
+    second panel is left out if all are empty.
     """
     shown = {"narrow": "Narrow row", "wide": "Wide row", "mean": "Mean over paths"}
     with matplotlib.rc_context(STYLE):
         handles = [Line2D([], [], color=_colour(i), marker=_marker(i), ls="-", lw=1.2, ms=5, label=name)
-                   for i, name in enumerate(arms)]  # fmt: skip
+                   for i, name in enumerate(means)]  # fmt: skip
         watched = any(curves.values())
         figure, axes = new_panels(1 + watched, 4.0, handles, gap=0.16)
         figure.suptitle(title, x=0.066, y=0.97, ha="left", va="top", fontsize=11.5, fontweight="bold")
-        for index, found in enumerate(arms.values()):
+        for index, found in enumerate(means.values()):
             for place, name in enumerate(shown):
                 if name in found:
-                    x = place + 0.7 * (index - (len(arms) - 1) / 2) / len(arms)
+                    x = place + 0.7 * (index - (len(means) - 1) / 2) / len(means)
                     half = found[name].half or 0.0
                     axes[0].errorbar(
                         x, found[name].mean, half, color=_colour(index), marker=_marker(index), ms=5, capsize=2
@@ -199,11 +199,11 @@ def arms_figure(
         axes[0].set_xticks(range(len(shown)), shown.values())
         axes[0].set_ylabel("Top-1 accuracy (%)")
         for panel in axes[1:]:
-            for index, name in enumerate(arms):
+            for index, name in enumerate(means):
                 curve = curves.get(name, {})
                 panel.plot(list(curve), list(curve.values()), color=_colour(index), marker=_marker(index), ms=3, lw=1.2)
-            panel.set_xlabel("Optimiser step of fine-tuning")
-            panel.set_ylabel("Mean over paths while training (%)")
+            panel.set_xlabel("Optimizer step of fine-tuning")
+            panel.set_ylabel("Mean over paths during training (%)")
     return figure
 
 

@@ -1,1 +1,1 @@
-"""Comparisons: questions, their arms and seeds as ordinary runs, and what came out with its intervals."""
+"""Comparisons: questions, whose variants run on several seeds, and the results with their intervals."""

@@ -1,4 +1,4 @@
-"""The questions that `lgp study` answers: each a list of arms, and an arm a change of a run's configuration."""
+"""The questions of `lgp study`: each compares variants, and a variant is a change of a run's configuration."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -12,55 +12,55 @@ Change = Callable[[RunConfig], RunConfig]
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way of doing it."""
+class Variant:
+    """One of the settings that a question compares."""
 
     name: str
-    """Names a folder."""
+    """Its folder's name."""
     what: str
-    """In a few words, for the table."""
+    """In a few words, for study.json."""
     change: Change
-    """Makes the arm's configuration of the study's."""
+    """The study's configuration to the variant's."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Arms that are compared."""
+    """Variants to compare."""
 
     name: str
     asks: str
     """One sentence."""
-    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
     reference: str
-    """The arm that others are compared with, on the same seeds: the published choice where there is one."""
+    """The variant that the others are compared with on the same seeds: the published choice if there is one."""
     ranks: int = 1
-    """Processes of a run."""
+    """Ranks of a run."""
     keeps_rows: bool = False
-    """Whether arms are judged by what fine-tuning makes of the rows alone."""
+    """Whether variants are judged by how fine-tuning changes the rows alone: `results.row_checks`."""
 
     def __post_init__(self) -> None:
-        names = [arm.name for arm in self.arms]
+        names = [variant.name for variant in self.variants]
         if self.reference not in names or len(set(names)) != len(names):
-            raise ValueError(f"question {self.name} needs arms of different names, one of them {self.reference!r}")
+            raise ValueError(f"question {self.name} needs variants of different names, one of them {self.reference!r}")
 
 
 def finetuned(**values: object) -> Change:
-    """Other values in stage finetune."""
+    """Sets fields of stage finetune."""
     return lambda config: replace(config, finetune=replace(config.finetune, **values))
 
 
 def loop(make: Callable[[RunConfig], dict[str, float]]) -> Change:
-    """Other values in the loop of stage finetune, which `make` computes of the configuration."""
+    """Sets fields of stage finetune's training loop, which `make` computes from the configuration."""
     return lambda config: finetuned(train=replace(config.finetune.train, **make(config)))(config)
 
 
 def wide(factor: float) -> Change:
-    """So many times the learning rate of the others for the widest row."""
+    """Multiplies the learning rate of the widest row."""
     return lambda config: finetuned(row_lr=(*(1.0 for _ in config.model.rows[1:]), factor))(config)
 
 
 def chain(*changes: Change) -> Change:
-    """One change after the other."""
+    """Applies changes in order."""
     return lambda config: reduce(lambda made, change: change(made), changes, config)
 
 
@@ -69,10 +69,10 @@ def same(config: RunConfig) -> RunConfig:
     return config
 
 
-def recipe_arm(name: str) -> Arm:
-    """A recipe as an arm, with whatever the study's configuration changes in its own recipe.
+def recipe_variant(name: str) -> Variant:
+    """A recipe as a variant; what the study's configuration changes in its own recipe is changed here too.
 
-    One whose rows are random has nothing to train in stage distil: it fine-tunes for the epochs of both stages.
+    A recipe with random rows trains nothing in stage distil, so it fine-tunes for the epochs of both stages.
     """
     summary = (RECIPES[name].__doc__ or "").splitlines()[0].rstrip(".")
 
@@ -83,22 +83,22 @@ def recipe_arm(name: str) -> Arm:
         both = config.distil.train.epochs + config.finetune.train.epochs
         return loop(lambda made: {"epochs": both})(made)
 
-    return Arm(name, summary, change)
+    return Variant(name, summary, change)
 
 
 def systems(recipes: Iterable[str], reference: str) -> Question:
-    """Whole recipes against each other."""
-    asks = "Which system reaches which accuracy at what size and training cost?"
-    return Question("systems", asks, tuple(recipe_arm(name) for name in recipes), reference)
+    """A question whose variants are whole recipes."""
+    asks = "What accuracy does each system reach, at what size and training cost?"
+    return Question("systems", asks, tuple(recipe_variant(name) for name in recipes), reference)
 
 
 def stitches(start: StitchInit) -> Change:
-    """Stitch layers that start so."""
+    """Starts stitch layers this way."""
     return lambda config: replace(config, pool=replace(config.pool, stitch_init=start))
 
 
 def rate(factor: float) -> Change:
-    """So many times distillation's learning rate in stage finetune."""
+    """Sets stage finetune's learning rate to a multiple of stage distil's."""
     return loop(lambda config: {"lr": factor * config.distil.train.lr})
 
 
@@ -106,16 +106,16 @@ PAPER_SCALE = finetuned(loss_scale="paper")
 ONE_PATH = chain(
     finetuned(sandwich=False, row_lr=(), row_weight=1.0, paths_per_batch=1), loop(lambda config: {"accumulate": 1})
 )
-"""A path a step on every rank, drawn alike, with one learning rate."""
+"""One path per step on every rank, all with equal shares, and one learning rate."""
 FOUR_PATHS = chain(ONE_PATH, loop(lambda config: {"accumulate": 4}))
-"""Four paths in a step, which share its images: room for both rows and for stitched paths."""
+"""Four paths per step, which divide its images: room for both rows and for stitched paths."""
 SANDWICH = chain(FOUR_PATHS, finetuned(sandwich=True))
 
 STITCH_INIT = Question(
     "stitch_init",
     "Where should stitch layers start from?",
     tuple(
-        Arm(name, what, chain(ONE_PATH, rate(0.5), stitches(name)))
+        Variant(name, what, chain(ONE_PATH, rate(0.5), stitches(name)))
         for name, what in (
             ("transformation_paper", "mean of the W, transposed (published)"),
             ("transformation", "V of the nearest level"),
@@ -131,28 +131,42 @@ ROWS = Question(
     "rows",
     "What lets fine-tuning keep the wide row, raise the narrow one and still train all paths?",
     (
-        Arm(
+        Variant(
             "published",
-            "soft cross-entropy averaged over classes, the rate of distillation",
+            "soft cross-entropy averaged over classes, distillation's learning rate",
             chain(ONE_PATH, PAPER_SCALE, rate(1)),
         ),
-        Arm("published_x10", "the same at ten times one_path's rate", chain(ONE_PATH, PAPER_SCALE, rate(5))),
-        Arm("own_scale", "soft cross-entropy at its own scale, published rate", chain(ONE_PATH, rate(1))),
-        Arm("one_path", "soft cross-entropy at its own scale, half the rate", chain(ONE_PATH, rate(0.5))),
-        Arm("lower_lr", "one_path at a tenth of its rate", chain(ONE_PATH, rate(0.05))),
-        Arm("row_lr", "one_path, the wide row at a tenth", chain(ONE_PATH, rate(0.5), wide(0.1))),
-        Arm("no_distil", "one_path, labels alone", chain(ONE_PATH, rate(0.5), finetuned(distil_weight=0.0))),
-        Arm(
-            "row_weight", "one_path, rows drawn thrice as often", chain(ONE_PATH, rate(0.5), finetuned(row_weight=3.0))
+        Variant(
+            "published_x10", "published at ten times one_path's learning rate", chain(ONE_PATH, PAPER_SCALE, rate(5))
         ),
-        Arm("four_paths", "four paths a step, which share its images", chain(FOUR_PATHS, rate(0.5))),
-        Arm("sandwich", "four paths a step, both rows among them", chain(SANDWICH, rate(0.5))),
-        Arm(
+        Variant(
+            "own_scale", "soft cross-entropy summed over classes, published learning rate", chain(ONE_PATH, rate(1))
+        ),
+        Variant(
+            "one_path", "soft cross-entropy summed over classes, half the learning rate", chain(ONE_PATH, rate(0.5))
+        ),
+        Variant("lower_lr", "one_path at a tenth of its learning rate", chain(ONE_PATH, rate(0.05))),
+        Variant(
+            "row_lr", "one_path, the wide row at a tenth of the learning rate", chain(ONE_PATH, rate(0.5), wide(0.1))
+        ),
+        Variant("no_distil", "one_path, labels only", chain(ONE_PATH, rate(0.5), finetuned(distil_weight=0.0))),
+        Variant(
+            "row_weight",
+            "one_path, rows drawn three times as often",
+            chain(ONE_PATH, rate(0.5), finetuned(row_weight=3.0)),
+        ),
+        Variant("four_paths", "four paths per step, which divide its images", chain(FOUR_PATHS, rate(0.5))),
+        Variant("sandwich", "four paths per step, both rows among them", chain(SANDWICH, rate(0.5))),
+        Variant(
             "combined",
             "sandwich, row_lr and row_weight",
             chain(SANDWICH, rate(0.5), wide(0.1), finetuned(row_weight=3.0)),
         ),
-        Arm("recipe", "the recipe; tiny: sandwich at four times the rate, the wide row at a tenth of that", same),
+        Variant(
+            "recipe",
+            "the recipe; tiny: sandwich at four times the learning rate, the wide row at a tenth of that",
+            same,
+        ),
     ),
     "published",
     keeps_rows=True,
@@ -162,12 +176,12 @@ POLICY = Question(
     "policy",
     "How should ranks draw their paths?",
     tuple(
-        Arm(name, what, chain(ONE_PATH, rate(0.5), finetuned(policy=name)))
+        Variant(name, what, chain(ONE_PATH, rate(0.5), finetuned(policy=name)))
         for name, what in (
-            ("independent", "each rank alone (published)"),
+            ("independent", "each rank draws on its own (published)"),
             ("shared", "all ranks the same path"),
-            ("spread", "as many different paths as a step has room for"),
-            ("balanced", "spread, at equal work"),
+            ("spread", "as many different paths as a step has slots"),
+            ("balanced", "spread, with equal work on all ranks"),
         )
     ),
     "independent",
@@ -176,9 +190,9 @@ POLICY = Question(
 
 INSTANCES = Question(
     "instances",
-    "What do more instances in the pool give?",
+    "What do more blocks per row give?",
     tuple(
-        Arm(
+        Variant(
             f"depth_{depth}",
             f"rows of {depth} blocks",
             lambda config, depth=depth: replace(config, model=replace(config.model, depth=depth)),
@@ -190,7 +204,7 @@ INSTANCES = Question(
 
 
 def trained_ancestry(**values: object) -> Change:
-    """An ancestry of the recipe's width that is trained in the run, from the run's seed, for as long as its rows."""
+    """An ancestry of the recipe's width, trained in the run from its seed, for as many epochs as the rows."""
 
     def change(config: RunConfig) -> RunConfig:
         train = replace(config.ancestry.train, epochs=config.distil.train.epochs)
@@ -202,11 +216,11 @@ def trained_ancestry(**values: object) -> Change:
 
 ANCESTRY = Question(
     "ancestry",
-    "What does the pool owe to its ancestry?",
+    "How much does the ancestry matter?",
     (
-        Arm("recipe", "the recipe's", same),
-        Arm("short", "the same shape, trained here for as long as the rows", trained_ancestry()),
-        Arm("shallow", "6 blocks, trained here for as long as the rows", trained_ancestry(depth=6)),
+        Variant("recipe", "the recipe's", same),
+        Variant("short", "the same shape, trained in the run for as many epochs as the rows", trained_ancestry()),
+        Variant("shallow", "6 blocks, trained in the run for as many epochs as the rows", trained_ancestry(depth=6)),
     ),
     "recipe",
 )

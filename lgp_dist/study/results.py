@@ -1,22 +1,25 @@
-"""What the runs of a study measured: read from their artifacts, and put together by arm."""
+"""What the trials of a study measured: read from their artifacts, and summarised by variant."""
 
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from lgp_dist.report.rows import Row, row_alone
-from lgp_dist.run.artifacts import RunDirectory
 from lgp_dist.run.metrics import read_lines, read_metrics
-from lgp_dist.study.cells import Cell
 from lgp_dist.study.runner import STARTS
 from lgp_dist.study.settings import arguments
 from lgp_dist.study.statistics import Estimate, difference, estimate
+from lgp_dist.study.trials import Trial
+
+Record = Mapping[str, Any]
+"""What `trial_record` makes: an entry of `cells` in study.json, whose `arm` is the variant."""
 
 CURVE = (100, 500, 2000)
-"""Optimizer steps of fine-tuning after which the mean over all paths is shown."""
+"""Optimizer steps of fine-tuning after which the table shows the mean over all paths."""
 
 MEASURES = {
     "narrow_before": "narrow before",
@@ -32,59 +35,61 @@ MEASURES = {
     "cost": "cost (T)",
     "cpu_s": "CPU (s)",
 }
-"""What is compared, in the order of the table: accuracies are top-1 in percent (those at a step on
-`finetune.watch_images` images, all others on the whole validation split), cost is training's in 1e12 multiply-adds,
-CPU seconds are those of the cell's own processes, as far as the study saw them end: stages that it took over from
-another are not in them, nor starts that were killed."""
+"""What is compared, in the order of the table.
+
+Accuracies are top-1 in percent: those at a step on `finetune.watch_images` images, all others on the whole validation
+split. Cost is training's, in 1e12 multiply-adds. CPU seconds are those of the trial's own processes that ended while
+the study ran: linked stages and killed processes are not included.
+"""
 PAIRED = [name for name in MEASURES if name not in ("narrow_before", "wide_before", "step_ms", "cost", "cpu_s")]
-"""Of these, what the table of differences shows; study.json has all."""
+"""The measures in the table of differences; study.json has all."""
 
 
-def cell_record(cell: Cell, out: Path) -> dict[str, Any]:
-    """Everything that a complete cell measured, for study.json."""
-    artifacts = {artifact.record["stage"]: artifact for artifact in RunDirectory(cell.folder).consistent()}
+def trial_record(trial: Trial, out: Path) -> dict[str, Any]:
+    """All that a complete trial measured, for study.json."""
+    artifacts = {artifact.record["stage"]: artifact for artifact in trial.run.consistent()}
     evaluated = artifacts["evaluate"].folder
     training = {stage: made.facts["training"] for stage, made in artifacts.items() if made.facts.get("training")}
     costs = [facts.get("flops") for facts in training.values()]
     step_s, curve = [], {}
-    for line in read_metrics(cell.folder / "metrics.jsonl", "finetune"):
+    for line in read_metrics(trial.folder / "metrics.jsonl", "finetune"):
         step_s.append(line["step_time_s"])
         if watched := _watched(line):
             curve[line["step"] + 1] = watched
     return {
-        "arm": cell.arm.name,
-        "seed": cell.seed,
-        "command": " ".join(["lgp", "run", *arguments(cell.config)]),
+        "arm": trial.variant.name,
+        "seed": trial.seed,
+        "command": " ".join(["lgp", "run", *arguments(trial.config)]),
         "commits": sorted({artifact.record["commit"] for artifact in artifacts.values()}),
         "ids": {stage: artifact.id for stage, artifact in artifacts.items()},
         "training": training,
         "flops": None if None in costs else sum(costs),
         "seconds": {stage: artifact.record["seconds"] for stage, artifact in artifacts.items()},
-        "starts": starts_of(cell, out),
+        "starts": starts_of(trial, out),
         "step_ms": 1000 * median(step_s) if step_s else None,
         "r2": artifacts["pool"].facts.get("r2", {}) if "pool" in artifacts else {},
         "curve": curve,
-        "before": json.loads((evaluated / "before.json").read_text()) if cell.config.evaluate.before else [],
+        "before": json.loads((evaluated / "before.json").read_text()) if trial.config.evaluate.before else [],
         "rows": json.loads((evaluated / "paths.json").read_text()),
     }
 
 
 def _watched(line: Mapping[str, Any]) -> dict[str, float]:
-    """Top-1 of every path that a line of metrics holds, by key."""
+    """Top-1 of the paths measured in a line of metrics, by key."""
     return {name.removeprefix("top1/"): value for name, value in line.items() if name.startswith("top1/")}
 
 
-def starts_of(cell: Cell, out: Path) -> dict[str, float]:
-    """How often the cell was started by this study, and the seconds of all these starts together."""
+def starts_of(trial: Trial, out: Path) -> dict[str, float]:
+    """How often this study started the trial, and the seconds of these processes in total."""
     total: Counter[str] = Counter({"count": 0, "wall_s": 0.0, "cpu_s": 0.0})
     for line in read_lines(out / STARTS):
-        if (line["arm"], line["seed"]) == (cell.arm.name, cell.seed):
+        if (line["arm"], line["seed"]) == (trial.variant.name, trial.seed):
             total.update({"count": 1, "wall_s": line["wall_s"], "cpu_s": line["cpu_s"]})
     return {name: round(value, 1) for name, value in total.items()}
 
 
-def measures(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a cell that are compared, as named in MEASURES; what it has not measured is left out."""
+def measures(record: Record) -> dict[str, float]:
+    """The numbers of a trial by their names in MEASURES, without those it did not measure."""
     rows, before = record["rows"], record["before"]
     found: dict[str, float | None] = {
         "narrow_before": _top1(row_alone(before, wide=False)),
@@ -101,53 +106,88 @@ def measures(record: Mapping[str, Any]) -> dict[str, float]:
     }
     for step in CURVE:
         found[f"mean_{step}"] = fmean(record["curve"][step].values()) if step in record["curve"] else None
-    return {name: found[name] for name in MEASURES if found[name] is not None}
+    return {name: value for name in MEASURES if (value := found[name]) is not None}
 
 
 def _top1(row: Row | None) -> float | None:
     return None if row is None else row["top1"]
 
 
-def summary(records: Sequence[Mapping[str, Any]], reference: str) -> dict[str, dict[str, Any]]:
-    """By arm: `means` and `differences` from the reference on the same seeds, an `Estimate` for each measure."""
+def of_variant(records: Sequence[Record], variant: str) -> list[Record]:
+    """The records of one variant."""
+    return [record for record in records if record["arm"] == variant]
+
+
+def by_seed(records: Sequence[Record]) -> dict[str, dict[str, dict[int, float]]]:
+    """Measures by variant, name and seed."""
     values: dict[str, dict[str, dict[int, float]]] = {}
     for record in records:
         for name, value in measures(record).items():
             values.setdefault(record["arm"], {}).setdefault(name, {})[record["seed"]] = value
-    found = {}
-    for arm, named in values.items():
-        means = {name: estimate(list(by_seed.values())) for name, by_seed in named.items()}
-        pairs = {name: difference(by_seed, values[reference].get(name, {})) for name, by_seed in named.items()}
-        found[arm] = {"means": means, "differences": {} if arm == reference else _known(pairs)}
+    return values
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Measures of a variant."""
+
+    means: dict[str, Estimate]
+    """Over seeds."""
+    differences: dict[str, Estimate]
+    """From the reference on the same seeds; empty for the reference itself."""
+
+
+def summary(records: Sequence[Record], reference: str) -> dict[str, Summary]:
+    """Means and differences by variant."""
+    values, found = by_seed(records), {}
+    for variant, named in values.items():
+        means = {name: estimate(list(seeds.values())) for name, seeds in named.items()}
+        differences = {}
+        for name in named if variant != reference else ():
+            if (pair := difference(named[name], values[reference].get(name, {}))) is not None:
+                differences[name] = pair
+        found[variant] = Summary(means, differences)
     return found
 
 
-def _known(pairs: Mapping[str, Estimate | None]) -> dict[str, Estimate]:
-    return {name: value for name, value in pairs.items() if value is not None}
+@dataclass(frozen=True)
+class RowCheck:
+    """Whether fine-tuning keeps the rows of a variant: differences of top-1 on the same seeds."""
+
+    wide: Estimate
+    """Wide row, after fine-tuning against before."""
+    narrow: Estimate
+    """Narrow row, after fine-tuning against before."""
+    mean: Estimate
+    """Mean over all paths, against the reference."""
+
+    @property
+    def passes(self) -> bool:
+        """By means: wide row no worse, narrow row better, all paths at least as good as the reference's."""
+        return self.wide.mean >= 0 and self.narrow.mean > 0 and self.mean.mean >= 0
 
 
-def verdicts(records: Sequence[Mapping[str, Any]], reference: str) -> dict[str, dict[str, Any]]:
-    """Whether arms keep the rows: the wide row no worse than before fine-tuning, the narrow better, and the mean over
-    paths at least the reference's. By arm: the three differences on the same seeds, and `passes`, judged by means."""
-    by_arm: dict[str, dict[int, dict[str, float]]] = {}
-    for record in records:
-        by_arm.setdefault(record["arm"], {})[record["seed"]] = measures(record)
+def row_checks(records: Sequence[Record], reference: str) -> dict[str, RowCheck]:
+    """The check of every variant; all records need their rows before fine-tuning."""
+    values = by_seed(records)
 
-    def column(arm: str, name: str) -> dict[int, float]:
-        return {seed: found[name] for seed, found in by_arm[arm].items()}
+    def change(variant: str, name: str, other: str, other_name: str) -> Estimate:
+        found = difference(values[variant][name], values[other][other_name])
+        assert found is not None, "a study runs all variants on the same seeds"
+        return found
 
-    found = {}
-    for arm in by_arm:
-        wide = difference(column(arm, "wide"), column(arm, "wide_before"))
-        narrow = difference(column(arm, "narrow"), column(arm, "narrow_before"))
-        mean = difference(column(arm, "mean"), column(reference, "mean"))
-        passes = wide.mean >= 0 and narrow.mean > 0 and mean.mean >= 0
-        found[arm] = {"wide": wide, "narrow": narrow, "mean": mean, "passes": passes}
-    return found
+    return {
+        variant: RowCheck(
+            change(variant, "wide", variant, "wide_before"),
+            change(variant, "narrow", variant, "narrow_before"),
+            change(variant, "mean", reference, "mean"),
+        )
+        for variant in values
+    }
 
 
-def layer_fits(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Estimate]]:
-    """By arm and stitch layer, R² before fine-tuning, averaged over the evaluated paths that share the layer."""
+def layer_fits(records: Sequence[Record]) -> dict[str, dict[int, Estimate]]:
+    """By variant and stitch layer, R² before fine-tuning, averaged over the evaluated paths that share the layer."""
     values: dict[str, dict[int, list[float]]] = {}
     for record in records:
         stitch = {row["key"]: row["stitch"] for row in record["rows"]}
@@ -157,20 +197,24 @@ def layer_fits(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Esti
                 layers.setdefault(stitch[key], []).append(fit)
         for layer, fits in sorted(layers.items()):
             values.setdefault(record["arm"], {}).setdefault(layer, []).append(fmean(fits))
-    return {arm: {layer: estimate(fits) for layer, fits in each.items()} for arm, each in values.items()}
+    return {variant: {layer: estimate(fits) for layer, fits in each.items()} for variant, each in values.items()}
 
 
-def mean_rows(records: Sequence[Mapping[str, Any]], arm: str) -> list[Row]:
-    """An arm's evaluated paths with top-1 averaged over its seeds."""
-    mine = [record["rows"] for record in records if record["arm"] == arm]
-    top1 = {row["key"]: fmean(other["top1"] for rows in mine for other in rows if other["key"] == row["key"])
-            for row in mine[0]}  # fmt: skip
-    return [{**row, "top1": top1[row["key"]]} for row in mine[0]]
+def mean_rows(records: Sequence[Record], variant: str) -> list[Row]:
+    """A variant's evaluated paths with top-1 averaged over its seeds."""
+    top1: dict[str, list[float]] = {}
+    for record in of_variant(records, variant):
+        for row in record["rows"]:
+            top1.setdefault(row["key"], []).append(row["top1"])
+    first = of_variant(records, variant)[0]["rows"]
+    return [{**row, "top1": fmean(top1[row["key"]])} for row in first]
 
 
-def mean_curve(records: Sequence[Mapping[str, Any]], arm: str) -> dict[int, float]:
-    """By optimizer step, an arm's top-1 averaged over all paths and seeds, at the steps that all its seeds measured."""
-    curves = [{int(step): fmean(found.values()) for step, found in record["curve"].items()}
-              for record in records if record["arm"] == arm]  # fmt: skip
+def mean_curve(records: Sequence[Record], variant: str) -> dict[int, float]:
+    """A variant's top-1 averaged over paths and seeds, by the optimizer steps that all its seeds measured."""
+    curves = [
+        {int(step): fmean(found.values()) for step, found in record["curve"].items()}
+        for record in of_variant(records, variant)
+    ]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return {step: fmean(curve[step] for curve in curves) for step in steps}

@@ -1,4 +1,4 @@
-"""Runs the cells of a study as processes of their own, a few at a time, and goes on where it was ended."""
+"""Runs the trials of a study as processes, a few at a time; a study that was stopped continues."""
 
 import fcntl
 import json
@@ -15,22 +15,22 @@ from typing import IO, Any
 
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_json
-from lgp_dist.study.cells import Cell, leader_of, take_over
 from lgp_dist.study.settings import arguments
+from lgp_dist.study.trials import Trial, donor_of, link_stages
 
 STARTS = "starts.jsonl"
-"""One line for every start of a cell that ended while the study ran: its seconds and status."""
+"""One line for every process of a trial that ended while the study ran: its seconds and status."""
 
 PAUSE_S = 0.2
 GRACE_S = 60.0
-"""How long cells that are asked to leave may take to save, seconds."""
+"""Seconds that trials may take to save when they are asked to stop."""
 
 
 @dataclass
-class Start:
-    """A running cell."""
+class RunningTrial:
+    """A trial's process."""
 
-    cell: Cell
+    trial: Trial
     process: subprocess.Popen[bytes]
     lock: IO[bytes]
     began: float
@@ -46,114 +46,116 @@ DDP = {
     "main_process_port": 0,
     "main_training_function": "main",
 }
-"""As launch_configs/cpu_2_ddp.yaml, with any number of processes."""
+"""launch_configs/cpu_2_ddp.yaml without its number of processes."""
 
 
-def command_of(cell: Cell, ranks: int, out: Path) -> list[str]:
-    """The command of a cell: `lgp run`, under accelerate's launcher (DDP) where it has several ranks."""
+def command_of(trial: Trial, ranks: int, out: Path) -> list[str]:
+    """The trial's `lgp run`; with several ranks under accelerate's launcher (DDP)."""
     launch = ["-m", "lgp_dist"]
     if ranks > 1:
         write_json(out / "launch.json", {**DDP, "num_processes": ranks})
         launch = ["-m", "accelerate.commands.launch", "--config_file", str(out / "launch.json"), *launch]
-    return [sys.executable, *launch, "run", *arguments(cell.config)]
+    return [sys.executable, *launch, "run", *arguments(trial.config)]
 
 
-def run_cells(
-    cells: Sequence[Cell], done: Callable[[Cell], bool], out: Path, jobs: int, ranks: int, say: Callable[[str], None]
+def run_trials(
+    trials: Sequence[Trial], done: Callable[[Trial], bool], out: Path, jobs: int, ranks: int, say: Callable[[str], None]
 ) -> None:
-    """Runs all cells that are not done, at most `jobs` at a time, each once what it shares with another is made.
+    """Runs all trials that are not done, at most `jobs` at a time.
 
-    Cells that another process of a study still runs are waited for. UserError at the first that fails, once those that
-    run have been asked to save and leave; the same command goes on from there.
+    A trial waits until the stages that it shares with an earlier one exist, and until a process left by a killed study
+    has ended. UserError at the first trial that fails, after the others were asked to save and stop; the same command
+    continues from there.
     """
-    waiting = [cell for cell in cells if not done(cell)]
-    say(f"{len(cells)} runs, {len(cells) - len(waiting)} of them complete")
-    running: list[Start] = []
-    with _asked_to_leave():
+    waiting = [trial for trial in trials if not done(trial)]
+    say(f"{len(trials)} runs, {len(trials) - len(waiting)} of them complete")
+    running: list[RunningTrial] = []
+    with _sigterm_interrupts():
         try:
             while waiting or running:
-                running = [start for start in running if not _ended(start, out, say)]
-                for cell in list(waiting):
+                running = [each for each in running if not _ended(each, out, say)]
+                for trial in list(waiting):
                     if len(running) >= jobs:
                         break
-                    unmade = [*waiting, *(start.cell for start in running)]
-                    start = _begin(cell, cells, unmade, out, ranks)
-                    if start is not None:
-                        waiting.remove(cell)
-                        running.append(start)
-                        say(f"{cell.name}: begins")
+                    unfinished = [*waiting, *(each.trial for each in running)]
+                    started = _start(trial, trials, unfinished, out, ranks)
+                    if started is not None:
+                        waiting.remove(trial)
+                        running.append(started)
+                        say(f"{trial.name}: started")
                 time.sleep(PAUSE_S)
         finally:
-            _end_all(running)
+            _stop([each.process for each in running if each.process.returncode is None])
 
 
-def _begin(cell: Cell, cells: Sequence[Cell], unmade: Sequence[Cell], out: Path, ranks: int) -> Start | None:
-    """Starts a cell; None where it must wait for another's stages, or is still being run."""
-    leader, stages = leader_of(cell, cells)
-    if leader in unmade and not cell.has(stages[-1]) and not leader.has(stages[-1]):
+def _start(
+    trial: Trial, trials: Sequence[Trial], unfinished: Sequence[Trial], out: Path, ranks: int
+) -> RunningTrial | None:
+    """Starts a trial; None if it must wait for another's stages, or another process still runs it."""
+    donor, stages = donor_of(trial, trials)
+    if donor in unfinished and not trial.has(stages[-1]) and not donor.has(stages[-1]):
         return None
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    lock = (cell.folder / "study.lock").open("ab")
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    lock = (trial.folder / "study.lock").open("ab")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process inherits it, and keeps it if the study is killed
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process inherits the lock and outlives a killed study
     except BlockingIOError:
         lock.close()
         return None
-    if leader is not None:
-        take_over(cell, leader, stages)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with _errors_of(cell, out).open("wb") as errors:
+    if donor is not None:
+        link_stages(trial, donor, stages)
+    with _errors_of(trial, out).open("wb") as errors:
         process = subprocess.Popen(
-            command_of(cell, ranks, out),
+            command_of(trial, ranks, out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             pass_fds=(lock.fileno(),),
         )
-    return Start(cell, process, lock, time.monotonic())
+    return RunningTrial(trial, process, lock, time.monotonic())
 
 
-def _ended(start: Start, out: Path, say: Callable[[str], None]) -> bool:
-    """Notes a start that has ended; UserError where it failed."""
-    pid, status, usage = os.wait4(start.process.pid, os.WNOHANG)
+def _ended(running: RunningTrial, out: Path, say: Callable[[str], None]) -> bool:
+    """Whether the trial's process has ended, which is noted in STARTS; UserError if it failed."""
+    pid, status, usage = os.wait4(running.process.pid, os.WNOHANG)
     if not pid:
         return False
-    start.process.returncode = os.waitstatus_to_exitcode(status)
-    start.lock.close()
-    line: dict[str, Any] = {"arm": start.cell.arm.name, "seed": start.cell.seed, "status": start.process.returncode}
-    line["wall_s"] = round(time.monotonic() - start.began, 1)
-    line["cpu_s"] = round(usage.ru_utime + usage.ru_stime, 1)
+    trial = running.trial
+    code = running.process.returncode = os.waitstatus_to_exitcode(status)
+    running.lock.close()
+    wall = round(time.monotonic() - running.began, 1)
+    cpu = round(usage.ru_utime + usage.ru_stime, 1)
+    line = {"arm": trial.variant.name, "seed": trial.seed, "status": code, "wall_s": wall, "cpu_s": cpu}
     with (out / STARTS).open("a") as file:
         file.write(json.dumps(line) + "\n")
-    if line["status"]:
-        raise UserError(_why(start.cell, line["status"], _errors_of(start.cell, out)))
-    say(f"{start.cell.name}: complete after {line['wall_s']:.0f} s")
+    if code:
+        raise UserError(_failure(trial, code, _errors_of(trial, out)))
+    say(f"{trial.name}: complete after {wall:.0f} s")
     return True
 
 
-def _why(cell: Cell, status: int, errors: Path) -> str:
-    """The sentence of a cell that failed: its own, where it has one."""
+def _failure(trial: Trial, code: int, errors: Path) -> str:
+    """What is said of a failed trial: its own sentence if it has one."""
     lines = errors.read_text(errors="replace").splitlines()
     own = next((line.removeprefix("lgp: ") for line in reversed(lines) if line.startswith("lgp: ")), "")
     if own:
-        return f"The run {cell.folder} ({cell.name}) stopped: {own}"
-    return f"The run {cell.folder} ({cell.name}) ended with status {status}: see {errors}, then start the study again."
+        return f"The run {trial.folder} ({trial.name}) stopped: {own}"
+    return f"The run {trial.folder} ({trial.name}) ended with status {code}: see {errors}, then start the study again."
 
 
-def _errors_of(cell: Cell, out: Path) -> Path:
-    """Where a cell's standard error goes."""
+def _errors_of(trial: Trial, out: Path) -> Path:
+    """The file of a trial's standard error."""
     folder = out / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{cell.arm.name}-seed{cell.seed}.txt"
+    return folder / f"{trial.variant.name}-seed{trial.seed}.txt"
 
 
-def _end_all(running: Sequence[Start]) -> None:
-    """Asks what still runs to save and leave; what does not within the grace is killed."""
-    left = [start.process for start in running if start.process.returncode is None]
-    for process in left:
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Asks processes to save and stop, and kills those that run after the grace period."""
+    for process in processes:
         process.terminate()
-    for process in left:
+    for process in processes:
         try:
             process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
@@ -162,8 +164,8 @@ def _end_all(running: Sequence[Start]) -> None:
 
 
 @contextmanager
-def _asked_to_leave() -> Iterator[None]:
-    """SIGTERM ends a study as Ctrl-C does: runs save first."""
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM stops a study as Ctrl-C does: runs save first."""
 
     def leave(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Configurations by dotted keys: what differs, setting it, and saying it on a command line."""
+"""Configurations by dotted keys: differences from the recipe, changes, and the options of a command line."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from lgp_dist.recipes import RECIPES
 
 
 def changed_values(config: RunConfig) -> dict[str, Any]:
-    """What differs from the configuration's own recipe, by dotted key. ValueError where it has other keys."""
+    """Values that differ from the configuration's own recipe, by dotted key. ValueError if the keys differ."""
     own, now = flatten(RECIPES[config.recipe]()), flatten(config)
     if own.keys() != now.keys():
         raise ValueError(f"{config.recipe} has other settings: {sorted(own.keys() ^ now.keys())}")
@@ -16,13 +16,13 @@ def changed_values(config: RunConfig) -> dict[str, Any]:
 
 
 def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """The configuration with other values under dotted keys; keys that it does not have are left out."""
+    """The configuration with these values under dotted keys; keys that it does not have are ignored."""
     own = flatten(config)
     return unflatten(own | {key: value for key, value in values.items() if key in own}, config)
 
 
 def arguments(config: RunConfig) -> list[str]:
-    """The recipe's name and the options that make this configuration of it, as `lgp STAGE` takes them."""
+    """The recipe's name and the options of `lgp STAGE` that give this configuration."""
     found = [config.recipe]
     for key, value in changed_values(config).items():
         option = key.replace("_", "-")

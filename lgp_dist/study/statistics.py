@@ -1,4 +1,4 @@
-"""Means over seeds with 95 % intervals, and differences between arms on the same seeds."""
+"""Means over seeds with 95 % intervals, and differences between variants on the same seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ T_95 = (
     *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
     *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
 )
-"""97.5 % quantile of Student's t with 1, 2, ... degrees of freedom; the last stands for more, a little wide."""
+"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last, a little too wide, serves for more."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Estimate:
 
     mean: float
     half: float | None
-    """Half the width of its 95 % interval by Student's t; None from one seed."""
+    """Half the width of the 95 % interval by Student's t; None for one seed."""
     count: int
     """Seeds."""
 
@@ -37,6 +37,6 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Estimate | None:
-    """Mean and interval of `one` minus `other` over the seeds that both have; None where there is none."""
+    """Mean and interval of `one` minus `other` over the seeds that both have; None if they share none."""
     seeds = sorted(one.keys() & other.keys())
     return estimate([one[seed] - other[seed] for seed in seeds]) if seeds else None

@@ -63,7 +63,7 @@ SMALLER = {
 
 ELSEWHERE = {
     r"lgp study": (
-        "three seeds of every arm, each run a process",
+        "three seeds of every variant, each run a process",
         "tests/integration/test_study.py::test_a_killed_study_gives_the_table_of_its_commands",
     ),
     r"lgp run pool12 --ancestry\.model": (

@@ -8,7 +8,7 @@ import pytest
 from run_helpers import Lgp, has
 
 from lgp_dist.errors import UserError
-from lgp_dist.report.compare import System, arms_figure, compare_figure, compare_table, read_snnet
+from lgp_dist.report.compare import System, compare_figure, compare_table, read_snnet, variants_figure
 from lgp_dist.report.plots import figure_svg
 from lgp_dist.run.text_table import markdown_table
 from lgp_dist.study.statistics import estimate
@@ -75,17 +75,17 @@ def test_table_and_figure_hold_every_system() -> None:
     assert len(compare_figure(both, title="Two").axes) == 3 and len(compare_figure(both[1:], title="One").axes) == 2
 
 
-def test_arms_have_a_panel_of_curves_where_there_are_any() -> None:
-    arms = {name: {"mean": estimate([70.0, 72.0]), "wide": estimate([80.0])} for name in ("one", "two")}
-    (means,) = arms_figure(arms, {"one": {}, "two": {}}, title="?").axes
+def test_variants_have_a_panel_of_curves_if_there_are_any() -> None:
+    found = {name: {"mean": estimate([70.0, 72.0]), "wide": estimate([80.0])} for name in ("one", "two")}
+    (means,) = variants_figure(found, {"one": {}, "two": {}}, title="?").axes
     points = {line.get_ydata()[0] for line in means.lines if line.get_marker() in "os"}
     assert points == {71.0, 80.0}
-    _, curves = arms_figure(arms, {"one": {0: 50.0, 100: 60.0}, "two": {}}, title="?").axes
+    _, curves = variants_figure(found, {"one": {0: 50.0, 100: 60.0}, "two": {}}, title="?").axes
     assert [list(line.get_ydata()) for line in curves.lines] == [[50.0, 60.0], []]
 
 
 def test_markdown_columns_line_up() -> None:
-    lines = markdown_table(["arm", "a number"], [["x", "1.00 ± 0.50"], ["longer", "-"]]).splitlines()
+    lines = markdown_table(["name", "a number"], [["x", "1.00 ± 0.50"], ["longer", "-"]]).splitlines()
     assert len({len(line) for line in lines}) == 1 and lines[1] == "| ------ | ----------: |"
 
 

@@ -1,0 +1,112 @@
+"""Trials of a study: a variant on one seed is an ordinary run, which links the stages that an earlier one shares."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from lgp_dist.config.flat import STAGES
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.errors import UserError
+from lgp_dist.files import replace_folder
+from lgp_dist.run.artifacts import RunDirectory
+from lgp_dist.study.questions import Question, Variant
+
+WATCH_EVERY = 100
+"""Optimizer steps between two measurements of all paths, if the recipe has none."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study."""
+
+    variant: Variant
+    seed: int
+    config: RunConfig
+    sources: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of its shards and files by setting: `pipeline.sources`."""
+
+    @property
+    def name(self) -> str:
+        """Variant and seed."""
+        return f"{self.variant.name}, seed {self.seed}"
+
+    @property
+    def run(self) -> RunDirectory:
+        """Its run directory."""
+        return RunDirectory(Path(self.config.run_dir), self.sources)
+
+    @property
+    def folder(self) -> Path:
+        """The run directory's path."""
+        return self.run.root
+
+    def has(self, stage: str) -> bool:
+        """Whether the stage's artifact exists; the run itself checks it."""
+        return (self.folder / stage / "artifact.json").is_file()
+
+
+def trials_of(question: Question, base: RunConfig, seeds: Sequence[int], out: Path) -> list[Trial]:
+    """All trials, one variant after the other. UserError if a seed is repeated or missing."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds is {' '.join(map(str, seeds))}, but must name one seed or more, each once.")
+    if question.keeps_rows and not base.evaluate.before:
+        raise UserError(
+            f"evaluate.before is off, but study {question.name} compares the rows with their state before "
+            "fine-tuning: leave it on."
+        )
+    found = []
+    for variant in question.variants:
+        for seed in seeds:
+            config = variant.change(replace(base, seed=seed))
+            watch = config.finetune.watch_every or WATCH_EVERY
+            config = replace(
+                config,
+                force=False,
+                run_dir=str(out / variant.name / f"seed{seed}"),
+                finetune=replace(config.finetune, watch_every=watch),
+                engine=replace(config.engine, threads=config.engine.threads or 1),
+            )
+            found.append(Trial(variant, seed, config))
+    return found
+
+
+def shared_stages(one: Trial, other: Trial) -> tuple[str, ...]:
+    """The first stages of two trials, as far as settings and files are identical; none if only one has an ancestry."""
+    if one.config.needs_ancestry != other.config.needs_ancestry:
+        return ()
+    for number, stage in enumerate(STAGES):
+        if one.run.depends_on(one.config, stage) != other.run.depends_on(other.config, stage):
+            return STAGES[:number]
+    return STAGES
+
+
+def donor_of(trial: Trial, trials: Sequence[Trial]) -> tuple[Trial | None, tuple[str, ...]]:
+    """The earlier trial that shares most stages with this one, and those stages; None if none shares any."""
+    best: tuple[Trial | None, tuple[str, ...]] = (None, ())
+    for other in trials[: trials.index(trial)]:
+        stages = shared_stages(trial, other)
+        if len(stages) > len(best[1]):
+            best = (other, stages)
+    return best
+
+
+def link_stages(trial: Trial, donor: Trial, stages: Sequence[str]) -> None:
+    """Links the donor's complete stages into the trial's folder by hard links, each stage whole or not at all.
+
+    No run changes an artifact's files in place. Files are copied if the file system has no hard links.
+    """
+    for stage in stages:
+        if donor.has(stage) and not trial.has(stage):
+            link = partial(shutil.copytree, donor.folder / stage, copy_function=_link, dirs_exist_ok=True)
+            replace_folder(trial.folder / stage, link)
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
