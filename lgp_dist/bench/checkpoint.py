@@ -61,7 +61,7 @@ class _Saves:
         workers = bench.workers
         self.checkpoint_dir = CheckpointDir(folder)
         self.saves = Checkpointer(self.checkpoint_dir, workers, bench.trainer.fragments(), bench.config.checkpoint)
-        self.engine = f"zero{workers.launch.zero_stage}" if workers.launch.deepspeed else "ddp"
+        self.engine = workers.launch.engine_name
 
     def turn(self, mode: str) -> dict[str, float]:
         """Seconds of one save and of the steps around it, in a fresh folder."""

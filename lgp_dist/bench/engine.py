@@ -150,7 +150,7 @@ class Bench:
         teacher = (ancestry_forward(self.config) or 0.0) * self.train.accumulate / 1e9
         row = {
             "recipe": self.config.recipe,
-            "engine": f"zero{launch.zero_stage}" if launch.deepspeed else "ddp",
+            "engine": launch.engine_name,
             "reduction": self.workers.engine.reduction,
             "policy": policy,
             "ranks": self.workers.world,

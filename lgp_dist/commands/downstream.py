@@ -16,6 +16,7 @@ from lgp_dist.config.run_config import ModelConfig, RunConfig
 from lgp_dist.data.remote.roots import local_root
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import check_batch
+from lgp_dist.engine.loop import TrainingPlan
 from lgp_dist.errors import UserError
 from lgp_dist.export.folder import Exported, told, write_folder
 from lgp_dist.export.latency import NAME, LatencyFile, with_latencies
@@ -108,7 +109,7 @@ def _work(context: Context, folder: Path, names: tuple[str, ...]) -> None:
     context.workers.watchdog.begin(STAGE)
     context.seed(STAGE)
     model = new_headed(folder, classes)
-    context.train(STAGE, ClassifyTask(model), config.finetune.train)
+    context.train(STAGE, TrainingPlan(ClassifyTask(model), config.finetune.train))
     top1, top5 = context.accuracies({STAGE: model.to(context.workers.device).eval()})[STAGE]
     log.info("%s: top-1 %.2f %%, top-5 %.2f %%", STAGE, top1, top5)
     context.workers.watchdog.phase("export")

@@ -4,10 +4,10 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,66 +26,88 @@ from lgp_dist.protocols import Batch, StepContext, Task
 Batches = Callable[[int, int], Iterator[Batch]]
 """(first optimizer step, number of steps) to this rank's batches, micro-step by micro-step."""
 Seeds = Callable[[StepContext], int]
-"""Of torch, for each micro-step, so that what is random in a forward is a function of the step."""
+"""torch's seed for each micro-step, so that randomness in the forward depends only on the step."""
 
 
-def train(
-    task: Task,
-    batches: Batches,
-    config: TrainConfig,
-    workers: Workers,
-    *,
-    stage: str,
-    steps_per_epoch: float,
-    run_dir: Path,
-    trackers: tuple[str, ...] = (),
-    tracked_config: dict[str, Any] | None = None,
-    decays: Decays = decays_matrix,
-    rates: Mapping[str, float] = MappingProxyType({}),
-    gradients: GradientConfig = GradientConfig(),  # noqa: B008  frozen
-    watch: Watch | None = None,
-    watch_every: int = 0,
-    check: Callable[[list[dict[str, Any]]], None] = lambda lines: None,
-    step_filter: StepFilter | None = None,
-    saver_config: SaverConfig | None = None,
-    seeds: Seeds | None = None,
-) -> dict[str, Any]:
-    """Trains `task.module` in place; afterwards every rank holds the same weights, whole.
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a stage trains, and how."""
 
-    rates: learning rate factors by skippable module. watch: called with the wrapped module in eval mode every
-    `watch_every` optimizer steps; what it measures is logged. check: called on every rank with finished lines of
-    metrics, which hold batches' facts summed over ranks; may raise. step_filter: of this task and stage; without one,
-    the run stops at the first step that is not finite. saver_config: how the stage is saved and resumed; None if not.
-    Returns steps of the whole run, seconds and images of this part. Raises Preempted once it has saved for a signal.
+    task: Task
+    config: TrainConfig
+    gradients: GradientConfig = GradientConfig()
+    decays: Decays = decays_matrix
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Learning rate factors by skippable module; 1 for others."""
+    watch: Watch | None = None
+    """Measures the wrapped module in eval mode; the results are logged."""
+    watch_every: int = 0
+    """Optimizer steps between two measurements; 0 for none."""
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """The run that a training is part of: its data, files and checkpoints."""
+
+    stage: str
+    batches: Batches
+    steps_per_epoch: float
+    run_dir: Path
+    """Metrics and trackers write here."""
+    trackers: tuple[str, ...] = ()
+    tracked_config: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[list[dict[str, Any]]], None] = lambda lines: None
+    """Called on every rank with finished lines of metrics, with batch facts summed over ranks; may raise."""
+    step_filter: StepFilter | None = None
+    """Of this task and stage. Without one, the run stops at the first step that is not finite."""
+    saver: SaverConfig | None = None
+    """How the stage is saved and resumed; None to do neither."""
+    seeds: Seeds | None = None
+
+
+class TrainingResult(TypedDict):
+    """What a stage's artifact records of its training."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    seconds: float
+    """Of this process, since it started or resumed the training."""
+    images: int
+    """Images trained in these seconds."""
+
+
+def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> TrainingResult:
+    """Trains `plan.task.module` in place; afterwards every rank holds the same whole weights.
+
+    Raises Preempted once it has saved for a signal.
     """
-    steps, began = planned_steps(config, steps_per_epoch), time.monotonic()
+    task, config, stage = plan.task, plan.config, setup.stage
+    steps, began = planned_steps(config, setup.steps_per_epoch), time.monotonic()
     workers.watchdog.phase("start")
     with contextlib.ExitStack() as stack:
         task.to(workers.device)
-        optimizer = build_optimizer(
-            task.module.to(workers.device).train(), config, decays, task.structure.skippable_modules, rates
-        )
-        schedule = build_schedule(optimizer, config, steps, steps_per_epoch)
-        step_filter = step_filter or StepFilter(task, workers, config.accumulate, stage=stage)
-        trainer = Trainer(
-            workers, task, optimizer, config, gradients, trackers, run_dir / "tracking" / stage, step_filter
-        )
-        trainer.accelerator.init_trackers(stage, config=_plain(tracked_config or {}))
-        saver = Saver(saver_config, trainer, stage, steps, stack.enter_context(Preemption())) if saver_config else None
-        meter = partial(StepMeter, trainer, run_dir / "metrics.jsonl", stage, steps, check)
+        module, skippable = task.module.to(workers.device).train(), task.structure.skippable_modules
+        optimizer = build_optimizer(module, config, plan.decays, skippable, plan.rates)
+        schedule = build_schedule(optimizer, config, steps, setup.steps_per_epoch)
+        step_filter = setup.step_filter or StepFilter(task, workers, config.accumulate, stage=stage)
+        log_dir = setup.run_dir / "tracking" / stage
+        trainer = Trainer(workers, task, optimizer, config, plan.gradients, setup.trackers, log_dir, step_filter)
+        trainer.accelerator.init_trackers(stage, config=_plain(setup.tracked_config))
+        saver = Saver(setup.saver, trainer, stage, steps, stack.enter_context(Preemption())) if setup.saver else None
+        meter = partial(StepMeter, trainer, setup.run_dir / "metrics.jsonl", stage, steps, setup.check)
 
         def one_step(step: int, stream: Iterator[Batch], meter: StepMeter) -> None:
             schedule.step_update(step)
-            losses, counts, facts, times = _step(trainer, stream, step, seeds)
-            facts |= {"epoch": round(step / steps_per_epoch, 4), "lr": rate_of(optimizer)}
-            if watch and watch_every and (step + 1) % watch_every == 0:
-                facts |= _measure(trainer, watch)
+            losses, counts, facts, times = _step(trainer, stream, step, setup.seeds)
+            facts |= {"epoch": round(step / setup.steps_per_epoch, 4), "lr": rate_of(optimizer)}
+            if plan.watch and plan.watch_every and (step + 1) % plan.watch_every == 0:
+                facts |= _measure(trainer, plan.watch)
             meter.add(step, losses, partial(_facts, task, step, config.accumulate, workers.world, facts), counts, times)
             if saver:
                 workers.watchdog.note(step, "save")
                 saver.step_done(step + 1, facts, meter.flush)
 
-        first = _steps(one_step, batches, meter, saver, steps)
+        first = _steps(one_step, setup.batches, meter, saver, steps)
         workers.watchdog.phase("end of training")
         trainer.close()
     _check_weights(task, stage)
@@ -167,6 +189,6 @@ def _facts(task: Task, step: int, accumulate: int, world: int, fixed: dict[str, 
     return {**fixed, "world": world, "accumulate": accumulate, **labels}
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Values that every tracker accepts: numbers and strings."""
     return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()}

@@ -51,7 +51,6 @@ class Saver:
         workers = trainer.workers
         self.rolled = 0
         self.checkpointer = Checkpointer(CheckpointDir(config.folder), workers, trainer.fragments(), config.checkpoint)
-        launch = workers.launch
         self.state = TrainState(
             stage=stage,
             step=0,
@@ -60,7 +59,7 @@ class Saver:
             data={},
             config=config.settings,
             world=workers.world,
-            engine=f"zero{launch.zero_stage}" if launch.deepspeed else "ddp",
+            engine=workers.launch.engine_name,
             versions=config.versions,
         )
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lgp_dist.engine.loop import TrainingPlan
 from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import check_normalisation, hub_weights, load_weights
 from lgp_dist.models.build import ancestry_vit
@@ -32,7 +33,7 @@ def run(context: Context) -> None:
         load_weights(vit, load_tensors(Path(ancestry.weights)), ancestry.weights)
         facts |= {"weights": ancestry.weights}
     if ancestry.source == "train":
-        training = context.train("ancestry", ClassifyTask(vit), ancestry.train)
+        training = context.train("ancestry", TrainingPlan(ClassifyTask(vit), ancestry.train))
         images = training["steps"] * ancestry.train.batch_size
         facts["training"] = training | {"flops": work(images, ancestry_flops(config))}
     vit.to(context.workers.device).eval()

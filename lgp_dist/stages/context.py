@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from lgp_dist.config.flat import flatten, up_to
-from lgp_dist.config.run_config import RunConfig, TrainConfig
+from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.stream import ResumableStream, TrainStream, evaluation_batches, open_split
 from lgp_dist.engine.evaluate import Forward, accuracies
-from lgp_dist.engine.loop import train
-from lgp_dist.engine.optim import Decays, decays_matrix
+from lgp_dist.engine.loop import RunSetup, TrainingPlan, TrainingResult, train
 from lgp_dist.engine.saver import SaverConfig
 from lgp_dist.engine.step_filter import StepFilter
 from lgp_dist.engine.workers import Workers
@@ -23,7 +22,7 @@ from lgp_dist.models.build import build_ancestry, build_pool
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.space import Space, heads_of, space_of
 from lgp_dist.paths.stratified import draw_index
-from lgp_dist.protocols import Batch, StepContext, Task
+from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.run.artifacts import Artifact, RunDirectory
 from lgp_dist.run.provenance import command, versions
 from lgp_dist.run.tensors import load_tensors
@@ -70,13 +69,11 @@ class Context:
             self.run.write(stage, self.config, inputs, fill, provenance)
         self.workers.barrier()
 
-    def train(
-        self, stage: str, task: Task, config: TrainConfig, decays: Decays = decays_matrix, uses: int = 1, **more: Any
-    ) -> dict[str, Any]:
-        """Trains a task on the training split. uses: micro-steps that each batch serves. more: options of
-        `engine.loop.train`."""
-        data, workers = self.config.data, self.workers
-        index, reading = open_split(data, data.train_split), replace(config, accumulate=config.accumulate // uses)
+    def train(self, stage: str, plan: TrainingPlan, uses: int = 1) -> TrainingResult:
+        """Trains on the training split. uses: micro-steps that each batch serves."""
+        data, workers, train_config = self.config.data, self.workers, plan.config
+        index = open_split(data, data.train_split)
+        reading = replace(train_config, accumulate=train_config.accumulate // uses)
         stream = ResumableStream(
             TrainStream(index, data, reading, self.config.seed, workers.rank, workers.world, workers.device)
         )
@@ -91,23 +88,19 @@ class Context:
             draw = (self.config.seed, stage, context.step, context.micro_step, context.rank)
             return draw_index(2**63, "torch", *draw)
 
-        return train(
-            task,
-            batches,
-            config,
-            workers,
+        setup = RunSetup(
             stage=stage,
+            batches=batches,
             steps_per_epoch=stream.now.steps_per_epoch,
             run_dir=self.run.root,
             trackers=self.config.trackers,
             tracked_config=flatten(self.config),
-            decays=decays,
             check=stream.check,
-            step_filter=StepFilter(task, workers, config.accumulate, self.config.faults, stage, describe),
-            saver_config=self._saver_config(stage, stream),
+            step_filter=StepFilter(plan.task, workers, train_config.accumulate, self.config.faults, stage, describe),
+            saver=self._saver_config(stage, stream),
             seeds=seeds,
-            **more,
         )
+        return train(plan, setup, workers)
 
     def _saver_config(self, stage: str, stream: ResumableStream) -> SaverConfig:
         """Checkpoints of a stage that trains. Earlier stages count by their artifacts."""

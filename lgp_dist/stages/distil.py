@@ -8,6 +8,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import Parameter
 
+from lgp_dist.engine.loop import TrainingPlan
 from lgp_dist.engine.optim import decays_matrix
 from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import Ancestry, check_normalisation, hub_weights, load_weights, timm_model
@@ -40,10 +41,10 @@ def run(context: Context) -> None:
     if len(trained.rows):
         teacher = prepare_ancestry(ancestry, config, "distil") if "distil" in sources else None
         task = DistilTask(trained, teacher, config.distil)
-        facts["training"] = context.train("distil", task, config.distil.train, decays)
-        images = facts["training"]["steps"] * config.distil.train.batch_size
+        training = context.train("distil", TrainingPlan(task, config.distil.train, decays=decays))
+        images = training["steps"] * config.distil.train.batch_size
         frozen = ancestry_flops(config) if teacher else 0.0
-        facts["training"] |= {"flops": work(images, trained_rows_flops(config), frozen)}
+        facts["training"] = training | {"flops": work(images, trained_rows_flops(config), frozen)}
     module.to(context.workers.device).eval()
     measured = context.accuracies({str(index): row.vit for index, row in enumerate(module.rows)})
     for row, (top1, top5) in zip(facts["rows"], measured.values(), strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lgp_dist.engine.loop import TrainingPlan
 from lgp_dist.files import sha256, write_json
 from lgp_dist.models.ancestry import load_weights
 from lgp_dist.models.build import prepare_ancestry
@@ -38,16 +39,15 @@ def run(context: Context) -> None:
     sampler = PathSampler.from_config(context.config, context.space)
     if config.policy == "balanced" and config.meet == "step" and meets_in_micro_steps(context):
         log.warning("finetune: under this engine ranks wait in every micro-step; --finetune.meet micro_step saves time")
-    training = context.train(
-        "finetune",
+    plan = TrainingPlan(
         FinetuneTask(pool, ancestry, sampler, config),
         config.train,
         gradients=config.gradients,
-        rates={part: factor for row, factor in enumerate(config.row_lr) for part in pool.row_modules(row)},
+        rates={module: factor for row, factor in enumerate(config.row_lr) for module in pool.row_modules(row)},
         watch=partial(measure, context),
         watch_every=config.watch_every,
-        uses=config.paths_per_batch,
     )
+    training = context.train("finetune", plan, uses=config.paths_per_batch)
 
     def fill(folder: Path) -> dict[str, Any]:
         save_tensors(folder / "pool.safetensors", pool.state_dict())

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from lgp_dist.config.run_config import AugmentConfig, DataConfig
 from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.data.stream import TrainStream, open_split
-from lgp_dist.engine.loop import train
+from lgp_dist.engine.loop import RunSetup, TrainingPlan, train
 from lgp_dist.engine.workers import Workers
 from lgp_dist.tasks.finetune import FinetuneTask
 
@@ -57,17 +57,8 @@ def main() -> None:
         place.mkdir(exist_ok=True)
         pool, ancestry, sampler = TRIAL.build()
         task = FinetuneTask(pool, ancestry, sampler, TRIAL.finetune_config())
-        train(
-            task,
-            stream.batches,
-            stream.train,
-            workers,
-            stage=f"case {number}",
-            steps_per_epoch=STEPS,
-            run_dir=place,
-            gradients=TRIAL.finetune_config().gradients,
-            check=stream.check_bad,
-        )
+        plan = TrainingPlan(task, stream.train, gradients=TRIAL.finetune_config().gradients)
+        train(plan, RunSetup(f"case {number}", stream.batches, STEPS, place, check=stream.check_bad), workers)
         save_file(
             {name: value.clone() for name, value in pool.state_dict().items()},
             place / f"end-{workers.rank}.safetensors",

@@ -21,7 +21,7 @@ from lgp_dist.engine import trainer
 from lgp_dist.engine.comm_stats import Gathered
 from lgp_dist.engine.deepspeed_workarounds import gathered
 from lgp_dist.engine.divergence_check import bits
-from lgp_dist.engine.loop import Batches, train
+from lgp_dist.engine.loop import Batches, RunSetup, TrainingPlan, TrainingResult, train
 from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.tasks.finetune import FinetuneTask
@@ -55,8 +55,8 @@ class Backwards(trainer.Gradients):
     def __init__(self, module: Any, structure: Any, contract: str):
         super().__init__(module, structure, "chain")
 
-    def _anchors(self, nodes: list[Any]) -> Any:
-        return super()._anchors(nodes[::-1])
+    def _gates(self, gates: list[Any]) -> Any:
+        return super()._gates(gates[::-1])
 
 
 def workers_of(trial: Trial, started: Workers) -> Workers:
@@ -70,19 +70,10 @@ def workers_of(trial: Trial, started: Workers) -> Workers:
 
 def train_trial(
     task: Any, batches: Batches, trial: Any, workers: Workers, folder: Path, index: int, **more: Any
-) -> dict[str, Any]:
-    """The project's loop on a trial's settings. more: options of `engine.loop.train`."""
-    return train(
-        task,
-        batches,
-        trial.train_config(),
-        workers,
-        stage=f"trial{index}",
-        steps_per_epoch=trial.steps,
-        run_dir=folder,
-        gradients=trial.finetune_config().gradients,
-        **more,
-    )
+) -> TrainingResult:
+    """The project's loop on a trial's settings. more: further fields of the plan."""
+    plan = TrainingPlan(task, trial.train_config(), trial.finetune_config().gradients, **more)
+    return train(plan, RunSetup(f"trial{index}", batches, trial.steps, folder), workers)
 
 
 def run(trial: Trial, started: Workers, folder: Path, index: int) -> None:

@@ -17,7 +17,7 @@ from resume_jobs import Job
 from safetensors.torch import save_file
 
 from lgp_dist.config.run_config import CheckpointConfig, FaultConfig
-from lgp_dist.engine.loop import train
+from lgp_dist.engine.loop import RunSetup, TrainingPlan, train
 from lgp_dist.engine.saver import SaverConfig
 from lgp_dist.engine.step_filter import StepFilter
 from lgp_dist.engine.workers import Workers
@@ -48,7 +48,7 @@ def run(job: Job, started: Workers, root: Path) -> None:
         assert state == {"position": step} or job.bad
         at[:] = step, state["position"]
 
-    saving = SaverConfig(
+    saver = SaverConfig(
         folder=(root / job.elsewhere if job.elsewhere and workers.rank else folder) / "checkpoints" / "job",
         checkpoint=CheckpointConfig(every=job.every, keep=1000, on_error=job.on_error),
         seed=trial.seed,
@@ -63,18 +63,9 @@ def run(job: Job, started: Workers, root: Path) -> None:
     if job.limit and workers.rank + 1 == workers.world:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.limit, resource.RLIM_INFINITY))
     try:
-        train(
-            task,
-            batches,
-            job.train_config(),
-            workers,
-            stage="job",
-            steps_per_epoch=trial.steps,
-            run_dir=folder,
-            gradients=trial.finetune_config().gradients,
-            step_filter=StepFilter(task, workers, trial.accumulate, FaultConfig(rollback=job.rollback), "job"),
-            saver_config=saving,
-        )
+        step_filter = StepFilter(task, workers, trial.accumulate, FaultConfig(rollback=job.rollback), "job")
+        plan = TrainingPlan(task, job.train_config(), gradients=trial.finetune_config().gradients)
+        train(plan, RunSetup("job", batches, trial.steps, folder, step_filter=step_filter, saver=saver), workers)
     except UserError as error:
         (folder / f"error-{workers.rank}.txt").write_text(str(error))
         return

@@ -112,21 +112,13 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
 
     loop.build_optimizer, loop.Trainer = keep, hold
     (folder / str(index)).mkdir(exist_ok=True)
-    guard = StepFilter(task, workers, trial.accumulate, FaultConfig(case.skip_steps, case.spike), "finetune", describe)
+    faults = FaultConfig(case.skip_steps, case.spike)
+    step_filter = StepFilter(task, workers, trial.accumulate, faults, "finetune", describe)
     facts: dict[str, Any] = {"sentence": "", "step": None}
     try:
-        loop.train(
-            task,
-            batches,
-            trial.train_config(),
-            workers,
-            stage="finetune",
-            steps_per_epoch=trial.steps,
-            run_dir=folder / str(index),
-            watch=watch,
-            watch_every=1,
-            step_filter=guard,
-        )
+        plan = loop.TrainingPlan(task, trial.train_config(), watch=watch, watch_every=1)
+        setup = loop.RunSetup("finetune", batches, trial.steps, folder / str(index), step_filter=step_filter)
+        loop.train(plan, setup, workers)
     except NotFinite as error:
         facts |= {"sentence": str(error), "step": error.step}
         states.append(state_of(task.module, optimizers[0]))

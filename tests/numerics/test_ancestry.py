@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lgp_dist.config.run_config import DistilConfig, EngineConfig, FinetuneConfig, Precision, RowConfig
 from lgp_dist.engine.launch.environment import Launch
+from lgp_dist.engine.loop import TrainingPlan
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
@@ -164,15 +165,15 @@ def test_an_optimizer_step_sees_the_same_images(tmp_path: Path, monkeypatch: pyt
     config = replace(config, data=replace(config.data, root=str(ROOT / "shards" / "sample"), threads=0))
     workers = Workers(Launch.from_environment({}), EngineConfig(precision="fp32"), 0, 1, torch.device("cpu"))
     made: list[Any] = []
-    monkeypatch.setattr(context, "train", lambda task, batches, *_, **options: made.append((batches, options["guard"])))
+    monkeypatch.setattr(context, "train", lambda plan, setup, workers: made.append((setup.batches, setup.step_filter)))
     found, named = {}, {}
     for uses in (1, 2):
         settings = replace(config.finetune.train, batch_size=16, accumulate=4, mixup=0.0, cutmix=0.0)
         place = context.Context(config, RunDirectory(tmp_path), workers, "")
-        place.train("finetune", FinetuneTask(*parts(), FinetuneConfig()), settings, uses=uses)
-        batches, guard = made[-1]
+        place.train("finetune", TrainingPlan(FinetuneTask(*parts(), FinetuneConfig()), settings), uses=uses)
+        batches, step_filter = made[-1]
         found[uses] = list(batches(3, 1))
-        named[uses] = [guard.describe(3, micro, 0) for micro in range(4)]
+        named[uses] = [step_filter.describe(3, micro, 0) for micro in range(4)]
     assert [len(batch.images) for batch in found[1]] == [4] * 4
     assert [len(batch.images) for batch in found[2]] == [8] * 4
     assert found[2][0].images is found[2][1].images and found[2][2].images is found[2][3].images

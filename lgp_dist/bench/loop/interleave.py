@@ -17,7 +17,7 @@ import torch
 from lgp_dist.bench.common import wait
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.stream import TrainStream, open_split
-from lgp_dist.engine.loop import Batches, train
+from lgp_dist.engine.loop import Batches, RunSetup, TrainingPlan, train
 from lgp_dist.engine.watch.watchdog import Watchdog
 from lgp_dist.engine.workers import Workers
 from lgp_dist.models.ancestry import Ancestry
@@ -137,16 +137,11 @@ class Finetuning:
         """The loop, whole; metrics go to a folder that is removed."""
         count = turns.steps
         with tempfile.TemporaryDirectory() as folder:
-            train(
-                task,
-                turns,
-                replace(self.train, epochs=1.0, max_steps=0),
-                replace(self.workers, watchdog=watchdog),
-                stage="finetune",
-                steps_per_epoch=float(count),
-                run_dir=Path(folder),
-                gradients=self.config.finetune.gradients,
+            plan = TrainingPlan(
+                task, replace(self.train, epochs=1.0, max_steps=0), gradients=self.config.finetune.gradients
             )
+            setup = RunSetup("finetune", turns, float(count), Path(folder))
+            train(plan, setup, replace(self.workers, watchdog=watchdog))
 
     def multiply_adds(self, steps: range) -> tuple[float, float]:
         """Of a rank in these steps, mean and the slowest's: forward and backward of its paths, without the ancestry."""

@@ -75,20 +75,12 @@ def bench_train(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24) 
     return rows
 
 
-def engine_name(bench: Finetuning) -> str:
-    """ddp, zero0 .. zero3, or one for a process alone."""
-    launch = bench.workers.launch
-    if launch.deepspeed:
-        return f"zero{launch.zero_stage}"
-    return "ddp" if bench.workers.world > 1 else "one"
-
-
 def about(bench: Finetuning) -> dict[str, Any]:
     """What a measurement of the loop was of."""
     config, train, finetune = bench.config, bench.train, bench.config.finetune
     return {
         "recipe": config.recipe,
-        "engine": engine_name(bench),
+        "engine": bench.workers.launch.engine_name,
         "reduction": config.engine.reduction,
         "policy": finetune.policy,
         "only": list(finetune.only),

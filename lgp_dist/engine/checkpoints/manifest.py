@@ -52,7 +52,7 @@ class TrainState:
     world: int
     """Ranks that wrote it."""
     engine: str
-    """ddp, zero0 .. zero3."""
+    """`Launch.engine_name`: zero0 .. zero3, ddp or one."""
     loss_scale: float | None = None
     """fp16's."""
     good_steps: int = 0

@@ -30,6 +30,13 @@ class Launch:
     file: Mapping[str, Any] = field(default_factory=dict)
     """Checked settings of a DeepSpeed file that the launch file names."""
 
+    @property
+    def engine_name(self) -> str:
+        """zero0 .. zero3, ddp for several processes without DeepSpeed, one for a single process without it."""
+        if self.deepspeed:
+            return f"zero{self.zero_stage}"
+        return "ddp" if self.world > 1 else "one"
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Launch":
         """Reads what `accelerate launch` sets; without it, one process and no DeepSpeed.
