@@ -1,12 +1,13 @@
 """What the tests of commands share: settings of a small run, `lgp` in this process, snapshots, damage."""
 
+import contextlib
 import hashlib
 import logging
 import re
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,17 @@ def eventually(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_
     while not condition():
         assert time.monotonic() < until, f"{what}: not within {limit_s:.0f} s"
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def shared_memory_goes() -> Iterator[None]:
+    """What the block leaves in /dev/shm is held by a process, as that of another test's run, or goes."""
+    from footprint import SHARED, left_behind  # from tests/distributed, which not every user of this file can import
+
+    before = set(SHARED.iterdir())
+    yield
+    left = left_behind(before)
+    eventually(lambda: not left & left_behind(before), "shared memory that nobody holds goes", GONE_S)
 
 
 def gone(mark: str) -> None:

@@ -14,8 +14,7 @@ import torch
 from exact_launch import TOLERANCE, allowed, difference, groups, start
 from exact_reference import reference
 from exact_trials import ENGINES, Trial, sample, unfused
-from footprint import SHARED, left_behind
-from run_helpers import GONE_S, eventually
+from run_helpers import shared_memory_goes
 
 ANY_ORDER = Trial("ddp", 2, broken="order", audit=False)
 """Rank 1 gets its gradients in another order than rank 0, which DDP's fixed buckets do not mind."""
@@ -29,15 +28,21 @@ SILENT = Trial("zero2", 2, broken="order", audit=False)
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Trial, tuple[Path, int]]:
     """Folder and number of every trial's run."""
     root, found = tmp_path_factory.mktemp("exact"), {}
-    before = set(SHARED.iterdir())
-    for (world, deepspeed), trials in groups([*TRIALS, SILENT]).items():
-        folder = root / f"{world}-{deepspeed}"
-        done = start(trials, folder)
-        assert done.returncode == 0, done.stderr[-6000:]
-        found |= {trial: (folder, index) for index, trial in enumerate(trials)}
-    left = left_behind(before)  # perhaps another test's, whose ranks are about to map it
-    eventually(lambda: not left & left_behind(before), "shared memory that nobody holds goes", GONE_S)
+    with shared_memory_goes():
+        for (world, deepspeed), trials in groups([*TRIALS, SILENT]).items():
+            folder = root / f"{world}-{deepspeed}"
+            done = start(trials, folder)
+            assert done.returncode == 0, done.stderr[-6000:]
+            found |= {trial: (folder, index) for index, trial in enumerate(trials)}
     return found
+
+
+def test_two_ranks_of_zero1_equal_one_process(tmp_path: Path) -> None:
+    """A trial and a launch of its own, for scripts/test --fast; the other tests here are marked slow."""
+    trial = Trial("zero1", 2, accumulate=2, clip=0.5)
+    done = start([trial], tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert difference(trial, tmp_path / "run", 0) <= TOLERANCE
 
 
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)

@@ -11,18 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from footprint import SHARED, left_behind
 from run_helpers import (
-    GONE_S,
     LIMIT_S,
     SMALL,
     Lgp,
     break_images,
-    eventually,
     has,
     index_of,
     overwrite,
     refused,
+    shared_memory_goes,
     snapshot,
 )
 
@@ -372,13 +370,12 @@ def test_bad_images_of_all_ranks_count(finished_place: Path) -> None:
 def test_launch_ends_when_an_image_is_broken(finished_place: Path, mark: str, positions: range) -> None:
     """With batch 8, the odd positions are those of rank 1 in the first step."""
     break_images("train", position_to_sample(0, 0, 64)[list(positions)].tolist())
-    before, shared = snapshot(Path("run/distil")), set(SHARED.iterdir())
-    done = launched("distil", *SMALL, "--force", LGP_TEST_MARK=mark)
+    before = snapshot(Path("run/distil"))
+    with shared_memory_goes():
+        done = launched("distil", *SMALL, "--force", LGP_TEST_MARK=mark)
     assert done.returncode != 0
     sentences = [line for line in done.stderr.splitlines() if re.match(r"lgp( \(rank 1\))?: ", line)]
     assert len(sentences) == 1 and "cannot be decoded" in sentences[0] and sentences[0].endswith("."), done.stderr
     assert "lgp_dist/" not in done.stderr, "a traceback of this project"
     assert done.stdout.count("Setting accelerator to CPU") <= 1, "the launcher's own; the ranks are quiet"
-    left = left_behind(shared)  # perhaps another test's, whose ranks are about to map it
-    eventually(lambda: not left & left_behind(shared), "shared memory that nobody holds goes", GONE_S)
     assert snapshot(Path("run/distil")) == before

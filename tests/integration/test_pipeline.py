@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_helpers import LIMIT_S
+from run_helpers import LIMIT_S, shared_memory_goes
 from safetensors.torch import load_file
 
 from lgp_dist.config.flat import STAGES
@@ -33,10 +33,9 @@ def lgp(*arguments: str, launched: bool) -> subprocess.CompletedProcess[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run's directory and what it printed."""
     run = tmp_path_factory.mktemp("run") / "tiny"
-    before = set(os.listdir("/dev/shm"))
-    done = lgp("run", "tiny", "--run-dir", str(run), *SHORT, launched=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert set(os.listdir("/dev/shm")) <= before, "the run left shared memory behind"
+    with shared_memory_goes():
+        done = lgp("run", "tiny", "--run-dir", str(run), *SHORT, launched=True)
+        assert done.returncode == 0, done.stderr[-4000:]
     return run, done.stdout
 
 

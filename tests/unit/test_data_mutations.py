@@ -168,7 +168,6 @@ def test_mutated_tars(case: Case) -> None:
     run(case, range(400))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif("LGP_MUTATIONS" not in os.environ, reason="set LGP_MUTATIONS=10000 for the long run")
 def test_many_mutated_tars(case: Case) -> None:
     print(run(case, range(1000, 1000 + COUNT)))
@@ -201,7 +200,6 @@ def test_training_takes_no_changed_image(case: Case) -> None:
         case.path.write_bytes(case.content)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif("LGP_MUTATIONS" not in os.environ, reason="set LGP_MUTATIONS=10000 for the long run")
 def test_training_takes_no_changed_image_of_many(case: Case) -> None:
     try:
@@ -246,7 +244,6 @@ def test_mutated_tars_without_manifest(case: Case, tmp_path: Path) -> None:
     index_many(case, range(0, 400, 10), tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif("LGP_MUTATIONS" not in os.environ, reason="set LGP_MUTATIONS=10000 for the long run")
 def test_many_mutated_tars_without_manifest(case: Case, tmp_path: Path) -> None:
     print(index_many(case, range(1000, 1000 + COUNT), tmp_path))
