@@ -95,7 +95,7 @@ def commands(page: str, text: str) -> list[Command]:
 def expanded(page: str, line: str) -> Iterator[Command]:
     """A command for each of the alternatives `a | b`, or `a|b`, with examples for placeholders.
 
-    `RUN RUN ...` stands for any number, `--option ...` for a value; with more options behind the dots it is only named.
+    `RUN RUN ...` stands for any number, `--option ...` for a value; with more options after the dots it is only named.
     """
     text = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line)
     if several := re.search(r"[\w-]+(?: \| [\w-]+)+", text):
@@ -119,7 +119,7 @@ def expanded(page: str, line: str) -> Iterator[Command]:
 def files_named(text: str) -> set[str]:
     """Files of this repository that a page names between backticks or in a command, by their path from its root.
 
-    What stands behind a command tells what it writes, which need not be there.
+    What follows a command tells what it writes, which need not be there.
     """
     code, prose = blocks(text)
     words = {word for line in code for word in SAID_BEHIND.split(line)[0].split()}

@@ -148,7 +148,7 @@ def index_of(split: str) -> ShardIndex:
 
 
 def break_images(split: str, samples: list[int]) -> None:
-    """Images of the current folder's shards become bytes that are none."""
+    """Overwrites images of the current folder's shards with bytes that are no image."""
     index = index_of(split)
     for sample in samples:
         shard = index.root / index.shards[index.shard[sample]]

@@ -47,7 +47,7 @@ def shared_files(process: Path) -> set[Path]:
 
 
 def left_behind(before: set[Path]) -> set[Path]:
-    """Files of /dev/shm that are there beside those of before, and that no process has mapped or open."""
+    """New files of /dev/shm that no process has mapped or open. before: those that are not new."""
     left = set(SHARED.iterdir()) - before
     for process in Path("/proc").glob("[0-9]*") if left else ():
         with suppress(OSError):

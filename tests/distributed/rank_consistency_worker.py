@@ -33,7 +33,7 @@ PLAIN = {
     "name": "grün",
     "limits": [1.0, float("inf")],
 }
-"""Facts beside the recipe's, of every type that there is."""
+"""Facts in addition to the recipe's, one of every type."""
 
 
 def changed(config: Any, key: str, value: Any) -> Any:

@@ -73,7 +73,7 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
     allow: list[str] = field(default_factory=list)
     elsewhere: str = ""
-    """A folder in which rank 1 looks for checkpoints, beside the job's own; as where nodes share no file system."""
+    """A second folder in which rank 1 looks for checkpoints, as where nodes share no file system."""
     constant: bool = False
     """Whether the rate is that of the trial's reference."""
     bad: list[int] = field(default_factory=list)

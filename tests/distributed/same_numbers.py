@@ -21,7 +21,7 @@ PARTS = ("metrics.jsonl", "distil", "pool", "finetune", "evaluate", "descend")
 """What is kept of a run directory."""
 TENSORS = ("distil/rows", "pool/pool", "finetune/pool", "descend/model")
 FREE = {"images_per_s"}
-"""Fields of metrics that are about the machine, beside those that end in `_s` (seconds)."""
+"""Fields of metrics that depend on the machine, as those that end in `_s` (seconds) do."""
 RENAMED: dict[str, str] = {}
 """Fields of metrics and of paths.json, and tensors, that were renamed on purpose: REV's name to this tree's."""
 RENAMED_OPTIONS: dict[str, str] = {}

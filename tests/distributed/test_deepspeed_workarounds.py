@@ -1,6 +1,6 @@
 """Defects of DeepSpeed 0.19.8, shown on DeepSpeed alone, and that our way round each of them works.
 
-A test named `..._is_there` fails when DeepSpeed has mended the defect: then take its way round out of
+A test named `..._is_there` fails when DeepSpeed has fixed the defect: then take its way round out of
 engine/defects.py.
 """
 
@@ -54,7 +54,7 @@ def test_stale_gradients_is_there(found: dict[str, Any], name: str) -> None:
 
 @pytest.mark.parametrize("name", ["stale 3", "stale 1 offload", "stale 2 offload", "stale 3 offload"])
 def test_forgotten_gradients_do_not_come_again(found: dict[str, Any], name: str) -> None:
-    assert found[f"{name} mended"] == pytest.approx(moves())
+    assert found[f"{name} fixed"] == pytest.approx(moves())
 
 
 def test_weights_left_partitioned_is_there(found: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ def test_weights_left_partitioned_is_there(found: dict[str, Any]) -> None:
 
 
 def test_made_whole_a_module_is_plain_again(found: dict[str, Any]) -> None:
-    assert found["partitioned mended"] == [16, 16]
+    assert found["partitioned fixed"] == [16, 16]
 
 
 def test_settings_of_group_0_for_all_is_there(found: dict[str, Any]) -> None:

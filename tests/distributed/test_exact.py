@@ -78,7 +78,7 @@ def test_every_path_can_be_measured_on_the_wrapped_module(results: dict[Trial, t
 
 @pytest.mark.parametrize("trial", unfused(), ids=lambda trial: trial.name)
 def test_fused_operations_end_where_timms_do(results: dict[Trial, tuple[Path, int]], trial: Trial) -> None:
-    """After the last step every path answers alike, within what the last bits of fp32 become in four steps."""
+    """After the last step every path gives the same output, up to what the last bits of fp32 become in four steps."""
     answers = []
     for ops in ("reference", "fused"):
         folder, index = results[replace(trial, ops=ops)]

@@ -153,7 +153,7 @@ def said(folder: Path, name: str) -> str:
 def test_batch_script_decides(
     tmp_path: Path, mark: str, outcome: str | None, status: int, restarts: int, expected: int, requeued: bool
 ) -> None:
-    """By this start's outcome: that of the start before is gone before the launcher begins."""
+    """By this start's outcome: the previous start's is removed before the launcher begins."""
     run = tmp_path / "RUN"
     run.mkdir()
     write_run_status(run, RunStatus("preempted"))

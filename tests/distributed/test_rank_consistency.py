@@ -135,7 +135,7 @@ def test_code_hashes_cover_the_package() -> None:
 
 
 CASES = {"other": "--seed=1", "refused": "--engine.threads=-1"}
-"""What rank 1 has behind its other arguments."""
+"""What follows rank 1's other arguments."""
 
 
 @pytest.fixture(scope="module")

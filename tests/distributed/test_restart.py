@@ -22,7 +22,7 @@ LAUNCHERS = ("accelerate", "torchrun") if os.environ.get("LGP_LONG_TESTS") else 
 FINETUNE = ("-m", "lgp_dist", "finetune", *SMALL, f"--finetune.train.max-steps={STEPS}", f"--checkpoint.every={EVERY}")
 MORE = ("--checkpoint.keep=100", "--engine.device=cpu", "--faults.timeout-s=60")
 TIMES = ("step_time_s", "data_wait_s", "images_per_s")
-"""What no two runs have alike."""
+"""Fields that differ between any two runs."""
 
 
 def launcher(name: str) -> list[str]:

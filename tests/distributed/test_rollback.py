@@ -1,4 +1,4 @@
-"""A batch that makes the loss nan: the run goes back to its last checkpoint and on behind that batch, or it stops."""
+"""A batch makes the loss nan: the run returns to its last checkpoint and continues after that batch, or it stops."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def newest_of(every: int, first: int) -> int:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every trial with every sequence of data, and resumed behind a rollback; stops."""
+    """Every trial with every sequence of data, and resumed after a rollback; stops."""
     folder = tmp_path_factory.mktemp("rollback")
     for deepspeed in (True, False):
         jobs = []

@@ -88,7 +88,7 @@ def test_hang_is_named(runs: Path, case: str) -> None:
 @pytest.mark.parametrize("case", QUIET_CASES)
 def test_no_false_alarm(runs: Path, case: str) -> None:
     """A run that ends well, one with something long in it, one that was suspended, and one in which a rank
-    makes progress while the other waits longer than any timeout; nothing stays behind."""
+    makes progress while the other waits longer than any timeout; no file is left."""
     assert statuses(runs / case) == [0, 0]
     assert not list((runs / case / "watch").iterdir())
 

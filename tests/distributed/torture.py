@@ -53,12 +53,12 @@ PLACES = tuple(
     (rank, call, when)
     for rank, calls in ((0, CALLS), (1, CALLS[:2]))  # rank 0 alone names and removes
     for call in calls
-    for when in (("before", "half", "behind") if call.startswith("write") else ("before", "behind"))
+    for when in (("before", "half", "after") if call.startswith("write") else ("before", "after"))
 )
 """In a save, where a rank can die."""
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGTERM twice", "SIGUSR1 twice")
 KINDS = (*KILLS * 4, "SIGTERM", "SIGUSR1", "stop one", "full disk", "damage")
-"""Faults that are drawn from; each as often as it stands here."""
+"""Faults that are drawn from, in proportion to how often each stands here."""
 PATIENCE_S, STEP_S = 1200.0, 10.0
 """Longest life of two ranks, and longest time for the other to end once one is dead: so long, and so much a step. An
 idle machine needs a tenth of it; a busy one must not look like a hang."""
@@ -219,7 +219,7 @@ def limit_files(size: int, rank: int) -> Callable[[int], None]:
 
 @dataclass(frozen=True)
 class Death:
-    """One rank is killed (-9) at its so manieth call of Disk's method: before it, behind it, or as it is half done."""
+    """One rank is killed (-9) at the given call of one of Disk's methods: before it, after it, or halfway."""
 
     rank: int
     call: str
@@ -262,7 +262,7 @@ def shift_clock(seconds: float) -> None:
 
 
 def strays(place: Path) -> list[str]:
-    """What lies beside whole checkpoints, or in one, and is not theirs; what was set aside is."""
+    """Files next to or within checkpoints that do not belong there; what was set aside does."""
     folder = place / "run" / "checkpoints" / "finetune"
     allowed = re.compile(r"step-\d{8}(/manifest\.json|/rank-0000[01]\.safetensors)?|\.aside(/.*)?")
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")))
@@ -433,7 +433,7 @@ class Campaign:
     def _fault(
         self, kind: str, place: Path, engine: str, draw: random.Random, story: list[str], said: str, death: Death | None
     ) -> bool:
-        """One life with one fault; whether the run came to its end all the same. death: of kind `kill saving`, or None
+        """One life with one fault; whether the run came to its end anyway. death: of kind `kill saving`, or None
         for any."""
         report, rank = self.report, draw.randrange(2)
         if kind == "damage":
@@ -446,7 +446,7 @@ class Campaign:
         room = METRICS_LINE * self.options.steps + draw.randrange(1_000, 400_000)
         limit = limit_files(room, rank) if kind == "full disk" else None
         if kind == "kill saving":
-            call, number, when = draw.choice(CALLS), draw.randint(1, 6), draw.choice(("before", "half", "behind"))
+            call, number, when = draw.choice(CALLS), draw.randint(1, 6), draw.choice(("before", "half", "after"))
             death = death or Death(rank, call, when, number)
             limit = die_at(death)
         moment = draw.random() * self.seconds[engine]
@@ -500,7 +500,7 @@ class Campaign:
                     self._violation(said, story, f"left with {outcome}, newest checkpoint {saved}")
             at_once = -signal.Signals[kind.split()[0]]
             allowed = {0, PREEMPTED, at_once}
-            if at_once in statuses:  # as beside a killed one, the other may find it gone before its own second signal
+            if at_once in statuses:  # the other may notice the exit before its own second signal
                 allowed.add(1)
             if set(statuses) - allowed and -signal.SIGKILL not in statuses:
                 self._violation(said, story, f"statuses {statuses}")
@@ -514,7 +514,7 @@ class Campaign:
         elif kind == "pause one" and statuses != [0, 0]:
             self._violation(said, story, f"statuses {statuses} after a pause shorter than the watchdog's time")
         elif kind in (*KILLS, "kill saving") and 0 in statuses and statuses != [0, 0]:
-            self._violation(said, story, f"a rank ended well beside a dead one: {statuses}")
+            self._violation(said, story, f"a rank ended well although the other died: {statuses}")
 
     def _note_hang(self, hang: dict[str, Any], took: float) -> None:
         """How much longer than allowed it took until the watchdog had ended the run."""
@@ -549,7 +549,7 @@ class Options:
     """Of everything that is drawn."""
     kinds: tuple[Literal["kill one", "kill all", "SIGTERM", "SIGUSR1", "SIGTERM twice", "SIGUSR1 twice", "stop one",
                          "kill saving", "pause one", "full disk", "damage"], ...] = ()  # fmt: skip
-    """Faults to draw from, alike; empty for all but second signals and pauses, kills most often."""
+    """Faults to draw from, equally likely; empty for all but second signals and pauses, kills most often."""
     engines: tuple[Literal["zero0", "zero1", "zero2", "zero3", "ddp"], ...] = ENGINES
     """Engines to draw from."""
     steps: int = STEPS

@@ -47,7 +47,7 @@ def weight(layer: nn.Linear, stage: int) -> Tensor:
         return layer.weight.detach().clone()
 
 
-def stale(stage: int, *, offload: bool, mended: bool) -> list[float]:
+def stale(stage: int, *, offload: bool, fixed: bool) -> list[float]:
     """How far b moves in four steps of SGD that use a, b, a, b."""
     torch.manual_seed(0)
     module, moved = Two(), []
@@ -58,23 +58,23 @@ def stale(stage: int, *, offload: bool, mended: bool) -> list[float]:
         before = weight(module.b, stage)
         engine.backward(engine(torch.ones(2, 4), which))
         engine.step()
-        if mended:
+        if fixed:
             forget_gradients(engine)
         moved.append(float((weight(module.b, stage) - before).abs().max()))
     engine.destroy()
     return moved
 
 
-def partitioned(*, mended: bool) -> list[int]:
+def partitioned(*, fixed: bool) -> list[int]:
     """Sizes of ZeRO-3's weights after DeepSpeed is done with the module."""
     torch.manual_seed(0)
     module = Two()
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings(3))
-    if mended:
+    if fixed:
         make_whole(module)
     engine.destroy()
-    if mended:
+    if fixed:
         module(torch.ones(2, 4), "a").backward()  # a plain module again
     return [parameter.numel() for parameter in module.parameters()]
 
@@ -139,10 +139,10 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     found: dict[str, Any] = {}
     for stage, offload in ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True)):
-        for mended in (False, True):
-            name = f"stale {stage}{' offload' if offload else ''}{' mended' if mended else ''}"
-            found[name] = stale(stage, offload=offload, mended=mended)
-    found["partitioned"], found["partitioned mended"] = partitioned(mended=False), partitioned(mended=True)
+        for fixed in (False, True):
+            name = f"stale {stage}{' offload' if offload else ''}{' fixed' if fixed else ''}"
+            found[name] = stale(stage, offload=offload, fixed=fixed)
+    found["partitioned"], found["partitioned fixed"] = partitioned(fixed=False), partitioned(fixed=True)
     found["universal"] = universal(folder, dist.get_rank())
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(found))

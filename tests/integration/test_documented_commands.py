@@ -59,7 +59,7 @@ SMALLER = {
     r"bench scaling ": "--ranks 1,8",
     r"bench data ": "--photos photographs --samples 8 --threads 1 --batch 4 --repeats 1 --loaders webdataset,lgp",
 }
-"""What a command begins with -> options behind it that make it small; the last of two that are alike counts."""
+"""What a command begins with -> options appended to make it small; of two equal options the last counts."""
 
 ELSEWHERE = {
     r"lgp study": (
@@ -161,7 +161,7 @@ NEEDS: dict[str, Callable[[], object]] = {
     r"report ": lambda: copy("runs/tiny", "runs/other"),
     r"report .*--snnet": snnet_results,
 }
-"""What a command begins with -> what it finds in the current folder beside that of `world`."""
+"""What a command begins with -> what it finds in the current folder in addition to what `world` has."""
 
 SAYS = {
     r"shards verify": "every shard and image is whole",
@@ -185,7 +185,7 @@ MAKES = {
     r"shards index folder": ("folder/manifest.json", "folder/_info.json", "folder/index-train.npz"),
     r"shards index shards/sample": ("shards/sample/manifest.json", "shards/sample/_info.json"),
 }
-"""What a command begins with -> files that it makes, beside those that its options name."""
+"""What a command begins with -> files that it makes, in addition to those that its options name."""
 
 
 WHAT_TO_ADD = (
@@ -219,7 +219,7 @@ def possible(words: tuple[str, ...]) -> str:
 
 
 def small(words: tuple[str, ...]) -> str:
-    """The command with what makes it small behind it."""
+    """The command with the options that make it small."""
     text = possible(words)
     return " ".join([text, *(options for pattern, options in SMALLER.items() if re.match(pattern, text))])
 
@@ -256,7 +256,7 @@ def results(words: list[str]) -> dict[Path, int]:
 
 
 def clear(words: list[str]) -> None:
-    """Takes away what the command makes: what its options name, the stage and those behind it."""
+    """Takes away what the command makes: what its options name, the stage and all later ones."""
     targets = [value(words, option) for option in NAMES_A_RESULT if option in words]
     if words[0] == "run":
         targets.append(directory(words))

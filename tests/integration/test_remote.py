@@ -1,4 +1,4 @@
-"""Stages on shards behind a web server: the same artifacts as from a folder, and one sentence where it fails."""
+"""Stages on shards that a web server holds: the same artifacts as from a folder, and one sentence where it fails."""
 
 import json
 import shutil

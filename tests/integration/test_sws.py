@@ -52,7 +52,7 @@ def test_from_shards_to_an_exported_model(place: Path, lgp: Lgp) -> None:
 
 
 def test_trained_together_is_trained_alone(place: Path, lgp: Lgp) -> None:
-    """A model's weights are the same bits whether the others train beside it or not."""
+    """A model's weights are the same bits whether the other depths train too or not."""
     assert lgp("pool", *SWS).status == 2, "distil comes first"
     for stage in ("ancestry", "distil", "pool"):
         assert lgp(stage, *SWS).status == 0

@@ -50,7 +50,7 @@ SYSTEMS = {
 
 def test_every_system_from_shards_to_export_and_in_one_report(lgp: Lgp, place: Path) -> None:
     """Each runs through the same stages, measures what it trains, and ends with a model that loads and a report; one
-    report has them all, beside a result file of SN-Net's authors."""
+    report has them all, next to a result file of SN-Net's authors."""
     for recipe, keys in SYSTEMS.items():
         run = Path(recipe)
         call = ("run", *small(recipe, f"--run-dir={run}"))

@@ -160,7 +160,7 @@ def test_a_batch_repeated_counts_once() -> None:
 
 
 def test_an_optimizer_step_sees_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four micro-steps of 4 images, or two batches of 8 that serve two micro-steps each: the same 16, named alike."""
+    """Four micro-steps of 4 images, or two batches of 8 for two micro-steps each: the same 16 under the same names."""
     config = tiny()
     config = replace(config, data=replace(config.data, root=str(ROOT / "shards" / "sample"), threads=0))
     workers = Workers(Launch.from_environment({}), EngineConfig(precision="fp32"), 0, 1, torch.device("cpu"))

@@ -112,7 +112,7 @@ def test_losses_equal_numpy(setting: int, wide: str, narrow: str, norm: str) -> 
 
 @pytest.mark.parametrize("distilled", [False, True])
 def test_a_row_of_labels_learns_from_labels_alone(distilled: bool) -> None:
-    """Its loss and gradient are those of plain cross-entropy, alone and beside a distilled row, whose are as ever."""
+    """Its loss and gradient are those of plain cross-entropy, also next to a distilled row, whose own do not change."""
     config = DistilConfig()
     rows = (RowConfig(16, HEADS[0], "dense"), RowConfig(32, HEADS[1], source="labels"))
     built = build_rows(SPACE, rows, config, ancestry_depth=12, ancestry_width=32)

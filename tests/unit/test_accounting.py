@@ -80,7 +80,7 @@ class Start:
 
 @pytest.mark.parametrize("mixup", [0.0, 0.8], ids=["single", "pairs"])
 def test_fifty_restarts_lose_and_double_nothing(mixup: float) -> None:
-    """A run of two epochs dies 50 times, some steps behind its last checkpoint, and goes on with other ranks.
+    """A run of two epochs dies 50 times, some steps after its last checkpoint, and goes on with other ranks.
 
     What counts is what a rank that never died has seen: each step's last run. Each is the one before it bit for bit.
     """

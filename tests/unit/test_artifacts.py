@@ -304,7 +304,7 @@ def test_damaged_record(lgp: Lgp, finished_place: Path, text: str) -> None:
 
 
 def test_metrics_cut_off_by_a_kill(lgp: Lgp, finished_place: Path) -> None:
-    """A process that is killed while it writes leaves half a line; the run goes on all the same."""
+    """A process that is killed while it writes leaves half a line; the run goes on anyway."""
     with Path("run/metrics.jsonl").open("a") as file:
         file.write('{"stage": "distil", "st')
     assert lgp("run", *SMALL).status == 0

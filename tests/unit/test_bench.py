@@ -86,7 +86,7 @@ def test_measure_against_a_plain_count() -> None:
 
 @pytest.mark.parametrize("policy", ["independent", "shared", "spread", "balanced"])
 def test_intervals_hold_the_expected_shares(policy: str) -> None:
-    """Over 40 seeds both intervals hold what is expected in all but a few cases (2 are due), and exclude others."""
+    """Over 40 seeds both intervals hold the expected share in all but a few cases (2 on average) and exclude others."""
     found = [measure(replace(with_policy(pool12(), policy, 1), seed=seed), 8, 300) for seed in range(40)]
 
     def held(row: dict, factor: float) -> bool:

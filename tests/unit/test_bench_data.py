@@ -20,7 +20,7 @@ from lgp_dist.data.shards.verify import verify_shards
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two photographs, one that is too small and a file that is none."""
+    """Two photographs, one that is too small and a file that is no image."""
     folder = tmp_path_factory.mktemp("sources")
     for seed in range(2):
         photograph(seed, 1200, 900).save(folder / f"{seed}.png")

@@ -28,7 +28,7 @@ from lgp_dist.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 sys.path.insert(0, str(FIXTURES))
-import make_checkpoint  # noqa: E402  beside its checkpoints
+import make_checkpoint  # noqa: E402  next to its checkpoints
 
 
 @dataclass(frozen=True)

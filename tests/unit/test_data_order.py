@@ -89,7 +89,7 @@ def test_few_shards_are_one_permutation() -> None:
 
 
 def test_windows_bound_what_is_read() -> None:
-    """Any 4,096 positions on end touch at most about twice the window's shards, and all lanes run at once."""
+    """Any 4,096 consecutive positions touch at most about twice the window's shards, and all lanes run at once."""
     order = SampleOrder(IMAGENET, 0, 256)
     shard = np.repeat(np.arange(len(IMAGENET)), IMAGENET)
     for start in (0, 100_000, 320_000, order.n - 2000, 2 * order.n + 5):

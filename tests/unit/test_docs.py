@@ -80,7 +80,7 @@ def complaint(command: Command, parse: Callable[..., str]) -> str:
 
 
 def launched(parser: object, words: list[str], module: str, parse: Callable[..., str]) -> str:
-    """What is wrong with a launcher's own arguments, its files, or those of `lgp` behind them."""
+    """What is wrong with a launcher's own arguments, its files, or those of `lgp` after them."""
     try:
         found = parser.parse_args(words)  # type: ignore[attr-defined]
     except SystemExit:
@@ -117,7 +117,7 @@ def test_every_command_is_one(page: str, parsed: Callable[..., str]) -> None:
 
 
 def test_commands_are_found() -> None:
-    """The search itself: blocks, fences, tables, alternatives, continued lines, words behind a command."""
+    """The search itself: blocks, fences, tables, alternatives, continued lines, words after a command."""
     text = "\n".join(
         [
             "Text `lgp paths tiny --json`, `lgp shards` and `lgp`.",

@@ -175,7 +175,7 @@ def test_open_files() -> None:
 
 
 def test_data(tmp_path: Path) -> None:
-    """A folder that is whole, and one with a shard that is gone."""
+    """A folder that is whole, and one that lacks a shard."""
     assert check_data(str(SAMPLE)) == Finding("data", True, f"{SAMPLE}: 2000 in test, 10000 in train")
     (tmp_path / "manifest.json").write_bytes((SAMPLE / "manifest.json").read_bytes())
     found = check_data(str(tmp_path))

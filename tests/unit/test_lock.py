@@ -28,7 +28,7 @@ HASH = re.compile(r"    --hash=sha256:[0-9a-f]{64}")
 
 
 def entries() -> dict[str, tuple[Requirement, list[str]]]:
-    """Name -> what is locked, and the lines behind it."""
+    """Name -> what is locked, and the lines that follow it."""
     found: dict[str, tuple[Requirement, list[str]]] = {}
     for line in (ROOT / "requirements.lock").read_text().splitlines():
         text = line.removesuffix(" \\")

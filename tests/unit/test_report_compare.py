@@ -108,7 +108,7 @@ def test_report_of_two_runs(finished_place: Path, lgp: Lgp) -> None:
 
 @pytest.mark.parametrize("missing", ["run", "evaluate", "distil", "file"])
 def test_what_is_no_complete_run_is_refused(finished_place: Path, lgp: Lgp, missing: str) -> None:
-    """No run; no evaluation; a stage from which it was made is gone; a table that was changed."""
+    """No run; no evaluation; a stage from which it was made is missing; a table that was changed."""
     if missing == "file":
         (finished_place / "run" / "evaluate" / "paths.json").write_text("[]")
     else:

@@ -90,7 +90,7 @@ def test_no_spike_before_there_is_a_median() -> None:
 
 
 def test_the_limit_counts_steps_on_end() -> None:
-    """Two may be left out; the third on end stops the run and is named."""
+    """Two may be left out; the third consecutive one stops the run and is named."""
     nan = math.nan
     losses = [1.0, nan, nan, 1.0, nan, math.inf, 1.0]
     reasons = [verdict.reason for verdict in judge(guard(skip_steps=2), losses)]
@@ -114,7 +114,7 @@ def test_gradients(gradient: float) -> None:
 
 
 def test_an_overflow_of_fp16_is_no_fault() -> None:
-    """Its loss scale halves and mends it, however often; a loss that is not finite is one."""
+    """Its loss scale halves until no step overflows, however often; a loss that is not finite is one."""
     judging = guard()
     assert judge(judging, [1.0] * 50, math.inf, scaled=True) == [StepVerdict("overflow", overflow=True)] * 50
     assert not judging.good and not judging.skipped
