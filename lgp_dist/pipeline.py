@@ -9,7 +9,7 @@ from typing import Any
 
 from lgp_dist.config.flat import STAGES, flatten
 from lgp_dist.config.run_config import RunConfig
-from lgp_dist.data.remote.roots import local_root
+from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.rank_consistency import COMPARED_S, REFUSAL, check_equal, facts_of
@@ -155,7 +155,7 @@ def inputs(
         if refusal:
             raise refusal
         check_trackers(config.trackers)
-        manifest = ShardManifest.load(local_root(config.data))
+        manifest = load_manifest(config.data)
         directory = RunDirectory(Path(config.directory), sources(config, manifest))
     except UserError as error:
         check_equal(shared(config, stages, workers, {}) | {REFUSAL: str(error)}, workers)

@@ -13,8 +13,7 @@ from torch import nn
 import lgp_dist.timm_models  # noqa: F401  makes stitched paths known to timm
 from lgp_dist.config.budget import Budget
 from lgp_dist.config.run_config import ModelConfig, RunConfig
-from lgp_dist.data.remote.roots import local_root
-from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.loop import TrainingPlan
 from lgp_dist.errors import UserError
@@ -69,7 +68,7 @@ def completed(folder: Path, config: RunConfig) -> RunConfig:
         interpolation=trained["interpolation"],
         crop_pct=trained["crop_pct"],
     )
-    classes = data.num_classes or len(ShardManifest.load(local_root(data)).classes)
+    classes = data.num_classes or len(load_manifest(data).classes)
     if not classes:
         raise UserError(f"The manifest of {data.root} names no classes: say how many there are with --num-classes.")
     return replace(

@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.data.remote.roots import local_root
-from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.data.stream import evaluation_batches, open_split
 from lgp_dist.errors import UserError
 from lgp_dist.export.folder import Exported, told, write_folder
@@ -42,7 +41,7 @@ def fill(context: Context, key: str, folder: Path) -> dict[str, Any]:
     if facts is None:
         raise UserError(f"{evaluated.folder / 'paths.json'} has no path {key!r}: export one that was evaluated.")
     pool = context.load_pool("finetune").cpu()
-    config = timm_config(context.space, context.heads, path, data, ShardManifest.load(local_root(data)).classes)
+    config = timm_config(context.space, context.heads, path, data, load_manifest(data).classes)
     file = LatencyFile(context.run.root / NAME, tuned.id)
     (timed,) = with_path_latencies([facts], context.space, context.heads, context.config.budget, file)
     exported = Exported(

@@ -7,8 +7,7 @@ from typing import Any
 
 from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig
-from lgp_dist.data.remote.roots import local_root
-from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic, write_json
 from lgp_dist.pipeline import sources
@@ -67,7 +66,7 @@ def with_variants(question: Question, names: Sequence[str]) -> Question:
 
 def sources_of(config: RunConfig) -> dict[str, str]:
     """Fingerprints of a run's shards and files, by setting."""
-    return sources(config, ShardManifest.load(local_root(config.data)))
+    return sources(config, load_manifest(config.data))
 
 
 def is_done(trial: Trial) -> bool:

@@ -10,8 +10,7 @@ from fault_server import FaultServer, serve
 from run_helpers import SMALL, Lgp, has, refused
 
 from lgp_dist.config.run_config import DataConfig
-from lgp_dist.data.remote.cache import ShardCache
-from lgp_dist.data.remote.roots import open_root
+from lgp_dist.data.remote.roots import RemoteRoot, open_root
 from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import open_split
@@ -126,7 +125,7 @@ def test_index_that_is_missing_or_does_not_belong(server: FaultServer) -> None:
 def test_small_files_lie_beside_each_other(server: FaultServer) -> None:
     (server.folder / "_info.json").write_text('{"splits": {}}')
     root = open_root(data_of(server, "fine"))
-    assert isinstance(root.cache, ShardCache)
+    assert isinstance(root, RemoteRoot)
     assert (root.folder / "_info.json").read_bytes() == (server.folder / "_info.json").read_bytes()
     assert (root.folder / "manifest.json").read_bytes() == (server.folder / "manifest.json").read_bytes()
     assert not root.fetch_small("not_there.json")

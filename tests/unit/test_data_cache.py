@@ -1,11 +1,9 @@
 """Shards from elsewhere: every fault of a server has one outcome, and what lies in the cache is always whole."""
 
-import copy
 import fcntl
 import hashlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -24,10 +22,10 @@ from fault_server import FaultServer, serve
 from run_helpers import LIMIT_S, eventually
 
 from lgp_dist.config.run_config import DataConfig
-from lgp_dist.data.remote import transfer as remote
+from lgp_dist.data.remote import transfer
 from lgp_dist.data.remote.cache import ShardCache
 from lgp_dist.data.remote.fetch import RetryPolicy
-from lgp_dist.data.remote.roots import open_root
+from lgp_dist.data.remote.roots import LocalRoot, open_root
 from lgp_dist.data.shards.manifest import ShardEntry
 from lgp_dist.errors import UserError
 
@@ -70,9 +68,9 @@ def server(folder: Path) -> Iterator[FaultServer]:
         yield facts
 
 
-def cache_of(root: str, folder: Path, shards: int = 100, patience: RetryPolicy = CALM) -> ShardCache:
+def cache_of(root: str, folder: Path, shards: int = 100, policy: RetryPolicy = CALM) -> ShardCache:
     """A cache with room for so many shards."""
-    return ShardCache(root, folder, shards * SIZE, ENTRIES, patience)
+    return ShardCache(transfer.Remote(root, policy.timeout_s), folder, shards * SIZE, ENTRIES, policy)
 
 
 def sentence(call: Callable[[], object]) -> str:
@@ -122,8 +120,8 @@ def test_fault_has_one_outcome(
     """Three times: the same sentence after the same requests; and no shard in the cache."""
 
     def attempt(number: int) -> str:
-        patience = QUICK if "stalled" in pieces else PATIENT
-        cache = cache_of(server.root(fault), tmp_path / str(number), patience=patience)
+        policy = QUICK if "stalled" in pieces else PATIENT
+        cache = cache_of(server.root(fault), tmp_path / str(number), policy=policy)
         text = sentence(lambda: cache.path(NAMES[0]))
         assert not whole(cache.folder) and cache.misses == 1 and cache.hits == 0
         return text
@@ -141,8 +139,8 @@ def test_fault_has_one_outcome(
 def test_fault_that_passes(server: FaultServer, tmp_path: Path, fault: str) -> None:
     """A try that came further does not count against data.retries: `cut-often` needs three."""
     server.cache = tmp_path
-    patience = STALLS if fault == "stall-once" else replace(PATIENT, retries=2 if fault == "503-twice" else 1)
-    cache = cache_of(server.root(fault), tmp_path, patience=patience)
+    policy = STALLS if fault == "stall-once" else replace(PATIENT, retries=2 if fault == "503-twice" else 1)
+    cache = cache_of(server.root(fault), tmp_path, policy=policy)
     assert cache.path(NAMES[1]).read_bytes() == content_of(1)
     assert cache.path(NAMES[1]).read_bytes() == content_of(1)
     assert (cache.hits, cache.misses) == (1, 1) and cache.bytes >= SIZE
@@ -150,13 +148,13 @@ def test_fault_that_passes(server: FaultServer, tmp_path: Path, fault: str) -> N
 
 
 def test_range_goes_on_where_it_stalled(server: FaultServer, tmp_path: Path) -> None:
-    cache = cache_of(server.root("stall-once"), tmp_path, patience=STALLS)
+    cache = cache_of(server.root("stall-once"), tmp_path, policy=STALLS)
     assert cache.path(NAMES[0]).read_bytes() == content_of(0)
     assert [start for *_, start in server.asked] == [0, SIZE // 2] and cache.bytes == SIZE
 
 
 def test_answer_of_another_range_is_not_used(server: FaultServer, tmp_path: Path) -> None:
-    cache = cache_of(server.root("other-range"), tmp_path, patience=replace(STALLS, retries=2))
+    cache = cache_of(server.root("other-range"), tmp_path, policy=replace(STALLS, retries=2))
     assert cache.path(NAMES[0]).read_bytes() == content_of(0)
     assert [start for *_, start in server.asked] == [0, SIZE // 2, 0]
 
@@ -165,7 +163,7 @@ def test_no_server(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
         root = f"http://127.0.0.1:{taken.getsockname()[1]}/x"
-        text = sentence(lambda: cache_of(root, tmp_path, patience=PATIENT).path(NAMES[0]))
+        text = sentence(lambda: cache_of(root, tmp_path, policy=PATIENT).path(NAMES[0]))
     assert f"{root}/{NAMES[0]} cannot be reached" in text and "after 2 tries" in text
 
 
@@ -197,13 +195,15 @@ def test_cache_that_cannot_be_written(server: FaultServer, tmp_path: Path) -> No
 CHILD = """
 import json, sys
 from pathlib import Path
-from lgp_dist.data.remote import transfer as remote
+from lgp_dist.data.remote import transfer
 from lgp_dist.data.remote.cache import ShardCache
 from lgp_dist.data.remote.fetch import RetryPolicy
 from lgp_dist.data.shards.manifest import ShardEntry
-remote.PIECE = 100_000
+transfer.PIECE = 100_000
 root, folder, entry = sys.argv[1:]
-cache = ShardCache(root, Path(folder), 10**9, [ShardEntry(*json.loads(entry))], RetryPolicy(60.0, 0))
+cache = ShardCache(
+    transfer.Remote(root, 60.0), Path(folder), 10**9, [ShardEntry(*json.loads(entry))], RetryPolicy(60.0, 0)
+)
 print(cache.path(json.loads(entry)[0]), cache.bytes)
 """
 
@@ -258,27 +258,6 @@ def test_full_disk(server: FaultServer, tmp_path: Path) -> None:
     assert "UserError" in said and str(tmp_path) in said and "cannot be written to" in said and "data.cache" in said
     assert whole(tmp_path) == set()
     assert cache_of(server.root("fine"), tmp_path).path(NAMES[0]).read_bytes() == content_of(0)
-
-
-def test_forked_process_uses_the_cache(server: FaultServer, tmp_path: Path) -> None:
-    """A DataLoader's workers are forked after the parent has used the network."""
-    cache = cache_of(server.root("fine"), tmp_path)
-    cache.path(NAMES[0])
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    process = context.Process(target=lambda: answers.put((cache.path(NAMES[1]).stat().st_size, cache.misses)))
-    process.start()
-    assert answers.get(timeout=LIMIT_S) == (SIZE, 1)
-    process.join(timeout=LIMIT_S)
-    assert process.exitcode == 0 and cache.path(NAMES[1]).read_bytes() == content_of(1)
-
-
-def test_copy_of_a_cache_works(server: FaultServer, tmp_path: Path) -> None:
-    """A spawned worker gets what __getstate__ gives."""
-    cache = cache_of(server.root("fine"), tmp_path)
-    cache.path(NAMES[0])
-    other = copy.copy(cache)
-    assert other.misses == 0 and other.path(NAMES[1]).read_bytes() == content_of(1)
 
 
 # What is kept
@@ -342,7 +321,8 @@ def test_part_that_nobody_fetches_goes(server: FaultServer, tmp_path: Path) -> N
 
 
 def test_limit_below_a_shard(server: FaultServer, tmp_path: Path) -> None:
-    text = sentence(lambda: ShardCache(server.root("fine"), tmp_path, SIZE - 1, ENTRIES))
+    remote = transfer.Remote(server.root("fine"), 30.0)
+    text = sentence(lambda: ShardCache(remote, tmp_path, SIZE - 1, ENTRIES, CALM))
     assert f"data.cache_bytes is {SIZE - 1}" in text and NAMES[0] in text and str(SIZE) in text
 
 
@@ -366,7 +346,7 @@ def test_prefetch_waits_for_room(server: FaultServer, tmp_path: Path) -> None:
     cache.prefetch(NAMES[1:3])
     eventually(lambda: whole(tmp_path) == set(NAMES[1:3]), "what is announced now")
     assert cache.path(NAMES[4]).read_bytes() == content_of(4), "what is asked for is fetched in any case"
-    cache.close()
+    cache.prefetch(())
 
 
 def test_prefetch_that_fails_is_met_again(
@@ -383,10 +363,10 @@ def test_prefetch_that_fails_is_met_again(
 
 def test_local_roots_are_not_copied(folder: Path, tmp_path: Path) -> None:
     for root in (str(folder), f"file://{folder}", f"file://localhost{folder}"):
-        cache = ShardCache(root, tmp_path / "cache", 1, ENTRIES)
-        cache.prefetch(NAMES)
-        assert cache.path(NAMES[0]) == folder / NAMES[0]
-        handle = cache.open(NAMES[0])
+        opened = open_root(DataConfig(root=root, cache=str(tmp_path / "cache")))
+        assert isinstance(opened, LocalRoot) and opened.folder == folder and not opened.source.fetches
+        opened.source.prefetch(NAMES)
+        handle = opened.source.open(folder / NAMES[0])
         assert os.pread(handle, 10, 0) == content_of(0)[:10]
         os.close(handle)
     assert not (tmp_path / "cache").exists()
@@ -394,7 +374,7 @@ def test_local_roots_are_not_copied(folder: Path, tmp_path: Path) -> None:
 
 def test_other_file_systems_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fsspec's store in memory stands for s3, gs and hf, which are read by the same calls."""
-    monkeypatch.setattr(remote, "PIECE", 70_000)
+    monkeypatch.setattr(transfer, "PIECE", 70_000)
     store = fsspec.filesystem("memory")
     store.pipe({f"/place/{name}": content_of(number) for number, name in enumerate(NAMES[:2])})
     store.pipe(f"/place/{NAMES[2]}", content_of(2)[:-1])
@@ -451,19 +431,16 @@ def test_package_that_is_missing(tmp_path: Path, scheme: str, package: str) -> N
 )
 def test_root_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str) -> None:
     monkeypatch.chdir(tmp_path)
-    for text in (
-        sentence(lambda: open_root(DataConfig(root=root, cache=str(tmp_path / "cache")))),
-        sentence(lambda: ShardCache(root, tmp_path / "cache", 10**9)),
-    ):
-        assert "data.root" in text and "refused" in text and "https://" in text
+    text = sentence(lambda: open_root(DataConfig(root=root, cache=str(tmp_path / "cache"))))
+    assert "data.root" in text and "refused" in text and "https://" in text
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("root", ["https://me:secret@host/x", "https://host/x?sig=secret", "s3://secret@b/x#secret"])
 def test_root_with_a_secret_is_refused_and_not_repeated(tmp_path: Path, root: str) -> None:
-    text = sentence(lambda: ShardCache(root, tmp_path, 10**9))
+    text = sentence(lambda: open_root(DataConfig(root=root, cache=str(tmp_path))))
     assert "secret" not in text and "netrc" in text
 
 
 def test_root_without_a_server(tmp_path: Path) -> None:
-    assert "names no server" in sentence(lambda: ShardCache("s3:///x", tmp_path, 10**9))
+    assert "names no server" in sentence(lambda: open_root(DataConfig(root="s3:///x", cache=str(tmp_path))))

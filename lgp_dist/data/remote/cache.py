@@ -1,14 +1,14 @@
-"""Shards of a remote root in a folder of this node: each is fetched whole, checked, by one process for all.
+"""Shards of a remote root in a folder of this node. One process fetches a shard for all, whole and checked.
 
-    CACHE/shards/SHA256            a whole shard, under the hash of its content: never half-written, never stale
-    CACHE/shards/SHA256.BYTES.part what has come so far of a shard of BYTES bytes; the next try goes on from there
-    CACHE/locks/SHA256             empty; who fetches a shard holds its lock (flock: it ends with the process)
-    CACHE/roots/NAME-VERSION/      manifest.json and indexes of a remote root, a folder for each version of its manifest
+    CACHE/shards/SHA256             a whole shard, named by the hash of its content: never half-written, never stale
+    CACHE/shards/SHA256.BYTES.part  the bytes so far of a shard of BYTES bytes; the next try continues from there
+    CACHE/locks/SHA256              empty; whoever fetches a shard holds its lock (flock: it ends with the process)
+    CACHE/roots/NAME-VERSION/       manifest.json and indexes of a remote root, one folder per version of its manifest
 
-What may be removed. All processes of a node share CACHE and its limit. A file's time of change says when a shard was
-last asked for; the oldest go first. A shard that was opened with `open` and is still open, in any process, stays. What
-`prefetch` announced last stays while others can go; if only such are left, prefetching waits. A shard that is asked for
-is fetched in any case: if everything is in use, above the limit.
+All processes of a node share CACHE and its limit. A file's modification time is its last request; the least recently
+requested shards are removed first. A shard that any process has open stays. Shards of the latest `prefetch` stay while
+others can go; where only such are left, prefetching waits. A requested shard is always fetched, above the limit if
+everything is in use.
 """
 
 import contextlib
@@ -16,264 +16,184 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lgp_dist.data.remote.fetch import FileSpec, RetryPolicy, fetch
-from lgp_dist.data.remote.transfer import Remote, local_path
+from lgp_dist.data.remote.transfer import Remote
 from lgp_dist.data.shards.manifest import ShardEntry
 from lgp_dist.errors import UserError
 
 log = logging.getLogger("lgp")
 
 ROOM_S = 0.5
-"""How often a prefetch that found no room looks again, seconds."""
-
-
-@dataclass
-class _Process:
-    """What belongs to one process: a forked one starts with none of it."""
-
-    pid: int = field(default_factory=os.getpid)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    thread: threading.Thread | None = None
-    announced: tuple[str, ...] = ()
-    """What the latest prefetch named."""
-    generation: int = 0
-    """Counts announcements."""
-    hits: int = 0
-    misses: int = 0
-    bytes: int = 0
-    warned: bool = False
+"""Seconds until a prefetch that found no room looks again."""
 
 
 class ShardCache:
-    """Shards of one root as local files, for any number of threads and processes.
-
-    A local root's shards are given where they lie: nothing is copied, checked or removed. Counters are of this process:
-    `hits` and `misses` count calls of `path` that found a shard here or had to wait for it, `bytes` what was fetched.
-    """
+    """Shards of one remote root as local files, for any number of threads and processes. Do not use it after a fork."""
 
     def __init__(
-        self,
-        root: str,
-        folder: Path,
-        limit_bytes: int,
-        shards: Mapping[str, ShardEntry] | Sequence[ShardEntry] = (),
-        patience: RetryPolicy | None = None,
+        self, remote: Remote, folder: Path, limit_bytes: int, shards: Iterable[ShardEntry], policy: RetryPolicy
     ) -> None:
-        """folder: CACHE above; limit_bytes: of all shards in it; shards: the manifest's entries. Raises UserError for a
-        root that is not read, or a shard that is larger than the limit."""
-        entries = shards.values() if isinstance(shards, Mapping) else shards
-        self.root, self.folder, self.limit_bytes = root, Path(folder), limit_bytes
-        self.patience = patience or RetryPolicy()
-        self._entries = {entry.name: entry for entry in entries}
-        self._local = local_path(root)
-        self._remote = Remote(root, self.patience.timeout_s)
-        self._process = _Process()
-        if self._local is not None:
-            return
+        """folder: CACHE above; limit_bytes: of all shards in it; shards: the manifest's entries. UserError for a shard
+        that is larger than the limit."""
+        self.remote, self.folder, self.limit_bytes, self.policy = remote, folder, limit_bytes, policy
+        self.hits = self.misses = self.bytes = 0
+        """Shards that this process found here, shards it waited for, and bytes it fetched."""
+        self._entries = {entry.name: entry for entry in shards}
+        self._shards, self._locks = folder / "shards", folder / "locks"
+        self._guard = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._announced: frozenset[str] = frozenset()
+        self._left: deque[str] = deque()
+        self._warned = False
         for entry in self._entries.values():
             if entry.bytes > limit_bytes:
                 raise UserError(
-                    f"data.cache_bytes is {limit_bytes}, but shard {self._remote.url(entry.name)} has {entry.bytes}"
-                    " bytes: set it to several times that."
+                    f"data.cache_bytes is {limit_bytes}, but shard {remote.url(entry.name)} has {entry.bytes} bytes:"
+                    " set it to several times that."
                 )
         make_folders(self._shards, self._locks)
 
-    @property
-    def hits(self) -> int:
-        """Calls of `path` that found the shard here."""
-        return self._mine.hits
-
-    @property
-    def misses(self) -> int:
-        """Calls of `path` that had to wait for the shard."""
-        return self._mine.misses
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that this process fetched."""
-        return self._mine.bytes
-
     def path(self, name: str) -> Path:
-        """The shard's file, whole; blocks until it is here. Raises UserError that says why it cannot be.
+        """The shard's file, whole; waits until it is here. UserError says why it cannot be.
 
-        Unless it is opened at once the file may be removed for others: `open` has no such gap.
+        Another process may remove the file before it is opened: `open` has no such gap.
         """
-        if self._local is not None:
-            return self._local / name
-        entry, mine = self._entries[name], self._mine
+        entry = self._entries[name]
         found = self._touch(entry)
-        with mine.lock:
-            mine.hits, mine.misses = mine.hits + found, mine.misses + (not found)
+        with self._guard:
+            self.hits, self.misses = self.hits + found, self.misses + (not found)
         if not found:
             self._get(entry, prefetch=False)
         return self._file(entry)
 
     def open(self, name: str) -> int:
-        """Handle to read the shard; it is not removed from the cache until the handle is closed. Blocks as `path`."""
+        """Handle to read the shard, which stays in the cache until the handle is closed. Waits as `path` does."""
         while True:
             try:
                 handle = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                if self._local is not None:
-                    raise
-                continue  # removed since `path` saw it
-            if self._local is not None:
-                return handle
+            except FileNotFoundError:  # removed since `path` saw it
+                continue
             fcntl.flock(handle, fcntl.LOCK_SH)
             if os.fstat(handle).st_nlink:
                 return handle
             os.close(handle)
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Fetches these shards in this order, in one background thread, and returns at once.
+        """Fetches these shards in this order in one background thread, and returns at once.
 
-        Replaces what an earlier call named. Name also the shards in use, so that they are kept. Failures are logged;
-        `path` meets them again and raises.
+        Replaces an earlier call. Name the shards in use too, so that they stay. A failure is logged, and raised when
+        the shard is requested.
         """
-        if self._local is not None:
-            return
-        mine, known = self._mine, {name: self._entries[name] for name in names}
-        with mine.lock:
-            mine.announced = tuple(known)
-            mine.generation += 1
-            if mine.announced and mine.thread is None:
-                mine.thread = threading.Thread(target=self._prefetch, name="lgp-prefetch", daemon=True)
-                mine.thread.start()
+        with self._guard:
+            self._announced, self._left = frozenset(names), deque(names)
+            if self._left and self._thread is None:
+                self._thread = threading.Thread(target=self._prefetch, name="lgp-prefetch", daemon=True)
+                self._thread.start()
 
-    def close(self) -> None:
-        """Ends prefetching, after the shard that is under way."""
-        self.prefetch(())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_process": None}
-
-    @property
-    def _mine(self) -> _Process:
-        """This process's part."""
-        if self._process is None or self._process.pid != os.getpid():
-            self._process = _Process()
-        return self._process
-
-    @property
-    def _shards(self) -> Path:
-        return self.folder / "shards"
-
-    @property
-    def _locks(self) -> Path:
-        return self.folder / "locks"
+    def _prefetch(self) -> None:
+        """Body of the thread: ends when nothing is left of the latest announcement."""
+        while True:
+            with self._guard:
+                if not self._left:
+                    self._thread = None
+                    return
+                name = self._left[0]
+            try:
+                if not self._get(self._entries[name], prefetch=True):
+                    time.sleep(ROOM_S)
+                    continue
+            except (UserError, OSError) as error:
+                log.warning("Prefetch: %s", error)
+            with self._guard:
+                if self._left and self._left[0] == name:
+                    self._left.popleft()
 
     def _file(self, entry: ShardEntry) -> Path:
         return self._shards / entry.sha256
 
-    def _part(self, entry: ShardEntry) -> Path:
-        return self._shards / f"{entry.sha256}.{entry.bytes}.part"
-
     def _touch(self, entry: ShardEntry) -> bool:
-        """Whether the shard is here; marks it as asked for now."""
+        """Whether the shard is here; notes that it is requested now."""
         path = self._file(entry)
         try:
             if path.stat().st_size != entry.bytes:
                 return False
-            with contextlib.suppress(PermissionError):  # another person's file, which is as good
+            with contextlib.suppress(PermissionError):  # another user's file is as good
                 os.utime(path)
         except FileNotFoundError:
             return False
         return True
 
     def _get(self, entry: ShardEntry, *, prefetch: bool) -> bool:
-        """Makes the shard be here, unless another process is faster. False: a prefetch found no room."""
+        """Fetches the shard unless it is here; False where a prefetch finds no room."""
+        if self._touch(entry):
+            return True
+        part = self._shards / f"{entry.sha256}.{entry.bytes}.part"
         with locked(self._locks / entry.sha256):
-            if self._touch(entry):
+            if self._touch(entry):  # another process was faster
                 return True
-            if not self._make_room(entry, prefetch=prefetch):
+            if not self._make_room(entry, part, prefetch=prefetch):
                 return False
-            wanted = FileSpec(entry.name, entry.bytes, entry.sha256)
-            came = fetch(self._remote, wanted, self._part(entry), self.patience)
-            os.replace(self._part(entry), self._file(entry))
-        mine = self._mine
-        with mine.lock:
-            mine.bytes += came
+            came = fetch(self.remote, FileSpec(entry.name, entry.bytes, entry.sha256), part, self.policy)
+            os.replace(part, self._file(entry))
+        with self._guard:
+            self.bytes += came
         return True
 
-    def _prefetch(self) -> None:
-        """Body of the thread: works through the latest announcement, begins anew when there is another."""
-        mine, generation, left = self._mine, -1, []
-        no_room = threading.Event()
-        while True:
-            with mine.lock:
-                if mine.generation != generation:
-                    generation, left = mine.generation, list(mine.announced)
-                if not left:
-                    mine.thread = None
-                    return
-            entry = self._entries[left[0]]
-            try:
-                if self._touch(entry) or self._get(entry, prefetch=True):
-                    left.pop(0)
-                else:
-                    no_room.wait(ROOM_S)
-            except (UserError, OSError) as error:
-                log.warning("Prefetch: %s", error)
-                left.pop(0)
-
-    def _make_room(self, entry: ShardEntry, *, prefetch: bool) -> bool:
-        """Removes what was not asked for the longest until the shard fits; False if a prefetch must wait for room."""
+    def _make_room(self, entry: ShardEntry, part: Path, *, prefetch: bool) -> bool:
+        """Removes the least recently requested shards until this one fits; False where a prefetch must wait."""
+        announced = {self._entries[name].sha256 for name in self._announced}
         with locked(self._locks / "room"):
-            files = sorted(_listed(self._shards), key=lambda file: file.asked)
-            others = [file for file in files if file.sha256 != entry.sha256]
+            others = [file for file in _files_of(self._shards) if file.sha256 != entry.sha256]
+            others.sort(key=lambda file: (file.sha256 in announced, file.requested))
             over = sum(file.bytes for file in others) + entry.bytes - self.limit_bytes
-            mine = self._mine
-            announced = {self._entries[name].sha256 for name in mine.announced}
-            late = [file for file in others if file.sha256 in announced]
-            early = [file for file in others if file.sha256 not in announced]
-            for file in early if prefetch else early + late:
-                if over <= 0:
+            for file in others:
+                if over <= 0 or (prefetch and file.sha256 in announced):
                     break
                 if _remove(file, self._locks):
                     over -= file.bytes
-            if over <= 0 or not prefetch:
-                self._part(entry).touch()  # counts for others from now on
-        if over > 0 and not prefetch and not mine.warned:
-            mine.warned = True
+            if over > 0 and prefetch:
+                return False
+            part.touch()  # from now on, other processes count it
+        if over > 0 and not self._warned:
+            self._warned = True
             log.warning(
-                "The shards in use need more than data.cache_bytes (%d): %s grows",
-                self.limit_bytes,
-                self.folder,
+                "The shards in use need more than data.cache_bytes (%d): %s grows", self.limit_bytes, self.folder
             )
-        return over <= 0 or not prefetch
+        return True
 
 
 @dataclass(frozen=True)
-class _Cached:
+class _CachedFile:
     """A file of CACHE/shards."""
 
     path: Path
     sha256: str
     bytes: int
-    """What it takes, or will when it is whole."""
-    asked: float
-    """When it was last asked for, seconds."""
+    """Size, or that of the whole shard for a part."""
+    requested: float
+    """When it was last requested, seconds."""
 
 
-def _listed(folder: Path) -> Iterator[_Cached]:
+def _files_of(folder: Path) -> Iterator[_CachedFile]:
     """All shards and parts."""
     for path in folder.iterdir():
         sha256, *rest = path.name.split(".")
         with contextlib.suppress(FileNotFoundError):
             facts = path.stat()
             whole = int(rest[0]) if len(rest) == 2 and rest[0].isdigit() else facts.st_size
-            yield _Cached(path, sha256, whole, facts.st_mtime)
+            yield _CachedFile(path, sha256, whole, facts.st_mtime)
 
 
-def _remove(file: _Cached, locks: Path) -> bool:
-    """Removes a file unless somebody reads or fetches it; whether it is gone."""
-    fetched = file.path.suffix == ".part"
-    guard, flags = (locks / file.sha256, os.O_RDWR | os.O_CREAT) if fetched else (file.path, os.O_RDONLY)
+def _remove(file: _CachedFile, locks: Path) -> bool:
+    """Removes a file unless a process reads or fetches it; whether it is gone."""
+    is_part = file.path.suffix == ".part"
+    guard, flags = (locks / file.sha256, os.O_RDWR | os.O_CREAT) if is_part else (file.path, os.O_RDONLY)
     try:
         handle = os.open(guard, flags | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:
@@ -282,7 +202,7 @@ def _remove(file: _Cached, locks: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.path.unlink(missing_ok=True)
         return True
-    except OSError:  # in use, or another person's
+    except OSError:  # in use, or another user's
         return False
     finally:
         os.close(handle)
@@ -290,7 +210,7 @@ def _remove(file: _Cached, locks: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds a file's lock; it ends with the process, however that ends. Raises UserError where it cannot be had."""
+    """Holds a file's lock, which also ends with the process; UserError where it cannot be had."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -308,7 +228,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make_folders(*folders: Path) -> None:
-    """Makes folders of the cache; raises UserError where that cannot be."""
+    """Makes folders of the cache; UserError where that fails."""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)

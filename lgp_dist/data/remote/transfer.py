@@ -1,13 +1,14 @@
-"""Where shards may come from, and their bytes as a stream: a folder, or http(s), s3, gs and hf through fsspec.
+"""Remote roots: which are allowed, and the bytes of one file through fsspec (http(s), s3, gs and hf).
 
-A root is data, perhaps from someone else's configuration, so only the schemes of SCHEMES are opened, each by its own
-file system. Nothing here runs a command: `pipe:`, `ssh:` and fsspec's chains (`simplecache::...`) are refused.
+A root may come from someone else's configuration, so only the schemes of SCHEMES are opened, each by its own file
+system. No root can run a command: `pipe:`, `ssh:` and fsspec's chains (`simplecache::...`) are refused.
 """
 
-import os
+import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -20,78 +21,78 @@ from lgp_dist.errors import UserError
 SCHEMES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "memory": ""}
 """Scheme -> the package that reads it, where one is needed. memory is fsspec's store within this process."""
 PIECE = 8 * 2**20
-"""Bytes that are asked for at a time from anything but http."""
+"""Bytes of one range request; http needs none, its answer is one stream."""
 READ = 2**20
 """Largest number of bytes taken from an http answer at a time."""
-AGAIN = {408, 425, 429}
-"""Statuses below 500 that may go away by themselves."""
+TEMPORARY = {408, 425, 429}
+"""Statuses below 500 after which another try may succeed."""
 
 
 class TransferError(Exception):
-    """Why a transfer failed. Its text goes on after the URL: `does not exist (404)`."""
+    """Why a transfer failed. Its text continues a sentence that begins with the URL: `does not exist (404)`."""
 
-    def __init__(self, what: str, todo: str, *, final: bool = False, spoiled: bool = False) -> None:
+    def __init__(self, what: str, todo: str, *, final: bool = False, drop: bool = False) -> None:
         super().__init__(what)
         self.todo = todo
         """What the person can do."""
         self.final = final
-        """Whether another try would end the same way."""
-        self.spoiled = spoiled
-        """Whether what has come must not be kept."""
+        """Whether another try would fail in the same way."""
+        self.drop = drop
+        """Whether the bytes received so far are of no use."""
 
 
-class Missing(TransferError):
+class MissingFile(TransferError):
     """There is no such file."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """What the other side says before the first byte."""
+class Answer:
+    """What a server says about a file, and its bytes."""
 
     offset: int
-    """Where it begins: 0 although more was asked for, if it knows no ranges."""
+    """Position of the first byte: 0 where more was asked for but the server knows no ranges."""
     total: int | None
-    """Bytes of the whole file, where it says."""
-    web_page: bool = False
-    """Whether it calls the file one."""
+    """Size of the whole file, where the server says it."""
+    is_web_page: bool
+    """Whether the server calls the file HTML."""
+    chunks: Iterator[bytes]
+    """The bytes in order; raises TransferError."""
 
 
 def local_path(root: str) -> Path | None:
-    """The folder that a root names, or None for a remote one; raises UserError for a scheme that is not read."""
+    """The folder that a root names, or None for a remote one; UserError for a scheme that is refused."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", root)
     if not match:
         return Path(root)
     scheme, parts = match[1].lower(), urlsplit(root)
     if scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
         return Path(unquote(parts.path))
-    known = ", ".join(f"{name}://" for name in SCHEMES if name != "memory")
+    # Without what may be secret: user name, password, query and fragment.
+    shown = re.sub(r"//[^/@]*@", "//...@", re.split(r"[?#]", root)[0])
     if scheme not in SCHEMES or "://" not in root:
+        known = ", ".join(f"{name}://" for name in SCHEMES if name != "memory")
         raise UserError(
-            f"data.root is {_shown(root)}, but '{match[1]}:' is refused, so that no data can run a command: name a"
-            f" folder (./{match[1]}:... if it is called so) or one of file://, {known}."
+            f"data.root is {shown}, but '{match[1]}:' is refused, so that no data can run a command: name a folder"
+            f" (./{match[1]}:... if it is called so) or one of file://, {known}."
         )
     if "?" in root or "#" in root or "@" in parts.netloc:
         raise UserError(
-            f"data.root {_shown(root)} holds a password, a query or a fragment, which would be written to logs: name"
-            " the folder alone, and keep credentials in the environment or in ~/.netrc."
+            f"data.root {shown} holds a password, a query or a fragment, which logs would show: name the folder alone,"
+            " and keep credentials in the environment or in ~/.netrc."
         )
     if not parts.netloc:
-        raise UserError(f"data.root is {_shown(root)}, which names no server or bucket: write {scheme}://NAME/FOLDER.")
+        raise UserError(f"data.root is {shown}, which names no server or bucket: write {scheme}://NAME/FOLDER.")
     return None
 
 
-def _shown(root: str) -> str:
-    """A root without what may be secret."""
-    return re.sub(r"//[^/@]*@", "//...@", re.split(r"[?#]", root)[0])
-
-
+@dataclass(frozen=True)
 class Remote:
-    """Files below one remote root. Connections are made at first use, anew in a process that was forked."""
+    """The files below one remote root. Connects at first use."""
 
-    def __init__(self, root: str, timeout_s: float) -> None:
-        self.root = root.rstrip("/")
-        self.timeout_s = timeout_s
-        self._made: tuple[int, Any] | None = None
+    root: str
+    """Address without a slash at its end."""
+    timeout_s: float
+    """Seconds without a byte after which http and s3 give up; gs and hf have their packages' own limits."""
 
     @property
     def scheme(self) -> str:
@@ -102,93 +103,98 @@ class Remote:
         """Address of a file; name: relative, with forward slashes."""
         return f"{self.root}/{quote(name) if self.scheme.startswith('http') else name}"
 
-    def chunks(self, name: str, offset: int) -> Iterator[Start | bytes]:
-        """One Start, then the file's bytes from there on; raises TransferError."""
-        try:
-            if self.scheme.startswith("http"):
-                yield from self._stream(self.url(name), offset)
-            else:
-                yield from self._pieces(self.url(name), offset)
-        except (TransferError, UserError):
-            raise
-        except Exception as error:  # every file system has errors of its own
-            raise trouble_of(error) from error
+    @contextlib.contextmanager
+    def read(self, name: str, offset: int) -> Iterator[Answer]:
+        """The file's bytes from `offset` on; raises TransferError."""
+        with _translated():
+            answer, stream = (self._stream if self.scheme.startswith("http") else self._ranges)(self.url(name), offset)
+        with stream:
+            yield answer
 
-    def _stream(self, url: str, offset: int) -> Iterator[Start | bytes]:
-        """One GET, from `offset` on where the server knows ranges."""
+    def _stream(self, url: str, offset: int) -> tuple[Answer, contextlib.AbstractContextManager[Any]]:
+        """One GET request, from `offset` on where the server knows ranges."""
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
-        # Block size 0 makes it a stream; with a size, whichever, fsspec does not ask for one first.
-        with self._files().open(url, block_size=0, size=1, headers=headers) as stream:
-            answer = stream.r
-            length = answer.headers.get("Content-Length", "")
-            if answer.status == 206:
-                said = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
-                if not said or int(said[1]) != offset:
-                    raise TransferError("answered with another range than asked", "look at the server", spoiled=True)
-                yield Start(offset, None if said[2] == "*" else int(said[2]))
-            else:
-                kind = answer.headers.get("Content-Type", "")
-                yield Start(0, int(length) if length.isdigit() else None, web_page=kind.startswith("text/html"))
-            while content := stream.read(READ):
-                yield content
+        # block_size=0 makes it a stream; with any size given, fsspec does not ask for the size first.
+        stream = self._files.open(url, block_size=0, size=1, headers=headers)
+        said, chunks = stream.r.headers, _translated_chunks(iter(lambda: stream.read(READ), b""))
+        if stream.r.status != 206:
+            length, is_web_page = said.get("Content-Length", ""), said.get("Content-Type", "").startswith("text/html")
+            return Answer(0, int(length) if length.isdigit() else None, is_web_page, chunks), stream
+        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", said.get("Content-Range", ""))
+        if not span or int(span[1]) != offset:
+            stream.close()
+            raise TransferError("answered with another range than asked for", "look at the server", drop=True)
+        return Answer(offset, None if span[2] == "*" else int(span[2]), False, chunks), stream
 
-    def _pieces(self, url: str, offset: int) -> Iterator[Start | bytes]:
-        """Ranges of PIECE bytes, one after the other."""
-        files = self._files()
-        exactly = {"cache_type": "none"} if self.scheme == "hf" else {}  # it would read 5 MiB ahead of each piece
+    def _ranges(self, url: str, offset: int) -> tuple[Answer, contextlib.AbstractContextManager[Any]]:
+        """Consecutive ranges of PIECE bytes."""
+        files = self._files
+        no_cache = {"cache_type": "none"} if self.scheme == "hf" else {}  # it would read 5 MiB ahead of each range
         total = int(files.info(url)["size"])
-        yield Start(min(offset, total), total)
-        for start in range(offset, total, PIECE):
-            yield files.cat_file(url, start=start, end=min(start + PIECE, total), **exactly)
+        spans = ((start, min(start + PIECE, total)) for start in range(offset, total, PIECE))
+        pieces = (files.cat_file(url, start=start, end=end, **no_cache) for start, end in spans)
+        return Answer(offset, total, False, _translated_chunks(pieces)), contextlib.nullcontext()
 
+    @cached_property
     def _files(self) -> Any:
-        """fsspec's file system for this process; raises UserError where its package is missing."""
-        if self._made is None or self._made[0] != os.getpid():
-            options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-            if self.scheme.startswith("http"):
-                timeout = aiohttp.ClientTimeout(total=None, connect=self.timeout_s, sock_read=self.timeout_s)
-                options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
-            try:
-                self._made = (os.getpid(), fsspec.filesystem(self.scheme, **options))
-            except ImportError as error:
-                package = SCHEMES[self.scheme]
-                raise UserError(
-                    f"data.root {self.root} needs the package {package}, which cannot be imported: run"
-                    f" `pip install {package}`, or copy the shards to a folder."
-                ) from error
-        return self._made[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_made": None}
+        """fsspec's file system; UserError where its package is missing."""
+        options: dict[str, object] = {}
+        if self.scheme.startswith("http"):
+            timeout = aiohttp.ClientTimeout(total=None, connect=self.timeout_s, sock_read=self.timeout_s)
+            options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+        elif self.scheme == "s3":
+            options["config_kwargs"] = {"connect_timeout": self.timeout_s, "read_timeout": self.timeout_s}
+        try:
+            return fsspec.filesystem(self.scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+        except ImportError as error:
+            package = SCHEMES[self.scheme]
+            raise UserError(
+                f"data.root {self.root} needs the package {package}, which cannot be imported: run"
+                f" `pip install {package}`, or copy the shards to a folder."
+            ) from error
 
 
-def trouble_of(error: Exception) -> TransferError:
+def _translated_chunks(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    with _translated():
+        yield from chunks
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Raises TransferError in place of what a file system raises."""
+    try:
+        yield
+    except (TransferError, UserError):
+        raise
+    except Exception as error:  # every file system has errors of its own
+        raise _as_transfer_error(error) from error
+
+
+def _as_transfer_error(error: Exception) -> TransferError:
     """What an exception of a file system means."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, FileNotFoundError) or status == 404:
-        return Missing("does not exist (404)", "check data.root and that everything was uploaded", final=True)
+        return MissingFile("does not exist (404)", "check data.root and that everything was uploaded", final=True)
     if status in (401, 403) or isinstance(error, PermissionError):
         said = f" ({status})" if status else ""
         return TransferError(f"may not be read{said}", "give this machine the right to read it", final=True)
-    if status == 416:
-        return TransferError("is shorter than what had come of it before (416)", "upload it again", spoiled=True)
     if status:
-        final = status < 500 and status not in AGAIN
+        final = status < 500 and status not in TEMPORARY
         return TransferError(f"answered with status {status}", "look at the server, or check data.root", final=final)
     if isinstance(error, TimeoutError):
-        return stall()
+        return stalled()
     if isinstance(error, aiohttp.ClientConnectorError):
         return TransferError(f"cannot be reached ({error})", "check the name, the network and the server")
     if isinstance(error, aiohttp.ClientError | ConnectionError | EOFError):
-        return cut()
+        return cut_off()
     return TransferError(f"cannot be read ({type(error).__name__}: {error})", "check data.root and its credentials")
 
 
-def cut() -> TransferError:
+def cut_off() -> TransferError:
     """The connection ended too early."""
     return TransferError("was cut off before its end", "look at the network and the server, or raise data.retries")
 
 
-def stall() -> TransferError:
-    """Nothing came, or hardly anything."""
+def stalled() -> TransferError:
+    """Nothing came, or next to nothing."""
     return TransferError("stalled", "look at the network and the server, or raise data.timeout_s")
