@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-from lgp_dist.config.run_config import RunConfig
+from lgp_dist.config.run_config import ModelConfig, RowConfig, RunConfig
 
 
 def flatten(config: Any, *, with_runtime_only: bool = True, prefix: str = "") -> dict[str, Any]:
@@ -54,7 +55,7 @@ def _part(flat: Mapping[str, Any], kind: type, prefix: str) -> Any:
 SECTIONS = {
     "ancestry": ("seed", "data", "engine", "ancestry", "model.patch_size"),
     "distil": ("model.depth", "model.rows", "model.stages", "distil"),
-    "pool": ("model.depths", "model.final_norm", "pool"),
+    "pool": ("model.depths", "model.final_norm", "model.stitch_sharing", "pool"),
     "finetune": ("finetune",),
     "evaluate": ("evaluate",),
     "descend": ("budget",),
@@ -76,3 +77,17 @@ def depends_on(config: RunConfig, stage: str) -> dict[str, Any]:
     flat = flatten(config, with_runtime_only=False)
     chosen = {key: value for key, value in flat.items() if any(key == p or key.startswith(p + ".") for p in parts)}
     return json.loads(json.dumps(chosen))
+
+
+def changed_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Sorted keys at which two flat configurations differ.
+
+    A key that one of them lacks has its default there: a record written before a setting existed equals that setting's
+    default.
+    """
+    defaults = flatten(RunConfig(model=ModelConfig(rows=(RowConfig(width=0, heads=0),))))
+
+    def value(flat: Mapping[str, Any], key: str) -> Any:
+        return flat.get(key, defaults.get(re.sub(r"^model\.rows\.\d+\.", "model.rows.0.", key)))
+
+    return sorted(key for key in one.keys() | other.keys() if value(one, key) != value(other, key))

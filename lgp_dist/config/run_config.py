@@ -18,6 +18,8 @@ RowSource = Literal["distil", "labels", "hub", "file", "tail", "random"]
 StitchInit = Literal["transformation", "transformation_paper", "transformation_pinv", "least_squares", "random"]
 Policy = Literal["independent", "shared", "spread", "balanced"]
 LossScale = Literal["sample", "paper"]
+StitchSharing = Literal["window", "path"]
+RowStart = Literal["random", "ancestry"]
 Ops = Literal["auto", "fused", "compiled", "reference"]
 Format = Literal["pt2", "onnx", "int8"]
 
@@ -50,6 +52,9 @@ class TrainConfig:
     """AdamW's epsilon."""
     clip_grad: float = 0.0
     """Largest gradient norm; 0 for no clipping."""
+    ema: float = 0.0
+    """Decay per update of an exponential moving average of the weights, which the stage hands on in their place; 0 for
+    none. The average of a weight moves only in steps that update the weight."""
     mixup: float = 0.0
     """Mixup's alpha; 0 for none."""
     cutmix: float = 0.0
@@ -114,6 +119,9 @@ class RowConfig:
     """timm's name of a plain ViT of this shape, for source hub."""
     weights: str = runtime_only("")
     """A safetensors file of timm's names, for source file; stages depend on its content."""
+    start: RowStart = "random"
+    """Weights that stage distil starts the row from: random; or the ancestry's, of evenly spaced blocks and, where the
+    row is narrower, evenly spaced channels (weight selection, arXiv 2311.18823). For sources distil and labels."""
 
     @property
     def trains(self) -> bool:
@@ -156,6 +164,9 @@ class ModelConfig:
         RowConfig(width=768, heads=12, levels="last", drop_path=0.1),
     )
     """Rows from narrow to wide; one row is a pool of one path."""
+    stitch_sharing: StitchSharing = "window"
+    """Which stitched paths share a stitch layer: those of a window, as the paper has it; or none: a layer for each
+    path."""
     final_norm: bool = True
     """Whether stitched paths apply the final norm, as rows alone do; SN-Net's released code for DeiT does not."""
     stages: tuple[int, ...] = ()
@@ -246,11 +257,19 @@ class FinetuneConfig:
     distil: Literal["soft", "hard"] = "soft"
     """What the ancestry teaches: its whole distribution, or the class that it holds for the likeliest, as a label."""
     distil_weight: float = 1.0
-    """Weight of the cross-entropy to the ancestry. At 0 the ancestry does not run."""
+    """Weight of the cross-entropy to the ancestry. At 0 the ancestry does not run in this stage."""
     ancestry_precision: AncestryPrecision = "engine"
     """As in distillation."""
     label_weight: float = 1.0
     """Weight of the labels' cross-entropy."""
+    feature_weight: float = 0.0
+    """Weight of the last-block feature loss: the mean squared error between a path's tokens before the final norm and
+    the ancestry's last block, normalised as in distillation. Only paths that end in a row of the ancestry's width have
+    it."""
+    lead_weight: float = 0.0
+    """Above 0, the widest row is the lead path: it takes the first micro-step of each group of paths_per_batch, and the
+    other paths of the group learn its outputs in place of the ancestry's: its logits with this weight, its tokens with
+    feature_weight."""
     loss_scale: LossScale = "sample"
     """As in distillation."""
     train: TrainConfig = TrainConfig(epochs=50.0)
@@ -357,14 +376,15 @@ class RunConfig:
 
     @property
     def taps_ancestry(self) -> bool:
-        """Whether rows are made of the ancestry's blocks or their outputs, not of its logits alone."""
-        return any(row.source == "tail" or row.levels != "none" for row in self.model.rows)
+        """Whether rows or paths learn from the ancestry's blocks or their outputs, not from its logits alone."""
+        rows = any(row.source == "tail" or row.levels != "none" or row.start == "ancestry" for row in self.model.rows)
+        return rows or min(self.finetune.feature_weight, self.finetune.distil_weight) > 0
 
     @property
     def needs_ancestry(self) -> bool:
         """Whether any stage uses the ancestry."""
         sources = {row.source for row in self.model.rows}
-        return bool({"distil", "tail"} & sources) or self.finetune.distil_weight > 0
+        return bool({"distil", "tail"} & sources) or self.taps_ancestry or self.finetune.distil_weight > 0
 
     @property
     def directory(self) -> str:

@@ -109,7 +109,9 @@ def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> TrainingResu
 
         first = _steps(one_step, setup.batches, meter, saver, steps)
         workers.watchdog.phase("end of training")
+        averages = trainer.averaged_weights() if config.ema else {}
         trainer.close()
+        task.module.load_state_dict(averages, strict=False)
     _check_weights(task, stage)
     images, seconds = (steps - first) * config.batch_size, round(time.monotonic() - began, 3)
     return {"steps": steps, "seconds": seconds, "images": images}

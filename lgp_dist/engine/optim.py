@@ -13,6 +13,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from lgp_dist.config.run_config import TrainConfig
 from lgp_dist.engine.gradients import skippable_module_of
 
+EMA = "ema"
+"""The optimizer's name of a weight's moving average, and a group's key of its decay."""
 Decays = Callable[[str, Parameter], bool]
 
 
@@ -43,6 +45,7 @@ def build_optimizer(
             "weight_decay": train.weight_decay if decay else 0.0,
             "module": module_name,
             "lr_scale": rates.get(module_name, 1.0),
+            EMA: train.ema,
         }
         for (module_name, decay), parameters in groups.items()
     ]
@@ -58,7 +61,7 @@ def rate_of(optimizer: Optimizer) -> float:
 
 
 class StepMask:
-    """Excludes modules from an optimizer's step: no decay, no update, moments and step counts unchanged.
+    """Excludes modules from an optimizer's step: no decay, no update, moments, averages and step counts unchanged.
 
     Works on whatever tensors the groups hold at the step: parameters, or DeepSpeed's flat partitions.
     """
@@ -77,14 +80,18 @@ class StepMask:
     def _before(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
         for group in optimizer.param_groups:
             idle = group["module"] and self.active is not None and group["module"] not in self.active
-            if idle or self.skip_all:
-                for parameter in group["params"]:
-                    materialise(optimizer, group, parameter)
-                    if parameter.grad is not None:
-                        self._kept.append((parameter, parameter.grad))
-                        parameter.grad = None
+            idle = idle or self.skip_all
+            for parameter in group["params"] if idle or group[EMA] else ():
+                materialise(optimizer, group, parameter)  # an average starts from the weight before its first step
+                if idle and parameter.grad is not None:
+                    self._kept.append((parameter, parameter.grad))
+                    parameter.grad = None
 
     def _after(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group[EMA] else ():
+                if parameter.grad is not None:
+                    optimizer.state[parameter][EMA].lerp_(parameter.detach(), 1 - group[EMA])
         for parameter, gradient in self._kept:  # offloaded partitions keep their gradient buffer
             parameter.grad = gradient
         self._kept = []
@@ -106,6 +113,8 @@ def materialise(optimizer: Optimizer, group: dict[str, Any], parameter: Paramete
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
     elif group.get("momentum"):
         state["momentum_buffer"] = torch.zeros_like(parameter)
+    if group[EMA]:
+        state[EMA] = parameter.detach().clone()
 
 
 def build_schedule(optimizer: Optimizer, train: TrainConfig, steps: int, steps_per_epoch: float) -> CosineLRScheduler:

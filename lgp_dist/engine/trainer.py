@@ -24,7 +24,7 @@ from lgp_dist.engine.divergence_check import DivergenceCheck
 from lgp_dist.engine.fragments import Fragments
 from lgp_dist.engine.gradients import Contract, Gradients
 from lgp_dist.engine.launch.environment import Launch
-from lgp_dist.engine.optim import StepMask
+from lgp_dist.engine.optim import EMA, StepMask
 from lgp_dist.engine.step_filter import StepFilter, StepVerdict
 from lgp_dist.engine.trackers import harmless
 from lgp_dist.engine.workers import Workers
@@ -246,6 +246,15 @@ class Trainer:
         measured = watch(self.module)
         self.module.train()
         return measured
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The moving average of every weight by its name, whole on every rank."""
+        fragments = self.fragments()
+        whole = {name: torch.zeros(shape, device=self.workers.device) for name, shape in fragments.shapes.items()}
+        for part in fragments.written():  # each element lies on one rank
+            if part.kind == EMA:
+                whole[part.parameter].view(-1)[part.start : part.start + part.values.numel()] = part.values
+        return {name: self.workers.sum(average) for name, average in whole.items()}
 
     def close(self) -> None:
         """Ends trackers and engine and leaves a plain module, whole on every rank; the processes stay together."""

@@ -166,13 +166,17 @@ class LearngenePool(nn.Module):
         """One of the stitch layers, counted over all pairs of rows."""
         return self.units[f"stitch{index}"].layer
 
-    def forward(self, images: Tensor, path: AnyPath) -> Tensor:
-        """[B, C, H, W] images along a path to [B, classes] logits."""
+    def forward(self, images: Tensor, path: AnyPath, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, C, H, W] images along a path to [B, classes] logits.
+
+        features: also return the tokens before the final norm, [B, N, D of the path's last row].
+        """
         tokens, *rows = (self.stem(images, path),)
         for unit in self.units.values():
             out = unit(tokens, path, *rows)
             tokens, *rows = out if isinstance(out, tuple) else (out,)
-        return self.head(tokens, path)
+        logits = self.head(tokens, path)
+        return (logits, tokens) if features else logits
 
     def row_state(self, row: int) -> dict[str, Tensor]:
         """The state dict of one row under timm's names, as a stock VisionTransformer loads it strictly."""

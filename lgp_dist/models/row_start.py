@@ -1,6 +1,8 @@
 """What rows that are not distilled begin with: pretrained anchors, or the ancestry's last blocks."""
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from lgp_dist.errors import UserError
 
@@ -37,6 +39,42 @@ def take_tail(vit: VisionTransformer, ancestry: VisionTransformer, key: str) -> 
         mine.load_state_dict(source.state_dict(), strict=True)
     vit.norm.load_state_dict(ancestry.norm.state_dict(), strict=True)
     vit.head.load_state_dict(ancestry.head.state_dict(), strict=True)
+
+
+def select_weights(vit: VisionTransformer, ancestry: VisionTransformer, key: str) -> None:
+    """Gives a row the ancestry's weights: evenly spaced blocks and, where the row is narrower, evenly spaced channels.
+
+    Uniform weight selection (arXiv 2311.18823): a row of width d takes the same d of D channels everywhere, and of each
+    block's query, key, value and hidden units the same fraction. With the ancestry's width it takes whole blocks.
+    UserError where the row is wider, or has more blocks. key: of the row's settings.
+    """
+    ours, theirs = _shape(vit), _shape(ancestry)
+    if ours[0] > theirs[0] or ours[2] > theirs[2] or (ours[0] == theirs[0] and ours[1] != theirs[1]):
+        raise UserError(
+            f"{key}.start is ancestry, but the row has width {ours[0]}, {ours[1]} heads and {ours[2]} blocks and the "
+            f"ancestry {theirs[0]}, {theirs[1]} and {theirs[2]}: make the row no larger, with the same heads where the "
+            "widths are equal, or set start to random."
+        )
+    source, chosen = ancestry.state_dict(), {}
+    for name, tensor in vit.state_dict().items():
+        theirs_name = name
+        if name.startswith("blocks."):
+            _, index, rest = name.split(".", 2)
+            block = round((int(index) + 1) * theirs[2] / ours[2]) - 1  # the row's last block is the ancestry's last
+            theirs_name = f"blocks.{block}.{rest}"
+        # Query, key and value lie one after the other in one tensor: each gives its own channels.
+        parts = 3 if ".attn.qkv." in name else 1
+        pairs = zip(tensor.chunk(parts), source[theirs_name].chunk(parts), strict=True)
+        chosen[name] = torch.cat([_evenly_spaced(theirs_part, mine.shape) for mine, theirs_part in pairs])
+    vit.load_state_dict(chosen, strict=True)
+
+
+def _evenly_spaced(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Evenly spaced entries of a tensor along each dimension, in this shape."""
+    for dim, (wanted, size) in enumerate(zip(shape, tensor.shape, strict=True)):
+        if wanted != size:
+            tensor = tensor.index_select(dim, torch.linspace(0, size - 1, wanted).round().long())
+    return tensor
 
 
 def _shape(vit: VisionTransformer) -> tuple[int, int, int]:

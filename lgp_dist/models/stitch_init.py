@@ -32,8 +32,12 @@ def transformation_starts(
     UserError where the narrow row learned no transformation to the wide row's width.
     """
     starts: Starts = {}
-    for index, (narrow, wide) in enumerate(space.stitch_widths):
-        pair, window = divmod(index, space.stitches_per_pair)
+    for path in space.paths:
+        if path.stitch is None or path.stitch in starts:
+            continue
+        # The first path of a window leaves the narrow row after the window's first block.
+        index, pair, block = path.stitch, path.first_row, path.segments[0].stop - 1
+        narrow, wide = space.stitch_widths[index]
         row = rows[pair]
         maps: list[nn.Module] = list(row.bank.inverse if init == "transformation" else row.bank.block)
         if not maps or not isinstance(maps[0], nn.Linear) or wide not in maps[0].weight.shape:
@@ -42,7 +46,7 @@ def transformation_starts(
                 "learned none (its levels, distil.inverse_weight, or another width of the ancestry): choose "
                 "--pool.stitch-init least_squares."
             )
-        level = nearest_level(row.levels, window + 0.5)
+        level = nearest_level(row.levels, block + 0.5)
         if init == "transformation_paper":
             starts[index] = from_transpose(maps)
         elif init == "transformation_pinv":

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate as running_sums
@@ -55,6 +55,9 @@ class PathSampler:
     """Where ranks wait for each other; with micro_step, `balanced` equalises the costs of every micro-step."""
     sandwich: bool = False
     """Whether every step trains each row alone at least once; see `shares`."""
+    lead_every: int = 0
+    """Micro-steps of a group, of which the first trains the lead path, the widest row alone, on every rank; the policy
+    holds for the others, which draw the other paths. 0 for no lead path."""
 
     def __post_init__(self) -> None:
         if self.policy == "balanced" and len(self.costs) != len(self.paths):
@@ -79,6 +82,7 @@ class PathSampler:
             () if row_weight == 1 else weights,
             finetune.meet,
             finetune.sandwich,
+            finetune.paths_per_batch if finetune.lead_weight else 0,
         )
 
     def draw(self, step: int, micro_step: int, rank: int, world: int) -> AnyPath:
@@ -88,7 +92,7 @@ class PathSampler:
         """
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is outside a world of {world}")
-        if self.policy in ("independent", "shared") and not self.sandwich:
+        if self.policy in ("independent", "shared") and not self.sandwich and not self.lead_every:
             return self.paths[self._alone(step, micro_step, rank, self._ends)]
         if not 0 <= micro_step < self.accumulate:
             raise ValueError(f"micro-step {micro_step} is outside a step of {self.accumulate}")
@@ -106,6 +110,13 @@ class PathSampler:
 
     def schedule(self, step: int, world: int) -> list[list[int]]:
         """As `plan`, with indices of `paths`."""
+        if self.lead_every:
+            others = iter(self._followers.schedule(step, world))
+            micro_steps = (None if micro % self.lead_every == 0 else next(others) for micro in range(self.accumulate))
+            return [
+                [self._lead] * world if drawn is None else [index + (index >= self._lead) for index in drawn]
+                for drawn in micro_steps
+            ]
         if self.policy in ("independent", "shared"):
             return self._alone_schedule(step, world)
         if self.policy == "balanced" and world > 1:
@@ -121,13 +132,20 @@ class PathSampler:
 
         Shares are weights over their sum. With `sandwich` a row alone that would come less than once in a step (under
         `shared`: in the micro-steps of a step) comes once, on every rank equally often, and the other paths divide the
-        remaining slots by their weights. Shares then depend on the number of ranks.
+        remaining slots by their weights. Shares then depend on the number of ranks. A lead path has one share of
+        `lead_every`, and the others divide the rest.
         """
+        if self.lead_every:
+            others = self._followers.shares(world)
+            lead = 1 / self.lead_every
+            return {path: (1 - lead) * others[path] if path in others else lead for path in self.paths}
         weights = self._step_weights(world)
         return {path: weight / sum(weights) for path, weight in zip(self.paths, weights, strict=True)}
 
     def tied_slots(self, world: int) -> int:
         """The most slots of a step that one random choice fills with the same path."""
+        if self.lead_every:
+            return self._followers.tied_slots(world)
         if self.policy == "shared":
             return world
         if self.policy != "balanced" or world == 1:
@@ -138,6 +156,8 @@ class PathSampler:
 
     def check(self, world: int) -> None:
         """UserError if `sandwich` cannot hold with this number of ranks."""
+        if self.lead_every:
+            return self._followers.check(world)
         if not self.sandwich:
             return
         rows, slots = len(self._rows), self._slots(world)
@@ -161,6 +181,25 @@ class PathSampler:
     @cached_property
     def _recent(self) -> dict[tuple[int, int], Plan]:
         return {}
+
+    @cached_property
+    def _lead(self) -> int:
+        """Index of the widest row alone."""
+        return max(self._rows)
+
+    @cached_property
+    def _followers(self) -> "PathSampler":
+        """Draws the other paths in the micro-steps that the lead path leaves."""
+        lead, rows = self._lead, len(self._rows)
+        return replace(
+            self,
+            paths=self.paths[:lead] + self.paths[lead + 1 :],
+            costs=self.costs[:lead] + self.costs[lead + 1 :],
+            weights=self.weights[:lead] + self.weights[lead + 1 :],
+            accumulate=self.accumulate - self.accumulate // self.lead_every,
+            sandwich=self.sandwich and rows > 1,
+            lead_every=0,
+        )
 
     @cached_property
     def _rows(self) -> tuple[int, ...]:

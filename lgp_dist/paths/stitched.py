@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Protocol, TypeVar
 
 from lgp_dist.config.ranges import check_value
-from lgp_dist.config.run_config import RunConfig
+from lgp_dist.config.run_config import RunConfig, StitchSharing
 from lgp_dist.errors import UserError
 
 MLP_RATIO = 4
@@ -136,6 +136,8 @@ class PathSpace:
     """Of the head."""
     final_norm: bool = True
     """Whether stitched paths apply the final norm of their last row, as rows alone always do."""
+    stitch_sharing: StitchSharing = "window"
+    """Whether the paths of a window share a stitch layer, or each path has its own."""
 
     def __post_init__(self) -> None:
         check_value("model.depth", self.depth)
@@ -159,7 +161,7 @@ class PathSpace:
             raise UserError("model.depths is set, but model.stages is empty: set both, or neither.")
         widths = tuple(row.width for row in model.rows)
         image = (data.image_size, model.patch_size, data.channels, data.num_classes)
-        return cls(widths, model.depth, *image, model.final_norm)
+        return cls(widths, model.depth, *image, model.final_norm, model.stitch_sharing)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -173,8 +175,8 @@ class PathSpace:
 
     @property
     def stitches_per_pair(self) -> int:
-        """Stitch layers between two adjacent rows."""
-        return self.depth - 1
+        """Stitch layers between two adjacent rows: one for each window, or for each of the pairs (j, k)."""
+        return self.depth - 1 if self.stitch_sharing == "window" else 3 * self.depth - 2
 
     @property
     def stitch_widths(self) -> tuple[tuple[int, int], ...]:
@@ -189,13 +191,14 @@ class PathSpace:
         found = [Path((Segment(row, 0, self.depth),)) for row in range(len(self.widths))]
         for low in range(len(self.widths) - 1):
             seen: set[tuple[int, int]] = set()
-            for window in range(self.stitches_per_pair):
+            for window in range(self.depth - 1):
                 for j in (window, window + 1):
                     for k in (window, window + 1):
                         if (j, k) not in seen:
                             seen.add((j, k))
                             ends = (Segment(low, 0, j + 1), Segment(low + 1, k, self.depth))
-                            found.append(Path(ends, low * self.stitches_per_pair + window))
+                            layer = window if self.stitch_sharing == "window" else len(seen) - 1
+                            found.append(Path(ends, low * self.stitches_per_pair + layer))
         return tuple(found)
 
     def by_key(self, key: str) -> Path:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.config.flat import STAGES, depends_on, up_to
+from lgp_dist.config.flat import STAGES, changed_keys, depends_on, up_to
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.files import replace_folder, sha256, write_json
@@ -115,8 +115,7 @@ class RunDirectory:
         if artifact is None:
             return
         made, now = artifact.record["config"], self.depends_on(config, stage)
-        changed = [key for key in sorted(made.keys() | now.keys()) if made.get(key) != now.get(key)]
-        if changed:
+        if changed := changed_keys(made, now):
             shown = "; ".join(f"{key} was {made.get(key)!r}, now {now.get(key)!r}" for key in changed[:5])
             raise UserError(
                 f"{artifact.folder / 'artifact.json'} was made with other settings ({shown}): choose another "

@@ -46,6 +46,7 @@ def _check_shapes(config: RunConfig) -> None:
             f"accumulate to {-(-micro_steps // paths) * paths}, or change paths_per_batch."
         )
     _check_only(config.finetune.only, space)
+    _check_teachers(config, space)
     if config.export.path:
         chosen = space.by_key(config.export.path)
         if chosen not in space.chosen(config.finetune.only):
@@ -79,12 +80,40 @@ def _check_rows(config: RunConfig) -> None:
                 f"{key}.source is tail, but the row has width {row.width} and {row.heads} heads and the ancestry "
                 f"{ancestry.width} and {ancestry.heads}: give the row the ancestry's."
             )
+        if row.start == "ancestry" and row.source not in ("distil", "labels"):
+            raise UserError(
+                f"{key}.start is ancestry, but source {row.source} brings its own weights or none: set start to "
+                "random, or source to distil or labels."
+            )
         is_narrow, init = index + 1 < len(config.model.rows), config.pool.stitch_init
         if is_narrow and init.startswith("transformation") and row.source != "distil":
             raise UserError(
                 f"pool.stitch_init is {init}, but row {index} is of source {row.source} and learns no transformation: "
                 "choose --pool.stitch-init least_squares."
             )
+
+
+def _check_teachers(config: RunConfig, space: Space) -> None:
+    """UserError where a path would have no teacher, or the lead path none to teach."""
+    finetune = config.finetune
+    if finetune.feature_weight and not finetune.distil_weight and not finetune.lead_weight:
+        raise UserError(
+            f"finetune.feature_weight is {finetune.feature_weight}, but neither the ancestry nor a lead path teaches: "
+            "raise finetune.distil_weight or finetune.lead_weight, or set it to 0."
+        )
+    if not finetune.lead_weight:
+        return
+    lead = [path for path in space.paths if path.stitch is None][-1]
+    if finetune.paths_per_batch < 2:
+        raise UserError(
+            "finetune.lead_weight is above 0, but finetune.paths_per_batch is 1, so that no path takes the lead path's "
+            "images: set finetune.paths_per_batch and finetune.train.accumulate to 2 or more."
+        )
+    if lead not in space.chosen(finetune.only) or len(finetune.only or space.paths) < 2:
+        raise UserError(
+            f"finetune.lead_weight is above 0, but finetune.only does not name {lead.key!r}, which leads, and another "
+            "path: add them, or set finetune.lead_weight to 0."
+        )
 
 
 def _check_only(only: tuple[str, ...], space: Space) -> None:

@@ -14,7 +14,7 @@ from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import Ancestry, check_normalisation, hub_weights, load_weights, timm_model
 from lgp_dist.models.auxiliary import AuxiliaryRows
 from lgp_dist.models.build import auxiliary_rows, model_input, prepare_ancestry
-from lgp_dist.models.row_start import check_row, take_tail
+from lgp_dist.models.row_start import check_row, select_weights, take_tail
 from lgp_dist.paths.cost import ancestry_flops, trained_rows_flops, work
 from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context
@@ -32,7 +32,8 @@ def run(context: Context) -> None:
     """Writes distil/rows.safetensors: every row's ViT and transformations."""
     began, config = time.monotonic(), context.config
     sources = {row.source for row in config.model.rows}
-    inputs = [context.require("ancestry")] if {"distil", "tail"} & sources else []
+    from_ancestry = {"distil", "tail"} & sources or any(row.start == "ancestry" for row in config.model.rows)
+    inputs = [context.require("ancestry")] if from_ancestry else []
     ancestry = context.load_ancestry() if inputs else None
     context.seed("distil")
     module = auxiliary_rows(config, ancestry)
@@ -63,6 +64,8 @@ def start(context: Context, number: int, vit: VisionTransformer, ancestry: Ances
     config, key = context.config, f"model.rows.{number}"
     row = config.model.rows[number]
     facts = {"width": row.width, "source": row.source}
+    if row.start == "ancestry":
+        select_weights(vit, ancestry.vit, key)
     if row.source == "tail":
         take_tail(vit, ancestry.vit, key)
     if row.source not in ("hub", "file"):

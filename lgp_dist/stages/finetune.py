@@ -40,7 +40,7 @@ def run(context: Context) -> None:
     if config.policy == "balanced" and config.meet == "step" and meets_in_micro_steps(context):
         log.warning("finetune: under this engine ranks wait in every micro-step; --finetune.meet micro_step saves time")
     plan = TrainingPlan(
-        FinetuneTask(pool, ancestry, sampler, config),
+        FinetuneTask(pool, ancestry, sampler, config, context.config.distil.target_norm),
         config.train,
         gradients=config.gradients,
         rates={module: factor for row, factor in enumerate(config.row_lr) for module in pool.row_modules(row)},

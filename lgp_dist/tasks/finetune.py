@@ -8,20 +8,38 @@ from torch import Tensor, nn
 from lgp_dist.config.run_config import FinetuneConfig
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.models.transformation import normalised
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import AnyPath
 from lgp_dist.protocols import Batch, ModuleStructure, StepContext
 from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 
+Outputs = tuple[Tensor, Tensor | None]
+"""Logits [B, classes] and, where features are taught, tokens before the final norm [B, N, D]."""
+
 
 class FinetuneTask:
-    """Cross-entropy to the labels and to the ancestry on the path that this rank draws."""
+    """Cross-entropy to the labels and to a teacher's outputs on the path that this rank draws.
 
-    def __init__(self, module: LearngenePool, ancestry: Ancestry | None, sampler: PathSampler, config: FinetuneConfig):
-        self.module, self.ancestry, self.sampler, self.config = module, ancestry, sampler, config
+    The teacher is the ancestry. With `finetune.lead_weight`, it teaches the lead path alone, which teaches the other
+    paths of its group: the micro-steps that take the same images on one rank.
+    """
+
+    def __init__(
+        self,
+        module: LearngenePool,
+        ancestry: Ancestry | None,
+        sampler: PathSampler,
+        config: FinetuneConfig,
+        target_norm: str = "layer",
+    ):
+        """target_norm: `distil.target_norm`, for the ancestry's last block."""
+        self.module, self.ancestry, self.sampler = module, ancestry, sampler
+        self.config, self.target_norm = config, target_norm
         self.structure = ModuleStructure(module.ordered_modules, module.skippable_modules)
         self._modules = {path: module.modules_of(path) for path in module.space.paths}
-        self._seen: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._taught: tuple[Tensor, Outputs] | None = None
+        self._lead: Outputs | None = None
 
     def path(self, context: StepContext) -> AnyPath:
         """The path of one rank's micro-step."""
@@ -32,27 +50,61 @@ class FinetuneTask:
         return self._modules[self.path(context)]
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """loss, cls and, with an ancestry, pred."""
-        logits = module(batch.images, self.path(context)).float()  # cast once: both losses' gradients add up in fp32
+        """loss, cls and, with a teacher, pred and, with `finetune.feature_weight`, feature; 0 on paths without one."""
+        config, path = self.config, self.path(context)
+        leads = config.lead_weight > 0 and self._position(context) == 0
+        logits, tokens = self._outputs(module, batch.images, path)
         parts = {"cls": cross_entropy(logits, batch.targets)}
-        loss = self.config.label_weight * parts["cls"]
-        if self.ancestry is not None:
-            target = self._target(batch.images, context)
-            if self.config.distil == "hard":
-                parts["pred"] = cross_entropy(logits, target.argmax(-1))
-            else:
-                parts["pred"] = soft_cross_entropy(target, logits, self.config.tau, self.config.loss_scale)
-            loss = loss + self.config.distil_weight * parts["pred"]
+        loss = config.label_weight * parts["cls"]
+        if self.ancestry is not None or config.lead_weight:
+            follows = config.lead_weight > 0 and not leads
+            teacher = self._lead if follows else self._ancestry_outputs(batch.images, context)
+            parts["pred"], parts["feature"] = self._taught_losses(logits, tokens, teacher)
+            weight = config.lead_weight if follows else config.distil_weight
+            loss = loss + weight * parts["pred"] + config.feature_weight * parts["feature"]
+        if leads:
+            self._lead = logits.detach(), None if tokens is None else tokens.detach()
+        if not config.feature_weight:
+            parts.pop("feature", None)
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
-    def _target(self, images: Tensor, context: StepContext) -> Tensor:
-        """The ancestry's logits [B, classes], computed in the first of the micro-steps that have the same images."""
-        paths = self.config.paths_per_batch
-        if paths == 1:
-            return self.ancestry(images)[0]
-        if context.micro_step % paths == 0 or self._seen[0] is not images:
-            self._seen = (images, self.ancestry(images)[0])
-        return self._seen[1]
+    def _position(self, context: StepContext) -> int:
+        """Place of a micro-step in its group."""
+        return context.micro_step % self.config.paths_per_batch
+
+    def _outputs(self, module: nn.Module, images: Tensor, path: AnyPath) -> Outputs:
+        """What the path gives, in float32: cast once, so that the gradients of both losses add up in float32."""
+        if not self.config.feature_weight:
+            return module(images, path).float(), None
+        logits, tokens = module(images, path, True)
+        return logits.float(), tokens.float()
+
+    def _taught_losses(self, logits: Tensor, tokens: Tensor | None, teacher: Outputs | None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy to a teacher's logits, and mean squared error to its tokens where widths match; 0 without."""
+        target, features = teacher or (None, None)
+        zero = logits.new_zeros(())
+        if target is None:
+            pred = zero
+        elif self.config.distil == "hard":
+            pred = cross_entropy(logits, target.argmax(-1))
+        else:
+            pred = soft_cross_entropy(target, logits, self.config.tau, self.config.loss_scale)
+        if tokens is None:
+            return pred, zero
+        # ZeRO-3 waits for a gradient of each of the module's outputs, so tokens without a teacher learn themselves.
+        alike = features is not None and tokens.shape == features.shape
+        return pred, nn.functional.mse_loss(tokens, features if alike else tokens.detach())
+
+    def _ancestry_outputs(self, images: Tensor, context: StepContext) -> Outputs | None:
+        """The ancestry's outputs, computed in the first micro-step of a group; the features are its last block's."""
+        if self.ancestry is None:
+            return None
+        if self._taught is None or self._position(context) == 0 or self._taught[0] is not images:
+            last = (self.ancestry.depth - 1,) if self.config.feature_weight else ()
+            logits, blocks, _ = self.ancestry(images, last)
+            features = normalised(blocks[last[0]].float(), self.target_norm) if last else None
+            self._taught = (images, (logits, features))
+        return self._taught[1]
 
     def labels(self, context: StepContext) -> dict[str, Any]:
         """The key of this rank's path."""

@@ -24,6 +24,7 @@ def reference(trial: Trial, nudge: int = 0, left_out: tuple[int, ...] = ()) -> d
     pool, ancestry, sampler = trial.build()
     parameters = list(pool.parameters())
     optimizer = build_optimizer(trial, pool)
+    averages = {name: parameter.detach().clone() for name, parameter in pool.named_parameters()}
     scale = trial.loss_scale if trial.precision == "fp16" else 1.0
     for step in sorted(set(range(trial.steps)) - set(left_out)):
         totals: list[Tensor | None] = [None] * len(parameters)
@@ -31,6 +32,7 @@ def reference(trial: Trial, nudge: int = 0, left_out: tuple[int, ...] = ()) -> d
         world = trial.world_at(step)
         for rank in range(world):
             pool.zero_grad()
+            lead: tuple[Tensor, Tensor] | None = None
             for micro in range(trial.accumulate):
                 batch = trial.batch(step, micro, rank)
                 path = sampler.draw(step, micro, rank, world)
@@ -38,9 +40,19 @@ def reference(trial: Trial, nudge: int = 0, left_out: tuple[int, ...] = ()) -> d
                 for parameter in parameters:
                     parameter.grad = None
                 with torch.autocast("cpu", DTYPES[trial.precision], enabled=trial.precision != "fp32"):
-                    logits, target = pool(batch.images, path).float(), ancestry(batch.images)[0].float()
+                    logits, tokens = (out.float() for out in pool(batch.images, path, True))
+                    target, blocks, _ = ancestry(batch.images, (0,))
+                teacher = target.float(), F.layer_norm(blocks[0].float(), blocks[0].shape[-1:])
+                follows = trial.lead_weight > 0 and lead is not None
+                if follows:
+                    teacher = lead
+                else:
+                    lead = logits.detach(), tokens.detach()
                 loss = F.cross_entropy(logits, batch.targets)
-                loss = loss - (target.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+                taught = -(teacher[0].softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+                loss = loss + (trial.lead_weight if follows else 1.0) * taught
+                if trial.feature_weight and tokens.shape == teacher[1].shape:
+                    loss = loss + trial.feature_weight * (tokens - teacher[1]).square().mean()
                 (loss * scale / trial.accumulate).backward()
                 for index, (parameter, old) in enumerate(zip(parameters, before, strict=True)):
                     uses[index] += parameter.grad is not None
@@ -53,10 +65,13 @@ def reference(trial: Trial, nudge: int = 0, left_out: tuple[int, ...] = ()) -> d
                     share = parameter.grad / world
                     totals[index] = share if totals[index] is None else totals[index] + share
         scale = apply(trial, optimizer, parameters, totals, uses, scale)
+        for name, parameter in pool.named_parameters():
+            if parameter.grad is not None:
+                averages[name] = trial.ema * averages[name] + (1 - trial.ema) * parameter.detach()
         for parameter in parameters if nudge else ():
             up = torch.rand(parameter.shape, generator=generator) < 0.5
             parameter.data = torch.nextafter(parameter.data, torch.where(up, math.inf, -math.inf))
-    return {name: value.detach() for name, value in pool.state_dict().items()}
+    return averages if trial.ema else {name: value.detach() for name, value in pool.state_dict().items()}
 
 
 def build_optimizer(trial: Trial, pool: nn.Module) -> torch.optim.Optimizer:

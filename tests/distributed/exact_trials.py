@@ -7,7 +7,15 @@ from typing import Any, Literal
 
 import torch
 
-from lgp_dist.config.run_config import EngineConfig, FinetuneConfig, GradientConfig, Ops, Precision, TrainConfig
+from lgp_dist.config.run_config import (
+    EngineConfig,
+    FinetuneConfig,
+    GradientConfig,
+    Ops,
+    Precision,
+    StitchSharing,
+    TrainConfig,
+)
 from lgp_dist.engine.workers import choose_attention
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
@@ -44,6 +52,11 @@ class Trial:
     row_lr: tuple[float, ...] = ()
     rows: int = 2
     final_norm: bool = True
+    stitch_sharing: StitchSharing = "window"
+    feature_weight: float = 0.0
+    lead_weight: float = 0.0
+    """Above 0: all micro-steps of a rank are one group on the same images, which the widest row leads."""
+    ema: float = 0.0
     steps: int = 4
     seed: int = 0
     loss_scale: float = 2.0**16
@@ -63,6 +76,10 @@ class Trial:
         words += [f"row rates {' '.join(map(str, self.row_lr))}"] * bool(self.row_lr)
         words += [f"loss scale {self.loss_scale:g}"] * (self.loss_scale != 2.0**16)
         words += [f"broken {self.broken}", f"audit {self.audit}"] * bool(self.broken)
+        words += ["a stitch layer for each path"] * (self.stitch_sharing == "path")
+        words += [f"features {self.feature_weight}"] * bool(self.feature_weight)
+        words += [f"lead path {self.lead_weight}"] * bool(self.lead_weight)
+        words += [f"ema {self.ema}"] * bool(self.ema)
         words += ["no final norm"] * (not self.final_norm)
         words += [f"{self.rows} rows"] * (self.rows != 2) + [f"{self.steps} steps"] * (self.steps != 4)
         return ", ".join(words)
@@ -104,27 +121,38 @@ class Trial:
             weight_decay=0.1,
             eps=1e-3,
             clip_grad=self.clip,
+            ema=self.ema,
             log_every=100,
         )
 
     def finetune_config(self) -> FinetuneConfig:
-        """What becomes of parameters that not every path has."""
-        return FinetuneConfig(gradients=GradientConfig(self.unused, self.average))
+        """What becomes of parameters that not every path has, and who teaches."""
+        return FinetuneConfig(
+            gradients=GradientConfig(self.unused, self.average),
+            feature_weight=self.feature_weight,
+            lead_weight=self.lead_weight,
+            paths_per_batch=self.accumulate if self.lead_weight else 1,
+        )
 
     def build(self) -> tuple[LearngenePool, Ancestry, PathSampler]:
         """A pool of rows of six blocks (18 paths with two rows), an ancestry and the schedule; the same everywhere."""
         choose_attention("cpu", self.precision)
         torch.manual_seed(1)
         depth = 6 if self.rows == 2 else 3
-        space = PathSpace((8, 16, 24)[: self.rows], depth, **IMAGE, final_norm=self.final_norm)
+        shape = {"final_norm": self.final_norm, "stitch_sharing": self.stitch_sharing}
+        space = PathSpace((8, 16, 24)[: self.rows], depth, **IMAGE, **shape)
         pool = LearngenePool.empty(space, (1, 2, 3)[: self.rows])
         pool.set_ops(self.ops)
-        vit = build_vit(image_size=14, patch_size=7, channels=1, num_classes=5, width=8, depth=1, heads=1)
+        width = space.widths[-1] if self.feature_weight else 8
+        vit = build_vit(image_size=14, patch_size=7, channels=1, num_classes=5, width=width, depth=1, heads=1)
         choose_attention("cpu", "fp32")
-        return pool, Ancestry(vit), PathSampler(space.paths, "independent", self.seed)
+        lead_every = self.accumulate if self.lead_weight else 0
+        sampler = PathSampler(space.paths, "independent", self.seed, self.accumulate, lead_every=lead_every)
+        return pool, Ancestry(vit), sampler
 
     def batch(self, step: int, micro: int, rank: int) -> Batch:
-        """Random images and labels of one rank's micro-step."""
+        """Random images and labels of one rank's micro-step; with a lead path, of its group."""
+        micro = 0 if self.lead_weight else micro
         generator = torch.Generator().manual_seed(((self.seed * 997 + step) * 31 + micro) * 31 + rank)
         images = torch.randn(BATCH, 1, 14, 14, generator=generator)
         return Batch(images, torch.randint(5, (BATCH,), generator=generator), torch.ones(BATCH))
@@ -162,6 +190,9 @@ def extras() -> list[Trial]:
             replace(base, rows=1),
             replace(base, row_lr=(0.5, 0.125)),
             replace(base, compile="aot_eager", checkpointed=True),
+            replace(base, stitch_sharing="path", ema=0.8),
+            replace(base, feature_weight=0.5, checkpointed=True),
+            replace(base, lead_weight=1.0, feature_weight=0.5, rows=3, accumulate=3),
         ]
         if engine in ("zero1", "zero2"):
             trials += [replace(base, reduction="union", unused=unused) for unused in ("skip", "zero")]

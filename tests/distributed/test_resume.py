@@ -30,6 +30,8 @@ def trials() -> list[Trial]:
         for number, settings in enumerate(SETTINGS)
         if LONG or (place + number) % len(SETTINGS)
     ]
+    taught = {"lead_weight": 1.0, "feature_weight": 0.5, "stitch_sharing": "path", "ema": 0.8}
+    found += [Trial(engine, 2, steps=STEPS, accumulate=2, **taught) for engine in ("zero1", "zero3", "ddp")]
     return found + [
         Trial("zero2", 2, steps=STEPS, offload=True),
         Trial("zero3", 2, steps=STEPS, offload=True),

@@ -20,9 +20,10 @@ TWO = PathSpace((16, 32), 4, image_size=28, patch_size=7, channels=1, num_classe
 THREE = PathSpace((16, 32, 48), 3, image_size=28, patch_size=7, channels=1, num_classes=10)
 ONE = PathSpace((16,), 3, image_size=28, patch_size=7, channels=1, num_classes=10)
 BARE = replace(THREE, final_norm=False)
-HEADS = {TWO: (2, 4), THREE: (1, 2, 4), ONE: (2,), BARE: (1, 2, 4)}
+OWN = replace(THREE, stitch_sharing="path")
+HEADS = {TWO: (2, 4), THREE: (1, 2, 4), ONE: (2,), BARE: (1, 2, 4), OWN: (1, 2, 4)}
 """Heads are no fixed share of the width, so that a wrong number of heads changes the logits."""
-SPACES = [TWO, THREE, ONE, BARE]
+SPACES = [TWO, THREE, ONE, BARE, OWN]
 EVERY_PATH = [(space, path) for space in SPACES for path in space.paths]
 
 

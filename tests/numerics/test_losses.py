@@ -175,6 +175,62 @@ def test_finetune_gradient_stays_on_the_drawn_path() -> None:
     assert all(p.grad is None for p in task.ancestry.parameters())
 
 
+def test_feature_loss_compares_the_last_block_with_the_ancestrys() -> None:
+    """A path of the ancestry's width learns its last block; the narrow row, of another width, has no such loss."""
+    task = finetune_task(FinetuneConfig(feature_weight=0.7))
+    batch = Batch(images(4), torch.tensor([3, 0, 9, 3]), torch.ones(4))
+    tapped: list[Tensor] = []
+    hook = task.ancestry.vit.blocks[-1].register_forward_hook(lambda block, given, out: tapped.append(out))
+    teacher = array(task.ancestry.vit(batch.images))
+    hook.remove()
+    block = array(tapped[0])
+    block = (block - block.mean(-1, keepdims=True)) / np.sqrt(block.var(-1, keepdims=True) + 1e-5)
+    seen = set()
+    for context in (StepContext(step, 0, rank, 3) for step in range(8) for rank in range(3)):
+        path = TWO.by_key(task.labels(context)["path"])
+        with torch.no_grad():
+            logits, tokens = (array(out) for out in task.module(batch.images, path, True))
+        cls, pred = label_loss(logits, array(batch.targets)), soft_loss(teacher, logits, 1.0, "sample")
+        feature = np.square(tokens - block).mean() if path.last_row == 1 else 0.0
+        found = {name: value.item() for name, value in task.losses(task.module, batch, context).items()}
+        expected = {"loss": cls + pred + 0.7 * feature, "cls": cls, "pred": pred, "feature": feature}
+        assert found == pytest.approx(expected, rel=1e-4)
+        seen.add(path.last_row)
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("distil_weight", [0.0, 1.0])
+def test_other_paths_learn_the_lead_paths_outputs(distil_weight: float) -> None:
+    """The first of three micro-steps trains the widest row, with the ancestry where it runs; the others learn its
+    logits and tokens, which have no gradient."""
+    config = FinetuneConfig(paths_per_batch=3, lead_weight=0.8, feature_weight=0.5, distil_weight=distil_weight)
+    pool = LearngenePool(TWO, stock_rows(TWO)).eval()
+    shake(pool)
+    ancestry = Ancestry(stock_vit(32, 12, 4)) if distil_weight else None
+    task = FinetuneTask(pool, ancestry, PathSampler(TWO.paths, "independent", 5, 3, lead_every=3), config)
+    batch = Batch(images(4), torch.tensor([3, 0, 9, 3]), torch.ones(4))
+    lead = task.module.space.paths[1]
+    with torch.no_grad():
+        lead_logits, lead_tokens = (array(out) for out in pool(batch.images, lead, True))
+    for micro in range(3):
+        context = StepContext(2, micro, 1, 2)
+        path = TWO.by_key(task.labels(context)["path"])
+        assert (path == lead) == (micro == 0)
+        found = task.losses(task.module, batch, context)
+        with torch.no_grad():
+            logits, tokens = (array(out) for out in pool(batch.images, path, True))
+        cls = label_loss(logits, array(batch.targets))
+        if micro == 0:
+            taught = distil_weight * found["pred"].item() + 0.5 * found["feature"].item()
+            assert (found["pred"].item() > 0) == bool(distil_weight)
+        else:
+            pred = soft_loss(lead_logits, logits, 1.0, "sample")
+            feature = np.square(tokens - lead_tokens).mean() if path.last_row == 1 else 0.0
+            assert (found["pred"].item(), found["feature"].item()) == pytest.approx((pred, feature), rel=1e-4)
+            taught = 0.8 * pred + 0.5 * feature
+        assert found["loss"].item() == pytest.approx(cls + taught, rel=1e-4)
+
+
 def test_classify_task() -> None:
     """Plain training: the cross-entropy and nothing else."""
     model = stock_vit(16, 3, HEADS[TWO][0])

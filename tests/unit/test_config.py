@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lgp_dist.config.flat import STAGES, depends_on, flatten, unflatten
+from lgp_dist.config.flat import STAGES, changed_keys, depends_on, flatten, unflatten
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.recipes import (
     RECIPES,
@@ -138,6 +138,18 @@ def test_flatten_without_runtime_only_fields() -> None:
     left_out = flatten(config).keys() - flatten(config, with_runtime_only=False).keys()
     assert {key.split(".")[-1] for key in left_out} == RUNTIME_ONLY
     assert left_out == runtime_only_keys(config)
+
+
+def test_a_record_from_before_a_setting_existed_equals_its_default() -> None:
+    """Keys that a record lacks count with their default, in rows too; other values and other rows differ."""
+    now = depends_on(tiny(), "finetune")
+    added = ("finetune.feature_weight", "model.stitch_sharing", "model.rows.1.start")
+    record = {key: value for key, value in now.items() if key not in added}
+    assert len(record) == len(now) - 3
+    assert changed_keys(record, now) == changed_keys(now, record) == []
+    assert changed_keys(record, now | {"finetune.feature_weight": 1.0}) == ["finetune.feature_weight"]
+    assert changed_keys(record | {"model.rows.2.width": 7}, now) == ["model.rows.2.width"]
+    assert changed_keys(record, now | {"finetune.weights": "0f"}) == ["finetune.weights"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

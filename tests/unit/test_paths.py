@@ -116,6 +116,18 @@ def test_published_pools(space: PathSpace, paths: int, stitches: int, stored: fl
     assert millions(space.stored_params) == stored
 
 
+def test_a_stitch_layer_for_each_path() -> None:
+    """The same paths in the same order; 3L - 2 layers for each pair of rows, none crossed by two paths."""
+    shared = PathSpace((192, 384, 768), 6)
+    own = replace(shared, stitch_sharing="path")
+    assert [path.key for path in own.paths] == [path.key for path in shared.paths]
+    stitches = [path.stitch for path in own.paths if path.stitch is not None]
+    assert stitches == list(range(2 * 16)) and len(own.stitch_widths) == 32
+    assert all(own.stitch_widths[p.stitch] == (own.widths[p.first_row], own.widths[p.last_row]) for p in own.paths[3:])
+    assert own.stored_params - shared.stored_params == 11 * (193 * 384 + 385 * 768)
+    assert [own.cost(path) for path in own.paths] == [shared.cost(path) for path in shared.paths]
+
+
 def test_method_table_of_pool12() -> None:
     """METHOD's nine pairs of paper parameters and FLOPs, to the printed digit, in rows alone and paths of L and L+1."""
     params = [3.05, 10.38, 10.82, 17.02, 17.47, 23.66, 30.31, 36.95, 44.04]

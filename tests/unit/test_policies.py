@@ -341,6 +341,34 @@ def from_config(config: RunConfig) -> PathSampler:
     return PathSampler.from_config(config, PathSpace.from_config(config))
 
 
+@pytest.mark.parametrize(
+    ("policy", "sandwich"), [*((policy, False) for policy in POLICIES), ("independent", True), ("spread", True)]
+)
+def test_the_widest_row_leads_every_group(policy: str, sandwich: bool) -> None:
+    """On every rank the first of three micro-steps is the widest row; no other is; the others come as shares say."""
+    sampler, world, steps = make(policy, 6, sandwich=sandwich, lead_every=3), 4, 1500
+    sampler.check(world)
+    lead = max((path for path in sampler.paths if path.stitch is None), key=lambda path: path.last_row)
+    counts: Counter = Counter()
+    for step in range(steps):
+        for micro, drawn in enumerate(sampler.plan(step, world)):
+            assert [path == lead for path in drawn] == [micro % 3 == 0] * world
+            assert drawn == tuple(sampler.draw(step, micro, rank, world) for rank in range(world))
+            counts.update(drawn)
+    shares = sampler.shares(world)
+    assert shares[lead] == 1 / 3 and counts[lead] == counts.total() / 3
+    others = {path: share / (2 / 3) for path, share in shares.items() if path != lead}
+    if policy == "independent":
+        assert chi_square_fits(Counter({path: counts[path] for path in others}), others)
+    for path, share in others.items():
+        expected = share * counts.total() * 2 / 3
+        assert abs(counts[path] - expected) < 6 * (expected * sampler.tied_slots(world)) ** 0.5
+    if sandwich:
+        rows = {path for path in sampler.paths if path.stitch is None}
+        plans = [sampler.plan(step, world) for step in range(200)]
+        assert all(rows <= {path for drawn in plan for path in drawn} for plan in plans)
+
+
 def test_the_default_is_what_it_was() -> None:
     """Without new settings: all paths, equal shares, the draws that are pinned in test_sampler."""
     sampler, config = from_config(pool12()), pool12()

@@ -1,5 +1,6 @@
 """Whether a run may go on under other settings than it began with."""
 
+from lgp_dist.config.flat import changed_keys
 from lgp_dist.engine.checkpoints.manifest import TrainState
 from lgp_dist.errors import UserError
 
@@ -9,9 +10,7 @@ SHOWN = 8
 
 def check_settings(was: TrainState, now: TrainState, allow: tuple[str, ...]) -> None:
     """UserError naming every setting that differs and is not allowed to. What stands in no config may differ."""
-    keys = was.config.keys() | now.config.keys()
-    changed = sorted(key for key in keys if was.config.get(key) != now.config.get(key))
-    refused = [key for key in changed if key not in allow]
+    refused = [key for key in changed_keys(was.config, now.config) if key not in allow]
     if not refused:
         return
     shown = "; ".join(f"{key} was {was.config.get(key)!r}, now {now.config.get(key)!r}" for key in refused[:SHOWN])

@@ -29,7 +29,7 @@ class TensorSlice:
 
     parameter: str
     kind: str
-    """weight, or the optimizer's name: exp_avg, exp_avg_sq, momentum_buffer."""
+    """weight, or the optimizer's name: exp_avg, exp_avg_sq, momentum_buffer, ema."""
     start: int
     """Of the first element in the flattened parameter."""
     values: Tensor
