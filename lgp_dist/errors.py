@@ -1,5 +1,8 @@
 """What ends a run other than a bug, and the exit status of each end."""
 
+import difflib
+from collections.abc import Iterable
+
 # docs/preemption.md says what becomes of these under a launcher.
 OK = 0
 """All that was asked for is done."""
@@ -21,6 +24,12 @@ class UserError(ValueError):
     Its text is one sentence that names the file, key and value and says what to do. The command line
     prints it alone and exits with status 2; any other exception is a bug and keeps its traceback.
     """
+
+
+def nearest(given: str, known: Iterable[str], otherwise: str) -> str:
+    """What a sentence advises after a name that is unknown: the known name most like it, or `otherwise`."""
+    found = difflib.get_close_matches(given, list(known), 1)
+    return f"the nearest is {found[0]}" if found else otherwise
 
 
 class Preempted(Exception):

@@ -17,6 +17,7 @@ from lgp_dist.config.run_config import (
     RunConfig,
     TrainConfig,
 )
+from lgp_dist.errors import UserError, nearest
 
 DEIT_AUGMENT = AugmentConfig(color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.25)
 """The published augmentation of DeiT and of SN-Net's DeiT experiments (both without repeated augmentation here). As in
@@ -347,3 +348,10 @@ RECIPES = {
     )
 }
 """Every recipe by its name."""
+
+
+def recipe_of(name: str) -> RunConfig:
+    """The recipe of that name; UserError where there is none."""
+    if name not in RECIPES:
+        raise UserError(f"There is no recipe {name!r}: {nearest(name, RECIPES, 'take ' + ', '.join(RECIPES))}.")
+    return RECIPES[name]()

@@ -21,7 +21,7 @@ ALLOWED = {
     "config": {"errors"},
     "paths": {"config", "errors"},
     "ops": {"config"},
-    "recipes": {"config"},
+    "recipes": {"config", "errors"},
     "run": {"config", "errors", "files", "paths"},
     "data": {"config", "errors", "files", "protocols"},
     "models": {"config", "errors", "ops", "paths"},
@@ -168,7 +168,7 @@ def test_public_functions_have_docstrings() -> None:
     check(problems)
 
 
-TO_RENAME = {"Verify", "Show", "Start", "Verdict"}
+TO_RENAME = {"Start", "Verdict"}
 """Classes whose name stands twice today. Whoever renames one takes it out of this list, which goes when it is empty."""
 
 

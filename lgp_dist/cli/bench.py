@@ -6,9 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
-
-import tyro
+from typing import Any, Literal
 
 from lgp_dist.cli.recipe import Recipe
 
@@ -295,11 +293,6 @@ BENCHES: dict[type, tuple[str, Callable[[Any], Result]]] = {
     BenchScaling: ("scaling", _bench_scaling),
 }
 """The name of each benchmark, and what measures it."""
-BenchAction = Annotated[
-    Union[tuple(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for kind, (name, _) in BENCHES.items())],  # type: ignore[valid-type]  # noqa: UP007
-    tyro.conf.arg(name=""),
-]
-"""One of them, as the command line names it."""
 
 
 def run_bench(action: Compared) -> None:

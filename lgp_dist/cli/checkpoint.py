@@ -40,12 +40,8 @@ class Consolidate:
     """File to write; must not exist."""
 
 
-CheckpointAction = Annotated[
-    Annotated[VerifyCheckpoint, tyro.conf.subcommand("verify", prefix_name=False)]
-    | Annotated[ShowCheckpoint, tyro.conf.subcommand("show", prefix_name=False)]
-    | Annotated[Consolidate, tyro.conf.subcommand("consolidate", prefix_name=False)],
-    tyro.conf.arg(name=""),
-]
+CHECKPOINT = {"verify": VerifyCheckpoint, "show": ShowCheckpoint, "consolidate": Consolidate}
+"""Action -> its arguments."""
 
 
 def run_checkpoint(action: VerifyCheckpoint | ShowCheckpoint | Consolidate) -> None:

@@ -1,16 +1,16 @@
 """`lgp descend RUN`, `lgp export RUN` and `lgp finetune-descendant FOLDER`: what is done with a finished run."""
 
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from lgp_dist.cli.exit_status import guarded
-from lgp_dist.config.budget import Amount, Budget, parse_amount
+from lgp_dist.commands.finished import FinishedRun
+from lgp_dist.config.budget import Budget
 from lgp_dist.config.run_config import (
     AugmentConfig,
     CheckpointConfig,
@@ -23,23 +23,7 @@ from lgp_dist.config.run_config import (
     RunConfig,
     TrainConfig,
 )
-from lgp_dist.recipes import RECIPES
-
-REGISTRY = tyro.constructors.ConstructorRegistry()
-"""Types that tyro does not know."""
-
-
-@REGISTRY.primitive_rule
-def _amount(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    if info.type is not Amount:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="AMOUNT",
-        instance_from_str=lambda words: parse_amount(words[0]),
-        is_instance=lambda value: isinstance(value, float | int),
-        str_from_instance=lambda value: [f"{value:.12g}"],
-    )
+from lgp_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -140,44 +124,36 @@ class Downstream:
         )
 
 
-def run_downstream(action: Downstream) -> None:
-    """Does what the arguments ask for."""
-    from lgp_dist.commands.downstream import finetune_descendant  # torch, timm and deepspeed, as below
+def descend(action: DescendRun) -> None:
+    """Prints the best path of a finished run."""
+    run = FinishedRun.open(action.run, budget=action.budget)
+    from lgp_dist.commands.descendants import choice_text, choose_of_run  # torch and timm
 
-    finetune_descendant(action.folder, action.config)
-
-
-def _descend(action: DescendRun) -> None:
-    from lgp_dist.commands.finished import (  # torch and timm, which `lgp --help` must not wait for
-        choice_text,
-        choose_of_run,
-    )
-
-    row = choose_of_run(action.run, action.budget, plot=action.plot)
+    row = choose_of_run(run, action.budget, plot=action.plot)
     text = json.dumps(row, indent=2) if action.json else choice_text(action.run, row, plot=action.plot)
     sys.stdout.write(text + "\n")
 
 
-def _export(action: ExportRun) -> None:
-    from lgp_dist.commands.finished import export_of_run  # as above
-
+def export(action: ExportRun) -> None:
+    """Writes a path of a finished run as a folder."""
+    if action.out.exists() and (not action.out.is_dir() or any(action.out.iterdir())):
+        raise UserError(f"{action.out} is there already: choose another --out, or remove it.")
     settings = ExportConfig(path=action.path, formats=action.formats, images=action.images)
-    sys.stdout.write(export_of_run(action.run, action.out, settings, action.data) + "\n")
+    run = FinishedRun.open(action.run, export=settings)
+    config = replace(run.config, engine=replace(run.config.engine, device="auto"))
+    if action.data:
+        config = replace(config, data=replace(config.data, root=action.data))
+    from lgp_dist.commands.descendants import export_of_run  # torch and timm
+
+    sys.stdout.write(export_of_run(replace(run, config=config), action.out) + "\n")
 
 
-OF_A_RUN: dict[str, tuple[type, Callable[..., None]]] = {
-    "descend": (DescendRun, _descend),
-    "export": (ExportRun, _export),
-}
-"""Stage's command -> what it takes in place of a recipe, and what that calls."""
+def finetune_descendant(action: Downstream) -> None:
+    """Trains an exported descendant on another data set."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        from lgp_dist.commands.exported import completed  # libraries of remote shards
 
+        completed(action.folder, action.config)
+    from lgp_dist.commands import downstream  # torch, timm and deepspeed
 
-def of_a_run(arguments: Sequence[str]) -> bool:
-    """Does what the arguments ask of a run directory; False where they name a recipe, or another command."""
-    command, *rest = arguments or [""]
-    if command not in OF_A_RUN or not rest or rest[0] in RECIPES or rest[0].startswith("-"):
-        return False
-    kind, call = OF_A_RUN[command]
-    action = tyro.cli(kind, prog=f"lgp {command}", args=rest, registry=REGISTRY)
-    guarded(lambda: call(action), action.debug, str(action.run))
-    return True
+    downstream.finetune_descendant(action.folder, action.config)

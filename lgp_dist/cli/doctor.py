@@ -1,16 +1,26 @@
-"""`lgp doctor`: what it prints."""
+"""`lgp doctor`."""
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 
-def run_doctor(data: str, as_json: bool) -> None:
+@dataclass(frozen=True)
+class Doctor:
+    """Say what this machine lacks for training; status 1 if it lacks something."""
+
+    data: str = ""
+    """A data.root to reach, as folder or address."""
+    json: bool = False
+    """Print a list of objects."""
+
+
+def run_doctor(action: Doctor) -> None:
     """Prints every finding; ends with 1 where something is to do."""
-    from lgp_dist.commands.doctor import examine  # the data's libraries, which `lgp --help` must not wait for
+    from lgp_dist.commands.doctor import examine  # libraries of remote shards
 
-    findings = examine(data)
-    if as_json:
+    findings = examine(action.data)
+    if action.json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
     else:
         for finding in findings:

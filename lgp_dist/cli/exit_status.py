@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 from lgp_dist.engine.watch.signals import asked_before
 from lgp_dist.errors import INTERRUPTED, PREEMPTED, USER, Preempted, UserError
@@ -21,10 +22,13 @@ PATIENCE_S = 15.0
 """How long a rank leaves the word to another that failed first, seconds."""
 
 
-def guarded(call: Callable[[], None], debug: bool, run_dir: str = "") -> None:
-    """Turns what a person can put right into one sentence and status 2."""
+Result = TypeVar("Result")
+
+
+def guarded(call: Callable[[], Result], debug: bool, run_dir: str = "") -> Result:
+    """What the call returns; what a person can put right becomes one sentence and status 2."""
     try:
-        call()
+        return call()
     except UserError as error:
         _fail(error, str(error), debug)
     except Preempted as stop:
@@ -51,7 +55,7 @@ def _give_way(error: Exception) -> None:
     time.sleep(PATIENCE_S)
 
 
-def _fail(error: Exception, sentence: str, debug: bool) -> None:
+def _fail(error: Exception, sentence: str, debug: bool) -> NoReturn:
     """Says it once: rank 0 at once; another rank waits, and is ended by the launcher if rank 0 has failed too."""
     if int(os.environ.get("RANK", "0")):
         _give_way(error)
@@ -60,7 +64,7 @@ def _fail(error: Exception, sentence: str, debug: bool) -> None:
     _leave(sentence, USER)
 
 
-def _leave(sentence: str, status: int) -> None:
+def _leave(sentence: str, status: int) -> NoReturn:
     rank = int(os.environ.get("RANK", "0"))
     with contextlib.suppress(OSError):  # a terminal that is gone does not change the status
         sys.stderr.write(f"lgp: {sentence}\n" if rank == 0 else f"lgp (rank {rank}): {sentence}\n")

@@ -5,15 +5,16 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig
+from lgp_dist.engine.launch.file import read_launch_file
 from lgp_dist.errors import UserError
 from lgp_dist.paths.space import space_of
-from lgp_dist.recipes import RECIPES
+from lgp_dist.recipes import recipe_of
 
 if TYPE_CHECKING:
     from lgp_dist.engine.launch.check import Demand, Report
@@ -26,8 +27,6 @@ BYTES_PER_PARAMETER = 12
 class Check:
     """Check a launch file and print what each node will run; status 2 where something is wrong."""
 
-    verb: Annotated[Literal["check"], tyro.conf.Positional]
-    """What to do with the file."""
     file: Annotated[Path, tyro.conf.Positional]
     """An accelerate file, such as launch_configs/multinode.yaml."""
     nodes: int | None = None
@@ -55,13 +54,14 @@ class Check:
 
 
 def run_launch(action: Check) -> None:
-    """Does what the arguments ask for."""
-    from lgp_dist.engine.launch.check import check_file  # torch, accelerate and deepspeed, as elsewhere
+    """Prints what each node will run, notes and problems; UserError where there are problems."""
+    config = _recipe(action)
+    read_launch_file(action.file)
+    from lgp_dist.engine.launch.check import check_file  # torch, accelerate and deepspeed
     from lgp_dist.engine.launch.plan import Given
 
-    demand, config = _demand(action)
     given = Given(action.nodes, action.processes, action.rank, action.address, action.port, action.zero_stage)
-    report = check_file(action.file, given, demand, here=not action.elsewhere)
+    report = check_file(action.file, given, _demand(action, config), here=not action.elsewhere)
     if config is not None and report.nodes and not action.elsewhere:
         problems, notes = _data(config, report.nodes[0].world)
         report = replace(report, problems=report.problems + problems, notes=report.notes + notes)
@@ -73,29 +73,31 @@ def run_launch(action: Check) -> None:
         raise UserError(f"{action.file} has {len(report.problems)} problem(s), listed above: put them right first.")
 
 
-def _demand(action: Check) -> "tuple[Demand, RunConfig | None]":
-    """What the recipe asks for, and the recipe."""
+def _recipe(action: Check) -> RunConfig | None:
+    """The recipe to run, if one is named."""
+    if not action.recipe:
+        return None
+    config = replace(recipe_of(action.recipe), run_dir=action.run_dir)
+    return replace(config, data=replace(config.data, root=action.data or config.data.root))
+
+
+def _demand(action: Check, config: RunConfig | None) -> "Demand":
+    """What the recipe needs of the launch."""
     from lgp_dist.engine.launch.check import Demand
 
-    if not action.recipe:
-        return Demand(run_dir=Path(action.run_dir) if action.run_dir else None), None
-    if action.recipe not in RECIPES:
-        raise UserError(f"--recipe names {action.recipe!r}, which is none: choose from {', '.join(RECIPES)}.")
-    config = replace(RECIPES[action.recipe](), run_dir=action.run_dir)
-    if action.data:
-        config = replace(config, data=replace(config.data, root=action.data))
+    if config is None:
+        return Demand(run_dir=Path(action.run_dir) if action.run_dir else None)
     copies = config.checkpoint.keep + 2  # the best measured, and the one that is being written
     options = [
         f"--{name}={value}" for name, value in (("data.root", action.data), ("run-dir", action.run_dir)) if value
     ]
-    demand = Demand(
+    return Demand(
         engine=config.engine,
         train=config.finetune.train,
         arguments=("run", action.recipe, *options),
         run_dir=Path(config.directory),
         run_bytes=space_of(config).stored_params * BYTES_PER_PARAMETER * copies,
     )
-    return demand, config
 
 
 def _data(config: RunConfig, world: int) -> tuple[list[str], list[str]]:

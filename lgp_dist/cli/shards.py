@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from lgp_dist.data.build.options import BuildOptions
+from lgp_dist.data.build.options import BuildOptions, Layout
 from lgp_dist.errors import UserError
 
 
@@ -17,7 +17,7 @@ from lgp_dist.errors import UserError
 class Build(BuildOptions):
     """Make shards of a data set; after an interruption, the same command goes on."""
 
-    layout: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="LAYOUT")] = tyro.MISSING
+    layout: Annotated[Layout, tyro.conf.Positional] = tyro.MISSING
     """imagefolder, imagenet (the official tars), kaggle, parquet (the hub's files), webdataset or fashion-mnist."""
     out: Path = tyro.MISSING
     """Folder to make; must not exist, or be empty."""
@@ -73,26 +73,18 @@ class Reshard(BuildOptions):
     """Folder to make; must not exist, or be empty."""
 
 
-ShardsAction = Annotated[
-    Annotated[Build, tyro.conf.subcommand("build", prefix_name=False)]
-    | Annotated[Index, tyro.conf.subcommand("index", prefix_name=False)]
-    | Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)]
-    | Annotated[Show, tyro.conf.subcommand("show", prefix_name=False)]
-    | Annotated[Reshard, tyro.conf.subcommand("reshard", prefix_name=False)],
-    tyro.conf.arg(name=""),
-]
+SHARDS = {"build": Build, "index": Index, "verify": Verify, "show": Show, "reshard": Reshard}
+"""Action -> its arguments."""
 
 
 def run_shards(action: Build | Index | Verify | Show | Reshard) -> None:
     """Does what the arguments ask for."""
-    from lgp_dist.data.build import build  # webdataset and torch, as above
-    from lgp_dist.data.shards import index, show, verify
+    if isinstance(action, Build | Reshard):
+        _build(action)
+        return
+    from lgp_dist.data.shards import index, show, verify  # NumPy and the decoders
 
-    if isinstance(action, (Build, Reshard)):
-        layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.layout, action.source)
-        manifest = build.build_shards(layout, root, action.out, action)
-        sys.stdout.write(show.describe(show.summarise(manifest)) + "\n")
-    elif isinstance(action, Index):
+    if isinstance(action, Index):
         index.index_shards(action.root)
     elif isinstance(action, Show):
         manifest = index.ShardManifest.load(action.root)
@@ -108,3 +100,12 @@ def run_shards(action: Build | Index | Verify | Show | Reshard) -> None:
             sys.stdout.write(verify.table(problems))
             raise UserError(verify.summary(action.root, problems))
         sys.stdout.write(f"{action.root}: every shard and image is whole\n")
+
+
+def _build(action: Build | Reshard) -> None:
+    from lgp_dist.data.build import build  # webdataset, which imports torch
+    from lgp_dist.data.shards import show
+
+    layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.layout, action.source)
+    manifest = build.build_shards(layout, root, action.out, action)
+    sys.stdout.write(show.describe(show.summarise(manifest)) + "\n")

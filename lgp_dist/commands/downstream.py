@@ -1,7 +1,6 @@
 """`lgp finetune-descendant`: a descendant trained on another data set, with a new head, as a folder again."""
 
 import copy
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,9 @@ import timm
 from torch import nn
 
 import lgp_dist.timm_models  # noqa: F401  makes stitched paths known to timm
+from lgp_dist.commands.exported import completed, read_config
 from lgp_dist.config.budget import Budget
-from lgp_dist.config.run_config import ModelConfig, RunConfig
-from lgp_dist.data.remote.roots import load_manifest
+from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.loop import TrainingPlan
 from lgp_dist.errors import UserError
@@ -48,48 +47,6 @@ def finetune_descendant(folder: Path, config: RunConfig) -> None:
         images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
         check_batch(config.finetune.train, workers.world, images, "train.")
         recorded(config, directory, workers, STAGE, lambda context: _work(context, folder, manifest.classes))
-
-
-def completed(folder: Path, config: RunConfig) -> RunConfig:
-    """The settings with input, normalisation and shape of an exported folder, and its weights as what they begin with.
-
-    UserError where the folder or the shards do not say what is needed, or the new folder is there already.
-    """
-    described, done = read_config(folder), Path(config.directory) / "export"
-    shape, trained = described["lgp"]["shape"], described["pretrained_cfg"]
-    if done.exists():
-        raise UserError(f"{done} is there already: choose another --out, or remove it.")
-    data = replace(
-        config.data,
-        image_size=shape["image_size"],
-        channels=shape["channels"],
-        mean=tuple(trained["mean"]),
-        std=tuple(trained["std"]),
-        interpolation=trained["interpolation"],
-        crop_pct=trained["crop_pct"],
-    )
-    classes = data.num_classes or len(load_manifest(data).classes)
-    if not classes:
-        raise UserError(f"The manifest of {data.root} names no classes: say how many there are with --num-classes.")
-    return replace(
-        config,
-        data=replace(data, num_classes=classes),
-        model=ModelConfig(patch_size=shape["patch_size"]),
-        finetune=replace(config.finetune, weights=str(folder / "model.safetensors")),
-    )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of an exported descendant; UserError where the folder has none."""
-    path = folder / "config.json"
-    try:
-        described = json.loads(path.read_text())
-        described["lgp"]["shape"], described["lgp"]["measured"], described["pretrained_cfg"]["mean"]  # noqa: B018
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} does not describe an exported descendant ({error}): name a folder that `lgp export` wrote."
-        ) from None
-    return described
 
 
 def new_headed(folder: Path, classes: int) -> nn.Module:

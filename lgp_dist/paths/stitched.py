@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from lgp_dist.config.ranges import check_value
 from lgp_dist.config.run_config import RunConfig, StitchSharing
-from lgp_dist.errors import UserError
+from lgp_dist.errors import UserError, nearest
 
 MLP_RATIO = 4
 NORM_FLOPS = 5
@@ -55,7 +55,8 @@ def by_key(paths: Collection[Kind], key: str) -> Kind:
     """The path of that key; UserError where there is none."""
     known = {path.key: path for path in paths}
     if key not in known:
-        raise UserError(f"The pool has no path {key!r}: `lgp paths` lists its {len(known)} keys.")
+        advice = nearest(key, known, f"the first is {next(iter(known))}")
+        raise UserError(f"The pool has no path {key!r}: {advice}; `lgp paths` lists its {len(known)} keys.")
     return known[key]
 
 

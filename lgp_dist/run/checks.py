@@ -1,12 +1,11 @@
 """Settings that would train wrongly or fail late, refused before anything starts."""
 
-import difflib
 import re
 
 from lgp_dist.config.flat import STAGES, flatten
 from lgp_dist.config.ranges import check_data, check_ranges
 from lgp_dist.config.run_config import RunConfig
-from lgp_dist.errors import UserError
+from lgp_dist.errors import UserError, nearest
 from lgp_dist.paths.space import Space, space_of
 
 SOURCES = ("ancestry.weights", "finetune.weights", "finetune.costs")
@@ -120,8 +119,9 @@ def _check_only(only: tuple[str, ...], space: Space) -> None:
     known = {path.key for path in space.paths}
     for key in only:
         if key not in known:
+            advice = nearest(key, known, f"the first is {space.paths[0].key}")
             raise UserError(
-                f"finetune.only names {key!r}, which the pool does not have: `lgp paths` lists its {len(known)} keys."
+                f"finetune.only names {key!r}, which the pool does not have: {advice}; `lgp paths` lists them."
             )
         if only.count(key) > 1:
             raise UserError(f"finetune.only names {key!r} {only.count(key)} times: name each path once.")
@@ -153,6 +153,5 @@ def _check_allowed(config: RunConfig) -> None:
     for key in config.allow_change:
         same = re.sub(r"^model\.rows\.\d+\.", "model.rows.0.", key)  # the checkpoint may have more rows
         if same not in known and not (renamed and key.startswith("data.")):  # and its splits other names
-            near = difflib.get_close_matches(key, sorted(known), 1)
-            advice = f"take {near[0]}" if near else "config.json of the run directory lists them"
+            advice = nearest(key, sorted(known), "config.json of the run directory lists them")
             raise UserError(f"allow_change names {key!r}, which is no setting: {advice}.")

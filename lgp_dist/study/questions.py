@@ -1,10 +1,11 @@
 """The questions of `lgp study`: each compares variants, and a variant is a change of a run's configuration."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
 from lgp_dist.config.run_config import RunConfig, StitchInit
+from lgp_dist.errors import UserError, nearest
 from lgp_dist.recipes import RECIPES
 from lgp_dist.study.settings import changed_values, with_values
 
@@ -228,3 +229,14 @@ ANCESTRY = Question(
 SYSTEMS = systems(("snnet_tiny", "tiny", "sws_tiny", "vanilla_tiny", "scratch_tiny"), "snnet_tiny")
 
 QUESTIONS = {question.name: question for question in (STITCH_INIT, ROWS, POLICY, INSTANCES, ANCESTRY, SYSTEMS)}
+
+
+def with_variants(question: Question, names: Sequence[str]) -> Question:
+    """The question with its reference and these variants only, all if none is named; UserError for an unknown name."""
+    known = [variant.name for variant in question.variants]
+    for name in names:
+        if name not in known:
+            advice = nearest(name, known, f"choose from {', '.join(known)}")
+            raise UserError(f"--variants names {name!r}, which study {question.name} does not have: {advice}.")
+    kept = [each for each in question.variants if not names or each.name in (question.reference, *names)]
+    return replace(question, variants=tuple(kept))

@@ -15,7 +15,7 @@ from lgp_dist.report.compare import System, compare_figure, variants_figure
 from lgp_dist.report.plots import save_figure
 from lgp_dist.run.provenance import environment
 from lgp_dist.run.text_table import markdown_table
-from lgp_dist.study.questions import QUESTIONS, Question
+from lgp_dist.study.questions import Question
 from lgp_dist.study.results import (
     MEASURES,
     PAIRED,
@@ -35,33 +35,15 @@ from lgp_dist.study.trials import Trial, trials_of
 Say = Callable[[str], None]
 
 
-def study(
-    name: str, base: RunConfig, seeds: Sequence[int], out: Path, jobs: int, variants: Sequence[str], say: Say
-) -> str:
+def study(question: Question, base: RunConfig, seeds: Sequence[int], out: Path, jobs: int, say: Say) -> str:
     """Runs a question's trials that are not complete, writes study.json, table.md and figures into `out`; the tables.
 
-    name: of QUESTIONS. base: a recipe with the settings that all variants change. variants: names, empty for all; the
-    reference always runs. UserError for what a person can correct.
+    base: a recipe with the settings that all variants change. UserError for what a person can correct.
     """
-    if jobs < 1:
-        raise UserError(f"--jobs is {jobs}, but must be 1 or more: choose another value.")
-    question = with_variants(QUESTIONS[name], variants)
     trials = [replace(trial, sources=sources_of(trial.config)) for trial in trials_of(question, base, seeds, out)]
     out.mkdir(parents=True, exist_ok=True)
     run_trials(trials, is_done, out, jobs, question.ranks, say)
     return publish(question, trials, out)
-
-
-def with_variants(question: Question, names: Sequence[str]) -> Question:
-    """The question with its reference and these variants only, all if none is named; UserError for an unknown name."""
-    known = [variant.name for variant in question.variants]
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"--variants names {name!r}, but study {question.name} has {', '.join(known)}: choose of these."
-            )
-    kept = [each for each in question.variants if not names or each.name in (question.reference, *names)]
-    return replace(question, variants=tuple(kept))
 
 
 def sources_of(config: RunConfig) -> dict[str, str]:

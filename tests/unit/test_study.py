@@ -6,21 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tyro
 from run_helpers import has
 from scipy import stats
 
-from lgp_dist.cli.recipe import Recipe
+from lgp_dist.cli import COMMANDS, GROUPS
+from lgp_dist.cli.parse import parse
 from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.recipes import RECIPES, one_path_a_step, pool12, snnet_tiny, tiny, tiny_paper
 from lgp_dist.run.checks import check_config
-from lgp_dist.study.questions import QUESTIONS, systems
+from lgp_dist.study.questions import QUESTIONS, systems, with_variants
 from lgp_dist.study.results import layer_fits, measures, row_checks, summary
 from lgp_dist.study.settings import arguments, changed_values, with_values
 from lgp_dist.study.statistics import T_95, difference, estimate
-from lgp_dist.study.study import with_variants
 from lgp_dist.study.trials import Trial, donor_of, link_stages, shared_stages, trials_of
 
 VARIANTS = [(name, variant) for name, question in QUESTIONS.items() for variant in question.variants]
@@ -39,7 +38,7 @@ def test_a_variant_is_a_command_that_a_person_can_type(question: str, variant: A
     started = replace(base(), run_dir="some where/else", trackers=())
     found = next(trial for trial in trials(question, base=started) if trial.variant == variant and trial.seed == 1)
     check_config(found.config)
-    read = tyro.cli(Recipe, args=arguments(found.config), config=(tyro.conf.CascadeSubcommandArgs,))
+    read = parse(["run", *arguments(found.config)], COMMANDS, GROUPS).arguments
     assert read == found.config
     assert read.run_dir == f"out/{variant.name}/seed1" and read.seed == 1
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from lgp_dist.data.build.fashion import DEFAULT_SOURCE, fashion_mnist
 from lgp_dist.data.build.folders import image_folder, kaggle
 from lgp_dist.data.build.from_webdataset import web_dataset
 from lgp_dist.data.build.imagenet import official
-from lgp_dist.data.build.options import BuildOptions
+from lgp_dist.data.build.options import BuildOptions, Layout
 from lgp_dist.data.build.parquet import parquet
 from lgp_dist.data.build.source import Item, Source
 from lgp_dist.data.build.write import write_shard
@@ -31,7 +32,7 @@ from lgp_dist.data.shards.sizes import check_shrink
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic, write_json
 
-LAYOUTS = ("imagefolder", "imagenet", "kaggle", "parquet", "webdataset", "fashion-mnist")
+LAYOUTS = get_args(Layout)
 """What `open_source` knows."""
 
 

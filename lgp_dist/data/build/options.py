@@ -1,6 +1,10 @@
 """How images are laid out in shards: the options of `lgp shards build` and `reshard`."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["imagefolder", "imagenet", "kaggle", "parquet", "webdataset", "fashion-mnist"]
+"""How a source's images lie."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""`lgp STAGE RECIPE`, `lgp run RECIPE` and `lgp paths RECIPE`."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lgp_dist.cli.parse import Command
+from lgp_dist.cli.recipe import Recipe
+from lgp_dist.config.flat import STAGES
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.engine.checkpoints.manifest import read_manifest
+from lgp_dist.errors import UserError, nearest
+from lgp_dist.paths.space import space_of
+from lgp_dist.run.checks import check_config
+from lgp_dist.run.text_table import text_table
+
+SUMMARIES = {
+    "ancestry": "Train or load the frozen teacher.",
+    "distil": "Distil the ancestry into the rows of the pool.",
+    "pool": "Join the rows by stitch layers and initialise these.",
+    "finetune": "Train all paths, each rank on a path of its own.",
+    "evaluate": "Measure accuracy and cost of every path.",
+    "descend": "Choose the best path within a budget.",
+    "export": "Write a path as a standalone model.",
+    "run": "All of these in order, skipping those that are complete.",
+}
+"""A line for each stage's command."""
+
+RESUME = ("auto", "latest", "never")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """List a pool's paths and what each costs, without training."""
+
+    recipe: Recipe
+    json: bool = False
+    """Print a list of objects with the fields of paths.json."""
+
+
+def stage_commands(of_a_run: Mapping[str, Command]) -> dict[str, Command]:
+    """A command for each stage, and for all; of_a_run: what one does with a run directory in place of a recipe."""
+    stages = {name: (name,) for name in STAGES} | {"run": STAGES}
+    return {
+        name: Command(RunConfig, _running(stages[name]), summary, otherwise=of_a_run.get(name))
+        for name, summary in SUMMARIES.items()
+    }
+
+
+def _running(stages: tuple[str, ...]) -> Callable[[RunConfig], None]:
+    def run(config: RunConfig) -> None:
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # ranks of a launch join first, so that all of them end
+            check_start(config)
+        from lgp_dist.pipeline import run_stages  # torch, timm and deepspeed: 10 s
+
+        run_stages(config, stages)
+
+    return run
+
+
+def check_start(config: RunConfig) -> None:
+    """UserError for what can be known before torch is imported: settings, checkpoint, shards and run directory."""
+    check_config(config)
+    if config.resume not in RESUME:
+        if not Path(config.resume).is_dir():
+            advice = nearest(config.resume, RESUME, "name one such as step-00000500")
+            raise UserError(
+                f"--resume is {config.resume!r}, which is no checkpoint and none of auto, latest and never: {advice}."
+            )
+        read_manifest(Path(config.resume))
+    if "://" not in config.data.root:
+        ShardManifest.load(config.data.root)
+    folder = Path(config.directory)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"The run directory {folder} cannot be made in {there}: choose another with --run-dir.")
+
+
+def list_paths(action: Paths) -> None:
+    """Prints the paths from cheap to dear."""
+    space = space_of(action.recipe)
+    rows = sorted((space.describe(path) for path in space.paths), key=lambda row: row["flops"])
+    if action.json:
+        unmeasured = [{**row, "top1": None, "top5": None} for row in rows]
+        sys.stdout.write(json.dumps(unmeasured, indent=2) + "\n")
+        return
+    lines = [
+        [row["key"], str(row["low"]), str(row["high"])]
+        + [f"{row[name] / unit:.2f}" for name, unit in (("params", 1e6), ("params_paper", 1e6), ("flops", 1e9))]
+        for row in rows
+    ]
+    table = text_table(["key", "low", "high", "params M", "paper M", "GFLOPs"], lines)
+    total = f"{len(rows)} paths, {len(space.stitch_widths)} stitch layers, {space.stored_params / 1e6:.2f} M stored"
+    sys.stdout.write(f"{table}\n{total}\n")

@@ -1,0 +1,68 @@
+"""`lgp descend RUN` and `lgp export RUN`: the best path of a finished run within a budget, and any path as a folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lgp_dist.commands.finished import FinishedRun
+from lgp_dist.config.budget import Budget
+from lgp_dist.engine.workers import Workers
+from lgp_dist.export.choice import choose, limits_of
+from lgp_dist.export.folder import told
+from lgp_dist.export.latency import NAME, LatencyFile, with_path_latencies
+from lgp_dist.files import replace_folder
+from lgp_dist.paths.space import heads_of, space_of
+from lgp_dist.report.choice import choice_figure
+from lgp_dist.report.plots import save_figure
+from lgp_dist.report.rows import amount
+from lgp_dist.run.artifacts import RunDirectory
+from lgp_dist.run.provenance import git_commit
+from lgp_dist.stages import export
+from lgp_dist.stages.context import Context
+
+
+def choose_of_run(run: FinishedRun, budget: Budget, *, plot: bool) -> dict[str, Any]:
+    """The row of the best path of a run within a budget, with its latency, as paths.json and `with_latencies` have it.
+
+    Latencies are measured for all paths where a limit or a plot needs them, else for the choice alone, and kept in
+    RUN/latency.json. plot: also writes RUN/descend.png and descend.svg.
+    """
+    space, heads = space_of(run.config), heads_of(run.config)
+    file = LatencyFile(run.root / NAME, run.evaluated.record["inputs"]["finetune"])
+    rows = json.loads((run.evaluated.folder / "paths.json").read_text())
+
+    def timed(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return with_path_latencies(some, space, heads, budget, file)
+
+    if plot or budget.max_latency_ms:
+        rows = timed(rows)
+    chosen = choose(rows, budget, "--")
+    if plot:
+        save_figure(choice_figure(rows, chosen, limits_of(budget)), run.root / "descend")
+    return chosen if "latency_ms" in chosen else timed([chosen])[0]
+
+
+def choice_text(run: Path, row: dict[str, Any], *, plot: bool) -> str:
+    """What a person is told of the choice."""
+    lines = [
+        f"{row['key']}: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %",
+        f"  weighs  {amount(row['params'])} parameters",
+        f"  costs   {amount(row['flops'])} multiply-adds an image",
+        f"  takes   {row['latency_ms']:.3f} ms (median; a tenth of the measurements below {row['latency_low_ms']:.3f}, "
+        f"a tenth above {row['latency_high_ms']:.3f})",
+        f"          on {row['latency_on']}",
+    ]
+    if plot:
+        lines.append(f"  drawn   in {run / 'descend.png'} and descend.svg")
+    return "\n".join([*lines, f"To write it: lgp export {run} --path {row['key']} --out FOLDER"])
+
+
+def export_of_run(run: FinishedRun, out: Path) -> str:
+    """Writes the path that run.config.export names as a descendant's folder, and says so."""
+    workers = Workers.start(run.config.engine)
+    context = Context(run.config, RunDirectory(run.root, run.sources), workers, git_commit())
+    key = run.config.export.path
+    replace_folder(out, lambda folder: export.fill(context, key, folder))
+    workers.close()
+    verdict = json.loads((out / "verify.json").read_text())
+    return "\n  ".join([f"{out}: {key}; README.md in it says how to load it", *told(verdict)])

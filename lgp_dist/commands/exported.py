@@ -1,0 +1,52 @@
+"""An exported descendant as the start of a run on another data set. Needs no torch: the command line reads it first."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lgp_dist.config.run_config import ModelConfig, RunConfig
+from lgp_dist.data.remote.roots import load_manifest
+from lgp_dist.errors import UserError
+
+
+def completed(folder: Path, config: RunConfig) -> RunConfig:
+    """The settings with input, normalisation and shape of an exported folder, and its weights as what they begin with.
+
+    UserError where the folder or the shards do not say what is needed, or the new folder is there already.
+    """
+    described, done = read_config(folder), Path(config.directory) / "export"
+    shape, trained = described["lgp"]["shape"], described["pretrained_cfg"]
+    if done.exists():
+        raise UserError(f"{done} is there already: choose another --out, or remove it.")
+    data = replace(
+        config.data,
+        image_size=shape["image_size"],
+        channels=shape["channels"],
+        mean=tuple(trained["mean"]),
+        std=tuple(trained["std"]),
+        interpolation=trained["interpolation"],
+        crop_pct=trained["crop_pct"],
+    )
+    classes = data.num_classes or len(load_manifest(data).classes)
+    if not classes:
+        raise UserError(f"The manifest of {data.root} names no classes: say how many there are with --num-classes.")
+    return replace(
+        config,
+        data=replace(data, num_classes=classes),
+        model=ModelConfig(patch_size=shape["patch_size"]),
+        finetune=replace(config.finetune, weights=str(folder / "model.safetensors")),
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of an exported descendant; UserError where the folder has none."""
+    path = folder / "config.json"
+    try:
+        described = json.loads(path.read_text())
+        described["lgp"]["shape"], described["lgp"]["measured"], described["pretrained_cfg"]["mean"]  # noqa: B018
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} does not describe an exported descendant ({error}): name a folder that `lgp export` wrote."
+        ) from None
+    return described
