@@ -13,12 +13,12 @@ from lgp_dist.cli.launch import Check, run_launch
 from lgp_dist.cli.parse import Command, parse
 from lgp_dist.cli.shards import SHARDS, run_shards
 from lgp_dist.cli.stages import SUMMARIES, Paths, list_paths, stage_commands
-from lgp_dist.cli.study import Report, Study, run_report, run_study
+from lgp_dist.cli.study import ReportRuns, Study, run_report, run_study
 
 COMMANDS = {
     **stage_commands({"descend": Command(DescendRun, descend), "export": Command(ExportRun, export)}),
     "finetune-descendant": Command(Downstream, finetune_descendant),
-    "report": Command(Report, run_report),
+    "report": Command(ReportRuns, run_report),
     "doctor": Command(Doctor, run_doctor),
     "launch check": Command(Check, run_launch),
     "paths": Command(Paths, list_paths),
@@ -35,7 +35,7 @@ GROUPS = {
         "descend RUN": DescendRun.__doc__,
         "export RUN": ExportRun.__doc__,
         "finetune-descendant": Downstream.__doc__,
-        "report": Report.__doc__,
+        "report": ReportRuns.__doc__,
     },
     "Before a run:": {
         "doctor": Doctor.__doc__,

@@ -32,7 +32,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportRuns:
     """Compare finished runs: one table, one figure."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
@@ -60,7 +60,7 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def run_report(action: Report) -> None:
+def run_report(action: ReportRuns) -> None:
     """Prints one table of all runs and draws one figure."""
     for run in action.runs:
         check_run(Path(run))

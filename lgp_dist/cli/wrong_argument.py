@@ -11,7 +11,7 @@ from lgp_dist.config.flat import flatten
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
 
-KINDS = {"INT": "whole number", "FLOAT": "number", "AMOUNT": "number, such as 1500000, 1.5e6, 10M or 2G"}
+KINDS = {"INT": "whole number", "FLOAT": "number", "AMOUNT": "number that may end in k, M, G or T"}
 """tyro's name of a type, as a sentence has it."""
 
 
@@ -80,6 +80,7 @@ def _wrong_value(argument: Any, words: Sequence[str]) -> str:
     wanted = f"a {kind}" if count == 1 else f"{count if isinstance(count, int) else ''} {kind}s".strip()
     default = argument.field.default
     example = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    example = "10M" if argument.lowered.metavar == "AMOUNT" else example
     advice = "write one" if default in (tyro.MISSING, None, "", ()) else f"write, for example, {example}"
     given = _given(name, words)
     return f"{name} {f'is {given!r}' if given else 'has no value'}, but takes {wanted}: {advice}."

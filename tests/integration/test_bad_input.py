@@ -40,16 +40,6 @@ def option(key: str, value: str) -> str:
 # The command line
 
 
-def test_unknown_recipe(lgp: Lgp) -> None:
-    result = lgp("distil", "tyny")
-    assert result.status == 2 and "tyny" in result.err and "tiny" in result.err.replace("tyny", "")
-
-
-def test_unknown_override(lgp: Lgp) -> None:
-    result = lgp("distil", "tiny", "--distil.alhpa", "0.3")
-    assert result.status == 2 and "--distil.alhpa" in result.err and "--distil.alpha" in result.err
-
-
 def test_debug_shows_the_traceback(lgp: Lgp, place: Path) -> None:
     result = lgp("distil", *SMALL, "--debug")
     assert result.status == 2 and "Traceback" in result.err and "UserError" in result.err
@@ -285,7 +275,11 @@ def test_failed_write_gives_its_space_back(lgp: Lgp, mount: object) -> None:
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("arguments", [SMALL, ("pool12", "--run-dir=run")], ids=["override", "recipe"])
+@pytest.mark.parametrize(
+    "arguments",
+    [SMALL, ("pool12", "--run-dir=run", "--data.root=shards", "--data.val-split=test")],
+    ids=["override", "recipe"],
+)
 def test_gpu_recipe_without_gpu(lgp: Lgp, place: Path, arguments: tuple[str, ...]) -> None:
     sentence = lgp("run", *arguments, *(["--engine.device=cuda"] if arguments is SMALL else [])).sentence
     has(sentence, "engine.device cuda", "--engine.device cpu")
