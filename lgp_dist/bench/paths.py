@@ -17,7 +17,8 @@ from lgp_dist.files import write_json
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.build import ancestry_vit
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths.space import Space, heads_of, space_of
+from lgp_dist.paths.path import Space
+from lgp_dist.paths.space import heads_of, space_of
 from lgp_dist.run.checks import check_config
 
 WARM_UP = 1

@@ -14,8 +14,9 @@ from lgp_dist.engine.workers import autocast, choose_attention
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.build import ancestry_vit
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.paths.path import Path
 from lgp_dist.paths.space import heads_of
-from lgp_dist.paths.stitched import Path, PathSpace
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.run.checks import check_config
 from lgp_dist.tasks.losses import soft_cross_entropy
 

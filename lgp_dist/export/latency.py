@@ -17,7 +17,7 @@ from lgp_dist.config.budget import Budget
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_json
 from lgp_dist.models.descendant import empty_descendant
-from lgp_dist.paths.space import Space
+from lgp_dist.paths.path import Space
 from lgp_dist.run.provenance import processor
 
 NAME = "latency.json"

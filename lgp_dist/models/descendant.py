@@ -14,8 +14,9 @@ from lgp_dist.config.run_config import DataConfig
 from lgp_dist.models.pool import LearngenePool, row_vit
 from lgp_dist.models.stitch import StitchLayer
 from lgp_dist.models.vit import classify, embed, split_vit
-from lgp_dist.paths.space import AnyPath, Space, space_from
-from lgp_dist.paths.stitched import Path, PathSpace
+from lgp_dist.paths.path import Path, Space
+from lgp_dist.paths.space import space_from
+from lgp_dist.paths.stitched import PathSpace
 
 
 class StitchedViT(nn.Module):
@@ -53,7 +54,7 @@ class StitchedViT(nn.Module):
         return run(self.high, self.stitch(run(self.low, embed(self.stem, images))))
 
 
-def empty_descendant(space: Space, heads: tuple[int, ...], path: AnyPath) -> VisionTransformer | StitchedViT:
+def empty_descendant(space: Space, heads: tuple[int, ...], path: Path) -> VisionTransformer | StitchedViT:
     """A model of the path's shape: a stock timm ViT for a row alone, a `StitchedViT` for a stitched path."""
     if path.stitch is None:
         return row_vit(space, path.first_row, heads)
@@ -61,14 +62,14 @@ def empty_descendant(space: Space, heads: tuple[int, ...], path: AnyPath) -> Vis
 
 
 @torch.no_grad()
-def descendant_from_path(pool: LearngenePool, heads: tuple[int, ...], path: AnyPath) -> VisionTransformer | StitchedViT:
+def descendant_from_path(pool: LearngenePool, heads: tuple[int, ...], path: Path) -> VisionTransformer | StitchedViT:
     """The path's model with copies of the pool's weights, in eval mode; its logits equal the path's bit for bit."""
     model = empty_descendant(pool.space, heads, path)
     model.load_state_dict(copy.deepcopy(descendant_state(pool, path)), strict=True)
     return model.eval()
 
 
-def descendant_state(pool: LearngenePool, path: AnyPath) -> dict[str, Tensor]:
+def descendant_state(pool: LearngenePool, path: Path) -> dict[str, Tensor]:
     """The path's weights under the names of its standalone model."""
     if path.stitch is None:
         return pool.row_state(path.first_row)
@@ -160,7 +161,7 @@ def exported_config(
 
 
 def timm_config(
-    space: Space, heads: tuple[int, ...], path: AnyPath, data: DataConfig, classes: tuple[str, ...] = ()
+    space: Space, heads: tuple[int, ...], path: Path, data: DataConfig, classes: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """config.json of an exported path.
 

@@ -18,7 +18,7 @@ from lgp_dist.models.fused import fused_block, stitch
 from lgp_dist.models.stitch import StitchLayer
 from lgp_dist.models.vit import build_vit, classify, embed, split_vit
 from lgp_dist.ops.dispatch import resolved
-from lgp_dist.paths.space import AnyPath, Space
+from lgp_dist.paths.path import Path, Space
 
 Tokens = Tensor | tuple[Tensor, ...]
 """[B, N, D]; after a fused stitch, with what else it computed of them, until a block takes it all."""
@@ -36,7 +36,7 @@ class StemUnit(nn.Module):
         super().__init__()
         self.rows, self.checkpointed = nn.ModuleList(stems), False
 
-    def forward(self, images: Tensor, path: AnyPath) -> Tensor:
+    def forward(self, images: Tensor, path: Path) -> Tensor:
         """[B, C, H, W] to [B, N, D of the first row]."""
         row = self.rows[path.first_row]
         return recomputed(embed, row, images) if self.checkpointed else embed(row, images)
@@ -49,11 +49,11 @@ class BlockUnit(nn.Module):
         super().__init__()
         self.row, self.index, self.block, self.checkpointed = row, index, block, False
 
-    def runs(self, path: AnyPath) -> bool:
+    def runs(self, path: Path) -> bool:
         """Whether the path has this block."""
         return path.has_block(self.row, self.index)
 
-    def forward(self, tokens: Tensor, path: AnyPath, *rows: Tensor) -> Tokens:
+    def forward(self, tokens: Tensor, path: Path, *rows: Tensor) -> Tokens:
         """[B, N, D] to the same shape; all unchanged where the path does not run this block."""
         if not self.runs(path):
             return (tokens, *rows) if rows else tokens
@@ -68,11 +68,11 @@ class StitchUnit(nn.Module):
         self.index, self.layer, self.checkpointed = index, layer, False
         self.fused: Callable[[Tensor], Tokens] | None = None
 
-    def runs(self, path: AnyPath) -> bool:
+    def runs(self, path: Path) -> bool:
         """Whether the path crosses here."""
         return path.stitch == self.index
 
-    def forward(self, tokens: Tensor, path: AnyPath, *rows: Tensor) -> Tokens:
+    def forward(self, tokens: Tensor, path: Path, *rows: Tensor) -> Tokens:
         """[B, N, narrow] to [B, N, wide]; all unchanged where the path does not cross here."""
         if not self.runs(path):
             return (tokens, *rows) if rows else tokens
@@ -87,7 +87,7 @@ class HeadUnit(nn.Module):
         super().__init__()
         self.space, self.rows = space, nn.ModuleList(heads)
 
-    def forward(self, tokens: Tensor, path: AnyPath) -> Tensor:
+    def forward(self, tokens: Tensor, path: Path) -> Tensor:
         """[B, N, D of the last row] to [B, classes]."""
         return classify(self.rows[path.last_row], tokens, self.space.has_norm(path))
 
@@ -141,7 +141,7 @@ class LearngenePool(nn.Module):
         stems, heads = (f"stem.rows.{row}" for row in rows), (f"head.rows.{row}{end}" for row in rows for end in ends)
         return (*stems, *(f"units.{name}" for name in self.units), *heads)
 
-    def modules_of(self, path: AnyPath) -> frozenset[str]:
+    def modules_of(self, path: Path) -> frozenset[str]:
         """Those of `skippable_modules` that a path runs."""
         head = f"head.rows.{path.last_row}"
         runs = {
@@ -166,7 +166,7 @@ class LearngenePool(nn.Module):
         """One of the stitch layers, counted over all pairs of rows."""
         return self.units[f"stitch{index}"].layer
 
-    def forward(self, images: Tensor, path: AnyPath, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, path: Path, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """[B, C, H, W] images along a path to [B, classes] logits.
 
         features: also return the tokens before the final norm, [B, N, D of the path's last row].

@@ -12,7 +12,8 @@ from lgp_dist.models.auxiliary import AuxiliaryViT
 from lgp_dist.models.stitch import Affine, LeastSquares, from_pinv, from_transpose, mean_affine
 from lgp_dist.models.transformation import Level
 from lgp_dist.models.vit import embed, forward_with_taps
-from lgp_dist.paths.stitched import Path, PathSpace
+from lgp_dist.paths.path import Path
+from lgp_dist.paths.stitched import PathSpace
 
 Starts = dict[int, Affine]
 """Matrix and bias by index of the stitch layer."""

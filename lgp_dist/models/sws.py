@@ -76,9 +76,9 @@ def expand(space: DepthSpace, auxiliary: VisionTransformer, heads: tuple[int, ..
             )
     rows = []
     for path in space.paths:
-        vit = row_vit(space, path.row, heads)
+        vit = row_vit(space, path.first_row, heads)
         around = {name: value for name, value in auxiliary.state_dict().items() if not name.startswith("blocks.")}
-        sources = layer_sources(space.stages, path.depth)
+        sources = layer_sources(space.stages, path.blocks)
         blocks = {
             f"blocks.{layer}.{name}": value
             for layer, stage in enumerate(sources)

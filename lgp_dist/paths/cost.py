@@ -1,4 +1,4 @@
-"""What a path costs in training: by arithmetic, or as `lgp bench paths` measured it on a machine."""
+"""What training a path costs: by arithmetic, or as `lgp bench paths` measured it on a machine."""
 
 import json
 import sys
@@ -7,19 +7,20 @@ from typing import Any
 
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.paths.depths import DepthPath, DepthSpace
-from lgp_dist.paths.space import Space, space_of
+from lgp_dist.paths.depths import DepthSpace
+from lgp_dist.paths.path import Space
+from lgp_dist.paths.space import space_of
 from lgp_dist.paths.stitched import PathSpace
 
 TRAINING = 3
-"""Forward and backward cost of a path over its forward: the backward computes twice as much."""
+"""Cost of forward and backward in forwards: the backward computes twice as much as the forward."""
 
 
 def path_costs(space: Space, file: str = "") -> dict[str, float]:
-    """Forward and backward cost of every path by its key.
+    """Cost of forward and backward by path key: 3 x FLOPs (multiply-adds of one image), or the seconds in `file`.
 
-    3 x its FLOPs (multiply-adds of an image), or the seconds in `file`. The ancestry's forward, which costs the same on
-    every rank, is left out: work that is equal without it is more so with it. UserError where the file cannot be used.
+    The ancestry's forward is not included. It costs the same on every rank, so it only makes their work more equal.
+    UserError if the file cannot be used.
     """
     if not file:
         return {path.key: float(TRAINING * space.cost(path).flops) for path in space.paths}
@@ -34,12 +35,12 @@ def path_costs(space: Space, file: str = "") -> dict[str, float]:
 
 
 def read_costs(file: Path) -> dict[str, float]:
-    """The seconds in a file of `lgp bench paths`, by the key of the path; UserError where it is none."""
+    """Seconds by path key from a file of `lgp bench paths`; UserError if it is not one."""
     again = "make it with `lgp bench paths RECIPE --out FILE`"
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
-        raise UserError(f"finetune.costs {file} cannot be read ({error.strerror}): name a file that can.") from None
+        raise UserError(f"finetune.costs {file} cannot be read ({error.strerror}): name a readable file.") from None
     except ValueError as error:
         raise UserError(f"finetune.costs {file} is not valid JSON ({error}): {again}.") from None
     costs = content.get("costs") if isinstance(content, dict) else None
@@ -59,43 +60,40 @@ def _seconds(file: Path, key: str, value: Any) -> float:
 
 
 def work(images: float, trained: float | None, frozen: float | None = 0.0) -> float | None:
-    """Multiply-adds of training on so many images; None where a size is not known.
+    """Multiply-adds of training on this number of images; None if a size is unknown.
 
-    trained: FLOPs of one image's forward through what is trained, to which the backward adds twice as many. frozen:
-    FLOPs of what only runs forward.
+    trained: FLOPs of one image's forward through the trained modules. frozen: of those that only run forward.
     """
     return None if frozen is None or trained is None else images * (TRAINING * trained + frozen)
 
 
 PLAIN = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
-"""Width and depth of the sizes in timm's names of plain ViTs."""
+"""Width and depth of plain ViTs by their size in timm's names."""
 
 
 def trained_rows_flops(config: RunConfig) -> float:
-    """FLOPs of one image's forward through all that stage distil trains."""
+    """FLOPs of one image's forward through all rows that stage distil trains."""
     space = space_of(config)
     if isinstance(space, DepthSpace):
-        return float(space.cost(DepthPath(0, sum(space.stages))).flops)
-    rows = zip(space.paths, config.model.rows, strict=False)  # rows alone come first
+        return float(space.cost(space.auxiliary).flops)
+    rows = zip(space.paths, config.model.rows, strict=False)  # the first paths are rows alone
     return float(sum(space.cost(path).flops for path, row in rows if row.trains))
 
 
 def ancestry_forward(config: RunConfig) -> float | None:
-    """FLOPs of the ancestry's forward in fine-tuning, 0 where it does not run; None where its size is not known."""
+    """FLOPs of the ancestry's forward in fine-tuning: 0 if it does not run, None if its size is unknown."""
     return ancestry_flops(config) if config.finetune.distil_weight else 0.0
 
 
 def ancestry_flops(config: RunConfig) -> float | None:
-    """FLOPs of the ancestry's forward of one image; None where its size is not known."""
+    """FLOPs of the ancestry's forward of one image; None if its size is unknown."""
     ancestry, data = config.ancestry, config.data
+    kind, *parts = ancestry.model.split("_")
+    plain = [PLAIN[part] for part in parts if part in PLAIN and kind in ("vit", "deit", "deit3")]
     if ancestry.model == "vit":
-        size = (ancestry.width, ancestry.depth)
-    else:
-        kind, *parts = ancestry.model.split("_")
-        size = (
-            next((PLAIN[part] for part in parts if part in PLAIN), None) if kind in ("vit", "deit", "deit3") else None
-        )
-    if size is None:
+        plain = [(ancestry.width, ancestry.depth)]
+    if not plain:
         return None
-    alone = PathSpace(size[:1], size[1], data.image_size, config.model.patch_size, data.channels, data.num_classes)
+    width, depth = plain[0]
+    alone = PathSpace((width,), depth, data.image_size, config.model.patch_size, data.channels, data.num_classes)
     return float(alone.cost(alone.paths[0]).flops)

@@ -1,34 +1,22 @@
-"""Models of several depths that grow from one stage-shared auxiliary net (SWS): which there are and what each costs.
+"""Models of several depths from one auxiliary net with stage-wise weight sharing (SWS, arXiv 2404.16897).
 
-The auxiliary net has stages of so many layers each; the layers of a stage share one set of weights, its learngene
-layer. A model of any depth is made of whole learngene layers in the order of their stages. Pure Python.
+The auxiliary net has stages of several layers; the layers of a stage share one set of weights, its learngene layer. A
+model of any depth is made of copies of whole learngene layers in the order of their stages. Models share no weights.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.paths.stitched import (
-    NORM_FLOPS,
-    PathCost,
-    Segment,
-    block_flops,
-    block_params,
-    by_key,
-    check_patches,
-    chosen,
-)
+from lgp_dist.paths.path import Path, Segment, Space
 
 
 def layers_per_stage(stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """How many of a model's layers come from each stage.
-
-    Layers are dealt to the stages in turn, early ones first, and a stage that has as many as in the auxiliary net sits
-    out until all have; then it begins again. So every stage has a layer where depth allows it, a depth more adds one
-    layer, and the auxiliary net's own depth gives its own layers: 12 layers of (3, 3, 4, 3, 3) are (3, 3, 2, 2, 2).
-    """
+    """How many of a model's layers come from each stage: 12 layers of (3, 3, 4, 3, 3) are (3, 3, 2, 2, 2)."""
+    # Layers are given to the stages in turn, early stages first. A stage that has as many as in the auxiliary net waits
+    # until all have; then it starts again. So every stage has a layer if the depth allows it, one more layer of depth
+    # changes one stage, and the auxiliary net's own depth gives its own layers.
     whole, rest = divmod(depth, sum(stages))
     counts = [whole * layers for layers in stages]
     while rest:
@@ -40,65 +28,29 @@ def layers_per_stage(stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
 
 
 def layer_sources(stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """The learngene layer that each layer of a model is copied from: 0,0,0,1,1,1,2,2,3,3,4,4 for 12 of 3-3-4-3-3."""
+    """The learngene layer that each layer of a model copies: 0,0,0,1,1,1,2,2,3,3,4,4 for 12 layers of 3-3-4-3-3."""
     return tuple(stage for stage, count in enumerate(layers_per_stage(stages, depth)) for _ in range(count))
 
 
-@dataclass(frozen=True, order=True)
-class DepthPath:
-    """One model of the pool: a row of its own depth, which no other shares weights with. To be used as a `Path` is."""
-
-    row: int
-    depth: int
-
-    @property
-    def key(self) -> str:
-        """Printable name, unique in a pool: d12."""
-        return f"d{self.depth}"
-
-    @property
-    def stitch(self) -> None:
-        """It crosses no stitch layer."""
-        return None
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """All blocks of its row."""
-        return (Segment(self.row, 0, self.depth),)
-
-    @property
-    def first_row(self) -> int:
-        """The row that embeds."""
-        return self.row
-
-    @property
-    def last_row(self) -> int:
-        """The row whose norm and head give the logits."""
-        return self.row
-
-    def has_block(self, row: int, block: int) -> bool:
-        """Whether the path runs this block."""
-        return row == self.row and block < self.depth
-
-
 @dataclass(frozen=True)
-class DepthSpace:
-    """The models that grow from one auxiliary net: plain ViTs of one width without class token."""
+class DepthSpace(Space):
+    """The models of one auxiliary net: plain ViTs of one width without class token, each a row of its own."""
 
     width: int
     """Of every block."""
     stages: tuple[int, ...]
     """Layers of the auxiliary net's stages."""
     depths: tuple[int, ...]
-    """Blocks of each model, from few to many."""
+    """Blocks of each model, in increasing order."""
     image_size: int = 224
-    """Pixels."""
     patch_size: int = 16
-    """Pixels."""
     channels: int = 3
-    """Of an image."""
     num_classes: int = 1000
-    """Of the head."""
+
+    class_token = False
+    final_norm = True
+    stitches_per_pair = 0
+    stitch_widths = ()
 
     def __post_init__(self) -> None:
         if not self.stages or min(self.stages) < 1:
@@ -108,11 +60,11 @@ class DepthSpace:
                 f"model.depths is {list(self.depths)}, but must rise from {len(self.stages)}, one layer for each of "
                 "model.stages, or more: change one of them."
             )
-        check_patches(self.image_size, self.patch_size)
+        self._check_patches()
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "DepthSpace":
-        """The models of a run; UserError where settings of the auxiliary net do not fit each other."""
+        """The models of a run; UserError if settings of the auxiliary net contradict each other."""
         data, model = config.data, config.model
         if len(model.rows) != 1:
             raise UserError(
@@ -132,85 +84,28 @@ class DepthSpace:
                 f"model.rows.0 has levels {row.levels} and source {row.source}, but a net of model.stages learns from "
                 "logits or labels: set levels none and source distil, labels or random."
             )
-        return cls(
-            row.width, model.stages, model.depths, data.image_size, model.patch_size, data.channels, data.num_classes
-        )
+        image = (data.image_size, model.patch_size, data.channels, data.num_classes)
+        return cls(row.width, model.stages, model.depths, *image)
 
-    @property
+    @cached_property
     def widths(self) -> tuple[int, ...]:
         """Of each model."""
         return (self.width,) * len(self.depths)
 
-    @property
-    def class_token(self) -> bool:
-        """There is none: the mean of all tokens goes through the last norm to the head."""
-        return False
-
-    @property
-    def final_norm(self) -> bool:
-        """No model is without."""
-        return True
-
-    def has_norm(self, path: DepthPath) -> bool:
-        """Whether the path applies the final norm."""
-        return self.final_norm
-
-    @property
-    def stitch_widths(self) -> tuple[tuple[int, int], ...]:
-        """No model carries tokens into another."""
-        return ()
-
-    @property
-    def stitches_per_pair(self) -> int:
-        """Stitch layers between two models."""
-        return 0
+    @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """One for each depth, with keys such as d12."""
+        return tuple(Path((Segment(row, 0, depth),), name=f"d{depth}") for row, depth in enumerate(self.depths))
 
     @cached_property
-    def paths(self) -> tuple[DepthPath, ...]:
-        """One for each depth."""
-        return tuple(DepthPath(row, depth) for row, depth in enumerate(self.depths))
+    def auxiliary(self) -> Path:
+        """The auxiliary net, which is not one of `paths`."""
+        return Path((Segment(0, 0, sum(self.stages)),))
 
-    def by_key(self, key: str) -> DepthPath:
-        """The path of that key; UserError where there is none."""
-        return by_key(self.paths, key)
-
-    def chosen(self, keys: Collection[str]) -> tuple[DepthPath, ...]:
-        """The paths of these keys from few blocks to many, all where there are none; UserError where one is missing."""
-        return chosen(self.paths, keys)
-
-    @property
-    def tokens(self) -> int:
-        """Patches."""
-        return (self.image_size // self.patch_size) ** 2
-
-    def _params(self, blocks: int) -> int:
-        width = self.width
-        around = (self.channels * self.patch_size**2 + 1 + self.tokens + 2) * width + (width + 1) * self.num_classes
-        return around + blocks * block_params(width)
-
-    def cost(self, path: DepthPath) -> PathCost:
-        """Parameters and FLOPs of one model."""
-        params, width = self._params(path.depth), self.width
-        flops = self.tokens * self.channels * self.patch_size**2 * width
-        flops += path.depth * block_flops(width, self.tokens)
-        return PathCost(params, params, flops + NORM_FLOPS * width + width * self.num_classes)
-
-    @property
+    @cached_property
     def stored_params(self) -> int:
-        """What is stored to make models of all depths: one layer of each stage, and what stands around them."""
-        return self._params(len(self.stages))
+        """One layer of each stage, with embeddings, norm and head: they make models of all depths."""
+        return self.cost(Path((Segment(0, 0, len(self.stages)),))).params
 
-    def describe(self, path: DepthPath) -> dict[str, str | int | None]:
-        """The fields of paths.json that need no training."""
-        cost = self.cost(path)
-        return {
-            "key": path.key,
-            "low": path.depth,
-            "high": 0,
-            "low_row": 0,
-            "high_row": None,
-            "stitch": None,
-            "params": cost.params,
-            "params_paper": cost.params_paper,
-            "flops": cost.flops,
-        }
+    def _rows_of(self, path: Path) -> tuple[int, int, int | None, int | None]:
+        return path.blocks, 0, 0, None

@@ -12,7 +12,7 @@ from typing import Literal
 from lgp_dist.config.run_config import Policy, RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths.cost import path_costs
-from lgp_dist.paths.space import AnyPath, Space
+from lgp_dist.paths.path import Path, Space
 from lgp_dist.paths.stratified import (
     PathGroups,
     balanced_pairs,
@@ -22,7 +22,7 @@ from lgp_dist.paths.stratified import (
     systematic_sample,
 )
 
-Plan = tuple[tuple[AnyPath, ...], ...]
+Plan = tuple[tuple[Path, ...], ...]
 """The paths of a step, indexed by micro-step, then rank."""
 
 KEPT = 4
@@ -42,7 +42,7 @@ class PathSampler:
     The only state is the seed. Recent plans are cached.
     """
 
-    paths: tuple[AnyPath, ...]
+    paths: tuple[Path, ...]
     policy: Policy
     seed: int
     accumulate: int = 1
@@ -85,7 +85,7 @@ class PathSampler:
             finetune.paths_per_batch if finetune.lead_weight else 0,
         )
 
-    def draw(self, step: int, micro_step: int, rank: int, world: int) -> AnyPath:
+    def draw(self, step: int, micro_step: int, rank: int, world: int) -> Path:
         """The path of one rank in one micro-step.
 
         step: optimizer step, from 0. micro_step: 0 .. accumulate - 1. rank: 0 .. world - 1.
@@ -127,7 +127,7 @@ class PathSampler:
             ranks = [sample[rank::world] for rank in range(world)]
         return [[paths[micro] for paths in ranks] for micro in range(self.accumulate)]
 
-    def shares(self, world: int) -> dict[AnyPath, float]:
+    def shares(self, world: int) -> dict[Path, float]:
         """The long-run share of each path, on every rank and in total; shares sum to 1.
 
         Shares are weights over their sum. With `sandwich` a row alone that would come less than once in a step (under

@@ -1,20 +1,15 @@
-"""Which paths a run has: those of a pool of rows, or models of several depths."""
+"""The paths of a run: those of a pool of rows, or models of several depths."""
 
 from typing import Any
 
 from lgp_dist.config.run_config import RunConfig
-from lgp_dist.paths.depths import DepthPath, DepthSpace
-from lgp_dist.paths.stitched import Path, PathSpace
-
-AnyPath = Path | DepthPath
-"""What a pool's forward takes."""
-Space = PathSpace | DepthSpace
-"""What a pool is built from: shapes of its rows (`widths`, `depths`, `class_token` and the input) and its paths, with
-`by_key`, `cost`, `describe` and `stored_params`."""
+from lgp_dist.paths.depths import DepthSpace
+from lgp_dist.paths.path import Space
+from lgp_dist.paths.stitched import PathSpace
 
 
 def space_of(config: RunConfig) -> Space:
-    """The paths of a run; UserError where the settings of the model do not fit each other."""
+    """The paths of a run; UserError if settings of the model contradict each other."""
     return DepthSpace.from_config(config) if config.model.stages else PathSpace.from_config(config)
 
 
@@ -25,6 +20,8 @@ def heads_of(config: RunConfig) -> tuple[int, ...]:
 
 
 def space_from(fields: dict[str, Any]) -> Space:
-    """The space of which `dataclasses.asdict`, and JSON in between, made these fields."""
-    kind = DepthSpace if "stages" in fields else PathSpace
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    """The space with these fields, from `dataclasses.asdict` or JSON made from it."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return DepthSpace(**values) if "stages" in fields else PathSpace(**values)

@@ -6,7 +6,8 @@ from lgp_dist.config.flat import STAGES, flatten
 from lgp_dist.config.ranges import check_data, check_ranges
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
-from lgp_dist.paths.space import Space, space_of
+from lgp_dist.paths.path import Space
+from lgp_dist.paths.space import space_of
 
 SOURCES = ("ancestry.weights", "finetune.weights", "finetune.costs")
 """Files whose content counts, beside the splits of the data."""

@@ -20,7 +20,8 @@ from lgp_dist.engine.workers import Workers
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.build import build_ancestry, build_pool
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths.space import Space, heads_of, space_of
+from lgp_dist.paths.path import Space
+from lgp_dist.paths.space import heads_of, space_of
 from lgp_dist.paths.stratified import draw_index
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.run.artifacts import Artifact, RunDirectory

@@ -9,8 +9,8 @@ from lgp_dist.config.run_config import FinetuneConfig
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.transformation import normalised
+from lgp_dist.paths.path import Path
 from lgp_dist.paths.sampler import PathSampler
-from lgp_dist.paths.space import AnyPath
 from lgp_dist.protocols import Batch, ModuleStructure, StepContext
 from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 
@@ -41,7 +41,7 @@ class FinetuneTask:
         self._taught: tuple[Tensor, Outputs] | None = None
         self._lead: Outputs | None = None
 
-    def path(self, context: StepContext) -> AnyPath:
+    def path(self, context: StepContext) -> Path:
         """The path of one rank's micro-step."""
         return self.sampler.draw(context.step, context.micro_step, context.rank, context.world)
 
@@ -72,7 +72,7 @@ class FinetuneTask:
         """Place of a micro-step in its group."""
         return context.micro_step % self.config.paths_per_batch
 
-    def _outputs(self, module: nn.Module, images: Tensor, path: AnyPath) -> Outputs:
+    def _outputs(self, module: nn.Module, images: Tensor, path: Path) -> Outputs:
         """What the path gives, in float32: cast once, so that the gradients of both losses add up in float32."""
         if not self.config.feature_weight:
             return module(images, path).float(), None

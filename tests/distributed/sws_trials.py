@@ -132,7 +132,7 @@ def reference(trial: SwsTrial, last_layer_alone: bool = False) -> dict[str, Tens
         return {prefix + name: value for name, value in trained.items()}
     found = {}
     for path in SPACE.paths:
-        trained = fit(trial, module.row_state(path.row), tuple(range(path.depth)), "")
+        trained = fit(trial, module.row_state(path.first_row), tuple(range(path.blocks)), "")
         found |= {f"{path.key}/{name}": value for name, value in trained.items()}
     return found
 

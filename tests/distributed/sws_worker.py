@@ -30,7 +30,7 @@ def run(trial: SwsTrial, started: Workers, folder: Path, index: int) -> None:
     train_trial(task, batches, trial, workers, folder, index)
     state = module.state_dict()
     if trial.kind == "finetune":
-        rows = {path.key: module.row_state(path.row) for path in SPACE.paths}
+        rows = {path.key: module.row_state(path.first_row) for path in SPACE.paths}
         state = {f"{key}/{name}": value for key, row in rows.items() for name, value in row.items()}
     if workers.is_main:
         save_file({name: value.detach().clone() for name, value in state.items()}, folder / f"{index}.safetensors")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgp_dist.paths.stitched import Path, PathSpace
+from lgp_dist.paths.path import Path
+from lgp_dist.paths.stitched import PathSpace
 
 Array = NDArray[np.float64]
 

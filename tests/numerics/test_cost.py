@@ -7,7 +7,8 @@ from numerics_cases import EVERY_PATH, HEADS, SPACES, count, counted_flops, imag
 
 from lgp_dist.models.descendant import descendant_from_path, empty_descendant
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths.stitched import Path, PathSpace
+from lgp_dist.paths.path import Path
+from lgp_dist.paths.stitched import PathSpace
 
 EMBEDDINGS = ("cls_token", "pos_embed")
 DEIT = PathSpace((192, 384, 768), 12)

@@ -26,7 +26,8 @@ from lgp_dist.export.formats import FORMATS, wanted
 from lgp_dist.files import replace_folder
 from lgp_dist.models.descendant import descendant_from_path, exported_config, timm_config, vit_arguments
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths.stitched import Path, PathSpace
+from lgp_dist.paths.path import Path
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.protocols import Batch
 
 DATA = DataConfig(

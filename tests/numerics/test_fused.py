@@ -16,7 +16,8 @@ from lgp_dist.config.run_config import Ops
 from lgp_dist.models.descendant import descendant_from_path
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.ops import dispatch, reference
-from lgp_dist.paths.stitched import Path, PathSpace
+from lgp_dist.paths.path import Path
+from lgp_dist.paths.stitched import PathSpace
 
 WITHOUT_TRITON = """
 import sys

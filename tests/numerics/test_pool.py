@@ -17,7 +17,8 @@ from lgp_dist.config.run_config import DataConfig
 from lgp_dist.engine.gradients import skippable_module_of
 from lgp_dist.models.descendant import descendant_from_path, load_descendant, timm_config
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths.stitched import Path, PathSpace
+from lgp_dist.paths.path import Path
+from lgp_dist.paths.stitched import PathSpace
 
 DATA = DataConfig(
     image_size=28, channels=1, num_classes=10, mean=(0.2856,), std=(0.3527,), crop_pct=0.9, interpolation="bilinear"

@@ -15,7 +15,8 @@ from lgp_dist.errors import UserError
 from lgp_dist.models.descendant import descendant_from_path, empty_descendant, load_descendant, timm_config
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.sws import Stage, auxiliary_net, expand, stage_vit
-from lgp_dist.paths.depths import DepthPath, DepthSpace, layer_sources, layers_per_stage
+from lgp_dist.paths.depths import DepthSpace, layer_sources, layers_per_stage
+from lgp_dist.paths.path import Path
 from lgp_dist.paths.space import heads_of, space_of
 from lgp_dist.recipes import sws_base, sws_small
 
@@ -53,7 +54,7 @@ def pool(auxiliary: VisionTransformer) -> LearngenePool:
     return expand(SPACE, auxiliary, HEADS).eval()
 
 
-def path_of(depth: int) -> DepthPath:
+def path_of(depth: int) -> Path:
     return SPACE.by_key(f"d{depth}")
 
 
@@ -133,7 +134,7 @@ def test_expansion_block_by_block(auxiliary: VisionTransformer, pool: LearngeneP
     """Every block is its learngene layer; embeddings, norm and head are the auxiliary net's; and the pool's path is a
     stock ViT with these weights, bit for bit."""
     path, learnt = path_of(depth), auxiliary.state_dict()
-    state = pool.row_state(path.row)
+    state = pool.row_state(path.first_row)
     vit = stock(depth)
     vit.load_state_dict(state, strict=True)
     for layer, stage in enumerate(SOURCES[depth]):
@@ -174,7 +175,7 @@ def test_fused_operations_compute_the_same(pool: LearngenePool) -> None:
 
 
 @pytest.mark.parametrize("path", SPACE.paths, ids=lambda path: path.key)
-def test_cost_is_that_of_the_built_model(pool: LearngenePool, path: DepthPath) -> None:
+def test_cost_is_that_of_the_built_model(pool: LearngenePool, path: Path) -> None:
     model, cost = descendant_from_path(pool, HEADS, path), SPACE.cost(path)
     assert cost.params == cost.params_paper == count(model)
     assert cost.flops == counted_flops(model, images(1))

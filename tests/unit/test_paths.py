@@ -8,7 +8,8 @@ from pathlib import Path as File
 import pytest
 
 from lgp_dist.errors import UserError
-from lgp_dist.paths.stitched import Path, PathSpace, Segment
+from lgp_dist.paths.path import Path, Segment
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import pool12, pool18, tiny
 
 POOL12, POOL18 = PathSpace((192, 768), 6), PathSpace((192, 768), 9)

@@ -17,8 +17,9 @@ import pytest
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths.cost import path_costs
+from lgp_dist.paths.path import Path
 from lgp_dist.paths.sampler import PathSampler
-from lgp_dist.paths.stitched import Path, PathSpace
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.pipeline import check_stages
 from lgp_dist.recipes import pool12, tiny
 from lgp_dist.run.artifacts import RunDirectory
