@@ -76,8 +76,8 @@ def check_start(config: RunConfig) -> None:
         ShardManifest.load(config.data.root)
     folder = Path(config.directory)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"The run directory {folder} cannot be made in {there}: choose another with --run-dir.")
+    if not there.is_dir():
+        raise UserError(f"The run directory {folder} cannot be made, since {there} is a file: choose another --run-dir.")
 
 
 def list_paths(action: Paths) -> None:

@@ -1,4 +1,4 @@
-"""What a descendant may cost, and amounts as people write them: 10M, 2G, 1.5e6."""
+"""Limits on a descendant, and amounts as people write them: 10M, 2G, 1.5e6."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Literal
 from lgp_dist.errors import UserError
 
 SUFFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-"""Letter -> what it multiplies by."""
+"""Suffix -> factor."""
 
 _WRITTEN = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([kKMGT]?)")
 
@@ -18,7 +18,7 @@ class Amount(float):
 
 
 def parse_amount(text: str) -> Amount:
-    """10M, 2G, 1.5e6 or 0.4 k as a number; UserError for anything else."""
+    """The number that 10M, 2G, 1.5e6 or 0.4 k stands for; UserError for anything else."""
     found = _WRITTEN.fullmatch(text.strip())
     value = float(found[1]) * SUFFIXES[found[2]] if found else math.nan
     if not math.isfinite(value):
@@ -28,17 +28,17 @@ def parse_amount(text: str) -> Amount:
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits for `descend`; 0 for no limit. The best path that meets all of them is chosen."""
+    """Limits of stage descend, which chooses the best path within all of them; 0 for none."""
 
     max_params: Amount = Amount(0)
-    """Parameters, all tensors counted, such as 10M."""
+    """Largest number of parameters, all tensors counted, such as 10M."""
     max_flops: Amount = Amount(0)
-    """Multiply-adds of one image, such as 2G."""
+    """Most multiply-adds per image, such as 2G."""
     max_latency_ms: float = 0.0
-    """Median milliseconds of a batch on this machine, measured there and then."""
+    """Longest median latency of a batch, milliseconds, measured on this machine when it is needed."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where latency is measured."""
+    """Device on which latency is measured."""
     batch: int = 1
-    """Images of a batch whose latency is measured."""
+    """Images per batch while latency is measured."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of weights and images while latency is measured."""
+    """Type of weights and images while latency is measured."""

@@ -1,4 +1,4 @@
-"""Every number a person may choose, as frozen dataclasses with units in the field docs.
+"""Every setting of a run, as frozen dataclasses. Field docs are the help texts of `lgp` and name the units.
 
 `runtime_only` marks fields that may differ between runs without changing what is computed (threads, logging, the run
 directory). Stages depend on all others, which are compared before an artifact is used again.
@@ -26,12 +26,12 @@ Format = Literal["pt2", "onnx", "int8"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run of the loop."""
+    """Length, batch, optimizer, learning rate and regularisation of the stage's training."""
 
     epochs: float = 100.0
     """Passes over the training split."""
     max_steps: int = 0
-    """Stop after this many optimizer steps; 0 for no limit. The schedule shrinks to fit."""
+    """Optimizer steps to stop after; 0 for no limit. The learning rate's schedule then spans these."""
     batch_size: int = 128
     """Images per optimizer step, over all ranks and micro-steps."""
     accumulate: int = 1
@@ -41,13 +41,13 @@ class TrainConfig:
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine."""
     warmup_epochs: float = 5.0
-    """Linear warm-up from min_lr, epochs."""
+    """Linear warm-up from min_lr to lr, epochs."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum."""
     momentum: float = 0.9
     """SGD's momentum."""
     weight_decay: float = 0.05
-    """Decay of matrices; vectors, tokens and transformations have none."""
+    """Weight decay of matrices; vectors, tokens and transformations have none."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     clip_grad: float = 0.0
@@ -60,65 +60,65 @@ class TrainConfig:
     cutmix: float = 0.0
     """CutMix's alpha; 0 for none."""
     label_smoothing: float = 0.0
-    """Weight that is spread over all classes."""
+    """Share of the target that is spread over all classes."""
     log_every: int = runtime_only(20)
-    """Optimizer steps between two writes of the log."""
+    """Optimizer steps between two lines of the log and of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the work is computed."""
+    """Precision, device, memory and communication."""
 
     precision: Precision = "bf16"
-    """bf16 and fp16 keep parameters, gradients and optimizer in fp32 and compute under autocast; fp16 scales losses."""
+    """bf16 and fp16 compute under autocast; parameters, gradients and optimizer stay in fp32. fp16 scales losses."""
     fp16_scale: float = runtime_only(2.0**16)
-    """fp16's first loss scale; it halves after an overflow and doubles after 2,000 steps without one."""
+    """Initial loss scale of fp16; it halves after an overflow and doubles after 2,000 steps without one."""
     activation_checkpointing: Literal["auto", "on", "off"] = runtime_only("auto")
-    """Compute activations again in backward. auto does so under ZeRO-3 alone, where they would keep whole weights."""
+    """Recompute activations in backward. auto: under ZeRO-3 only, where kept activations hold gathered weights."""
     compile: str = runtime_only("")
     """torch.compile's backend for every block, such as inductor or cudagraphs; empty for none."""
     ops: Ops = runtime_only("auto")
-    """How the pool computes a stitch with the block that it enters, and a block's residual add with its norm: reference
-    (as timm does), fused (one operation each; kernels on GPUs), compiled (by torch.compile), auto (fused on cards on
-    which benchmarks/ shows it ahead, else reference)."""
+    """How a stitch layer with the norm after it, and a residual add with its norm, are computed. reference: as in timm.
+    fused: one operation each, Triton kernels on GPUs. compiled: torch.compile. auto: fused on cards for which
+    benchmarks/ shows it to be faster, else reference."""
     offload_optimizer: bool = runtime_only(False)
-    """Keep and step the optimizer on the CPU (ZeRO stages 1 to 3)."""
+    """Keep the optimizer's state and its step on the CPU (ZeRO-1 to ZeRO-3)."""
     reduction: Literal["all", "union"] = runtime_only("all")
-    """Gradients that ranks exchange: all; or, once per step, only those that some rank used (ZeRO stages 1 and 2)."""
+    """Gradients that ranks exchange: all; or union, once per step those that some rank has (ZeRO-1 and ZeRO-2)."""
     audit: bool = runtime_only(True)
-    """Compare order of gradients and schedule over ranks before every optimizer step, and stop at a difference."""
+    """Before every optimizer step, compare order of gradients and schedule over ranks, and stop at a difference."""
     audit_weights_every: int = runtime_only(500)
-    """Optimizer steps between two comparisons of all weights over ranks, beside the first; 0 for none."""
+    """Optimizer steps between two comparisons of all weights over ranks; one follows the first step. 0 for none."""
     device: Literal["auto", "cpu", "cuda"] = runtime_only("auto")
-    """auto takes the GPU if there is one."""
+    """Device of models and images; auto: the GPU if there is one."""
     threads: int = runtime_only(0)
     """CPU threads per rank; 0 shares the machine's cores between its ranks."""
 
     def ancestry(self, precision: AncestryPrecision) -> Precision:
-        """What the ancestry's forwards are computed in."""
+        """Precision of the ancestry's forwards."""
         return self.precision if precision == "engine" else precision
 
 
 @dataclass(frozen=True)
 class RowConfig:
-    """One row of the pool: an auxiliary model."""
+    """One row of the pool: an auxiliary model, its shape and what it learns from."""
 
     width: int
     """Embedding width of every block."""
     heads: int
     """Attention heads."""
     levels: Levels = "none"
-    """Which blocks are distilled: none, the last, or three levels (dense)."""
+    """Blocks that are distilled: none; the last; or dense, three levels."""
     drop_path: float = 0.0
-    """Largest stochastic-depth rate in stage distil."""
+    """Stochastic-depth rate of the last block in stage distil; the first has 0."""
     source: RowSource = "distil"
-    """What stage distil makes the row of: distil distils the ancestry; labels trains with the labels alone; hub takes
-    timm's pretrained weights of `model`; file takes `weights`; tail takes the ancestry's last three blocks, norm and
-    head behind random ones and trains with the labels alone; random trains nothing."""
+    """Where the row's weights come from. distil: distilled from the ancestry. labels: trained with labels only. hub:
+    timm's pretrained weights of `model`. file: `weights`. tail: random blocks, then the ancestry's last three blocks,
+    norm and head, trained with labels only. random: untrained."""
     model: str = ""
-    """timm's name of a plain ViT of this shape, for source hub."""
+    """For source hub: timm's name of a plain ViT of this shape."""
     weights: str = runtime_only("")
-    """A safetensors file of timm's names, for source file; stages depend on its content."""
+    """For source file: a safetensors file with timm's tensor names. Stages depend on its content."""
     start: RowStart = "random"
     """Weights that stage distil starts the row from: random; or the ancestry's, of evenly spaced blocks and, where the
     row is narrower, evenly spaced channels (weight selection, arXiv 2311.18823). For sources distil and labels."""
@@ -131,10 +131,10 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class AncestryConfig:
-    """The frozen teacher."""
+    """The frozen teacher: its model and where its weights come from."""
 
     model: str = "deit_base_patch16_224"
-    """timm's name, or `vit` for a plain ViT of the fields below."""
+    """A model of timm, or `vit` for a plain ViT of the width, depth and heads given here."""
     width: int = 768
     """Embedding width."""
     depth: int = 12
@@ -142,126 +142,125 @@ class AncestryConfig:
     heads: int = 12
     """Attention heads."""
     source: Literal["hub", "file", "train"] = "hub"
-    """hub takes timm's pretrained weights, file takes `weights`, train trains it on the training split."""
+    """hub: timm's pretrained weights. file: `weights`. train: trained here on the training split."""
     weights: str = runtime_only("")
-    """A safetensors file of timm's names, for source file; stages depend on its content."""
+    """For source file: a safetensors file with timm's tensor names. Stages depend on its content."""
     drop_path: float = 0.1
-    """Largest stochastic-depth rate, for source train."""
+    """For source train: stochastic-depth rate of the last block; the first has 0."""
     train: TrainConfig = TrainConfig(epochs=300.0, batch_size=1024)
-    """For source train."""
+    """Training, for source train."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The pool's shape."""
+    """Shape of the pool: rows, depth, patches and stitch layers."""
 
     patch_size: int = 16
-    """Side of a patch, pixels; the ancestry has the same."""
+    """Side of a patch, pixels, of rows and ancestry."""
     depth: int = 6
     """Blocks of every row."""
     rows: tuple[RowConfig, ...] = (
         RowConfig(width=192, heads=3, levels="dense"),
         RowConfig(width=768, heads=12, levels="last", drop_path=0.1),
     )
-    """Rows from narrow to wide; one row is a pool of one path."""
+    """Rows from narrow to wide; a single row is a pool of one path."""
     stitch_sharing: StitchSharing = "window"
     """Which stitched paths share a stitch layer: those of a window, as the paper has it; or none: a layer for each
     path."""
     final_norm: bool = True
-    """Whether stitched paths apply the final norm, as rows alone do; SN-Net's released code for DeiT does not."""
+    """Apply the final norm on stitched paths, as on rows alone; SN-Net's released code for DeiT does not."""
     stages: tuple[int, ...] = ()
-    """Not empty: in place of a pool, one auxiliary net, the only row, without class token, in stages of so many layers;
-    the layers of a stage share one set of weights, from which models of `depths` are made."""
+    """SWS in place of a pool: layers of each stage of the only row, which has no class token. The layers of a stage
+    share one set of weights, from which models of `depths` are made. Empty for a pool."""
     depths: tuple[int, ...] = ()
-    """Blocks of each of these models, from few to many."""
+    """For `stages`: blocks of each model, from few to many."""
 
 
 @dataclass(frozen=True)
 class DistilConfig:
-    """METHOD: L = alpha CE + (1 - alpha) (L_att + L_blk + L_pred), for each row."""
+    """Distillation of each row: L = alpha CE + (1 - alpha) (L_att + L_blk + L_pred)."""
 
     alpha: float = 0.1
-    """Weight of the labels' cross-entropy."""
+    """Weight of the cross-entropy to the labels, from 0 to 1."""
     tau: float = 1.0
-    """Temperature of the soft cross-entropy."""
+    """Temperature of the soft cross-entropy to the ancestry, L_pred."""
     loss_scale: LossScale = "sample"
-    """sample sums the soft cross-entropy over classes; paper averages it over them too."""
+    """The soft cross-entropy is averaged over the batch and, over classes, summed (sample) or averaged too (paper)."""
     target_norm: Literal["layer", "none"] = "layer"
-    """layer normalises the ancestry's transformed outputs (no affine); none is the paper's choice."""
+    """Normalisation of the ancestry's transformed outputs: layer norm without affine; or none, as in the paper."""
     inverse_weight: float = 1.0
-    """Weight of the error of V, the map from narrow to wide; 0 learns no V, the paper's choice."""
+    """Weight of the error of V, the map from narrow to wide; 0 learns no V, as in the paper."""
     ancestry_precision: AncestryPrecision = "engine"
-    """Of the ancestry's forwards, which have no backward: as engine.precision, or its own."""
+    """Precision of the ancestry's forwards, which have no backward; engine for that of engine.precision."""
     train: TrainConfig = TrainConfig(epochs=100.0, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
-    """The loop."""
+    """Length, batch, optimizer, learning rate and regularisation of the stage's training."""
 
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """How the pool is put together."""
+    """How stitch layers are initialised."""
 
     stitch_init: StitchInit = "transformation"
-    """Where the stitch layers start from."""
+    """Initial stitch layers: the learned transformation, variants of it, least squares on images, or random."""
     samples: int = 2000
-    """Clean training images for means and least squares."""
+    """Training images, without augmentation, for means and least squares."""
     ridge: float = 1e-3
     """Ridge of the least squares, relative to the mean diagonal of the normal matrix."""
 
 
 @dataclass(frozen=True)
 class GradientConfig:
-    """What becomes of parameters that not every path of a step has."""
+    """Gradients of parameters that some paths of a step lack."""
 
     unused: Literal["skip", "zero"] = "skip"
-    """A parameter that no rank used in a step: skip leaves it and its moments alone, as one process and DDP do; zero
-    gives it a zero gradient, DeepSpeed's habit, so that AdamW decays it and its moments still move it."""
+    """For a parameter that no rank used in a step: skip leaves it and its moments unchanged, as one process does; zero
+    gives it a zero gradient, as DeepSpeed does, so that weight decay and AdamW's moments still move it."""
     average: Literal["all", "users"] = "all"
-    """What a gradient's sum is divided by: all draws of the step, or those whose path has the parameter."""
+    """Divide a summed gradient by all draws of the step, or by those whose path has the parameter (users)."""
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Training of all paths."""
+    """Fine-tuning of all paths: how ranks draw them, losses and learning rates."""
 
     gradients: GradientConfig = GradientConfig()
-    """Parameters that not every path of a step has."""
+    """Gradients of parameters that some paths of a step lack."""
     watch_every: int = runtime_only(0)
     """Optimizer steps between two measurements of all paths while training; 0 for none."""
     watch_images: int = runtime_only(1000)
-    """Validation images of such a measurement."""
+    """Validation images of each of these measurements."""
 
     paths_per_batch: int = 1
-    """Paths that the same images take on a rank, in micro-steps after each other, for one forward of the ancestry;
-    divides train.accumulate. Every batch has that many times the images that accumulate would leave it."""
+    """Paths that a rank trains on the same images, in consecutive micro-steps with one forward of the ancestry. Divides
+    train.accumulate; such a batch has paths_per_batch x batch_size / (ranks x accumulate) images."""
     policy: Policy = "independent"
-    """How ranks draw their paths in a step: each alone; all the same; as many different paths as a step has room for;
-    or these with equal work for all ranks, so that none waits."""
+    """How ranks draw the paths of a step. independent: each rank its own. shared: all the same. spread: as many
+    different paths as a step has room for. balanced: as spread, with equal work for all ranks."""
     meet: Literal["step", "micro_step"] = "step"
-    """Where ranks wait for each other, for `balanced`: step for ZeRO-0, ZeRO-1 and DDP, which exchange gradients once
-    in an optimizer step; micro_step for ZeRO-2 and ZeRO-3, which do so in every micro-step."""
+    """For policy balanced, when ranks exchange gradients: once per optimizer step (ZeRO-0, ZeRO-1, DDP) or in every
+    micro-step (ZeRO-2, ZeRO-3)."""
     row_weight: float = 1.0
-    """How often a row alone is drawn, relative to a stitched path."""
+    """Probability of drawing a row alone, relative to that of a stitched path."""
     sandwich: bool = False
-    """Every step holds each row alone at least once; ranks times micro-steps must leave room for stitched paths."""
+    """Draw each row alone at least once per step; ranks times micro-steps must exceed the number of rows."""
     row_lr: tuple[float, ...] = ()
-    """Factor of the learning rate for each row, from narrow to wide; stitch layers have 1. Empty for 1 everywhere."""
+    """Factor of the learning rate for each row, from narrow to wide; 1 for stitch layers. Empty for 1 everywhere."""
     only: tuple[str, ...] = ()
-    """Keys of the paths to train and measure, as `lgp paths` lists them; empty for all."""
+    """Keys of the paths to train and evaluate, as `lgp paths` lists them; empty for all."""
     costs: str = runtime_only("")
-    """File of `lgp bench paths` with each path's seconds, for `balanced`; empty for FLOPs. Stages
-    depend on its content."""
+    """For policy balanced: file of `lgp bench paths` with seconds of each path; empty for FLOPs. Stages depend on it."""
     weights: str = runtime_only("")
-    """A consolidated checkpoint to take in place of training; stages depend on its content."""
+    """A consolidated checkpoint to take instead of training. Stages depend on its content."""
     tau: float = 1.0
     """Temperature of the soft cross-entropy to the ancestry."""
     distil: Literal["soft", "hard"] = "soft"
-    """What the ancestry teaches: its whole distribution, or the class that it holds for the likeliest, as a label."""
+    """Target from the ancestry: soft, its distribution; or hard, its most likely class."""
     distil_weight: float = 1.0
-    """Weight of the cross-entropy to the ancestry. At 0 the ancestry does not run in this stage."""
+    """Weight of the cross-entropy to the ancestry; 0 leaves the ancestry out of this stage."""
     ancestry_precision: AncestryPrecision = "engine"
-    """As in distillation."""
+    """Precision of the ancestry's forwards, as distil.ancestry_precision."""
     label_weight: float = 1.0
-    """Weight of the labels' cross-entropy."""
+    """Weight of the cross-entropy to the labels."""
     feature_weight: float = 0.0
     """Weight of the last-block feature loss: the mean squared error between a path's tokens before the final norm and
     the ancestry's last block, normalised as in distillation. Only paths that end in a row of the ancestry's width have
@@ -271,79 +270,78 @@ class FinetuneConfig:
     other paths of the group learn its outputs in place of the ancestry's: its logits with this weight, its tokens with
     feature_weight."""
     loss_scale: LossScale = "sample"
-    """As in distillation."""
+    """As distil.loss_scale."""
     train: TrainConfig = TrainConfig(epochs=50.0)
-    """The loop."""
+    """Length, batch, optimizer, learning rate and regularisation of the stage's training."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Accuracy of every path."""
+    """Evaluation of every path."""
 
     batch_size: int = 256
     """Images per forward and rank."""
     before: bool = True
-    """Also measure the pool as it was before fine-tuning."""
+    """Also evaluate the pool before fine-tuning."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of a stage while it trains, so that it can go on."""
+    """When a stage saves while it trains, and how many checkpoints are kept."""
 
     every: int = runtime_only(500)
-    """Optimizer steps between two checkpoints; 0 for one at a preemption alone."""
+    """Optimizer steps between two checkpoints; 0 to save only when the run is asked to stop."""
     keep: int = runtime_only(2)
-    """Newest checkpoints of a stage that are kept, beside the best measured."""
+    """Newest checkpoints of a stage that are kept, in addition to the best measured."""
     on_error: Literal["continue", "stop"] = runtime_only("continue")
-    """After a checkpoint that could not be written: train on until the next, or stop."""
+    """What to do when a checkpoint cannot be written: train on until the next, or stop."""
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The standalone model."""
+    """The standalone model: which path, which formats, how it is checked."""
 
     path: str = ""
     """Key of the path to export; empty for the choice of `descend`."""
     images: int = 64
-    """Validation images on which the export must equal the path."""
+    """Validation images on which each format is compared with the path."""
     formats: tuple[Format, ...] = ("pt2", "onnx", "int8")
-    """Beside the weights: pt2 (torch.export), onnx and int8 (onnxruntime's dynamic quantisation of it), which need the
-    extra [onnx] and are left out without it."""
+    """Formats in addition to safetensors: pt2 (torch.export), onnx, and int8 (onnxruntime's dynamic quantisation). The
+    last two need the extra [onnx] and are left out without it."""
     int8_images: int = 2000
-    """Validation images on which the accuracy of int8 is compared with the path's."""
+    """Validation images on which int8's accuracy is compared with the path's."""
 
 
 @dataclass(frozen=True)
 class FaultConfig:
-    """What a run answers to faults while it trains."""
+    """What the run does about bad steps and hanging ranks."""
 
     skip_steps: int = runtime_only(0)
-    """Optimizer steps on end that may be left out for a loss or gradient that is not finite or a spike; one more stops
-    the run."""
+    """Consecutive steps that may be skipped for a loss or gradient that is not finite or spikes; one more stops the run."""
     spike: float = runtime_only(0.0)
-    """A loss above so many times the median of the last 100 good steps is a spike; 0 for none."""
+    """A loss above this many times the median of the last 100 good steps is a spike; 0 for no such check."""
     rollback: int = runtime_only(0)
-    """How often the run may go back to its last checkpoint where it would stop for such steps."""
+    """How often the run may go back to its last checkpoint instead of stopping for bad steps."""
     timeout_s: float = runtime_only(1800.0)
-    """Seconds a rank may stand still in a step until the run is ended; elsewhere ten times as long, an hour at most."""
+    """Seconds without progress in a step after which the run ends; ten times as long elsewhere, at most an hour."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A complete run, from shards to an exported descendant."""
+    """A complete run: its parts, seed, run directory, trackers, and how it resumes."""
 
     recipe: str = runtime_only("")
-    """Name of the recipe that this began as; the default run directory is called after it."""
+    """Name of the recipe; names the default run directory."""
     seed: int = 0
-    """Seeds initialisation, order, augmentation and paths."""
+    """Seed of initialisation, order of images, augmentation and draws of paths."""
     data: DataConfig = DataConfig()
-    """Shards and input."""
+    """Shards, input and augmentation."""
     model: ModelConfig = ModelConfig()
-    """Shape of the pool."""
+    """Shape of the pool: rows, depth, patches and stitch layers."""
     engine: EngineConfig = EngineConfig()
-    """Precision and device."""
+    """Precision, device, memory and communication."""
     faults: FaultConfig = FaultConfig()
-    """What stops a run, and what does not."""
+    """What the run does about bad steps and hanging ranks."""
     ancestry: AncestryConfig = AncestryConfig()
     """Stage ancestry."""
     distil: DistilConfig = DistilConfig()
@@ -355,24 +353,24 @@ class RunConfig:
     evaluate: EvaluateConfig = EvaluateConfig()
     """Stage evaluate."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Saving while a stage trains."""
+    """When a stage saves while it trains, and how many checkpoints are kept."""
     budget: Budget = Budget()
     """Stage descend."""
     export: ExportConfig = ExportConfig()
     """Stage export."""
     run_dir: str = runtime_only("")
-    """Where results go; empty for runs/RECIPE."""
+    """Folder for results; empty for runs/RECIPE."""
     trackers: tuple[str, ...] = runtime_only(("tensorboard",))
-    """Trackers of accelerate: tensorboard, wandb, ..."""
+    """Experiment trackers of accelerate, such as tensorboard and wandb."""
     resume: str = runtime_only("auto")
-    """auto goes on from a stage's newest whole checkpoint, or begins; latest asks for one; never begins again; a path
-    names a checkpoint."""
+    """auto: from a stage's newest whole checkpoint, if there is one. latest: from it, and there must be one. never: from
+    the start. A path: from this checkpoint."""
     allow_change: tuple[str, ...] = runtime_only(())
-    """Settings that may differ from those of the checkpoint, by dotted key."""
+    """Dotted keys of settings that may differ from the checkpoint's."""
     force: bool = runtime_only(False)
-    """Make the stage's artifact again although one is complete."""
+    """Run the stages again even if their artifacts are complete."""
     debug: bool = runtime_only(False)
-    """Show tracebacks of errors that have a sentence."""
+    """Show the traceback of an error before its sentence."""
 
     @property
     def taps_ancestry(self) -> bool:
@@ -388,5 +386,5 @@ class RunConfig:
 
     @property
     def directory(self) -> str:
-        """Where results go."""
+        """Folder for results."""
         return self.run_dir or f"runs/{self.recipe}"
