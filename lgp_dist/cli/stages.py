@@ -77,7 +77,9 @@ def check_start(config: RunConfig) -> None:
     folder = Path(config.directory)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise UserError(f"The run directory {folder} cannot be made, since {there} is a file: choose another --run-dir.")
+        raise UserError(
+            f"The run directory {folder} cannot be made, since {there} is a file: choose another --run-dir."
+        )
 
 
 def list_paths(action: Paths) -> None:

@@ -30,7 +30,7 @@ class DataConfig:
     """Shards, their splits, and how an image becomes a tensor."""
 
     root: str = runtime_only("shards/imagenet")
-    """Folder of manifest.json and tars, or its http(s)://, s3://, gs:// or hf:// address; stages depend on its content."""
+    """Folder of manifest.json and tars, or its http(s)://, s3://, gs:// or hf:// address; stages depend on content."""
     train_split: str = "train"
     """Split to train on."""
     val_split: str = "validation"

@@ -248,7 +248,7 @@ class FinetuneConfig:
     only: tuple[str, ...] = ()
     """Keys of the paths to train and evaluate, as `lgp paths` lists them; empty for all."""
     costs: str = runtime_only("")
-    """For policy balanced: file of `lgp bench paths` with seconds of each path; empty for FLOPs. Stages depend on it."""
+    """For policy balanced: file of `lgp bench paths`, seconds of each path; empty for FLOPs. Stages depend on it."""
     weights: str = runtime_only("")
     """A consolidated checkpoint to take instead of training. Stages depend on its content."""
     tau: float = 1.0
@@ -317,7 +317,7 @@ class FaultConfig:
     """What the run does about bad steps and hanging ranks."""
 
     skip_steps: int = runtime_only(0)
-    """Consecutive steps that may be skipped for a loss or gradient that is not finite or spikes; one more stops the run."""
+    """Consecutive steps that may be skipped for a spike, or a loss or gradient that is not finite; one more stops."""
     spike: float = runtime_only(0.0)
     """A loss above this many times the median of the last 100 good steps is a spike; 0 for no such check."""
     rollback: int = runtime_only(0)
@@ -363,8 +363,8 @@ class RunConfig:
     trackers: tuple[str, ...] = runtime_only(("tensorboard",))
     """Experiment trackers of accelerate, such as tensorboard and wandb."""
     resume: str = runtime_only("auto")
-    """auto: from a stage's newest whole checkpoint, if there is one. latest: from it, and there must be one. never: from
-    the start. A path: from this checkpoint."""
+    """auto: from a stage's newest whole checkpoint, if there is one. latest: from it, and there must be one. never:
+    from the start. A path: from this checkpoint."""
     allow_change: tuple[str, ...] = runtime_only(())
     """Dotted keys of settings that may differ from the checkpoint's."""
     force: bool = runtime_only(False)
