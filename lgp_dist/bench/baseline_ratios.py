@@ -1,4 +1,4 @@
-"""A measurement beside a stored one of the same benchmark: ratios with as much as their spreads leave open."""
+"""Ratios of a measurement to a stored one of the same benchmark, with what their spreads leave open."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.bench.common import as_table
 from lgp_dist.errors import UserError
+from lgp_dist.run.text_table import objects_table
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Of a benchmark's objects."""
+    """The fields of a benchmark's objects that a comparison uses."""
 
     same: tuple[str, ...]
-    """What two objects must share to be of the same thing; a field that both lack is shared."""
+    """Two objects that agree in these measure the same thing; a field that both lack agrees."""
     measures: dict[str, str]
-    """What was measured, and the field with its spread ((most - least) / median); empty for arithmetic."""
+    """Measured field -> the field with its spread ((most - least) / median); empty for arithmetic."""
 
 
 LOOP = ("recipe", "engine", "reduction", "policy", "only", "ranks", "micro_steps", "paths_per_batch", "widths")
@@ -49,11 +49,11 @@ FIELDS = {
     ),
     "scaling": Fields(("recipe", "policy", "micro_steps", "images_per_rank", "ranks"), {"efficiency": ""}),
 }
-"""By the name of `lgp bench`."""
+"""By the benchmark's name in `lgp bench`."""
 
 
 def read_rows(bench: str, file: Path) -> list[dict[str, Any]]:
-    """The objects of a stored result; UserError where it is none of this benchmark."""
+    """The objects of a stored result; UserError where it is not a result of this benchmark."""
     advice = f"name a file that `lgp bench {bench}` made"
     try:
         content = json.loads(file.read_bytes())
@@ -69,9 +69,9 @@ def read_rows(bench: str, file: Path) -> list[dict[str, Any]]:
 
 
 def as_rows(content: Any) -> list[dict[str, Any]]:
-    """A list of objects as it is; the table of `lgp bench paths` as one object for each path."""
+    """The objects of a result; the table of `lgp bench paths` becomes an object for each path."""
     if isinstance(content, dict) and isinstance(content.get("costs"), dict):
-        about = {name: content.get(name) for name in ("recipe", "precision", "batch")}
+        about = {name: content.get(name) for name in ("recipe", "precision", "batch", "machine")}
         spreads = content.get("spread", {})
         return [
             about | {"path": key, "seconds": value, "spread": spreads.get(key)}
@@ -80,12 +80,12 @@ def as_rows(content: Any) -> list[dict[str, Any]]:
     return content if isinstance(content, list) else []
 
 
-def compare(bench: str, now: Rows, before: Rows) -> list[dict[str, Any]]:
+def baseline_ratios(bench: str, now: Rows, before: Rows) -> list[dict[str, Any]]:
     """One object for each measure of each object that both have: `now` over `before`.
 
-    ratio, and low and high: what it would be if both medians lay at the far ends of intervals as wide as their
-    spreads; differs: whether 1 lies outside of them. For arithmetic low and high are the ratio. Objects are matched by
-    the fields that say what was measured; machine, versions and commit may differ.
+    ratio; low and high, the ratio if both medians lay at the far ends of intervals as wide as their spreads; differs,
+    whether 1 lies outside low to high. For arithmetic low and high are the ratio. Objects are matched by the fields
+    that say what was measured; machine, versions and commit may differ.
     """
     fields, found = FIELDS[bench], {}
     for row in before:
@@ -110,13 +110,13 @@ def compare(bench: str, now: Rows, before: Rows) -> list[dict[str, Any]]:
 
 
 def comparison(bench: str, now: Rows, before: Rows, file: Path) -> str:
-    """`compare` as text; a sentence where the two have nothing in common."""
-    rows = compare(bench, now, before)
+    """`baseline_ratios` as text; a sentence where the two have nothing in common."""
+    rows = baseline_ratios(bench, now, before)
     if not rows:
-        return f"{file} holds nothing that was measured here: {', '.join(FIELDS[bench].same)} differ"
+        return f"{file} holds nothing that was measured here: {', '.join(FIELDS[bench].same)} differ."
     missing = len({_key(FIELDS[bench], row) for row in now} - {_key(FIELDS[bench], row) for row in before})
     lines = [f"against {file}, now over before:"]
-    lines += [as_table(rows, ("of", "measure", "before", "now", "ratio", "low", "high", "differs"))]
+    lines += [objects_table(rows, ("of", "measure", "before", "now", "ratio", "low", "high", "differs"))]
     return "\n".join(lines + [f"{missing} objects are not in {file}"] * bool(missing))
 
 

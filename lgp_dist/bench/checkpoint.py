@@ -1,4 +1,4 @@
-"""What a checkpoint costs: how long it holds up training, how long it takes to be there, and its bytes."""
+"""What a checkpoint costs: how long training waits for it, how long until it is complete, and its bytes."""
 
 import shutil
 import time
@@ -9,42 +9,46 @@ from typing import Any
 import torch
 
 from lgp_dist.bench.common import facts, join, spread
-from lgp_dist.bench.engine import Bench
+from lgp_dist.bench.engine import EngineSteps
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.checkpointer import Checkpointer
 from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
 from lgp_dist.engine.checkpoints.manifest import Manifest, TrainState, read_manifest
 from lgp_dist.errors import UserError
+from lgp_dist.run.text_table import objects_table
 
 MODES = ("background", "wait")
-"""Training goes on while a checkpoint is written, as runs do it; or it waits until it is there."""
+"""Training goes on while a checkpoint is written, as in runs; or it waits until the checkpoint is complete."""
 
 
 def bench_checkpoint(config: RunConfig, out: Path, rounds: int = 5, steps: int = 8) -> list[dict[str, Any]]:
     """Fine-tunes a recipe's pool on random images on the engine of this launch and saves it; rank 0 writes a list.
 
-    In each round both modes take a turn: `steps` steps without a save, then a save and steps until it has its name.
-    Checkpoints lie beside `out`, on the disk that is measured, and are removed at the end. One object for each mode:
-    engine, ranks, parameters, bytes (of all ranks' files), step_ms (without a save), stall_ms (in which no rank
-    trains: for the copy, or for all of it), steps_under_way and slower_ms (steps while a save is under way, and how
-    much longer they took in sum than as many without), cost_ms (both together), publish_s (until it has its name),
-    bytes_per_s (over that time), every, and share (cost_ms over the step time between two saves of the recipe); medians
-    over rounds, with cost_spread and publish_spread ((most - least) / median). first_stall_ms is of the first save,
-    which makes its buffers, in either mode. UserError where rounds or steps are below 1, or there is such a folder.
+    In each round each mode takes `steps` steps without a save, then saves, and trains until the checkpoint is complete.
+    Checkpoints are written next to `out`, on the disk to be measured, and removed at the end. Of each mode, medians
+    over rounds:
+
+    engine, ranks, parameters; bytes of all ranks' files; step_ms without a save; stall_ms in which no rank trains (for
+    the copy, or for all of it), and first_stall_ms of the first save, which allocates buffers; steps_under_way, those
+    taken during a save, and slower_ms, how much longer they took in sum than as many without; cost_ms, stall_ms +
+    slower_ms, with cost_spread; publish_s until the checkpoint has its name, with publish_spread, and bytes_per_s over
+    that time; every, the recipe's steps between two saves, and share, cost_ms over their time.
+
+    UserError where rounds or steps are below 1, or the folder of checkpoints exists.
     """
     workers = join(config, rounds=rounds, steps=steps)
     folder = out.with_name(out.name + ".checkpoints")
     if workers.highest([folder.exists()])[0]:
         raise UserError(f"{folder} is there already: remove it, or choose another --out.")
-    bench = Bench(config, workers)
+    bench = EngineSteps(config, workers)
     saves = _Saves(bench, folder, steps)
     try:
-        first = saves.turn("background")
-        turns = {mode: list[dict[str, float]]() for mode in MODES}
+        first = saves.save("background")
+        timed = {mode: list[dict[str, float]]() for mode in MODES}
         for _ in range(rounds):
             for mode in MODES:
-                turns[mode].append(saves.turn(mode))
-        rows = [saves.row(mode, turns[mode], first) for mode in MODES]
+                timed[mode].append(saves.save(mode))
+        rows = [saves.row(mode, timed[mode], first) for mode in MODES]
     finally:
         workers.barrier()
         if workers.is_main:
@@ -56,23 +60,22 @@ def bench_checkpoint(config: RunConfig, out: Path, rounds: int = 5, steps: int =
 class _Saves:
     """Checkpoints of a bench's pool."""
 
-    def __init__(self, bench: Bench, folder: Path, steps: int):
+    def __init__(self, bench: EngineSteps, folder: Path, steps: int):
         self.bench, self.steps, self.step = bench, steps, 0
-        workers = bench.workers
-        self.checkpoint_dir = CheckpointDir(folder)
-        self.saves = Checkpointer(self.checkpoint_dir, workers, bench.trainer.fragments(), bench.config.checkpoint)
-        self.engine = workers.launch.engine_name
+        self.folder, self.engine = CheckpointDir(folder), bench.workers.launch.engine_name
+        fragments = bench.trainer.fragments()
+        self.checkpointer = Checkpointer(self.folder, bench.workers, fragments, bench.config.checkpoint)
 
-    def turn(self, mode: str) -> dict[str, float]:
-        """Seconds of one save and of the steps around it, in a fresh folder."""
+    def save(self, mode: str) -> dict[str, float]:
+        """Seconds of one save and of the steps around it."""
         quiet = median(self._train() for _ in range(self.steps))
         self.bench.wait()
         began = time.perf_counter()
-        self.saves.save(self._state())
+        self.checkpointer.save(self._state())
         if mode == "wait":
-            self.saves.wait()
+            self.checkpointer.wait()
         stall, under_way = time.perf_counter() - began, []
-        while self.saves.busy:
+        while self.checkpointer.busy:
             under_way.append(self._train())
         published = time.perf_counter() - began
         slower = sum(under_way) - len(under_way) * quiet
@@ -86,12 +89,12 @@ class _Saves:
         }
 
     def _train(self) -> float:
-        """One step and, as in the loop, its pulse; seconds until all ranks have done it."""
+        """Takes a step and, as the loop does, lets the checkpointer go on; seconds until all ranks have done it."""
         began = time.perf_counter()
         self.bench.step(self.step)
         self.step += 1
         self.bench.wait()
-        self.saves.settle(int(self.bench.workers.highest([self.saves.status])[0]))
+        self.checkpointer.settle(int(self.bench.workers.highest([self.checkpointer.status])[0]))
         return time.perf_counter() - began
 
     def _state(self) -> TrainState:
@@ -99,11 +102,11 @@ class _Saves:
         return TrainState("bench", self.step, self.step, config.seed, {}, {}, world, self.engine)
 
     def _newest(self) -> Manifest:
-        return read_manifest(self.checkpoint_dir.final(self.checkpoint_dir.steps()[0]))
+        return read_manifest(self.folder.final(self.folder.steps()[0]))
 
-    def row(self, mode: str, turns: list[dict[str, float]], first: dict[str, float]) -> dict[str, Any]:
+    def row(self, mode: str, timed: list[dict[str, float]], first: dict[str, float]) -> dict[str, Any]:
         """The object of one mode."""
-        middle = {name: median(turn[name] for turn in turns) for name in turns[0]}
+        middle = {name: median(one[name] for one in timed) for name in timed[0]}
         manifest, workers, every = self._newest(), self.bench.workers, self.bench.config.checkpoint.every
         size = sum(size for size, _ in manifest.files.values())
         row = {
@@ -121,9 +124,9 @@ class _Saves:
             "steps_under_way": middle["steps_under_way"],
             "slower_ms": round(1000 * middle["slower"], 2),
             "cost_ms": round(1000 * middle["cost"], 2),
-            "cost_spread": spread([turn["cost"] for turn in turns]),
+            "cost_spread": spread([one["cost"] for one in timed]),
             "publish_s": round(middle["publish"], 4),
-            "publish_spread": spread([turn["publish"] for turn in turns]),
+            "publish_spread": spread([one["publish"] for one in timed]),
             "bytes_per_s": round(size / middle["publish"]),
             "every": every,
             "share": round(middle["cost"] / (every * middle["step"]), 6) if every else None,
@@ -133,14 +136,6 @@ class _Saves:
 
 def checkpoint_table(rows: list[dict[str, Any]]) -> str:
     """The objects of `bench_checkpoint` as text."""
-    head = (
-        f"{'engine':<9}{'mode':<13}{'step ms':>9}{'stall ms':>10}{'cost ms':>10}{'published s':>13}{'MB':>9}{'MB/s':>8}"
-    )
-    lines = [f"{head}{'share':>9}"]
-    for row in rows:
-        share = "" if row["share"] is None else f"{row['share']:.2%}"
-        lines.append(
-            f"{row['engine']:<9}{row['mode']:<13}{row['step_ms']:>9.1f}{row['stall_ms']:>10.1f}{row['cost_ms']:>10.1f}"
-            f"{row['publish_s']:>13.2f}{row['bytes'] / 1e6:>9.1f}{row['bytes_per_s'] / 1e6:>8.0f}{share:>9}"
-        )
-    return "\n".join(lines)
+    names = ("engine", "mode", "step_ms", "stall_ms", "cost_ms", "publish_s")
+    megabytes = (("mb", lambda row: round(row["bytes"] / 1e6, 1)), ("mb/s", lambda row: row["bytes_per_s"] // 10**6))
+    return objects_table(rows, (*names, *megabytes, "share"))

@@ -1,4 +1,4 @@
-"""What all measurements share: their spread, what they were made with, and checks of their options."""
+"""What several benchmarks share: random models and batches of a recipe, timing in turns, statistics and checks."""
 
 import platform
 import time
@@ -14,8 +14,39 @@ from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_json
+from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.build import build_ancestry, build_pool, prepare_ancestry
+from lgp_dist.models.pool import LearngenePool
+from lgp_dist.protocols import Batch
 from lgp_dist.run.checks import check_config
 from lgp_dist.run.provenance import environment
+
+
+def random_pool(config: RunConfig, workers: Workers, *, training: bool) -> LearngenePool:
+    """`build_pool` with the same random weights at every call and on every rank."""
+    torch.manual_seed(config.seed)
+    return build_pool(config, workers.device, training=training)
+
+
+def random_ancestry(config: RunConfig, workers: Workers) -> Ancestry:
+    """`build_ancestry` with the same random weights at every call and on every rank."""
+    torch.manual_seed(config.seed)
+    return build_ancestry(config, workers.device)
+
+
+def finetune_models(config: RunConfig, workers: Workers) -> tuple[LearngenePool, Ancestry | None]:
+    """The pool that stage finetune gives to the engine and, if it distils, the ancestry, with random weights."""
+    pool, ancestry = random_pool(config, workers, training=True), None
+    if config.finetune.distil_weight:
+        ancestry = prepare_ancestry(random_ancestry(config, workers), config, "finetune")
+    return pool, ancestry
+
+
+def random_batch(config: RunConfig, count: int, device: torch.device) -> Batch:
+    """`count` random images with random labels."""
+    data = config.data
+    images = torch.randn(count, data.channels, data.image_size, data.image_size)
+    return Batch(images, torch.randint(data.num_classes, (count,)), torch.ones(count)).to(device)
 
 
 def spread(values: Sequence[float]) -> float:
@@ -24,9 +55,11 @@ def spread(values: Sequence[float]) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Of the median: two of the values that have it between them with at least 95 %, whatever their distribution.
+    """The 95 % interval of the median, whatever the distribution: two of the values, by their ranks.
 
-    Of fewer than six numbers the smallest and the largest, which have it between them with 50 to 94 %.
+    The median lies below the k-th smallest value only if fewer than k values lie below the median, and their number is
+    binomial with probability 1/2. k is the largest for which either side has at most 2.5 %. Fewer than six values give
+    the smallest and the largest, an interval of 50 to 94 %.
     """
     found, count = sorted(values), len(values)
     within = [
@@ -37,18 +70,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def of_rounds(ratios: Sequence[float]) -> dict[str, float]:
-    """What a benchmark says of a ratio that it took in each round."""
+    """Median, spread and interval of a ratio that was taken in each round."""
     low, high = interval(ratios)
-    return {
-        "ratio": round(median(ratios), 4),
-        "ratio_spread": spread(ratios),
-        "ratio_low": low,
-        "ratio_high": high,
-    }
+    return {"ratio": round(median(ratios), 4), "ratio_spread": spread(ratios), "ratio_low": low, "ratio_high": high}
 
 
 def facts(device: torch.device | None = None) -> dict[str, Any]:
-    """Machine, versions, commit and command; of what computes on a device, its name and torch's threads too."""
+    """Machine, versions, commit and command. device: also its name, and torch's number of threads."""
     about = environment()
     machine = about["machine"] | {"platform": platform.platform()}
     if device is not None:
@@ -57,44 +85,41 @@ def facts(device: torch.device | None = None) -> dict[str, Any]:
     return about | {"machine": machine}
 
 
+def listed(text: str) -> tuple[str, ...]:
+    """The parts of an option that are separated by commas, each once; empty parts are left out."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
 def check_least(option: str, value: int, least: int) -> None:
     """Raises UserError where an option's number is below the least that it may be."""
     if value < least:
         raise UserError(f"{option} is {value}, but must be {least} or more: choose another value.")
 
 
-def chosen_device(wanted: str, option: str) -> torch.device:
-    """The GPU if there is one and `wanted` is not cpu; UserError where cuda is wanted and there is none."""
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise UserError(f"{option} is cuda, but this machine shows no GPU: pass {option} cpu.")
-    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
-
-
-def in_turns(
+def interleaved(
     calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each, taking turns, so that a slow moment of the machine meets all of them.
+    """Seconds of `repeats` calls of each, in turns, so that a slow moment of the machine affects all of them.
 
-    On a GPU by its own clock, each after a write that leaves nothing of its inputs in the L2 cache.
+    On a GPU by its own clock, each after a write that replaces the content of the L2 cache.
     """
     flush = torch.empty(2**26, dtype=torch.int32, device=device) if device.type == "cuda" else None
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + repeats):
         for name, call in calls.items():
-            took = _by_the_clock(call) if flush is None else _by_the_card(call, flush)
+            took = _wall_clock(call) if flush is None else _gpu_clock(call, flush)
             if turn >= warm_up:
                 seconds[name].append(took)
     return seconds
 
 
-def _by_the_clock(call: Callable[[], Any]) -> float:
+def _wall_clock(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
-def _by_the_card(call: Callable[[], Any], flush: torch.Tensor) -> float:
+def _gpu_clock(call: Callable[[], Any], flush: torch.Tensor) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
     start.record()
@@ -105,34 +130,35 @@ def _by_the_card(call: Callable[[], Any], flush: torch.Tensor) -> float:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """The most that this device was seen to do: FLOP/s of a large product in a dtype, and bytes/s of a large copy."""
+    """The highest rates measured on this device: FLOP/s of a large product in a dtype, and bytes/s of a large copy."""
     side, count = (8192, 2**29) if device.type == "cuda" else (1024, 2**24)
     matrix = torch.randn(side, side, device=device).to(dtype)
     source = torch.empty(count, dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     calls = {"product": lambda: matrix @ matrix, "copy": lambda: target.copy_(source)}
-    best = {name: min(values) for name, values in in_turns(calls, device, 5).items()}
+    best = {name: min(values) for name, values in interleaved(calls, device, 5).items()}
     return 2 * side**3 / best["product"], 8 * count / best["copy"]
 
 
-def as_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Some fields of objects as lines of text under their names."""
-    lines = [list(names), *([str(row[name]) for name in names] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
-    cells = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(line).rstrip() for line in cells)
-
-
 def join(config: RunConfig, **numbers: int) -> Workers:
-    """The processes of this launch; UserError where an option's number is below 1, or the recipe is refused."""
+    """The processes of this launch; UserError where an option's number is below 1 or the recipe is refused."""
     for name, value in numbers.items():
         check_least("--" + name.replace("_", "-"), value, 1)
     check_config(config)
     return Workers.start(config.engine)
 
 
+def one_process(config: RunConfig, batch: int, repeats: int) -> Workers:
+    """`join` for a benchmark of one process; UserError under a launcher of several."""
+    check_least("--batch", batch, 0)
+    workers = join(config, repeats=repeats)
+    if workers.world > 1:
+        raise UserError(f"This benchmark is for one process, but {workers.world} run: start lgp without a launcher.")
+    return workers
+
+
 def wait(workers: Workers) -> None:
-    """Until all ranks' devices have done what they were given."""
+    """Waits until the devices of all ranks have finished their work."""
     if workers.device.type == "cuda":
         torch.cuda.synchronize()
     workers.barrier()

@@ -1,4 +1,4 @@
-"""Distilling all auxiliary models in one pass over the ancestry, against one run for each."""
+"""Distilling all auxiliary models with one forward of the ancestry, compared with a run for each of them."""
 
 from collections.abc import Callable
 from statistics import median
@@ -6,83 +6,80 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.common import as_table, check_least, chosen_device, facts, in_turns, of_rounds, spread
+from lgp_dist.bench.common import facts, interleaved, of_rounds, one_process, random_batch, spread
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.optim import build_optimizer
-from lgp_dist.engine.workers import autocast, choose_attention
-from lgp_dist.models.ancestry import Ancestry
-from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
-from lgp_dist.models.build import ancestry_vit
-from lgp_dist.paths.cost import TRAINING, ancestry_flops
-from lgp_dist.paths.stitched import PathSpace
+from lgp_dist.engine.trainer import prepare_module
+from lgp_dist.engine.workers import Workers
+from lgp_dist.errors import UserError
+from lgp_dist.models.build import ancestry_precision, auxiliary_rows, build_ancestry
+from lgp_dist.paths.cost import TRAINING, ancestry_flops, trained_rows_flops
 from lgp_dist.protocols import Batch, StepContext
-from lgp_dist.run.checks import check_config
+from lgp_dist.run.text_table import objects_table
 from lgp_dist.stages.distil import decays
-from lgp_dist.tasks.distil import DistilTask
+from lgp_dist.tasks.distil import distil_task
 
 
 def bench_distil(config: RunConfig, batch: int = 0, repeats: int = 5) -> list[dict[str, Any]]:
     """Steps of stage distil on random images: all rows together, and each row in a run of its own.
 
-    One object: together_ms (a step), apart_ms (a step of every run, summed), ratio (median over `repeats` rounds of
-    together over apart of the same round) with ratio_spread, ratio_low to ratio_high (`figures.interval`) and spread
-    (of together), and by_arithmetic: the same from multiply-adds, 3 forwards for a row's forward and backward,
-    transformations left out; null where the ancestry's size is not known. A step is the task's forwards (the ancestry's
-    too), backward and AdamW's step. batch: images; 0 for the recipe's in a micro-step. UserError where a number is out
-    of range.
+    Returns one object: together_ms of a step and apart_ms of a step of every run, summed; spread of together;
+    ratio, the median over `repeats` rounds of together over apart in the same round, with ratio_spread and ratio_low
+    to ratio_high (`common.interval`); and by_arithmetic, the same ratio in multiply-adds. A step is the task's forwards
+    with the ancestry's, backward and the optimizer's step. batch: images; 0 for the recipe's in a micro-step. UserError
+    where a number is out of range, no row is trained or there are several processes.
     """
-    check_config(config)
-    for option, value, least in (("--batch", batch, 0), ("--repeats", repeats, 1)):
-        check_least(option, value, least)
-    device, space = chosen_device(config.engine.device, "--engine.device"), PathSpace.from_config(config)
+    workers = one_process(config, batch, repeats)
+    rows = [index for index, row in enumerate(config.model.rows) if row.trains]
+    if not rows:
+        raise UserError("model.rows has no row that stage distil trains: choose a recipe with a source such as distil.")
     train = config.distil.train
-    images = batch or max(1, train.batch_size // train.accumulate)
-    torch.manual_seed(config.seed)
-    shape = (images, space.channels, space.image_size, space.image_size)
-    data = Batch(torch.randn(shape), torch.randint(space.num_classes, (images,)), torch.ones(images)).to(device)
-    rows = range(len(config.model.rows))
-    together = _step(config, space, tuple(rows), data)
-    alone = [_step(config, space, (row,), data) for row in rows]
+    data = random_batch(config, batch or max(1, train.batch_size // train.accumulate), workers.device)
+    together = _step(config, workers, rows, data)
+    alone = [_step(config, workers, [row], data) for row in rows]
     calls = {"together": together, "apart": lambda: [step() for step in alone]}
-    seconds = in_turns(calls, device, repeats)
+    seconds = interleaved(calls, workers.device, repeats)
     ratios = [one / many for one, many in zip(seconds["together"], seconds["apart"], strict=True)]
     row = {
         "recipe": config.recipe,
         "precision": config.engine.precision,
-        "ancestry": config.engine.ancestry(config.distil.ancestry_precision),
+        "ancestry": ancestry_precision(config, "distil"),
         "compile": config.engine.compile,
-        "widths": list(space.widths),
-        "image_size": space.image_size,
-        "batch": images,
+        "widths": [row.width for row in config.model.rows],
+        "image_size": config.data.image_size,
+        "batch": len(data.images),
         "together_ms": round(1e3 * median(seconds["together"]), 3),
         "apart_ms": round(1e3 * median(seconds["apart"]), 3),
         "spread": spread(seconds["together"]),
     }
-    return [row | of_rounds(ratios) | {"by_arithmetic": by_arithmetic(config, space)} | facts(device)]
+    workers.close()
+    return [row | of_rounds(ratios) | {"by_arithmetic": by_arithmetic(config)} | facts(workers.device)]
 
 
-def by_arithmetic(config: RunConfig, space: PathSpace) -> float | None:
-    """Multiply-adds of one pass over the ancestry and all rows, over those of a pass for each row."""
-    teacher = ancestry_flops(config)
-    if teacher is None:
+def by_arithmetic(config: RunConfig) -> float | None:
+    """Multiply-adds of a step of all rows over those of a step for each; None where the ancestry's size is not known.
+
+    A row's forward and backward count as three forwards. Transformations are left out.
+    """
+    forward, rows = ancestry_flops(config), TRAINING * trained_rows_flops(config)
+    if forward is None:
         return None
-    rows = [TRAINING * space.cost(path).flops for path in space.paths[: len(space.widths)]]
-    return round((teacher + sum(rows)) / (len(rows) * teacher + sum(rows)), 4)
+    distilled = sum(row.source == "distil" for row in config.model.rows)
+    return round((min(1, distilled) * forward + rows) / (distilled * forward + rows), 4)
 
 
-def _step(config: RunConfig, space: PathSpace, rows: tuple[int, ...], batch: Batch) -> Callable[[], None]:
+def _step(config: RunConfig, workers: Workers, rows: list[int], batch: Batch) -> Callable[[], None]:
     """One optimizer step of a run that distils some rows."""
-    device, engine, train = batch.images.device, config.engine, config.distil.train
     torch.manual_seed(config.seed)
-    choose_attention(device.type, engine.precision)
-    ancestry = Ancestry(ancestry_vit(config)).to(device)
-    every = build_rows(space, config.model.rows, config.distil, ancestry.depth, ancestry.vit.embed_dim)
-    ancestry.prepare(engine.ancestry(config.distil.ancestry_precision), engine.compile)
-    module = AuxiliaryRows([every[row] for row in rows]).to(device).train()
-    task, optimizer = DistilTask(module, ancestry, config.distil), build_optimizer(module, train, decays)
+    ancestry = build_ancestry(config, workers.device)
+    every = auxiliary_rows(config, ancestry).rows
+    task = distil_task(config, [every[row] for row in rows], ancestry)
+    module = task.module.to(workers.device).train()
+    optimizer = build_optimizer(module, config.distil.train, decays)
+    prepare_module(module, workers)
 
     def step() -> None:
-        with autocast(device.type, engine.precision):
+        with workers.autocast():
             loss = task.losses(module, batch, StepContext(0, 0, 0, 1))["loss"]
         loss.backward()
         optimizer.step()
@@ -94,4 +91,4 @@ def _step(config: RunConfig, space: PathSpace, rows: tuple[int, ...], batch: Bat
 def distil_table(rows: list[dict[str, Any]]) -> str:
     """The objects of `bench_distil` as text."""
     names = ("recipe", "precision", "batch", "together_ms", "apart_ms", "spread", "ratio", "ratio_low", "ratio_high")
-    return as_table(rows, (*names, "by_arithmetic"))
+    return objects_table(rows, (*names, "by_arithmetic"))

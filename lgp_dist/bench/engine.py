@@ -1,4 +1,4 @@
-"""What it costs that every rank has a path of its own: time, bytes and memory of a step on this launch's engine."""
+"""What a path for every rank costs: time, bytes and memory of a step on the engine of this launch."""
 
 import time
 from pathlib import Path
@@ -7,41 +7,42 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.common import facts, join, leave, spread, wait
+from lgp_dist.bench.common import facts, finetune_models, join, leave, random_batch, spread, wait
 from lgp_dist.bench.sampler import with_policy
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.comm_stats import CommStats, Gathered, peak_bytes, reset_peak
 from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.trainer import Trainer
 from lgp_dist.engine.workers import Workers
-from lgp_dist.models.ancestry import Ancestry
-from lgp_dist.models.build import ancestry_vit
-from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.cost import TRAINING, ancestry_forward
+from lgp_dist.paths.path import Path as PoolPath
 from lgp_dist.paths.sampler import PathSampler
-from lgp_dist.paths.space import heads_of, space_of
-from lgp_dist.protocols import Batch, StepContext
-from lgp_dist.tasks.finetune import FinetuneTask
+from lgp_dist.paths.space import space_of
+from lgp_dist.protocols import StepContext
+from lgp_dist.run.text_table import Row, objects_table
+from lgp_dist.tasks.finetune import finetune_task
 
 POLICIES = ("shared", "independent", "balanced")
-"""What is compared: all ranks on one path, each on its own, and that with equal work."""
+"""What is compared: all ranks on one path, each on its own, and each on its own with equal work."""
 COUNTED = 8
-"""Steps of each policy whose bytes are counted and whose memory is looked at."""
+"""Steps of each policy in which bytes are counted and memory is read."""
 
 
 def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24) -> list[dict[str, Any]]:
     """Fine-tunes a recipe's pool on random images on the engine of this launch; rank 0 writes a list of objects.
 
-    Policies take turns within each round, so that a slow moment of the machine meets all of them. One object for each
-    policy: engine, ranks, micro_steps, ms (of an optimizer step: median over rounds), spread ((most - least) / median),
-    gflops (mean of a rank's paths in a step, an image's forward), ms_per_work (ms over gflops: what it takes to train
-    the same work), gmacs and gmacs_slowest (multiply-adds of a step's forwards and backwards, the ancestry's too, of a
-    mean rank and of those that others wait for), bytes (that a rank gives to collectives in a step, by operation),
-    bytes_unused (of the gradients of parameters that no rank used, in the same steps), peak_mb (largest over ranks)
-    and, under ZeRO-3, the most units and elements gathered at once, and the elements of the largest unit. UserError
-    where rounds or steps are below 1.
+    Policies take turns within each round, so that a slow moment of the machine affects all of them. Of each policy:
+
+    engine, ranks, micro_steps; ms of an optimizer step, median over rounds, and spread ((most - least) / median);
+    gflops, mean of a rank's paths in a step, an image's forward; ms_per_work, ms over gflops: the time of equal work;
+    gmacs and gmacs_slowest, multiply-adds of a step's forwards and backwards with the ancestry's, of a mean rank and
+    of the rank that the others wait for; bytes that a rank gives to collectives in a step, by operation, and
+    bytes_unused, those of gradients of parameters that no rank used; peak_mb, the largest over ranks; under ZeRO-3 also
+    the most units and elements gathered at once, and the elements of the largest unit.
+
+    UserError where rounds or steps are below 1.
     """
-    bench = Bench(config, join(config, rounds=rounds, steps=steps))
+    bench = EngineSteps(config, join(config, rounds=rounds, steps=steps))
     seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     for turn in range(rounds + 1):
         for policy in POLICIES:
@@ -53,36 +54,28 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
     return rows
 
 
-class Bench:
-    """The pool of a recipe on the engine of a launch, with random images that stay the same."""
+class EngineSteps:
+    """Steps of stage finetune on the engine of a launch, with random weights and images that stay the same."""
 
     def __init__(self, config: RunConfig, workers: Workers):
         self.config, self.workers = config, workers
         self.train, self.space = config.finetune.train, space_of(config)
-        torch.manual_seed(config.seed)
-        pool = LearngenePool.empty(self.space, heads_of(config)).to(workers.device)
-        ancestry = Ancestry(ancestry_vit(config)) if config.finetune.distil_weight else None
-        meet = "micro_step" if workers.launch.zero_stage >= 2 and workers.engine.reduction == "all" else "step"
+        meet = "micro_step" if self._exchanges_in_micro_steps else "step"
         self.samplers = {
             policy: PathSampler.from_config(with_policy(config, policy, self.train.accumulate, meet), self.space)
             for policy in POLICIES
         }
-        if ancestry is not None:
-            precision = config.engine.ancestry(config.finetune.ancestry_precision)
-            ancestry.to(workers.device).prepare(precision, config.engine.compile)
-        pool.set_ops(config.engine.ops)
-        self.task = FinetuneTask(pool.train(), ancestry, self.samplers["shared"], config.finetune)
-        self.task.to(workers.device)
+        pool, ancestry = finetune_models(config, workers)
+        self.task = finetune_task(config, pool, ancestry, self.samplers["shared"])
         self.gathered = Gathered(pool, pool.ordered_modules)
-        self.units = {name: _numbers(pool.get_submodule(name)) for name in pool.ordered_modules}
-        self.parts = {name: _numbers(pool.get_submodule(name)) for name in pool.skippable_modules}
+        self.units = {name: _numel(pool.get_submodule(name)) for name in pool.ordered_modules}
+        self.skippable = {name: _numel(pool.get_submodule(name)) for name in pool.skippable_modules}
         optimizer = build_optimizer(pool, self.train, skippable=pool.skippable_modules)
         self.trainer = Trainer(workers, self.task, optimizer, self.train, config.finetune.gradients)
         self.traffic = CommStats(self.trainer.module)
-        images = self.train.batch_size // (workers.world * self.train.accumulate)
-        shape = (images, self.space.channels, self.space.image_size, self.space.image_size)
-        targets = torch.randint(self.space.num_classes, (images,))
-        self.batch = Batch(torch.randn(shape), targets, torch.ones(images)).to(workers.device)
+        self.batch = random_batch(
+            config, self.train.batch_size // (workers.world * self.train.accumulate), workers.device
+        )
 
     def step(self, step: int) -> None:
         """One optimizer step."""
@@ -95,7 +88,7 @@ class Bench:
         self.trainer.finish(step)
 
     def timed(self, policy: str, steps: range) -> float:
-        """Seconds of these steps, from when all ranks begin until all have ended."""
+        """Seconds of these steps, until all ranks have ended them."""
         self.task.sampler = self.samplers[policy]
         self.wait()
         began = time.perf_counter()
@@ -105,7 +98,7 @@ class Bench:
         return time.perf_counter() - began
 
     def wait(self) -> None:
-        """Until all ranks' devices have done what they were given."""
+        """`common.wait` for these ranks."""
         wait(self.workers)
 
     def end(self, out: Path, rows: list[dict[str, Any]]) -> None:
@@ -113,7 +106,11 @@ class Bench:
         self.trainer.close()
         leave(self.workers, out, rows)
 
-    def _schedule(self, step: int) -> list[list[Any]]:
+    @property
+    def _exchanges_in_micro_steps(self) -> bool:
+        return self.workers.launch.zero_stage >= 2 and self.workers.engine.reduction == "all"
+
+    def _schedule(self, step: int) -> list[list[PoolPath]]:
         """The paths of a step by rank."""
         count = range(self.train.accumulate)
         return [
@@ -126,15 +123,15 @@ class Bench:
         return fmean(sum(self.space.cost(path).flops for path in row) for row in schedule) / 1e9
 
     def _waited(self, step: int) -> float:
-        """Forward and backward of an image on the paths that others wait for, in a step or in every micro-step."""
+        """GFLOPs of forward and backward of an image on the paths that others wait for, in a step or micro-step."""
         schedule = [[self.space.cost(path).flops for path in row] for row in self._schedule(step)]
-        if self.workers.launch.zero_stage >= 2 and self.workers.engine.reduction == "all":
+        if self._exchanges_in_micro_steps:
             return TRAINING * sum(map(max, zip(*schedule, strict=True))) / 1e9
         return TRAINING * max(map(sum, schedule)) / 1e9
 
     def _unused(self, step: int) -> int:
         used = frozenset().union(*(self.task.module.modules_of(path) for row in self._schedule(step) for path in row))
-        return sum(4 * size for part, size in self.parts.items() if part not in used)
+        return sum(4 * size for name, size in self.skippable.items() if name not in used)
 
     def row(self, policy: str, seconds: list[float], steps: range) -> dict[str, Any]:
         """The object of one policy. steps: those that were timed."""
@@ -143,8 +140,7 @@ class Bench:
         with self.traffic.counting() as sent:
             for step in range(COUNTED):
                 self.step(step)
-        peak = torch.zeros(self.workers.world, dtype=torch.float64)
-        peak[self.workers.rank] = peak_bytes(self.workers.device) / 2**20
+        peak = self.workers.highest([peak_bytes(self.workers.device) / 2**20])[0]
         ms, work = 1000 * median(seconds), fmean(map(self._work, steps))
         launch, images = self.workers.launch, len(self.batch.images)
         teacher = (ancestry_forward(self.config) or 0.0) * self.train.accumulate / 1e9
@@ -167,7 +163,7 @@ class Bench:
             "bytes": {name: size // COUNTED for name, size in sorted(sent.items())},
             "bytes_weights": 4 * sum(self.units.values()),
             "bytes_unused": round(fmean(map(self._unused, range(COUNTED)))),
-            "peak_mb": round(float(self.workers.sum(peak).max()), 1),
+            "peak_mb": round(peak, 1),
         }
         if launch.deepspeed and launch.zero_stage == 3:
             largest = max(self.units.values())
@@ -175,20 +171,19 @@ class Bench:
         return row | facts(self.workers.device)
 
 
-def _numbers(module: torch.nn.Module) -> int:
+def _numel(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def engine_table(rows: list[dict[str, Any]]) -> str:
-    """The objects of `bench_engine` as text; `against shared` compares ms_per_work within an engine."""
-    base = {(row["engine"], row["reduction"]): row["ms_per_work"] for row in rows if row["policy"] == "shared"}
-    lines = [f"{'engine':<14}{'policy':<13}{'ms':>9}{'spread':>8}{'against shared':>16}{'MB sent':>10}{'MB peak':>9}"]
-    for row in rows:
-        ratio = row["ms_per_work"] / base[row["engine"], row["reduction"]]
-        name = row["engine"] + (" union" if row["reduction"] == "union" else "")
-        sent = sum(row["bytes"].values()) / 2**20
-        lines.append(
-            f"{name:<14}{row['policy']:<13}{row['ms']:>9.1f}{row['spread']:>8.0%}{ratio:>16.3f}{sent:>10.2f}"
-            f"{row['peak_mb']:>9.0f}"
-        )
-    return "\n".join(lines)
+    """The objects of `bench_engine` as text; `to shared` is ms_per_work over that of `shared` on the same engine."""
+    shared = {(row["engine"], row["reduction"]): row["ms_per_work"] for row in rows if row["policy"] == "shared"}
+
+    def to_shared(row: Row) -> float:
+        return round(row["ms_per_work"] / shared[row["engine"], row["reduction"]], 3)
+
+    def sent(row: Row) -> float:
+        return round(sum(row["bytes"].values()) / 2**20, 2)
+
+    names = ("engine", "reduction", "policy", "ms", "spread", ("to shared", to_shared), ("sent_mb", sent), "peak_mb")
+    return objects_table(rows, names)

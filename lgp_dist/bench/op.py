@@ -1,4 +1,4 @@
-"""The fused operations on this device: checked against float64, then timed beside torch's eager and compiled ways."""
+"""The fused operations on this device: checked against float64, then compared in time with eager and compiled torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgp_dist.bench.common import as_table, ceilings, check_least, chosen_device, facts, in_turns, spread
+from lgp_dist.bench.common import ceilings, check_least, facts, interleaved, spread
+from lgp_dist.errors import UserError
 from lgp_dist.ops import dispatch, reference
+from lgp_dist.run.text_table import objects_table
 
 MODES = ("reference", "compiled", "fused")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS = {"fp32": 1e-6, "bf16": 4e-3}
-"""Relative distance from float64 that y, z and every gradient may have."""
+"""Largest relative distance of y, z and every gradient from float64."""
 CASES = (("stitch_norm", 192, 768), ("norm_residual", 192, 192), ("norm_residual", 768, 768))
 """Operations and their widths."""
 MARKS = {("stitch_norm", "forward"): (0.60, 1.25), ("stitch_norm", "backward"): (0.60, 1.15)}
-"""Share of the floor, and how often as fast as compiled, from which a fused operation pays on a GPU, in bf16."""
+"""A fused operation passes on a GPU in bf16 at this share of the floor and this many times the speed of compiled."""
 EPS = 1e-6
 
 
@@ -56,7 +58,7 @@ class Case:
         return {"forward": product, "backward": 2 * product}
 
     def floor(self, peak: float, bandwidth: float) -> dict[str, float]:
-        """Seconds below which it cannot be: every input read once, every output written once, all at the ceilings."""
+        """The least seconds possible: every input is read once, every output written once, all at the ceilings."""
         size, full = torch.empty((), dtype=DTYPES[self.dtype]).element_size(), self.rows * self.wide
         if self.op == "norm_residual":
             return {way: 4 * full * size / bandwidth for way in ("forward", "backward")}
@@ -71,13 +73,14 @@ class Case:
 def bench_op(device: str = "auto", batch: int = 128, repeats: int = 20, tokens: int = 197) -> list[dict[str, Any]]:
     """One object for each operation, dtype, direction and way; ways take turns.
 
-    us: median; spread: (most - least) / median; tflops: of the products; of_floor: floor over time; to_eager,
-    to_compiled: how often as fast as those; passes: whether it reaches its mark (fused, bf16, GPU), else null; ceiling:
-    TFLOP/s and TB/s that this device was seen to do. Raises ArithmeticError where a result is too far from float64.
+    us: median; spread: (most - least) / median; tflops: of the products; of_floor: floor over time; to_eager and
+    to_compiled: how many times as fast as those; passes: whether it reaches its mark (fused, bf16, GPU), else null;
+    ceiling: the highest TFLOP/s and TB/s measured on this device. Raises ArithmeticError where a result is too far from
+    float64, and UserError where a number is below 1 or there is no GPU.
     """
     for option, value in (("--batch", batch), ("--repeats", repeats), ("--tokens", tokens)):
         check_least(option, value, 1)
-    place, rows = chosen_device(device, "--device"), []
+    place, rows = _device(device), []
     for dtype in DTYPES:
         peak, bandwidth = ceilings(place, DTYPES[dtype])
         for op, narrow, wide in CASES:
@@ -89,8 +92,15 @@ def bench_op(device: str = "auto", batch: int = 128, repeats: int = 20, tokens: 
     return [row | facts(place) for row in rows]
 
 
+def _device(wanted: str) -> torch.device:
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UserError("--device is cuda, but this machine shows no GPU: pass --device cpu.")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
 def check(case: Case, device: torch.device) -> float:
-    """The largest distance of y, z and the gradients from float64, of fused; ArithmeticError above the limit."""
+    """The largest relative distance of fused y, z and gradients from float64; ArithmeticError above the limit."""
     leaves = case.leaves(device)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     outputs = getattr(dispatch, case.op)(*leaves, EPS, "fused")
@@ -118,7 +128,7 @@ def _timed(case: Case, device: torch.device, repeats: int, floor: dict[str, floa
         backward[mode] = partial(torch.autograd.grad, outputs, leaves, gradients, retain_graph=True)
     rows = []
     for way, calls in (("forward", forward), ("backward", backward)):
-        seconds = in_turns(calls, device, repeats)
+        seconds = interleaved(calls, device, repeats)
         rows += [_row(case, way, mode, seconds, floor[way], device) for mode in MODES]
     return rows
 
@@ -153,4 +163,6 @@ def _row(
 
 def op_table(rows: list[dict[str, Any]]) -> str:
     """The same as lines of text."""
-    return as_table(rows, ("op", "size", "dtype", "way", "mode", "us", "spread", "of_floor", "to_compiled", "passes"))
+    return objects_table(
+        rows, ("op", "size", "dtype", "way", "mode", "us", "spread", "of_floor", "to_compiled", "passes")
+    )

@@ -1,7 +1,9 @@
-"""What each policy costs and covers, by arithmetic over the schedule: no tensor, no clock, equal on every machine."""
+"""What each policy costs and covers, by arithmetic over its schedule, so equal on every machine."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
+from operator import itemgetter
 from statistics import NormalDist, fmean, pvariance
 from typing import Any, get_args
 
@@ -11,15 +13,16 @@ from lgp_dist.paths.cost import ancestry_forward, path_costs
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
 from lgp_dist.recipes import RECIPES
+from lgp_dist.run.text_table import objects_table
 
 POLICIES: tuple[str, ...] = get_args(Policy)
 DRAWS, FEWEST_STEPS, MOST_STEPS = 60_000, 200, 4_000
-"""Without a number of steps: as many as give so many draws, within these limits."""
+"""The default number of steps gives this many draws, within these limits."""
 CONFIDENCE = 0.95
 
 
 def parse_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Whole numbers from 1 to 65536, separated by commas, each once; UserError where the option's text holds others."""
+    """Whole numbers from 1 to 65536, separated by commas, each once; UserError where an option holds others."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and 1 <= int(part) <= 65536 for part in parts):
         raise UserError(f"{option} is {text!r}, but must be whole numbers from 1 to 65536: write them like 1,2,8.")
@@ -28,43 +31,38 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
 
 def parse_policies(text: str) -> tuple[str, ...]:
     """Policies separated by commas, empty for all; UserError for others."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(","))) if text else POLICIES
-    for name in names:
-        if name not in POLICIES:
-            raise UserError(f"--policies names {name!r}, which is none: choose from {', '.join(POLICIES)}.")
-    return names
+    return _known("--policies", text, POLICIES) if text else POLICIES
+
+
+def _known(option: str, text: str, names: Sequence[str]) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in chosen:
+        if name not in names:
+            raise UserError(f"{option} names {name!r}, which is unknown: choose from {', '.join(names)}.")
+    return chosen
 
 
 def bench_sampler(
-    recipes: str,
-    ranks: Sequence[int],
-    micro_steps: Sequence[int],
-    policies: Sequence[str],
-    steps: int,
-    seed: int,
-    meet: Any = "step",
+    recipe: str, ranks: str, micro_steps: str, policies: str = "", steps: int = 0, seed: int = 0, meet: Any = "step"
 ) -> list[dict[str, Any]]:
     """One object of `measure` for each recipe, policy, number of micro-steps and number of ranks.
 
-    recipes: names, separated by commas. steps: sampled for each object; 0 for enough. meet: as `finetune.meet`.
-    UserError where a recipe is unknown, or steps or seed are below 0.
+    recipe, ranks, micro_steps, policies: names or numbers, separated by commas; no policy for all. steps: looked at for
+    each object; 0 for the default. meet: as `finetune.meet`. UserError where a name is unknown or a number out of
+    range.
     """
-    names = tuple(dict.fromkeys(name.strip() for name in recipes.split(",")))
-    for name in names:
-        if name not in RECIPES:
-            raise UserError(f"--recipe names {name!r}, which is none: choose from {', '.join(RECIPES)}.")
     for option, value in (("--steps", steps), ("--seed", seed)):
         if value < 0:
             raise UserError(f"{option} is {value}, but must be 0 or more: choose another value.")
+    cases = product(
+        _known("--recipe", recipe, tuple(RECIPES)),
+        parse_policies(policies),
+        parse_numbers("--micro-steps", micro_steps),
+        parse_numbers("--ranks", ranks),
+    )
     return [
-        {
-            "recipe": name,
-            **measure(with_policy(replace(RECIPES[name](), seed=seed), policy, micros, meet), world, steps),
-        }
-        for name in names
-        for policy in policies
-        for micros in micro_steps
-        for world in ranks
+        {"recipe": name} | measure(with_policy(replace(RECIPES[name](), seed=seed), policy, micros, meet), world, steps)
+        for name, policy, micros, world in cases
     ]
 
 
@@ -76,17 +74,18 @@ def with_policy(config: RunConfig, policy: Any, accumulate: int, meet: Any = "st
 
 
 def measure(config: RunConfig, world: int, steps: int = 0) -> dict[str, Any]:
-    """What the schedule of a run's first steps does on so many ranks.
+    """What the schedule of a run's first steps does on `world` ranks.
 
-    efficiency: summed cost of an average rank over that of each step's busiest rank, each added up over the steps: the
-    share of machine time that is work where ranks wait for each other once in a step. A path's cost is 3 x its FLOPs.
+    efficiency: cost of a mean rank over that of each step's busiest rank, both summed over steps: the share of machine
+    time that is work where ranks wait for each other once in a step. A path's cost is 3 x its FLOPs.
     efficiency_micro_step: the same where ranks wait for each other in every micro-step (ZeRO-2 and ZeRO-3).
-    efficiency_with_ancestry: the ancestry's forward added to each micro-step; null where its size is not known.
-    coverage: share of the pool's paths that a step trains; blocks: share of its blocks; means over steps.
-    share_min, share_max: share of all draws of the path that came least and most often, compared to its expected share
-    (share_min_expected, share_max_expected). share_min_ci and share_max_ci are Wilson's intervals with as many
-    independent draws as the variation between steps amounts to, wide enough that those of all paths together hold the
-    expected shares with probability 0.95 (about; less where a path is expected fewer than ten times by itself).
+    efficiency_with_ancestry: with the ancestry's forward in each micro-step; null where its size is not known.
+    coverage and blocks: share of the pool's paths and of its blocks that a step trains, means over steps.
+
+    share_min and share_max: shares of all draws of the paths that were drawn least and most often, relative to their
+    expected shares, share_min_expected and share_max_expected. share_min_ci and share_max_ci: their intervals
+    (`_interval`), as wide as all paths together need to hold their expected shares with probability 0.95; it is less
+    where a path is expected to be drawn fewer than ten times.
     """
     space = space_of(config)
     sampler = PathSampler.from_config(config, space)
@@ -135,7 +134,10 @@ def _blocks(path: Any, depth: int) -> frozenset[tuple[int, int]]:
 
 
 def _shares(counts: Sequence[Sequence[int]], expected: Sequence[float], slots: int, clump: int) -> dict[str, Any]:
-    """The shares that are farthest below and above what is expected, with their intervals."""
+    """The shares that are farthest below and above what is expected, with their intervals.
+
+    Bonferroni's correction: the interval of each of n paths fails with probability 0.05 / n.
+    """
     wide = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / (2 * len(counts)))
     shares = [fmean(found) / slots for found in counts]
     order = sorted(range(len(counts)), key=lambda index: shares[index] / expected[index])
@@ -148,7 +150,11 @@ def _shares(counts: Sequence[Sequence[int]], expected: Sequence[float], slots: i
 
 
 def _interval(found: Sequence[int], slots: int, clump: int, wide: float) -> tuple[float, float]:
-    """Wilson's interval of a share, from a path's draws in each step of so many slots; `wide` standard deviations."""
+    """Wilson's interval of a share, `wide` standard deviations to either side. found: a path's draws in each step.
+
+    Draws within a step depend on each other. The number of independent draws is therefore estimated: the one with
+    which a binomial share varies as much as this share does between steps.
+    """
     share, variance = fmean(found) / slots, pvariance(found) / slots**2
     if variance:
         draws = max(1.0, len(found) * share * (1 - share) / variance)
@@ -180,10 +186,4 @@ COLUMNS = {
 
 def sampler_table(rows: Sequence[dict[str, Any]]) -> str:
     """The objects of `bench_sampler` as text."""
-    cells = [list(COLUMNS.values())]
-    cells += [["-" if row[name] is None else str(row[name]) for name in COLUMNS] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
-    pads = [str.ljust, str.ljust, *[str.rjust] * (len(COLUMNS) - 2)]
-    return "\n".join(
-        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)) for line in cells
-    )
+    return objects_table(rows, [(heading, itemgetter(name)) for name, heading in COLUMNS.items()])

@@ -1,10 +1,14 @@
 """Steps on more ranks than there are: a model of compute, skew and exchange, fitted to `lgp bench engine`.
 
-Seconds of a step = a * work + b * micro-steps + c * weights + d * meeting + e * rounds + f * bytes, with every factor 0
-or more. work: multiply-adds of the rank that others wait for; where ranks share cores, no less than what the cores have
-to do in sum. weights: bytes whose optimizer state a rank steps. meeting: 1 where there are others at all: hooks, copies
-into buckets, threads. rounds and bytes: 2 (ranks - 1) hand-overs of a ring and what a rank sends in them. The schedule
-says what skew is; no number of the model is of it. One and two ranks cannot tell meeting from rounds, which are 0 then.
+Seconds of a step = a work + b micro-steps + c weights + d meeting + e rounds + f bytes, with every factor 0 or more:
+
+* work: multiply-adds of the rank that the others wait for; where ranks share cores, at least the cores' mean work
+* weights: bytes whose optimizer state a rank steps
+* meeting: 1 if there are several ranks, for hooks, copies into buckets and threads
+* rounds and bytes: the 2 (ranks - 1) hand-overs of a ring, and what a rank sends in them
+
+Skew comes from the schedule and has no factor. Measurements on one and two ranks alone cannot tell meeting from rounds;
+the factor of rounds is then 0.
 """
 
 import json
@@ -17,21 +21,23 @@ from typing import Any
 
 import numpy as np
 
-from lgp_dist.bench.common import as_table, check_least, facts
-from lgp_dist.bench.sampler import measure, with_policy
+from lgp_dist.bench.common import check_least, facts, listed
+from lgp_dist.bench.sampler import measure, parse_numbers, parse_policies, with_policy
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths.cost import TRAINING, ancestry_forward
+from lgp_dist.paths.path import Space
 from lgp_dist.paths.sampler import PathSampler
-from lgp_dist.paths.stitched import PathSpace
+from lgp_dist.paths.space import space_of
 from lgp_dist.run.checks import check_config
+from lgp_dist.run.text_table import objects_table
 
 FACTORS = ("work", "micro_steps", "weights", "meeting", "rounds", "bytes")
 """What a step's seconds are made of."""
 SCHEDULED = 200
-"""Steps of the schedule that skew is taken from."""
+"""Steps of the schedule from which skew is computed."""
 TRUSTED = 0.25
-"""Median relative error of held-out steps above which predictions are worth nothing."""
+"""Median relative error of held-out steps above which predictions are useless."""
 NEEDED = ("ranks", "ms", "gmacs", "gmacs_slowest", "bytes_weights", "micro_steps", "engine", "machine")
 
 
@@ -58,7 +64,11 @@ def amounts_of(row: dict[str, Any]) -> tuple[float, ...]:
 
 
 def fit(rows: Sequence[dict[str, Any]]) -> Model:
-    """The factors, none below 0, with the least squared relative errors of these objects."""
+    """The factors, none below 0, with the least squared relative errors of these objects.
+
+    Non-negative least squares by trying all subsets: the best fit has some factors at 0, and is the plain least-squares
+    fit of the others. Columns are scaled first, since work and bytes differ by many orders of magnitude.
+    """
     table = np.array([amounts_of(row) for row in rows])
     seconds = np.array([row["ms"] / 1e3 for row in rows])
     relative = table / seconds[:, None]
@@ -77,7 +87,7 @@ def fit(rows: Sequence[dict[str, Any]]) -> Model:
 
 
 def read_measured(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The objects of some files of `lgp bench engine`; UserError where one is none."""
+    """The objects of files of `lgp bench engine`; UserError for other files."""
     rows: list[dict[str, Any]] = []
     for file in files:
         try:
@@ -95,22 +105,24 @@ def read_measured(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def bench_scaling(
-    config: RunConfig, files: Sequence[Path], ranks: Sequence[int], policies: Sequence[str], images: int = 0
+    config: RunConfig, measured: str, ranks: str, policies: str = "", images: int = 0
 ) -> list[dict[str, Any]]:
     """Objects of `kind` fit, measured and predicted.
 
-    The model is fitted to the measured steps of all numbers of ranks but the largest, or of one and two where there
-    are no more; those of more are held out. fit: seconds of each factor, and the median and largest relative error of
-    fitted_rows and of held_out_rows. measured: an object for each measured step: ms, predicted_ms, error, held_out.
-    predicted: for each policy and number of ranks of the recipe: predicted_ms, compute_ms, skew_ms (waiting for the
-    slowest rank, by the schedule), exchange_ms, and efficiency (of one rank's images a second, how much each rank
-    keeps). Ranks are taken to have cores of their own, like those measured, and a network like the measured one.
-    images: of a rank's micro-step; 0 for the recipe's on one rank.
-    UserError where files cannot be used or hold too few objects.
+    The model is fitted to the measured steps of all numbers of ranks but the largest, or of one and two if there are no
+    others; the steps of more ranks are held out. fit: seconds of each factor, and the median and largest relative error
+    of fitted_rows and of held_out_rows. measured: of each measured step ms, predicted_ms, error and held_out.
+    predicted: for each policy and number of ranks predicted_ms, compute_ms, skew_ms (waiting for the slowest rank, by
+    the schedule), exchange_ms, and efficiency, the share of one rank's images a second that each rank keeps.
+
+    Predictions assume ranks with cores of their own and a network, both like those measured. measured, ranks, policies:
+    files of `lgp bench engine`, numbers and names, separated by commas; no policy for all. images: of a rank's
+    micro-step; 0 for the recipe's on one rank. UserError where files cannot be used or hold too few objects.
     """
     check_config(config)
     check_least("--images", images, 0)
-    rows = read_measured(files)
+    worlds, chosen = parse_numbers("--ranks", ranks), parse_policies(policies)
+    rows = read_measured([Path(file) for file in listed(measured)])
     counts = sorted({row["ranks"] for row in rows})
     most = counts[-2] if len(counts) > 2 else 2
     known, held = ([row for row in rows if (row["ranks"] <= most) == low] for low in (True, False))
@@ -129,10 +141,11 @@ def bench_scaling(
         about |= {f"{name}_rows": len(found), f"{name}_error": round(median(found), 4) if found else None}
         about |= {f"{name}_error_most": round(max(found), 4) if found else None}
     found = [about, *judged]
-    for policy in policies:
-        one = _predicted(model, config, policy, 1, images, rows[0])
-        for world in ranks:
-            row = _predicted(model, config, policy, world, images, rows[0])
+    several = next(row for row in known if row["ranks"] > 1)
+    for policy in chosen:
+        one = _predicted(model, config, policy, 1, images, several)
+        for world in worlds:
+            row = _predicted(model, config, policy, world, images, several)
             found.append(row | {"efficiency": round(one["predicted_ms"] / row["predicted_ms"], 4)})
     return [row | facts() if row["kind"] == "fit" else row for row in found]
 
@@ -150,8 +163,8 @@ def _judged(model: Model, row: dict[str, Any], held_out: bool) -> dict[str, Any]
 def _predicted(
     model: Model, config: RunConfig, policy: str, world: int, images: int, like: dict[str, Any]
 ) -> dict[str, Any]:
-    """A step on ranks that have cores of their own. like: an object of the engine that is predicted."""
-    train, space = config.finetune.train, PathSpace.from_config(config)
+    """A step on ranks with cores of their own. like: a measured object of the predicted engine."""
+    train, space = config.finetune.train, space_of(config)
     images = images or max(1, train.batch_size // train.accumulate)
     teacher = ancestry_forward(config) or 0.0
     mean = sum(share * space.cost(path).flops for path, share in _shares(config, space, world)) * train.accumulate
@@ -180,7 +193,7 @@ def _predicted(
     }
 
 
-def _shares(config: RunConfig, space: PathSpace, world: int) -> list[tuple[Any, float]]:
+def _shares(config: RunConfig, space: Space, world: int) -> list[tuple[Any, float]]:
     return list(PathSampler.from_config(config, space).shares(world).items())
 
 
@@ -191,12 +204,14 @@ def scaling_table(rows: list[dict[str, Any]]) -> str:
     measured = ("engine", "policy", "ranks", "widths", "images", "ms", "spread", "predicted_ms", "error", "held_out")
     predicted = ("policy", "ranks", "predicted_ms", "compute_ms", "skew_ms", "exchange_ms", "efficiency")
     tables = {"fit": (*fitted, "held_out_error_most"), "measured": measured, "predicted": predicted}
-    return "\n\n".join([*(as_table(kinds[kind], names) for kind, names in tables.items()), _trust(kinds["fit"][0])])
+    return "\n\n".join(
+        [*(objects_table(kinds[kind], names) for kind, names in tables.items()), _trust(kinds["fit"][0])]
+    )
 
 
 def _trust(about: dict[str, Any]) -> str:
     error = about["held_out_error"]
     if error is None:
-        return "no step of more ranks was held out: nothing says how good the predictions are."
-    verdict = "do not rely on the predictions" if error > TRUSTED else "as good as the predictions can be"
+        return "No step of more ranks was held out: nothing says how good the predictions are."
+    verdict = "do not rely on the predictions" if error > TRUSTED else "expect no better of the predictions"
     return f"{about['held_out_rows']} held-out steps are predicted with a median error of {error:.0%}: {verdict}."

@@ -25,7 +25,7 @@ COMMANDS = {
     **{f"shards {name}": Command(kind, run_shards) for name, kind in SHARDS.items()},
     **{f"checkpoint {name}": Command(kind, run_checkpoint) for name, kind in CHECKPOINT.items()},
     "study": Command(Study, run_study, words=("QUESTION",)),
-    **{f"bench {name}": Command(kind, run_bench) for kind, (name, _) in BENCHES.items()},
+    **{f"bench {name}": Command(kind, run_bench) for name, (kind, _) in BENCHES.items()},
 }
 """Every command by its one or two words."""
 

@@ -49,7 +49,8 @@ class Command:
     @property
     def takes_recipe(self) -> bool:
         """Whether one of its words names a recipe."""
-        return self.arguments is RunConfig or self.arguments.__annotations__.get("recipe") == Recipe
+        types = {item.name: item.type for item in dataclasses.fields(self.arguments)}
+        return self.arguments is RunConfig or types.get("recipe") == Recipe
 
     def defaults(self, recipe: RunConfig) -> Any:
         """Its arguments before a word is read; tyro.MISSING where there is no default."""

@@ -12,13 +12,12 @@ from lgp_dist.engine.loop import TrainingPlan
 from lgp_dist.engine.optim import decays_matrix
 from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import Ancestry, check_normalisation, hub_weights, load_weights, timm_model
-from lgp_dist.models.auxiliary import AuxiliaryRows
-from lgp_dist.models.build import auxiliary_rows, model_input, prepare_ancestry
+from lgp_dist.models.build import auxiliary_rows, model_input
 from lgp_dist.models.row_start import check_row, select_weights, take_tail
 from lgp_dist.paths.cost import ancestry_flops, trained_rows_flops, work
 from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context
-from lgp_dist.tasks.distil import DistilTask
+from lgp_dist.tasks.distil import distil_task
 
 log = logging.getLogger("lgp")
 
@@ -38,13 +37,11 @@ def run(context: Context) -> None:
     context.seed("distil")
     module = auxiliary_rows(config, ancestry)
     facts: dict[str, Any] = {"rows": [start(context, row.number, row.vit, ancestry) for row in module.rows]}
-    trained = AuxiliaryRows([row for row in module.rows if config.model.rows[row.number].trains])
-    if len(trained.rows):
-        teacher = prepare_ancestry(ancestry, config, "distil") if "distil" in sources else None
-        task = DistilTask(trained, teacher, config.distil)
+    task = distil_task(config, module.rows, ancestry)
+    if len(task.module.rows):
         training = context.train("distil", TrainingPlan(task, config.distil.train, decays=decays))
         images = training["steps"] * config.distil.train.batch_size
-        frozen = ancestry_flops(config) if teacher else 0.0
+        frozen = ancestry_flops(config) if task.ancestry else 0.0
         facts["training"] = training | {"flops": work(images, trained_rows_flops(config), frozen)}
     module.to(context.workers.device).eval()
     measured = context.accuracies({str(index): row.vit for index, row in enumerate(module.rows)})

@@ -18,7 +18,7 @@ from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.run.metrics import read_metrics
 from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context
-from lgp_dist.tasks.finetune import FinetuneTask
+from lgp_dist.tasks.finetune import finetune_task
 
 log = logging.getLogger("lgp")
 
@@ -40,7 +40,7 @@ def run(context: Context) -> None:
     if config.policy == "balanced" and config.meet == "step" and meets_in_micro_steps(context):
         log.warning("finetune: under this engine ranks wait in every micro-step; --finetune.meet micro_step saves time")
     plan = TrainingPlan(
-        FinetuneTask(pool, ancestry, sampler, config, context.config.distil.target_norm),
+        finetune_task(context.config, pool, ancestry, sampler),
         config.train,
         gradients=config.gradients,
         rates={module: factor for row, factor in enumerate(config.row_lr) for module in pool.row_modules(row)},

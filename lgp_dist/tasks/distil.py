@@ -1,15 +1,26 @@
 """Training of auxiliary models: distilled from one forward of the ancestry (METHOD, section 2), or by labels alone."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lgp_dist.config.run_config import DistilConfig
+from lgp_dist.config.run_config import DistilConfig, RunConfig
 from lgp_dist.models.ancestry import Ancestry
-from lgp_dist.models.auxiliary import AuxiliaryRows
+from lgp_dist.models.auxiliary import AuxiliaryRows, AuxiliaryViT
+from lgp_dist.models.build import prepare_ancestry
 from lgp_dist.protocols import Batch, ModuleStructure, StepContext
 from lgp_dist.tasks.losses import cross_entropy, mean_squared_error, soft_cross_entropy
+
+
+def distil_task(config: RunConfig, rows: Iterable[AuxiliaryViT], ancestry: Ancestry | None) -> "DistilTask":
+    """The task of stage distil: the rows that it trains, and the ancestry, prepared, if one of them is distilled."""
+    trained = [row for row in rows if config.model.rows[row.number].trains]
+    teacher = None
+    if ancestry is not None and any(row.distilled for row in trained):
+        teacher = prepare_ancestry(ancestry, config, "distil")
+    return DistilTask(AuxiliaryRows(trained), teacher, config.distil)
 
 
 class DistilTask:

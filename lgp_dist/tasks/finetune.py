@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgp_dist.config.run_config import FinetuneConfig
+from lgp_dist.config.run_config import FinetuneConfig, RunConfig
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.transformation import normalised
@@ -16,6 +16,13 @@ from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 
 Outputs = tuple[Tensor, Tensor | None]
 """Logits [B, classes] and, where features are taught, tokens before the final norm [B, N, D]."""
+
+
+def finetune_task(
+    config: RunConfig, pool: LearngenePool, ancestry: Ancestry | None, sampler: PathSampler
+) -> "FinetuneTask":
+    """The task of stage finetune. ancestry: prepared; None where it does not teach."""
+    return FinetuneTask(pool, ancestry, sampler, config.finetune, config.distil.target_norm)
 
 
 class FinetuneTask:

@@ -20,7 +20,7 @@ from shard_helpers import LAYOUTS, idx_files, image, quiet
 
 from lgp_dist.bench import step as bench_step
 from lgp_dist.bench.loaders import data as bench_data
-from lgp_dist.bench.loaders import loaders as rivals
+from lgp_dist.bench.loaders import loaders as loader_module
 from lgp_dist.config.flat import STAGES
 from lgp_dist.data.build.build import BuildOptions, build_shards
 from lgp_dist.models.build import ancestry_vit
@@ -309,7 +309,9 @@ def run_documented(
     """Runs a small command in a copy of `world`; its results must be there, and its page's promise kept."""
     shutil.copytree(world, tmp_path / "world", symlinks=True)
     monkeypatch.chdir(tmp_path / "world")
-    monkeypatch.setattr(bench_data, "_run", rivals.measure)  # a process for each loader takes 10 s to import torch
+    monkeypatch.setattr(
+        bench_data, "_run", loader_module.measure
+    )  # a process for each loader takes 10 s to import torch
     monkeypatch.setattr(bench_step, "PRECISIONS", ("fp32",))  # bf16 is slow on CPUs
 
     def call(text: str, command: Command) -> None:

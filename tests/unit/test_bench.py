@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from run_helpers import Lgp, has
 
-from lgp_dist.bench.sampler import POLICIES, bench_sampler, measure, with_policy
+from lgp_dist.bench.sampler import bench_sampler, measure, with_policy
 from lgp_dist.paths.cost import ancestry_forward
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.stitched import PathSpace
@@ -123,7 +123,7 @@ def test_committed_figures_are_those_of_this_code() -> None:
     shares and intervals are rounded, and may differ by one in the last digit where another libm computes them."""
     kept = json.loads((ROOT / "benchmarks" / "sampler.json").read_text())
     chosen = [row for row in kept if row["ranks"] == 8]
-    found = bench_sampler("pool12,pool18", (8,), (1, 2, 3, 4, 8), POLICIES, 0, 0)
+    found = bench_sampler("pool12,pool18", "8", "1,2,3,4,8")
     for row, wanted in zip(found, chosen, strict=True):
         assert row.keys() == wanted.keys()
         for name, value in wanted.items():

@@ -12,7 +12,7 @@ from run_helpers import Lgp, has
 
 from lgp_dist.bench.common import interval, spread
 from lgp_dist.bench.loaders import data as bench
-from lgp_dist.bench.loaders import loaders as rivals
+from lgp_dist.bench.loaders import loaders as loader_module
 from lgp_dist.bench.loaders.photos import VARIANTS, make_photographs
 from lgp_dist.bench.loaders.readers import WAYS
 from lgp_dist.data.shards.verify import verify_shards
@@ -69,7 +69,7 @@ def test_a_process_of_its_own(photographs: Path) -> None:
 
 def test_objects(lgp: Lgp, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fields, ratio, share of the decoder's rate; measured in this process, to be quick."""
-    monkeypatch.setattr(bench, "_run", rivals.measure)
+    monkeypatch.setattr(bench, "_run", loader_module.measure)
     loaders = ("webdataset", "decoder", "lgp", "webdataset-index", "lgp-index")
     asked = ("--loaders", ",".join(loaders), "--repeats", "1", "--batch", "8", "--json")
     rows = json.loads(lgp("bench", "data", "--folder", photographs, *asked).out)
@@ -91,16 +91,16 @@ def test_objects(lgp: Lgp, photographs: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("loader", ["webdataset", "webdataset+simplejpeg", "timm", "decoder", "lgp", *WAYS])
 def test_every_loader_reads_every_image(photographs: Path, loader: str) -> None:
     """timm's reader rounds up to whole batches."""
-    found = rivals.measure(loader, photographs / "s256", 1, 10)
+    found = loader_module.measure(loader, photographs / "s256", 1, 10)
     assert found["images"] == 20 and found["cpu_s"] > 0 < found["wall_s"]
 
 
 def test_crops_of_loader_and_decoder_are_the_same(photographs: Path) -> None:
     """The bound decodes what the loader does: all images of an epoch, with the crops of training."""
-    batches = [images.clone() for images, _ in rivals.lgp(photographs / "full", 2, 8)]
-    threadless = [images.clone() for images, _ in rivals.lgp(photographs / "full", 0, 8)]
+    batches = [images.clone() for images, _ in loader_module.lgp(photographs / "full", 2, 8)]
+    threadless = [images.clone() for images, _ in loader_module.lgp(photographs / "full", 0, 8)]
     assert all(bool((a == b).all()) for a, b in zip(batches, threadless, strict=True))
-    assert rivals.decoder_alone(photographs / "full", 1, 8)() == sum(map(len, batches))
+    assert loader_module.decoder_alone(photographs / "full", 1, 8)() == sum(map(len, batches))
 
 
 def test_interval_of_the_median() -> None:
@@ -126,7 +126,7 @@ def test_spread() -> None:
 
 
 def test_loaders_are_those_that_can_be_asked() -> None:
-    assert list(bench.NEEDS) == list(rivals.LOADERS)
+    assert list(bench.NEEDS) == list(loader_module.LOADERS)
 
 
 @pytest.mark.parametrize(

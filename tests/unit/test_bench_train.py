@@ -12,10 +12,10 @@ from run_helpers import SAMPLE, Lgp, has
 from torch._dynamo.utils import counters
 
 from lgp_dist.bench.distil import by_arithmetic
-from lgp_dist.bench.loop.interleave import Finetuning, Turns
+from lgp_dist.bench.loop.interleave import Finetuning, InterleavedBatches
 from lgp_dist.bench.loop.phases import PHASES, advice
 from lgp_dist.bench.loop.train import peak_of
-from lgp_dist.bench.loop.train_loops import bare, own_draws
+from lgp_dist.bench.loop.train_loops import bare, independent_sampler
 from lgp_dist.config.run_config import EngineConfig, GradientConfig
 from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.optim import build_optimizer
@@ -49,18 +49,18 @@ def finetuning(**changes: Any) -> Finetuning:
     return Finetuning(replace(config, data=data, finetune=finetune, engine=engine), Workers.start(engine))
 
 
-def test_turns_gives_every_batch_once_and_reports_blocks() -> None:
-    batches = [Batch(torch.tensor([number]), torch.zeros(1), torch.ones(1)) for number in range(40)]
+def test_interleaved_batches_gives_every_batch_once_and_reports_blocks() -> None:
+    stored = [Batch(torch.tensor([number]), torch.zeros(1), torch.ones(1)) for number in range(40)]
     said: list[Any] = []
 
     def source(first: int, count: int) -> Iterator[Batch]:
-        return iter(batches[2 * first : 2 * (first + count)])
+        return iter(stored[2 * first : 2 * (first + count)])
 
-    turns = Turns(
+    batches = InterleavedBatches(
         source, 2, ("a", "b"), (1, 3, 1), lambda: None, said.append, lambda kind, steps, _: said.append((kind, steps))
     )
-    assert turns.steps == 17
-    given = [int(batch.images) for batch in turns(0, turns.steps)]
+    assert batches.steps == 17
+    given = [int(batch.images) for batch in batches(0, batches.steps)]
     assert given == list(range(34))
     ranges = [range(1, 4), range(5, 8), range(9, 12), range(13, 16)]
     assert said == [part for kind, steps in zip("abab", ranges, strict=True) for part in (kind, (kind, steps))]
@@ -70,7 +70,7 @@ def test_the_bare_loop_trains_what_the_loop_trains() -> None:
     """The same weights after the same steps: what is compared does the same work."""
     bench = finetuning()
     kept = [next(bench.batches(number, 1)) for number in range(3)]
-    turns = Turns(
+    batches = InterleavedBatches(
         lambda first, count: (kept[step % 3] for step in range(first, first + count)),
         1,
         ("lgp",),
@@ -81,10 +81,10 @@ def test_the_bare_loop_trains_what_the_loop_trains() -> None:
     )
     task = bench.task()
     start = {name: value.clone() for name, value in task.module.state_dict().items()}
-    bench.run(task, turns, Watchdog.off())
-    rival = bare(bench, 0, kept)
-    module = rival.module
-    rival.run(range(turns.steps), 0)
+    bench.run(task, batches, Watchdog.off())
+    loop = bare(bench, 0, kept)
+    module = loop.module
+    loop.run(range(batches.steps), 0)
     for name, value in module.state_dict().items():
         assert torch.allclose(value, task.module.state_dict()[name], atol=2e-6), name
     assert any(not torch.equal(value, start[name]) for name, value in module.state_dict().items())
@@ -93,7 +93,7 @@ def test_the_bare_loop_trains_what_the_loop_trains() -> None:
 def test_what_ranks_draw_alone_is_the_policy_independent() -> None:
     bench = finetuning(policy="balanced")
     plain = finetuning(policy="independent").sampler
-    own = own_draws(bench)
+    own = independent_sampler(bench)
     assert [own.draw(step, 0, rank, 2) for step in range(9) for rank in range(2)] == [
         plain.draw(step, 0, rank, 2) for step in range(9) for rank in range(2)
     ]
@@ -165,13 +165,20 @@ def test_peaks_are_of_known_gpus_alone() -> None:
 def test_distil_by_arithmetic_and_measured(lgp: Lgp) -> None:
     """0.72 for the paper's pool."""
     config = pool12()
-    assert by_arithmetic(config, PathSpace.from_config(config)) == pytest.approx(0.72, abs=0.005)
-    call = ("bench", "distil", "tiny", "--batch=2", "--repeats=1", "--engine.device=cpu", "--json")
+    assert by_arithmetic(config) == pytest.approx(0.72, abs=0.005)
+    call = (
+        "bench",
+        "distil",
+        "tiny",
+        "--batch=2",
+        "--repeats=1",
+        "--engine.device=cpu",
+        "--engine.threads=1",
+        "--json",
+    )
     (found,) = json.loads(lgp(*call).out)
     assert found["ratio"] == pytest.approx(found["together_ms"] / found["apart_ms"], rel=1e-2)
-    assert found["batch"] == 2 and found["by_arithmetic"] == by_arithmetic(
-        tiny_paper(), PathSpace.from_config(tiny_paper())
-    )
+    assert found["batch"] == 2 and found["by_arithmetic"] == by_arithmetic(tiny_paper())
 
 
 @pytest.mark.parametrize(("ops", "graphs"), [("reference", 2), ("fused", 3)])

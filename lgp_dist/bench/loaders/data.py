@@ -1,4 +1,4 @@
-"""Images per CPU second of this project's loader beside others', on generated photographs, each in its own process."""
+"""Images per CPU second of this project's loader and of others on generated photographs, each in its own process."""
 
 import importlib.util
 import json
@@ -10,15 +10,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lgp_dist.bench.common import check_least, facts, spread
+from lgp_dist.bench.common import check_least, facts, listed, spread
 from lgp_dist.bench.loaders.photos import VARIANTS, make_photographs
 from lgp_dist.config.run_config import DataConfig
 from lgp_dist.data.order import SampleOrder, shuffle_quality
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.errors import UserError
+from lgp_dist.run.text_table import objects_table
 
 BASE, INDEX_BASE = "webdataset", "webdataset-index"
-"""The loaders that ratios are to: of images, and of bytes that are not decoded."""
+"""The loaders that others are divided by: those of images, and those of bytes that are not decoded."""
 NEEDS = {
     "webdataset": "webdataset",
     "webdataset+simplejpeg": "webdataset",
@@ -34,13 +35,13 @@ NEEDS = {
     "lgp-index-build": "numpy",
     "lgp-index-build-hash": "numpy",
 }
-"""Loaders in the order in which they take turns, and the module that each needs."""
+"""Loaders, in the order of their turns -> the module that each needs."""
 BOUNDS = {"lgp": "decoder", "lgp-nvimgcodec": "decoder-nvimgcodec"}
 """Loader -> the decoder alone, with the same crops."""
 TIMEOUT_S = 3600
-"""Longest pass of one loader, seconds."""
+"""A loader that takes longer for one pass, in seconds, fails."""
 SHUFFLE = (1024, 1251, 1024)
-"""Shards, samples of each and batch of which the quality of shuffling is reported."""
+"""Shards, samples of each and batch size for which the quality of shuffling is reported."""
 
 
 def installed(loader: str) -> bool:
@@ -53,28 +54,29 @@ def installed(loader: str) -> bool:
 
 def bench_data(
     folder: Path,
-    photos: Sequence[Path] = (),
+    photos: str = "",
     samples: int = 4000,
-    loaders: Sequence[str] = (),
+    loaders: str = "",
     threads: int = 2,
     batch: int = 128,
     repeats: int = 3,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: sys.stderr.write(line + "\n") and None,
 ) -> list[dict[str, Any]]:
     """One object for each kind of file (full, s256) and loader; the last is about shuffling.
 
-    images_per_cpu_second: median over `repeats` rounds in which the loaders take turns; CPU seconds are of the process
-    and its workers, imports left out. spread: (fastest - slowest) / median. ratio: to webdataset's canonical pipeline
-    of the same rounds. share_of_decoder: of the rate of the decoder alone with the same crops; null for others. Loaders
-    with -index in their names read bytes in one thread and decode nothing; their ratio is to webdataset's tar
-    iterators.
+    images_per_cpu_second: median over `repeats` rounds in which the loaders take turns; CPU seconds are those of the
+    process and its workers without imports. spread: (fastest - slowest) / median. ratio: to webdataset's canonical
+    pipeline in the same rounds. share_of_decoder: share of the rate of the decoder alone with the same crops; null for
+    other loaders. Loaders with -index in their names read bytes in one thread and decode nothing; their ratio is to
+    webdataset's tar iterators.
 
-    folder: of the photographs; they are made from `photos` where that names folders. loaders: empty for all that are
-    installed. UserError for what cannot be.
+    folder: of the photographs; they are made if `photos` names folders. photos, loaders: separated by commas; no loader
+    for all that are installed. UserError for options that are out of range or name nothing.
     """
-    chosen = _check(loaders, samples, threads, batch, repeats)
+    chosen = _check(listed(loaders), samples, threads, batch, repeats)
     if photos:
-        make_photographs(photos, folder, samples, max(1, min(8, samples // batch)), progress)
+        sources = [Path(part) for part in listed(photos)]
+        make_photographs(sources, folder, samples, max(1, min(8, samples // batch)), progress)
     elif not all((folder / variant).is_dir() for variant in VARIANTS):
         raise UserError(f"--folder {folder} has no photographs: make them with --photos FOLDER_OF_PHOTOGRAPHS.")
     about, rows = facts(), []
@@ -103,15 +105,15 @@ def bench_data(
 
 
 def _check(loaders: Sequence[str], samples: int, threads: int, batch: int, repeats: int) -> tuple[str, ...]:
-    """The loaders to measure; UserError for an option that cannot be."""
+    """The loaders to measure; UserError for an option that is out of range or names no loader."""
     for option, value in (("--samples", samples), ("--threads", threads), ("--batch", batch), ("--repeats", repeats)):
         check_least(option, value, 1)
     for loader in loaders:
         if loader not in NEEDS:
-            raise UserError(f"--loaders names {loader!r}, which is none: choose from {', '.join(NEEDS)}.")
+            raise UserError(f"--loaders names {loader!r}, which is unknown: choose from {', '.join(NEEDS)}.")
         if not installed(loader):
             raise UserError(f"--loaders names {loader!r}, which needs {NEEDS[loader]}: install it, or leave it out.")
-    return tuple(dict.fromkeys(loaders)) or tuple(loader for loader in NEEDS if installed(loader))
+    return tuple(loaders) or tuple(loader for loader in NEEDS if installed(loader))
 
 
 def _rates(
@@ -157,7 +159,7 @@ def _share(loader: str, middle: dict[str, float]) -> float | None:
 
 
 def _shuffle_row() -> dict[str, Any]:
-    """Distinct shards in a batch, by arithmetic, with the default window and with one that holds all shards."""
+    """Distinct shards in a batch, by arithmetic, with the default window and with a window of all shards."""
     shards, each, batch = SHUFFLE
     window = DataConfig().window
     found = {size: shuffle_quality(SampleOrder((each,) * shards, 0, size), batch) for size in (window, shards)}
@@ -174,18 +176,10 @@ def _shuffle_row() -> dict[str, Any]:
 
 def data_table(rows: Sequence[dict[str, Any]]) -> str:
     """The objects of `bench_data` as text."""
-    lines = [f"{'data':<8}{'loader':<24}{'images/CPU s':>13}{'ratio':>8}{'spread':>8}{'of decoder':>12}"]
-    for row in rows:
-        if row["data"] == "shuffle":
-            lines.append(
-                f"a batch of {row['batch']} holds images of {row['distinct_shards']} of {row['shards']} shards"
-                f" (window {row['window']}); {row['distinct_shards_at_most']} without windows"
-            )
-            continue
-        ratio, share = (
-            "-" if row[name] is None else format(row[name], form)
-            for name, form in (("ratio", ".2f"), ("share_of_decoder", ".0%"))
-        )
-        rate = f"{row['images_per_cpu_second']:>13.0f}"
-        lines.append(f"{row['data']:<8}{row['loader']:<24}{rate}{ratio:>8}{row['spread']:>8.0%}{share:>12}")
-    return "\n".join(lines)
+    *measured, shuffle = rows
+    names = ("data", "loader", "images_per_cpu_second", "ratio", "spread", "share_of_decoder")
+    return (
+        f"{objects_table(measured, names)}\n"
+        f"a batch of {shuffle['batch']} holds images of {shuffle['distinct_shards']} of {shuffle['shards']} shards "
+        f"(window {shuffle['window']}); {shuffle['distinct_shards_at_most']} without windows"
+    )

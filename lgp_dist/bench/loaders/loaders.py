@@ -59,7 +59,7 @@ def _pil(image: Image.Image) -> torch.Tensor:
 
 
 def _turbo(content: bytes) -> torch.Tensor:
-    """A crop by libjpeg-turbo and torch's antialiased resize, uint8: what FFCV does on its own format."""
+    """A crop by libjpeg-turbo and torch's antialiased resize, uint8, as FFCV does on its own format."""
     pixels, out = decode_pixels(content, 3, "a sample"), torch.empty(1, SIZE, SIZE, 3, dtype=torch.uint8)
     Crop(SIZE, (0.08, 1.0), 1.0, "bilinear").random(pixels, torch.rand(DRAWS).tolist(), out.permute(0, 3, 1, 2))
     image = out[0].permute(2, 0, 1)
@@ -89,7 +89,7 @@ def webdataset(folder: Path, threads: int, batch: int, turbo: bool = False) -> I
 
 
 def webdataset_turbo(folder: Path, threads: int, batch: int) -> Iterable[Any]:
-    """The same with an FFCV-like decode: libjpeg-turbo, uint8."""
+    """The same pipeline with FFCV's way of decoding: libjpeg-turbo, uint8."""
     return webdataset(folder, threads, batch, turbo=True)
 
 
@@ -144,7 +144,7 @@ def lgp(folder: Path, threads: int, batch: int, decoder: str = "simplejpeg") -> 
 
 
 def lgp_regions(folder: Path, threads: int, batch: int) -> Iterator[tuple[torch.Tensor, Any]]:
-    """The same with the extra nvimgcodec."""
+    """The same loader with the extra nvimgcodec."""
     return lgp(folder, threads, batch, "nvimgcodec")
 
 
@@ -173,7 +173,7 @@ def decoder_alone(folder: Path, threads: int, batch: int, decoder: str = "simple
 
 
 def decoder_alone_regions(folder: Path, threads: int, batch: int) -> Callable[[], int]:
-    """The same with the extra nvimgcodec."""
+    """The same decoder with the extra nvimgcodec."""
     return decoder_alone(folder, threads, batch, "nvimgcodec")
 
 
@@ -192,7 +192,7 @@ LOADERS: dict[str, Callable[[Path, int, int], Any]] = {
     "lgp-nvimgcodec": lgp_regions,
     **{name: partial(_reader, name) for name in WAYS},
 }
-"""What is measured; `decoder` and `decoder-nvimgcodec` are the bounds of the loaders after them."""
+"""What is measured; `decoder` and `decoder-nvimgcodec` are upper bounds of the loaders after them."""
 
 
 def _index(folder: Path) -> ShardIndex:
@@ -218,11 +218,11 @@ def _cpu_seconds() -> float:
 
 
 def measure(loader: str, folder: Path, threads: int, batch: int) -> dict[str, float]:
-    """One pass: images, cpu_s and wall_s, workers' start and end included, imports not."""
+    """One pass: images, cpu_s and wall_s, with the start and end of worker processes and without imports."""
     torch.set_num_threads(1)
     made = LOADERS[loader](folder, threads, batch)
     gc.collect()
-    gc.freeze()  # what the imports made is not looked at again below
+    gc.freeze()  # so that the collection below skips what imports made
     began, cpu, count = time.perf_counter(), _cpu_seconds(), 0
     if callable(made):
         count = made()
@@ -235,12 +235,12 @@ def measure(loader: str, folder: Path, threads: int, batch: int) -> dict[str, fl
 
 
 def main() -> None:
-    """Measures what the arguments say."""
+    """Measures the loader that the arguments name."""
     loader, folder, threads, batch = sys.argv[1:]
     found = measure(loader, Path(folder), int(threads), int(batch))
     sys.stdout.write("\n" + json.dumps(found) + "\n")
     sys.stdout.flush()
-    os._exit(0)  # without waiting for what libraries have left running
+    os._exit(0)  # does not wait for threads that libraries left running
 
 
 if __name__ == "__main__":

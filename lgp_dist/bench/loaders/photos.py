@@ -32,9 +32,9 @@ SIZES = {
 """Width and height, and their share in per cent."""
 QUALITIES = (93, 95, 96, 97, 98)
 SMALLEST = 800
-"""Photographs with a shorter side are left out: they would be enlarged."""
+"""Photographs with a shorter side are left out, since they would be enlarged."""
 LARGEST = 3000
-"""Longer photographs are made smaller first: they have little detail to the pixel."""
+"""Longer photographs are reduced first, since they have little detail per pixel."""
 CLASSES = 1000
 
 
@@ -63,7 +63,7 @@ def find_photographs(folders: Sequence[Path]) -> list[Path]:
 def make_photographs(
     folders: Sequence[Path], out: Path, samples: int, shards: int, progress: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Writes out/full and out/s256: as many shards each with manifest and index; the same inputs give the same bytes.
+    """Writes out/full and out/s256, `shards` shards each with manifest and index. Equal inputs give equal bytes.
 
     UserError where there are no photographs or out exists.
     """
@@ -106,9 +106,9 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _sample(sources: Sequence[Path], number: int) -> tuple[int, tuple[bytes, bytes]]:
-    """Label, and the JPEG of each variant: a random part of a photograph, mostly made smaller, as in a real photo set.
+    """Label, and the JPEG of each variant: a random part of a photograph, mostly reduced, as in real photo sets.
 
-    A photograph comes the more often the more detail it has, so that the files are as large as ImageNet's.
+    Photographs with more detail are drawn more often, so that the files are as large as ImageNet's.
     """
     rng = np.random.default_rng(number)
     weights = np.array([_detail(path) for path in sources])

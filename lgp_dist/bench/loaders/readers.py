@@ -1,4 +1,4 @@
-"""Samples' bytes from shards, not decoded: by our index and by other readers, as loaders of `rivals`."""
+"""Reads samples' bytes from shards without decoding: by this project's index and by other readers."""
 
 import tarfile
 from collections.abc import Callable, Sequence
@@ -12,11 +12,11 @@ from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.shards.scan import hash_shard, scan_shard
 
 Way = Callable[[ShardIndex, list[Path]], tuple[int, int]]
-"""Samples, each with its label, and bytes of images that are read from the shards of an index."""
+"""Reads all samples of an index's shards; returns the number of samples and the bytes of their images."""
 
 
 def read_by_webdataset(paths: Sequence[Path]) -> tuple[int, int]:
-    """Samples and bytes of images in tars, by webdataset's tar iterators: files grouped to samples, not decoded."""
+    """Samples and bytes of images in tars, by webdataset's tar iterators, which group files into samples."""
     samples = size = 0
     pipeline = webdataset.DataPipeline(
         webdataset.SimpleShardList([str(path) for path in paths]), webdataset.tarfile_to_samples()
@@ -28,7 +28,7 @@ def read_by_webdataset(paths: Sequence[Path]) -> tuple[int, int]:
 
 
 def read_by_tarfile(paths: Sequence[Path]) -> tuple[int, int]:
-    """Labels and bytes of images in tars, by Python's tarfile, which seeks past what it does not read."""
+    """Labels and bytes of images in tars, by Python's tarfile."""
     samples = size = 0
     for path in paths:
         with tarfile.open(path, "r:") as tar:
@@ -43,7 +43,7 @@ def read_by_tarfile(paths: Sequence[Path]) -> tuple[int, int]:
 
 
 def _shuffled(index: ShardIndex, paths: list[Path]) -> tuple[int, int]:
-    """Every image once, in random order over all shards, by offset; labels come from the index."""
+    """Every image once by its offset, in random order over all shards, as training reads them."""
     order = np.random.Generator(np.random.Philox(0)).permutation(len(index))
     rows = zip(*(getattr(index, name)[order].tolist() for name in ("shard", "offset", "size", "label")), strict=True)
     samples = size = 0
@@ -54,7 +54,7 @@ def _shuffled(index: ShardIndex, paths: list[Path]) -> tuple[int, int]:
 
 
 def _build(paths: list[Path], *, hashed: bool) -> tuple[int, int]:
-    """Headers, labels and image sizes, as an index is built; hashed: every byte too, as `lgp shards index` does."""
+    """Headers, labels and image sizes, as needed for an index; hashed: every byte too, as `lgp shards index` reads."""
     samples = size = 0
     for path in paths:
         found, _ = scan_shard(path)
@@ -72,11 +72,11 @@ WAYS: dict[str, Way] = {
     "lgp-index-build": lambda index, paths: _build(paths, hashed=False),
     "lgp-index-build-hash": lambda index, paths: _build(paths, hashed=True),
 }
-"""What is compared: webdataset's tar iterators, Python's tarfile, and what training does and building an index does."""
+"""What is compared: webdataset's tar iterators, Python's tarfile, reading as in training, and building an index."""
 
 
 def reader(name: str, folder: Path) -> Callable[[], int]:
-    """One pass of WAYS[name] over the split train, which gives its samples; one that does not count came before.
+    """A function that reads the split train by WAYS[name] and returns the number of samples; it has run once.
 
     RuntimeError where it reads other samples or bytes than the index says.
     """

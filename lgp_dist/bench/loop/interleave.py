@@ -1,8 +1,8 @@
-"""The real loop of stage finetune on a recipe's pool, with what it is compared with taking turns inside it.
+"""The loop of stage finetune on a recipe's pool, with other measurements in turns inside it.
 
-A loop asks for batches: where a block of its steps ends, the one who gives them runs what else is measured, and then
-gives the next. So the loop under measurement is the whole of `engine.loop.train`, with its audits, guard, metrics file
-and log, and a slow moment of the machine meets all that is compared.
+The loop asks an iterator for batches. At the end of a block of steps the iterator runs the other measurements before it
+yields the next batch. So the whole of `engine.loop.train` is measured, with its divergence check, step filter, metrics
+and log, and a slow moment of the machine affects all that is compared.
 """
 
 import tempfile
@@ -12,31 +12,25 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-import torch
-
-from lgp_dist.bench.common import wait
+from lgp_dist.bench.common import finetune_models, wait
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.stream import TrainStream, open_split
 from lgp_dist.engine.loop import Batches, RunSetup, TrainingPlan, train
 from lgp_dist.engine.watch.watchdog import Watchdog
 from lgp_dist.engine.workers import Workers
-from lgp_dist.models.ancestry import Ancestry
-from lgp_dist.models.build import ancestry_vit
-from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.cost import TRAINING
 from lgp_dist.paths.sampler import PathSampler
-from lgp_dist.paths.space import heads_of
-from lgp_dist.paths.stitched import PathSpace
+from lgp_dist.paths.space import space_of
 from lgp_dist.protocols import Batch, Task
-from lgp_dist.tasks.finetune import FinetuneTask
+from lgp_dist.tasks.finetune import FinetuneTask, finetune_task
 
 
-class Turns:
-    """Batches for a loop in blocks of steps; of each block the first are not timed.
+class InterleavedBatches:
+    """Batches for a loop, which divides its steps into blocks; the first steps of a block are not timed.
 
-    begins(kind) is called before the first timed step, ended(kind, steps, seconds) after the last, when all ranks are
-    there; `steps` are the numbers of the timed ones. Kinds follow each other in every round; there is one round more,
-    the first, which should not count.
+    begins(kind) is called before the first timed step of a block, and ended(kind, steps, seconds) after the last, when
+    all ranks have done it; `steps` are the numbers of the timed ones. In each round there is a block of every kind, in
+    their order. The rounds are one more than asked for; the first is a warm-up, which should not count.
     """
 
     def __init__(
@@ -49,7 +43,7 @@ class Turns:
         begins: Callable[[str], None],
         ended: Callable[[str, range, float], None],
     ):
-        """size: rounds, timed steps of a block, and steps before them."""
+        """size: rounds, timed steps of a block, and steps before them. wait: returns when all ranks have arrived."""
         self.source, self.accumulate, self.kinds = source, accumulate, kinds
         self.rounds, self.timed, self.warm_up = size
         self.wait, self.begins, self.ended = wait, begins, ended
@@ -64,13 +58,13 @@ class Turns:
         """Batches of these steps, micro-step by micro-step."""
         stream = self.source(first, count)
         for step in range(first, first + count):
-            self._turn(step)
+            self._before(step)
             for _ in range(self.accumulate):
                 yield next(stream)
 
-    def _turn(self, step: int) -> None:
-        size = self.warm_up + self.timed
-        block, place = divmod(step, size)
+    def _before(self, step: int) -> None:
+        """Ends a block before its next step, and begins the timed part of one."""
+        block, place = divmod(step, self.warm_up + self.timed)
         if place == 0 and block:
             self.wait()
             seconds = time.perf_counter() - self.began
@@ -82,11 +76,11 @@ class Turns:
 
 
 class Finetuning:
-    """What stage finetune of a recipe trains, with random weights, on the processes of this launch."""
+    """Stage finetune of a recipe on the processes of this launch: its batches, and its models with random weights."""
 
     def __init__(self, config: RunConfig, workers: Workers):
         self.config, self.workers, self.train = config, workers, config.finetune.train
-        self.space = PathSpace.from_config(config)
+        self.space = space_of(config)
         self.sampler = PathSampler.from_config(config, self.space)
         self.sampler.check(workers.world)
         self.index = index = open_split(config.data, config.data.train_split)
@@ -103,26 +97,9 @@ class Finetuning:
         """Images that go through the pool in a step, over all ranks; one that takes two paths counts twice."""
         return self.per_rank * self.workers.world * self.train.accumulate
 
-    def pool(self) -> LearngenePool:
-        """The pool, with the same weights at every call and on every rank."""
-        torch.manual_seed(self.config.seed)
-        pool = LearngenePool.empty(self.space, heads_of(self.config))
-        return pool.to(self.workers.device).train()
-
-    def ancestry(self, *, prepared: bool) -> Ancestry | None:
-        """The teacher, if the recipe has one in fine-tuning; prepared as the stage has it, or as timm made it."""
-        if not self.config.finetune.distil_weight:
-            return None
-        torch.manual_seed(self.config.seed)
-        ancestry, engine = Ancestry(ancestry_vit(self.config)).to(self.workers.device), self.config.engine
-        precision = engine.ancestry(self.config.finetune.ancestry_precision)
-        return ancestry.prepare(precision, engine.compile) if prepared else ancestry
-
     def task(self) -> FinetuneTask:
-        """What the stage trains."""
-        pool = self.pool()
-        pool.set_ops(self.config.engine.ops)
-        return FinetuneTask(pool, self.ancestry(prepared=True), self.sampler, self.config.finetune)
+        """What the stage trains, with the same weights at every call and on every rank."""
+        return finetune_task(self.config, *finetune_models(self.config, self.workers), self.sampler)
 
     def batches(self, first: int, count: int) -> Iterator[Batch]:
         """The stage's batches, from the recipe's shards."""
@@ -130,26 +107,19 @@ class Finetuning:
         return chain.from_iterable(batch.repeated(uses) for batch in self.stream.batches(first, count))
 
     def wait(self) -> None:
-        """Until all ranks' devices have done what they were given."""
+        """`common.wait` for these ranks."""
         wait(self.workers)
 
-    def run(self, task: Task, turns: Turns, watchdog: Watchdog) -> None:
-        """The loop, whole; metrics go to a folder that is removed."""
-        count = turns.steps
+    def run(self, task: Task, batches: InterleavedBatches, watchdog: Watchdog) -> None:
+        """Runs the whole loop; its metrics go to a temporary folder."""
         with tempfile.TemporaryDirectory() as folder:
-            plan = TrainingPlan(
-                task, replace(self.train, epochs=1.0, max_steps=0), gradients=self.config.finetune.gradients
-            )
-            setup = RunSetup("finetune", turns, float(count), Path(folder))
+            once = replace(self.train, epochs=1.0, max_steps=0)
+            plan = TrainingPlan(task, once, gradients=self.config.finetune.gradients)
+            setup = RunSetup("finetune", batches, float(batches.steps), Path(folder))
             train(plan, setup, replace(self.workers, watchdog=watchdog))
 
-    def multiply_adds(self, steps: range) -> tuple[float, float]:
-        """Of a rank in these steps, mean and the slowest's: forward and backward of its paths, without the ancestry."""
-        mean = slowest = 0.0
-        images, world = self.per_rank, self.workers.world
-        for step in steps:
-            plan = [[self.sampler.draw(step, m, r, world) for r in range(world)] for m in range(self.train.accumulate)]
-            hands = zip(*plan, strict=True)
-            work = [sum(TRAINING * images * self.space.cost(path).flops for path in hand) for hand in hands]
-            mean, slowest = mean + sum(work) / world, slowest + max(work)
-        return mean, slowest
+    def multiply_adds(self, steps: range) -> float:
+        """Multiply-adds of a mean rank in these steps: forward and backward of its paths, without the ancestry."""
+        world, count = self.workers.world, self.train.accumulate
+        draws = [self.sampler.draw(step, m, r, world) for step in steps for m in range(count) for r in range(world)]
+        return TRAINING * self.per_rank * sum(self.space.cost(path).flops for path in draws) / world

@@ -1,5 +1,6 @@
-"""Where the time of an optimizer step goes: a clock at the places where the loop takes notes for its watchdog."""
+"""Where the time of an optimizer step goes: a clock that reads what the loop notes for its watchdog."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,26 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lgp_dist.engine.comm_stats import CommStats
 from lgp_dist.engine.watch.watchdog import Watchdog
 from lgp_dist.protocols import Batch, StepContext, Task
 
 PHASES = ("data", "forward", "backward", "exchange", "optimizer", "loop")
-"""Parts of a step: waiting for a batch, forwards (the ancestry's too), backwards, operations between ranks with the
-waits for each other, the optimizer's step, and all else that the loop does (audit, guard, clipping, metrics)."""
+"""Parts of a step: waiting for a batch, forwards (the ancestry's too), backwards, collectives with the waits for other
+ranks, the optimizer's step, and everything else in the loop (divergence check, step filter, clipping, metrics)."""
 NOTES = {"data": "data", "forward": "forward", "backward": "backward", "step": "loop", "save": "loop"}
-"""The loop's notes and the parts that they begin."""
+"""What the loop notes, and the part that begins there."""
 
 
 class Clock(Watchdog):
-    """Takes the loop's notes; while it is on, adds up the seconds between them, step by step.
+    """Receives the loop's notes; while it is on, adds up the seconds between them, step by step.
 
-    A GPU is waited for at every note, so what it does ahead is not seen: throughput is measured without.
+    It waits for the GPU at every note, which leaves no overlap: throughput is measured without a clock.
     """
 
     def __init__(self, device: torch.device):
@@ -35,33 +33,26 @@ class Clock(Watchdog):
         self.steps: list[dict[str, float]] = []
         self._on, self._phase, self._since, self._sent = False, "data", 0.0, 0.0
         self._open = dict.fromkeys(PHASES, 0.0)
-        self._counting: Any = None
+        self._running = contextlib.ExitStack()
 
     def note(self, step: int, phase: str, path: str | None = None) -> None:
-        """As the watchdog's."""
+        """Begins a phase, as the loop says it."""
         if self._on:
             self._to(NOTES[phase])
 
     def start(self) -> None:
-        """Begins within a step's wait for data."""
+        """Begins while a step waits for data."""
         if self.traffic is not None:
-            self._counting = self.traffic.counting()
-            self._counting.__enter__()
-        self._hooks = (
-            register_optimizer_step_pre_hook(lambda *_: self._to("optimizer")),
-            register_optimizer_step_post_hook(lambda *_: self._to("loop")),
-        )
+            self._running.enter_context(self.traffic.counting())
+        self._running.callback(register_optimizer_step_pre_hook(lambda *_: self._to("optimizer")).remove)
+        self._running.callback(register_optimizer_step_post_hook(lambda *_: self._to("loop")).remove)
         self._on, self._phase, self._open = True, "data", dict.fromkeys(PHASES, 0.0)
         self._sent, self._since = 0.0, time.perf_counter()
 
     def stop(self) -> list[dict[str, float]]:
         """Seconds of every phase in each whole step since `start`."""
         self._on = False
-        for hook in self._hooks:
-            hook.remove()
-        if self._counting is not None:
-            self._counting.__exit__(None, None, None)
-            self._counting = None
+        self._running.close()
         steps, self.steps = self.steps, []
         return steps
 
@@ -77,8 +68,8 @@ class Clock(Watchdog):
         self._phase, self._since, self._sent = phase, now, sent
 
 
-class Shown:
-    """A task that shows its wrapped module to `seen` before the first forward."""
+class ShownTask:
+    """A task that hands its wrapped module to `seen` before the first forward."""
 
     def __init__(self, task: Task, seen: Callable[[Any], None]):
         self.task, self.module, self.structure = task, task.module, task.structure
@@ -93,20 +84,20 @@ class Shown:
         return self.task.losses(module, batch, context)
 
 
-def watched(task: Task, clock: Clock, several: bool) -> Shown:
+def watched(task: Task, clock: Clock, several: bool) -> ShownTask:
     """The task, whose exchanges the clock counts where there are several ranks."""
 
     def seen(module: Any) -> None:
         clock.traffic = CommStats(module) if several else None
 
-    return Shown(task, seen)
+    return ShownTask(task, seen)
 
 
 def advice(row: dict[str, Any]) -> str:
     """The largest waste of a step and what to change, as one sentence. row: of `bench_train`.
 
-    Waste is all of data, exchange, waiting, optimizer and loop; of forward and backward it is what they take beyond
-    REACHABLE of the device's rate.
+    All of data, exchange, waiting, optimizer and loop is waste; of forward and backward, the time beyond that of a step
+    at REACHABLE of the device's rate.
     """
     total = sum(row[f"{part}_ms"] for part in PHASES)
     rate = row["of_product"] if row["mfu"] is None else row["mfu"]

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.common import as_table, ceilings, facts, join, leave, spread
-from lgp_dist.bench.loop.interleave import Finetuning, Turns
+from lgp_dist.bench.common import ceilings, facts, join, leave, spread
+from lgp_dist.bench.loop.interleave import Finetuning, InterleavedBatches
 from lgp_dist.bench.loop.phases import PHASES, Clock, advice, watched
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.comm_stats import peak_bytes, reset_peak
+from lgp_dist.models.build import ancestry_precision
 from lgp_dist.paths.cost import ancestry_forward
+from lgp_dist.run.text_table import objects_table
 
 PEAKS = {
     "B200": 2250e12,
@@ -24,7 +26,7 @@ PEAKS = {
     "A10": 125e12,
     "L4": 121e12,
 }
-"""FLOP/s of dense bf16 and fp16 products by NVIDIA's data sheets; the first that the device's name holds counts."""
+"""FLOP/s of dense bf16 and fp16 products by NVIDIA's data sheets, for the first name that is part of the device's."""
 WARM_UP = 2
 """Steps of a block that are not timed."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,14 +42,15 @@ def peak_of(device: str, precision: str) -> float | None:
 def bench_train(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24) -> list[dict[str, Any]]:
     """Fine-tunes a recipe's pool, with random weights, on its shards in the whole loop; rank 0 writes a list of one.
 
-    Blocks of `steps` without and with a clock take turns. Without: images_per_s (of all ranks; one that takes two paths
-    counts twice; median over rounds) and
-    spread ((most - least) / median). With, in ms of a mean step and rank: data, forward, backward, exchange, optimizer
-    and loop (`phases`), and exchange in two: transfer (what the rank that came last took) and skew (the rest: waiting
-    for it). peak_mb: largest over ranks. mfu: 2 x multiply-adds of forward and backward (3 forwards of a path, one of
-    the ancestry) a second over the GPU's rate by its data sheet; null where that is not known. of_product: over the
-    fastest matrix product seen on this device by one rank; null where the ancestry's size is not known. advice: the
-    largest waste and what to change. UserError where a number is below 1 or the recipe is refused.
+    Blocks of `steps` without and with a clock take turns. Without: images_per_s of all ranks, where an image that takes
+    two paths counts twice, median over rounds, and spread ((most - least) / median). With, in ms of a mean step and
+    rank: data, forward, backward, exchange, optimizer and loop (`phases`), and two parts of exchange: transfer, what
+    the rank that came last took, and skew, what the others waited for it.
+
+    peak_mb: largest over ranks. mfu: 2 x multiply-adds of a step (three forwards of a path, one of the ancestry) a
+    second, over the GPU's rate by its data sheet; null where that is not known. of_product: the same over the fastest
+    matrix product measured on this device; null where the ancestry's size is not known. advice: the largest waste and
+    what to change. UserError where a number is below 1 or the recipe is refused.
     """
     workers = join(config, rounds=rounds, steps=steps)
     bench, clock = Finetuning(config, workers), Clock(workers.device)
@@ -64,19 +67,18 @@ def bench_train(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24) 
         if kind == "clock":
             parts.extend(clock.stop())
         else:
-            quiet.append((seconds, bench.multiply_adds(numbers)[0]))
+            quiet.append((seconds, bench.multiply_adds(numbers)))
 
-    turns = Turns(
-        bench.batches, bench.train.accumulate, ("quiet", "clock"), (rounds, steps, WARM_UP), bench.wait, begins, ended
-    )
-    bench.run(watched(bench.task(), clock, workers.world > 1), turns, clock)
+    kinds, size = ("quiet", "clock"), (rounds, steps, WARM_UP)
+    batches = InterleavedBatches(bench.batches, bench.train.accumulate, kinds, size, bench.wait, begins, ended)
+    bench.run(watched(bench.task(), clock, workers.world > 1), batches, clock)
     rows = [_row(bench, quiet[1:], parts[steps:], peak, steps)]
     leave(workers, out, rows)
     return rows
 
 
 def about(bench: Finetuning) -> dict[str, Any]:
-    """What a measurement of the loop was of."""
+    """The recipe's fields that say what was measured."""
     config, train, finetune = bench.config, bench.train, bench.config.finetune
     return {
         "recipe": config.recipe,
@@ -92,7 +94,7 @@ def about(bench: Finetuning) -> dict[str, Any]:
         "images": train.batch_size,
         "precision": config.engine.precision,
         "compile": config.engine.compile,
-        "ancestry": config.engine.ancestry(finetune.ancestry_precision) if finetune.distil_weight else None,
+        "ancestry": ancestry_precision(config, "finetune") if finetune.distil_weight else None,
         "threads": config.data.threads,
     }
 
@@ -141,4 +143,4 @@ def train_table(rows: list[dict[str, Any]]) -> str:
     """The objects of `bench_train` as text."""
     names = ("recipe", "engine", "policy", "ranks", "images_per_s", "spread", "step_ms", "peak_mb", "mfu", "of_product")
     parts = tuple(f"{name}_ms" for name in (*PHASES, "transfer", "skew"))
-    return "\n".join([as_table(rows, names), as_table(rows, parts), *(row["advice"] for row in rows)])
+    return "\n".join([objects_table(rows, names), objects_table(rows, parts), *(row["advice"] for row in rows)])

@@ -1,11 +1,13 @@
-"""Training loops that a person would take instead, written from their published description, beside this project's.
+"""Training loops that one would use instead of this project's, written from their published description.
 
-bare: forward, losses, backward and AdamW's step in a plain loop, one process, batches in memory. What a loop costs.
+bare: forward, losses, backward and AdamW's step in a plain loop, one process, batches in memory: what the loop costs.
+
 snnet: the way of SN-Net. The model draws a path in its forward, on every rank its own; DistributedDataParallel looks
-for parameters that were not used; Pillow, torchvision's transforms and a DataLoader's worker processes make batches;
-the teacher computes as the model does, in every forward from its fp32 weights; the loss is looked at in every step.
-timm: timm's create_loader, optimizer and loop for one model, without a teacher, the pool's widest row. Against the
-loop of this project on the same row alone.
+for unused parameters; Pillow, torchvision's transforms and a DataLoader's worker processes make batches; the teacher
+computes in the model's precision from its fp32 weights in every forward; every step reads the loss.
+
+timm: timm's create_loader, optimizer and loop for one model without a teacher, the pool's widest row. This project's
+loop trains the same row alone.
 """
 
 import io
@@ -24,9 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from lgp_dist.bench.common import random_ancestry, random_pool
 from lgp_dist.bench.loop.interleave import Finetuning
 from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.engine.optim import build_optimizer
+from lgp_dist.engine.trainer import prepare_module
 from lgp_dist.models.pool import row_vit
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import heads_of
@@ -36,8 +40,8 @@ from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 Step = Callable[[int], None]
 
 
-class Pictures(Dataset[tuple[Any, int]]):
-    """Images of a split by number through Pillow, as timm's and torchvision's folders give them from files."""
+class PillowImages(Dataset[tuple[Any, int]]):
+    """Images of a split by number, decoded by Pillow, as timm's and torchvision's folders give them from files."""
 
     def __init__(self, index: ShardIndex, channels: int, transform: Any = None):
         self.index, self.mode, self.transform = index, "L" if channels == 1 else "RGB", transform
@@ -66,8 +70,8 @@ def augmentation(bench: Finetuning) -> dict[str, Any]:
     }
 
 
-class Drawing(nn.Module):
-    """A pool that draws its path in forward, from a stream of this rank's own."""
+class DrawingPool(nn.Module):
+    """A pool that draws its path in its forward; every rank has its own draws."""
 
     def __init__(self, pool: nn.Module, sampler: PathSampler, rank: int, world: int):
         super().__init__()
@@ -79,21 +83,22 @@ class Drawing(nn.Module):
         return self.pool(images, self.sampler.draw(self.step, 0, self.rank, self.world))
 
 
-def own_draws(bench: Finetuning) -> PathSampler:
-    """Paths that every rank draws alone, once in a step."""
+def independent_sampler(bench: Finetuning) -> PathSampler:
+    """The sampler of the same paths with which every rank draws alone, once in a step."""
     sampler = bench.sampler
     return PathSampler(sampler.paths, "independent", sampler.seed, weights=sampler.weights)
 
 
-class Rival:
-    """One way of training, which does some steps when it is told to."""
+class TrainLoop:
+    """One training loop, of which `run` takes some steps."""
 
     def __init__(self, bench: Finetuning, module: nn.Module, step: Step, loader: Any = None):
+        """step: takes the step of a number. loader: the source of `batches`; it is iterated again and again."""
         self.bench, self.module, self._step, self.loader = bench, module, step, loader
         self.batches: Iterator[Any] = iter(())
 
     def run(self, steps: range, warm_up: int) -> float:
-        """Seconds of these steps, after a few others; worker processes live for these alone."""
+        """Seconds of these steps, after a few that are not timed; worker processes exist for this call alone."""
         self.batches = self._endless()
         for number in range(warm_up):
             self._step(steps.start + number)
@@ -111,11 +116,12 @@ class Rival:
             yield from self.loader
 
 
-def bare(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
+def bare(bench: Finetuning, workers: int, batches: list[Batch]) -> TrainLoop:
     """A plain loop over the same forwards, losses, backwards and steps as the project's. batches: in memory."""
     task, train = bench.task(), bench.train
     pool = task.module
     optimizer = build_optimizer(pool, train, skippable=pool.skippable_modules)
+    prepare_module(pool, bench.workers)
 
     def step(number: int) -> None:
         for micro in range(train.accumulate):
@@ -128,19 +134,22 @@ def bare(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Rival(bench, pool, step)
+    return TrainLoop(bench, pool, step)
 
 
-def snnet(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
+def snnet(bench: Finetuning, workers: int, batches: list[Batch]) -> TrainLoop:
     """The way of SN-Net."""
     config, rank, world = bench.config, bench.workers.rank, bench.workers.world
     device = bench.workers.device
-    drawing = Drawing(bench.pool(), own_draws(bench), rank, world)
+    drawing = DrawingPool(
+        random_pool(config, bench.workers, training=False), independent_sampler(bench), rank, world
+    ).train()
     model = _parallel(drawing, bench, find_unused_parameters=True)
-    teacher, finetune = bench.ancestry(prepared=False), config.finetune
+    finetune = config.finetune
+    teacher = random_ancestry(config, bench.workers) if finetune.distil_weight else None
     optimizer = create_optimizer_v2(model, opt="adamw", lr=bench.train.lr, weight_decay=bench.train.weight_decay)
     size = config.data.image_size
-    data = Pictures(bench.index, config.data.channels, create_transform(size, **augmentation(bench)))
+    data = PillowImages(bench.index, config.data.channels, create_transform(size, **augmentation(bench)))
     loader = DataLoader(
         data,
         batch_size=bench.per_rank * bench.train.accumulate,
@@ -152,7 +161,7 @@ def snnet(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
     meter = AverageMeter()
 
     def step(number: int) -> None:
-        images, targets = (part.to(device, non_blocking=True) for part in next(rival.batches))
+        images, targets = (part.to(device, non_blocking=True) for part in next(loop.batches))
         drawing.step = number
         with bench.workers.autocast():
             logits = model(images)
@@ -169,11 +178,11 @@ def snnet(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
         _end(model, optimizer, bench)
         meter.update(value)
 
-    rival = Rival(bench, model, step, loader)
-    return rival
+    loop = TrainLoop(bench, model, step, loader)
+    return loop
 
 
-def timm_loop(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
+def timm_loop(bench: Finetuning, workers: int, batches: list[Batch]) -> TrainLoop:
     """timm's training loop on the widest row."""
     config, device = bench.config, bench.workers.device
     torch.manual_seed(config.seed)
@@ -182,7 +191,7 @@ def timm_loop(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
     optimizer = create_optimizer_v2(model, opt="adamw", lr=bench.train.lr, weight_decay=bench.train.weight_decay)
     side, channels = config.data.image_size, config.data.channels
     loader = create_loader(
-        Pictures(bench.index, channels),
+        PillowImages(bench.index, channels),
         (channels, side, side),
         bench.per_rank * bench.train.accumulate,
         num_workers=workers,
@@ -195,7 +204,7 @@ def timm_loop(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
     meter = AverageMeter()
 
     def step(number: int) -> None:
-        images, targets = (part.to(device) for part in next(rival.batches))
+        images, targets = (part.to(device) for part in next(loop.batches))
         with bench.workers.autocast():
             loss = cross_entropy(model(images), targets)
         loss.backward()
@@ -204,8 +213,8 @@ def timm_loop(bench: Finetuning, workers: int, batches: list[Batch]) -> Rival:
         if number % bench.train.log_every == 0:
             meter.update(loss.item())
 
-    rival = Rival(bench, model, step, loader)
-    return rival
+    loop = TrainLoop(bench, model, step, loader)
+    return loop
 
 
 def _parallel(model: nn.Module, bench: Finetuning, **options: bool) -> nn.Module:
@@ -221,5 +230,9 @@ def _end(model: nn.Module, optimizer: torch.optim.Optimizer, bench: Finetuning) 
     optimizer.step()
 
 
-RIVALS: dict[str, Callable[[Finetuning, int, list[Batch]], Rival]] = {"bare": bare, "snnet": snnet, "timm": timm_loop}
-"""What the project's loop is measured against."""
+TRAIN_LOOPS: dict[str, Callable[[Finetuning, int, list[Batch]], TrainLoop]] = {
+    "bare": bare,
+    "snnet": snnet,
+    "timm": timm_loop,
+}
+"""What the project's loop is compared with, by name: functions of the bench, a DataLoader's processes, and batches."""
