@@ -123,7 +123,7 @@ def measure(config: RunConfig, world: int, steps: int = 0) -> dict[str, Any]:
         "efficiency_with_ancestry": None if extra is None else round((mean + extra) / (slowest + extra), 4),
         "coverage": round(covered / steps, 4),
         "blocks": round(trained / steps, 4),
-        **_shares(counts, list(sampler.shares(world).values()), slots, sampler.clump(world)),
+        **_shares(counts, list(sampler.shares(world).values()), slots, sampler.tied_slots(world)),
     }
 
 
@@ -133,7 +133,7 @@ def _blocks(path: Any, depth: int) -> frozenset[tuple[int, int]]:
     )
 
 
-def _shares(counts: Sequence[Sequence[int]], expected: Sequence[float], slots: int, clump: int) -> dict[str, Any]:
+def _shares(counts: Sequence[Sequence[int]], expected: Sequence[float], slots: int, tied: int) -> dict[str, Any]:
     """The shares that are farthest below and above what is expected, with their intervals.
 
     Bonferroni's correction: the interval of each of n paths fails with probability 0.05 / n.
@@ -145,11 +145,11 @@ def _shares(counts: Sequence[Sequence[int]], expected: Sequence[float], slots: i
     for name, index in (("share_min", order[0]), ("share_max", order[-1])):
         result[name] = round(shares[index], 6)
         result[f"{name}_expected"] = round(expected[index], 6)
-        result[f"{name}_ci"] = [round(end, 6) for end in _interval(counts[index], slots, clump, wide)]
+        result[f"{name}_ci"] = [round(end, 6) for end in _interval(counts[index], slots, tied, wide)]
     return result
 
 
-def _interval(found: Sequence[int], slots: int, clump: int, wide: float) -> tuple[float, float]:
+def _interval(found: Sequence[int], slots: int, tied: int, wide: float) -> tuple[float, float]:
     """Wilson's interval of a share, `wide` standard deviations to either side. found: a path's draws in each step.
 
     Draws within a step depend on each other. The number of independent draws is therefore estimated: the one with
@@ -161,7 +161,7 @@ def _interval(found: Sequence[int], slots: int, clump: int, wide: float) -> tupl
     elif share:
         return share, share  # as often in every step
     else:
-        draws = len(found) * slots / clump
+        draws = len(found) * slots / tied
     middle = (share + wide**2 / (2 * draws)) / (1 + wide**2 / draws)
     half = wide / (1 + wide**2 / draws) * (share * (1 - share) / draws + (wide / (2 * draws)) ** 2) ** 0.5
     return max(0.0, middle - half), min(1.0, middle + half)
