@@ -76,12 +76,12 @@ class BenchPaths(OneProcess):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchEngine(Launched):
-    """Time, bytes and memory of a step on this launch's engine: one path for all ranks, and a path for every rank."""
+    """Time, bytes and memory of a step on this launch's engine, for each policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchCheckpoint(Launched):
-    """What a checkpoint costs on this launch's engine, written in the background and waited for.
+    """What a checkpoint costs on this launch's engine, in the background and waited for.
 
     Checkpoints are written next to --out.
     """
@@ -92,7 +92,7 @@ class BenchCheckpoint(Launched):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOp(Compared):
-    """The fused operations: checked against float64 on this device, then compared in time with eager and compiled."""
+    """Fused operations: checked against float64, then compared in time with eager and compiled ones."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one."""
@@ -104,7 +104,7 @@ class BenchOp(Compared):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchStep(OneProcess):
-    """Paths of a recipe on eager, compiled and fused blocks, and several paths for one forward of the ancestry."""
+    """Paths on eager, compiled and fused blocks, and several paths for one forward of the ancestry."""
 
     compiled: bool = True
     """Also with torch.compile, which takes minutes to compile on a CPU."""
@@ -112,7 +112,7 @@ class BenchStep(OneProcess):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchData(Compared):
-    """Images per CPU second of this project's loader and index and of other loaders, on generated photographs."""
+    """Images per CPU second of this project's loader and of others, on generated photographs."""
 
     folder: Path
     """Folder of the photographs' shards; --photos makes it."""
@@ -132,12 +132,12 @@ class BenchData(Compared):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTrain(Launched):
-    """Throughput of stage finetune on this launch, where the time of its steps goes, and what to change."""
+    """Throughput of stage finetune on this launch, and where the time of its steps goes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPeers(Launched):
-    """The loop of stage finetune compared with others in turns: a bare loop, SN-Net's way, timm's loop."""
+    """The loop of stage finetune compared with a bare loop, SN-Net's way and timm's loop."""
 
     peers: str = ""
     """bare (one process alone), snnet, timm, separated by commas; empty for all that can run."""
@@ -152,7 +152,7 @@ class BenchDistil(OneProcess):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchScaling(Compared):
-    """Steps on many ranks, by a model that is fitted to steps on one and two ranks and judged by those on more."""
+    """Predicted steps on many ranks, by a model fitted to steps on a few and judged by held-out ones."""
 
     recipe: Recipe
     measured: str
