@@ -1,4 +1,4 @@
-"""`lgp shards`: arguments and what they call."""
+"""`lgp shards`: its options and what they call."""
 
 import json
 import os
@@ -15,27 +15,27 @@ from lgp_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Build(BuildOptions):
-    """Make shards of a data set; after an interruption, the same command goes on."""
+    """Make shards of a data set; repeat the command after an interruption to continue."""
 
     layout: Annotated[Layout, tyro.conf.Positional] = tyro.MISSING
     """imagefolder, imagenet (the official tars), kaggle, parquet (the hub's files), webdataset or fashion-mnist."""
     out: Path = tyro.MISSING
     """Folder to make; must not exist, or be empty."""
     source: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder of the data set; fashion-mnist's is that of Debian's package unless named."""
+    """Folder of the data set; fashion-mnist defaults to that of Debian's package."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """Write manifest, _info.json and indexes beside shards from elsewhere."""
+    """Write manifest, _info.json and indexes next to shards from elsewhere."""
 
     root: Annotated[Path, tyro.conf.Positional]
     """Folder of the tars."""
 
 
 @dataclass(frozen=True)
-class Verify:
-    """Check hashes, structure, images and labels of shards; name every bad sample."""
+class VerifyShards:
+    """Check hashes, structure, images and labels of shards, and name every bad sample."""
 
     root: Annotated[Path, tyro.conf.Positional]
     """Folder of the tars."""
@@ -46,26 +46,26 @@ class Verify:
 
 
 @dataclass(frozen=True)
-class Show:
+class ShowShards:
     """Print counts, sizes and classes of shards; draw a contact sheet."""
 
     root: Annotated[Path, tyro.conf.Positional]
     """Folder of the tars."""
     sheet: Path | None = None
-    """PNG to write, with images of all classes."""
+    """PNG to write, with images of all classes, equally many of each."""
     split: str = ""
     """Split of the contact sheet; the first if empty."""
     images: int = 64
     """Images on the contact sheet."""
     seed: int = 0
-    """Of the choice of images."""
+    """Seed of the choice of images."""
     json: bool = False
-    """Print an object."""
+    """Print JSON."""
 
 
 @dataclass(frozen=True)
 class Reshard(BuildOptions):
-    """Write shards anew: another count, size or short side."""
+    """Rewrite shards with another number, size or short side."""
 
     root: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
     """Folder of the tars."""
@@ -73,11 +73,11 @@ class Reshard(BuildOptions):
     """Folder to make; must not exist, or be empty."""
 
 
-SHARDS = {"build": Build, "index": Index, "verify": Verify, "show": Show, "reshard": Reshard}
+SHARDS = {"build": Build, "index": Index, "verify": VerifyShards, "show": ShowShards, "reshard": Reshard}
 """Action -> its arguments."""
 
 
-def run_shards(action: Build | Index | Verify | Show | Reshard) -> None:
+def run_shards(action: Build | Index | VerifyShards | ShowShards | Reshard) -> None:
     """Does what the arguments ask for."""
     if isinstance(action, Build | Reshard):
         _build(action)
@@ -86,10 +86,12 @@ def run_shards(action: Build | Index | Verify | Show | Reshard) -> None:
 
     if isinstance(action, Index):
         index.index_shards(action.root)
-    elif isinstance(action, Show):
+    elif isinstance(action, ShowShards):
         manifest = index.ShardManifest.load(action.root)
-        summary = show.summarise(manifest)
-        sys.stdout.write((json.dumps(summary, indent=2) if action.json else show.describe(summary)) + "\n")
+        splits = show.summarise(manifest)
+        about = {"root": str(manifest.root), "source": manifest.source, "licence": manifest.licence}
+        numbers = {**about, "classes": len(manifest.classes), "splits": splits}
+        sys.stdout.write((json.dumps(numbers, indent=2) if action.json else show.describe(manifest, splits)) + "\n")
         if action.sheet:
             show.contact_sheet(manifest, action.split, action.sheet, action.images, action.seed)
     else:
@@ -108,4 +110,4 @@ def _build(action: Build | Reshard) -> None:
 
     layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.layout, action.source)
     manifest = build.build_shards(layout, root, action.out, action)
-    sys.stdout.write(show.describe(show.summarise(manifest)) + "\n")
+    sys.stdout.write(show.describe(manifest, show.summarise(manifest)) + "\n")

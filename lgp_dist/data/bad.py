@@ -1,4 +1,4 @@
-"""Images that could not be decoded: named once, counted in each epoch, too many stop the run."""
+"""Images that could not be decoded: named once, counted by epoch; too many stop the run."""
 
 import logging
 from collections import Counter
@@ -17,13 +17,13 @@ class BadSamples:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.reasons: dict[int, str] = {}
-        """Sample to what is wrong with it, in the order they were met."""
+        """Sample -> what is wrong with it, in the order they were met."""
         self._here: Counter[int] = Counter()
         self._everywhere: Counter[int] = Counter()
         self._last = ""
 
     def note(self, index: ShardIndex, epoch: int, found: Sequence[tuple[int, BadImage]]) -> None:
-        """Takes a batch's; raises UserError where this rank alone has more than the limit in an epoch."""
+        """Counts those of a batch; UserError where this rank alone has more than the limit in an epoch."""
         for sample, error in found:
             if sample not in self.reasons:
                 self.reasons[sample] = error.reason
@@ -34,7 +34,7 @@ class BadSamples:
                 self._stop(self._here[epoch], epoch)
 
     def check_all(self, steps: Mapping[int, int], epoch_of: Callable[[int], int]) -> None:
-        """Takes the counts of all ranks by step; raises UserError where an epoch has more than the limit."""
+        """Adds the counts of all ranks by step; UserError where an epoch has more than the limit."""
         for step, count in steps.items():
             epoch = epoch_of(step)
             self._everywhere[epoch] += count
@@ -42,11 +42,11 @@ class BadSamples:
                 self._stop(self._everywhere[epoch], epoch)
 
     def counts(self) -> dict[str, int]:
-        """Bad samples of all ranks by epoch, as plain values."""
+        """Bad samples of all ranks by epoch, for JSON."""
         return {str(epoch): count for epoch, count in self._everywhere.items()}
 
     def restore(self, counts: Mapping[str, int]) -> None:
-        """Takes the counts of a run that this one goes on from."""
+        """Continues from the counts of an earlier start."""
         self._everywhere = Counter({int(epoch): count for epoch, count in counts.items()})
 
     def _stop(self, count: int, epoch: int) -> None:

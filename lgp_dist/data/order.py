@@ -1,4 +1,4 @@
-"""Orders and keys as pure functions of numbers: the same on every rank, thread, machine and version of a library."""
+"""Orders and keys as pure functions of numbers: the same on every rank, thread, machine and library version."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,10 +8,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from lgp_dist.errors import UserError
-
 LANES = 64
-"""Parts of an epoch that run side by side; with as many ranks as divide them, a shard is read by few ranks."""
+"""Lanes of an epoch, which positions visit in turn. Where the ranks divide them, few ranks read each shard."""
 
 
 def stream_key(purpose: str, *numbers: int) -> int:
@@ -21,22 +19,20 @@ def stream_key(purpose: str, *numbers: int) -> int:
 
 
 def permutation(n: int, purpose: str, *numbers: int) -> NDArray[np.int64]:
-    """A permutation of range(n) for one use of randomness.
-
-    It sorts n raw 64-bit outputs of the counter-based generator Philox. numpy promises these outputs for all its
-    versions (but not what Generator.permutation does with them), so the order never changes.
-    """
+    """A permutation of range(n) for one use of randomness."""
+    # The order in which n 64-bit outputs of the counter-based generator Philox sort. NumPy guarantees these outputs for
+    # all its versions, but not the result of Generator.permutation.
     raw = np.random.Philox(key=stream_key(purpose, *numbers)).random_raw(n)
     return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
 
 
 def position_to_sample(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order of an epoch where all shards are in one window: element i is the sample at position i."""
+    """The order of an epoch whose window holds all shards: element i is the sample at position i."""
     return permutation(n, "order", seed, epoch)
 
 
-def turns(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each of labels [k] how many equal ones come before it: the turn in which classes come, one of each."""
+def nth_of_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each of labels [k] the number of equal ones before it; sorting by it gives one of each class in turn."""
     order = np.argsort(labels, kind="stable")
     ordered = labels[order]
     found = np.empty(len(labels), dtype=np.int64)
@@ -44,38 +40,21 @@ def turns(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     return found
 
 
-@dataclass(frozen=True)
-class DataCursor:
-    """Where a training stream stands: its whole state, the same on every rank, at any world size and batch size."""
-
-    position: int
-    """Samples that the optimizer has consumed since the start of the run."""
-    fingerprint: str
-    """Of the index and of the rule of the order: see `SampleOrder.fingerprint`."""
-
-    def check(self, fingerprint: str, place: str) -> None:
-        """Raises UserError unless the position is one of these shards. place: names them, for the sentence."""
-        if self.position < 0:
-            raise UserError(f"The data position {self.position} is below 0: resume from another checkpoint.")
-        if self.fingerprint != fingerprint:
-            raise UserError(
-                f"The data position {self.position} belongs to other shards or another data.window ({self.fingerprint})"
-                f" than {place} ({fingerprint}): set data.root and data.window as they were, or begin a new run."
-            )
-
-
 @dataclass(frozen=True, eq=False)
 class SampleOrder:
     """From position to sample. Position p, counted from the start of the run, belongs to epoch p // n.
 
-    With at most `window` shards an epoch is one permutation. With more, shards are permuted, their samples in this
-    sequence cut into LANES lanes (position p is of lane p % LANES) and each lane into windows, and samples are
-    permuted within their window. About `window` shards are then in use at a time, and memory is of that size.
     Not for several threads at once.
     """
 
+    # With at most `window` shards, an epoch is one permutation of all samples. More shards cannot all be open or cached
+    # at once, so an epoch shuffles in two levels: it permutes the shards, divides the sequence of their samples into
+    # lanes, each lane into windows, and permutes the samples within each window. Position p takes the next sample of
+    # lane p % lanes, so a batch mixes samples of all lanes, about `window` shards are in use at a time, and the memory
+    # is that of one window per lane. Every sample comes once per epoch, and any position is found without those before.
+
     sizes: tuple[int, ...]
-    """Samples of each shard; samples are numbered shard by shard."""
+    """Samples of each shard; samples are numbered shard after shard."""
     seed: int
     """Of the run."""
     window: int
@@ -93,7 +72,7 @@ class SampleOrder:
 
     @property
     def lanes(self) -> int:
-        """Lanes of this order: 1 where one window holds all shards."""
+        """Number of lanes: 1 where one window holds all shards."""
         return 1 if self.whole else min(LANES, self.window)
 
     def samples(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -107,7 +86,7 @@ class SampleOrder:
         return found
 
     def _of_lane(self, epoch: int, lane: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Samples at positions that are all of one epoch and lane."""
+        """Samples at positions of one epoch and lane."""
         if self.whole:
             order = self._cached(epoch, 0, 0, partial(position_to_sample, self.seed, epoch, self.n))
             return order[positions - epoch * self.n]
@@ -126,21 +105,21 @@ class SampleOrder:
         return found
 
     def _lane(self, epoch: int, lane: int) -> tuple[int, int]:
-        """First and last + 1 place of a lane in the sequence of permuted shards."""
+        """First place of a lane in the sequence of permuted shards, and the first after it."""
         lengths = [self._length(epoch, other) for other in range(lane + 1)]
         return sum(lengths[:-1]), sum(lengths)
 
     def _length(self, epoch: int, lane: int) -> int:
-        """Positions of an epoch that are of one lane."""
+        """Number of an epoch's positions in one lane."""
         start = epoch * self.n
         return (start + self.n - lane - 1) // self.lanes - (start - lane - 1) // self.lanes
 
     def _windows(self, length: int) -> int:
-        """Windows of a lane of so many samples."""
+        """Number of windows of a lane of so many samples."""
         return max(1, round(length * len(self.sizes) * self.lanes / (self.window * max(self.n, 1))))
 
     def _window(self, epoch: int, lane: int, number: int, low: int, high: int) -> NDArray[np.int64]:
-        """Samples of one window in their order; low, high: places in the sequence of permuted shards."""
+        """Samples of one window in their order; low, high: its places in the sequence of permuted shards."""
         order, ends = self._shards(epoch)
         places = low + permutation(high - low, "window", self.seed, epoch, lane, number)
         rank = np.searchsorted(ends, places, side="right")
@@ -148,7 +127,7 @@ class SampleOrder:
         return self._starts[shard] + places - (ends[rank] - self._sizes[shard])
 
     def _shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Order of the shards in an epoch, and where each ends in their sequence."""
+        """The permuted shards of an epoch, and the place after each in the sequence of their samples."""
         if epoch not in self._shard_orders:
             while len(self._shard_orders) > 1:
                 self._shard_orders.pop(next(iter(self._shard_orders)))
@@ -157,7 +136,7 @@ class SampleOrder:
         return self._shard_orders[epoch]
 
     def _cached(self, epoch: int, lane: int, number: int, make: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
-        """The order of a window; the latest window of each lane and of two epochs is kept."""
+        """The order of a window. Keeps the latest window of each lane, for two epochs."""
         kept = self._orders.get((epoch % 2, lane))
         if kept is None or kept[0] != (epoch, number):
             kept = ((epoch, number), make())

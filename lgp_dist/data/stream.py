@@ -2,27 +2,29 @@
 
 The state of a training stream is one number: the position, counted in samples from the start of the run. Position p is
 sample `SampleOrder.samples(p)` in epoch p // n. Epochs follow each other without a gap, so a batch may hold the end of
-one and the start of the next. Nothing is skipped on resume, and world size and threads do not enter.
+one and the start of the next. A resume skips nothing: it computes the next positions. World size and threads do not
+matter, since ranks share the positions of a step and each image's randomness is keyed by its sample and epoch.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lgp_dist.config.run_config import DataConfig, TrainConfig
+from lgp_dist.config.data_config import DataConfig
+from lgp_dist.config.ranges import check_data, check_value
+from lgp_dist.config.run_config import TrainConfig
 from lgp_dist.data.augment.keyed_random import sample_keys
 from lgp_dist.data.augment.mixing import Mixer
 from lgp_dist.data.augment.pixels import Pixels
 from lgp_dist.data.bad import BadSamples
-from lgp_dist.data.loader import Loaded, Loader, Plan
-from lgp_dist.data.order import LANES, DataCursor, SampleOrder
+from lgp_dist.data.loader import Loader, Plan
+from lgp_dist.data.order import LANES, SampleOrder
 from lgp_dist.data.remote.roots import open_root
 from lgp_dist.data.shards.decode import ShardFiles
 from lgp_dist.data.shards.index import ShardIndex
@@ -32,9 +34,20 @@ from lgp_dist.protocols import Batch
 
 CPU = torch.device("cpu")
 LOOK = 64
-"""Optimizer steps after which a remote source is told again what the next two times as many will read."""
+"""Every so many optimizer steps, a remote source is told which shards twice as many steps will read."""
 NAMED = 3
 """Samples of a batch that a sentence names."""
+
+
+class StreamState(TypedDict):
+    """Where a training stream stands: the same on every rank, for any world size and batch size."""
+
+    position: int
+    """Samples that the optimizer has consumed since the start of the run."""
+    fingerprint: str
+    """Of the index and the rule of the order."""
+    bad: dict[str, int]
+    """Bad samples of all ranks by epoch."""
 
 
 def open_split(data: DataConfig, split: str) -> ShardIndex:
@@ -52,24 +65,14 @@ def open_split(data: DataConfig, split: str) -> ShardIndex:
 
 
 def order_of(index: ShardIndex, data: DataConfig, seed: int) -> SampleOrder:
-    """The order of a split; raises UserError for a window that is none."""
-    if data.window < 1:
-        raise UserError(f"data.window is {data.window}: set it to 1 or more shards.")
+    """The order of a split."""
     return SampleOrder(tuple(np.bincount(index.shard, minlength=len(index.shards)).tolist()), seed, data.window)
 
 
-def fingerprint_of(index: ShardIndex, data: DataConfig) -> str:
-    """Stands for what an order is made of: every sample's place, size, key and label, and the rule's constants."""
-    digest = blake2b(f"order 1/{LANES}/{data.window}/{'/'.join(index.shards)}".encode(), digest_size=12)
-    for array in (index.shard, index.offset, index.size, index.label):
-        digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
-    digest.update("/".join(index.keys.tolist()).encode())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TrainStream:
-    """Training batches of one rank. Raises UserError when made if the batch does not fit world or data."""
+    """Training batches of one rank. UserError when made if a setting is out of range, or the batch does not fit world
+    or data."""
 
     index: ShardIndex
     """The training split."""
@@ -84,17 +87,16 @@ class TrainStream:
     world: int
     """Number of processes."""
     device: torch.device = CPU
-    """Where batches are augmented and given."""
+    """Where batches are augmented and returned."""
     origin: int = 0
-    """Position of step 0: see `at`."""
-    bad: BadSamples = field(init=False)
-    """Bad samples so far."""
+    """Position of step 0."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank {self.rank} is not in a world of {self.world}")
+        check_data(self.data)
         check_batch(self.train, self.world, len(self.index))
-        object.__setattr__(self, "bad", BadSamples(self.data.max_bad))
+        self.bad = BadSamples(self.data.max_bad)
 
     @property
     def per_rank(self) -> int:
@@ -113,30 +115,47 @@ class TrainStream:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the index and the rule of the order."""
-        return fingerprint_of(self.index, self.data)
+        """Hash of what the order depends on: every sample's place, size, key and label, and the rule's constants."""
+        index = self.index
+        digest = blake2b(f"order 1/{LANES}/{self.data.window}/{'/'.join(index.shards)}".encode(), digest_size=12)
+        for array in (index.shard, index.offset, index.size, index.label):
+            digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        digest.update("/".join(index.keys.tolist()).encode())
+        return digest.hexdigest()
 
-    def cursor(self, step: int) -> DataCursor:
-        """The state after `step` optimizer steps: the same on every rank."""
-        return DataCursor(self.origin + step * self.train.batch_size, self.fingerprint)
+    def position(self, step: int) -> int:
+        """Samples that are consumed after `step` optimizer steps."""
+        return self.origin + step * self.train.batch_size
 
-    def at(self, cursor: DataCursor, step: int = 0) -> "TrainStream":
-        """This stream with a step at a cursor, whatever world and batch size the cursor was made with.
+    def state(self, step: int) -> StreamState:
+        """Where the stream stands after `step` optimizer steps."""
+        return StreamState(position=self.position(step), fingerprint=self.fingerprint, bad=self.bad.counts())
 
-        Raises UserError for a cursor of other shards.
-        """
-        cursor.check(self.fingerprint, f"those of {self.index.root}")
-        return replace(self, origin=cursor.position - step * self.train.batch_size)
+    def restore(self, state: StreamState, step: int) -> None:
+        """Continues from such a state with `step`, also that of another world and batch size; UserError where it is of
+        other shards."""
+        position, fingerprint = state["position"], state["fingerprint"]
+        if position < 0:
+            raise UserError(f"The data position {position} is below 0: resume from another checkpoint.")
+        if fingerprint != self.fingerprint:
+            raise UserError(
+                f"The data position {position} belongs to other shards or another data.window ({fingerprint}) than"
+                f" those of {self.index.root} ({self.fingerprint}): set data.root and data.window as they were, or"
+                " begin a new run."
+            )
+        self.origin = position - step * self.train.batch_size
+        self.bad.restore(state["bad"])
 
     def positions(self, step: int, micro: int) -> NDArray[np.int64]:
         """Positions [per_rank] of this rank's images, in the order of its batch.
 
         Step s has positions s * batch_size to (s + 1) * batch_size after the origin, and each micro-step its part of
-        them. Ranks take turns in it, with pairs where samples mix with their neighbours: so a rank stays on the same
-        lanes of the order, and with them on few shards, where the world size (twice that for pairs) divides the lanes.
+        them.
         """
+        # Ranks take turns, one position at a time, or a pair where neighbours mix. A rank thus stays on the same lanes
+        # of the order, and so on few shards, where the world size (twice that for pairs) divides the lanes.
         turn = 2 if self.train.mixup > 0 or self.train.cutmix > 0 else 1
-        start = self.origin + step * self.train.batch_size + micro * self.world * self.per_rank
+        start = self.position(step) + micro * self.world * self.per_rank
         turns = np.arange(self.per_rank // turn, dtype=np.int64) * self.world + self.rank
         return (start + turns[:, None] * turn + np.arange(turn, dtype=np.int64)).ravel()
 
@@ -155,18 +174,16 @@ class TrainStream:
         return list(found)
 
     def batches(self, start_step: int, steps: int) -> Iterator[Batch]:
-        """steps * accumulate batches, from optimizer step `start_step` on, those of a step one after the other.
+        """steps * accumulate batches from optimizer step `start_step` on, the micro-steps of a step in order.
 
-        Their facts hold `bad_samples`, the number of images that stand in for bad ones, and what the source of the
-        shards counted since the last. Raises UserError for a shard that cannot be read, and above data.max_bad for an
-        image, with any number of threads.
+        Their facts hold `bad_samples`, the number of images that replace bad ones, and what the source of the shards
+        counted since the last batch. Raises UserError for a shard that cannot be read, and for an image above
+        data.max_bad, at the same batch for any number of threads.
         """
         source, before = self.index.files.source, self.index.files.source.counts()
         pixels = Pixels(self.data, self.device)
         mixer = Mixer(self.train, self.data.num_classes)
-        accumulate = self.train.accumulate
-        numbers = range(start_step * accumulate, (start_step + steps) * accumulate)
-        for loaded in Loader(self.index, self.data, self.device).load(self._plans(numbers)):
+        for loaded in Loader(self.index, self.data, self.device).load(self._plans(start_step, steps)):
             self.bad.note(self.index, loaded.plan.epoch, loaded.bad)
             keys = loaded.plan.keys
             assert keys is not None
@@ -177,12 +194,8 @@ class TrainStream:
             before = now
             yield Batch(images, targets, torch.ones(len(labels), device=self.device), facts)
 
-    def __call__(self, start_step: int, steps: int) -> Iterator[Batch]:
-        """The same as `batches`."""
-        return self.batches(start_step, steps)
-
     def check_bad(self, lines: Sequence[Mapping[str, int]]) -> None:
-        """Raises UserError where the bad samples of all ranks in an epoch are more than data.max_bad.
+        """UserError where the bad samples of all ranks in an epoch are more than data.max_bad.
 
         lines: `step` and `bad_samples`, summed over ranks, of each optimizer step; the same on every rank.
         """
@@ -190,50 +203,20 @@ class TrainStream:
 
     def _epoch(self, step: int) -> int:
         """The epoch in which a step begins."""
-        return (self.origin + step * self.train.batch_size) // len(self.index)
+        return self.position(step) // len(self.index)
 
-    def _plans(self, numbers: range) -> Iterator[Plan]:
-        """What is to be read for each micro-batch of the run."""
-        source, last = self.index.files.source, 0
-        for number in numbers:
-            step, micro = divmod(number, self.train.accumulate)
-            if source.fetches and step >= last:
-                end = -(-numbers.stop // self.train.accumulate)
+    def _plans(self, start_step: int, steps: int) -> Iterator[Plan]:
+        """What each micro-step reads."""
+        source, announced, end = self.index.files.source, start_step, start_step + steps
+        for step in range(start_step, end):
+            if source.fetches and step >= announced:
                 source.prefetch(self.shards_ahead(step, min(2 * LOOK, end - step)))
-                last = step + LOOK
-            positions = self.positions(step, micro)
-            samples = self.order.samples(positions)
-            keys = sample_keys("augment", self.seed, positions // len(self.index), samples)
-            yield Plan(samples, keys, self._epoch(step))
-
-
-class ResumableStream:
-    """A training stream whose state can be taken and put back."""
-
-    def __init__(self, stream: TrainStream):
-        self.now = stream
-
-    def batches(self, start_step: int, steps: int) -> Iterator[Batch]:
-        """As TrainStream.batches."""
-        return self.now.batches(start_step, steps)
-
-    def check(self, lines: Sequence[Mapping[str, int]]) -> None:
-        """As TrainStream.check_bad."""
-        self.now.check_bad(lines)
-
-    def describe(self, step: int, micro: int, rank: int) -> str:
-        """As TrainStream.describe."""
-        return self.now.describe(step, micro, rank)
-
-    def state(self, step: int) -> dict[str, Any]:
-        """Plain values that say where the stream stands after `step` optimizer steps."""
-        cursor = self.now.cursor(step)
-        return {"position": cursor.position, "fingerprint": cursor.fingerprint, "bad": self.now.bad.counts()}
-
-    def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Goes on from such a state at a step; UserError where it belongs to other shards."""
-        self.now = self.now.at(DataCursor(state["position"], state["fingerprint"]), step)
-        self.now.bad.restore(state["bad"])
+                announced = step + LOOK
+            for micro in range(self.train.accumulate):
+                positions = self.positions(step, micro)
+                samples = self.order.samples(positions)
+                keys = sample_keys("augment", self.seed, positions // len(self.index), samples)
+                yield Plan(samples, keys, self._epoch(step))
 
 
 def evaluation_batches(
@@ -247,12 +230,11 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """This rank's batches of a split; over all ranks every sample comes once with weight 1.
 
-    All batches of all ranks have one size, at most batch_size, and all ranks have as many; what is left over is
-    filled with zero images of label 0 and weight 0, and so is the place of a bad sample: up to data.max_bad of them on
-    a rank, then UserError. limit: only so many samples, evenly spread over the split.
+    All ranks have equally many batches of one size, at most batch_size. Zero images of label 0 and weight 0 fill them
+    up and replace bad samples: up to data.max_bad on a rank, then UserError. limit: only so many samples, evenly spread
+    over the split.
     """
-    if batch_size < 1:
-        raise UserError(f"The evaluation's batch_size is {batch_size}: set evaluate.batch_size to 1 or more.")
+    check_value("evaluate.batch_size", batch_size)
     count = len(index) if limit is None else min(limit, len(index))
     samples = np.arange(count, dtype=np.int64) * len(index) // max(count, 1)
     rounds = -(-count // (batch_size * world))
@@ -276,31 +258,23 @@ def clean_batches(
 
 
 def _clean(index: ShardIndex, data: DataConfig, plans: Iterable[Plan], device: torch.device) -> Iterator[Batch]:
-    """Batches of given samples without augmentation."""
+    """Batches of these samples without augmentation; zeros where there is no sample."""
     pixels, bad = Pixels(data, device), BadSamples(data.max_bad)
     for loaded in Loader(index, data, device).load(plans):
         bad.note(index, 0, loaded.bad)
-        images, labels, weight = _finish(index, pixels, loaded, device)
+        there = loaded.samples >= 0
+        weight = torch.from_numpy(there.astype(np.float32)).to(device)
+        labels = torch.from_numpy(np.where(there, index.label[loaded.samples], 0).astype(np.int64)).to(device)
+        images = pixels.normalise(loaded.images) * weight.view(-1, 1, 1, 1)
         yield Batch(images, labels, weight, {"bad_samples": len(loaded.bad)})
 
 
-def _finish(index: ShardIndex, pixels: Pixels, loaded: Loaded, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and weights; zeros where there is no sample."""
-    there = loaded.samples >= 0
-    weight = torch.from_numpy(there.astype(np.float32)).to(device)
-    labels = torch.from_numpy(np.where(there, index.label[loaded.samples], 0).astype(np.int64)).to(device)
-    return pixels.normalise(loaded.images) * weight.view(-1, 1, 1, 1), labels, weight
-
-
 def check_batch(train: TrainConfig, world: int, n: int, prefix: str = "") -> None:
-    """Raises UserError unless a global batch can be cut into equal parts and an epoch of n images can feed it.
+    """UserError unless a global batch divides into equal parts and an epoch of n images can fill it.
 
     prefix: of the keys that the sentence names, such as `finetune.train.`.
     """
     size, accumulate = train.batch_size, train.accumulate
-    for key, value in (("batch_size", size), ("accumulate", accumulate)):
-        if value < 1:
-            raise UserError(f"{prefix}{key} is {value}: set it to 1 or more.")
     if size > n:
         raise UserError(
             f"{n} images cannot feed a batch of {size} at world size {world}: set {prefix}batch_size to {n} or less,"
@@ -313,6 +287,6 @@ def check_batch(train: TrainConfig, world: int, n: int, prefix: str = "") -> Non
         fits = f"set {prefix}batch_size to {' or '.join(map(str, near))}" if near else "use fewer ranks or micro-steps"
         pairs = ", in even parts because mixup and cutmix pair images" if mixes else ""
         raise UserError(
-            f"{prefix}batch_size {size} cannot be cut into equal parts for world size {world} and accumulate"
+            f"{prefix}batch_size {size} cannot be divided into equal parts for world size {world} and accumulate"
             f" {accumulate}{pairs}: {fits}."
         )

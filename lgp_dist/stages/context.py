@@ -11,7 +11,7 @@ import torch
 
 from lgp_dist.config.flat import flatten, up_to
 from lgp_dist.config.run_config import RunConfig
-from lgp_dist.data.stream import ResumableStream, TrainStream, evaluation_batches, open_split
+from lgp_dist.data.stream import TrainStream, evaluation_batches, open_split
 from lgp_dist.engine.evaluate import Forward, accuracies
 from lgp_dist.engine.loop import RunSetup, TrainingPlan, TrainingResult, train
 from lgp_dist.engine.saver import SaverConfig
@@ -75,9 +75,7 @@ class Context:
         data, workers, train_config = self.config.data, self.workers, plan.config
         index = open_split(data, data.train_split)
         reading = replace(train_config, accumulate=train_config.accumulate // uses)
-        stream = ResumableStream(
-            TrainStream(index, data, reading, self.config.seed, workers.rank, workers.world, workers.device)
-        )
+        stream = TrainStream(index, data, reading, self.config.seed, workers.rank, workers.world, workers.device)
 
         def batches(start: int, steps: int) -> Iterator[Batch]:
             return chain.from_iterable(batch.repeated(uses) for batch in stream.batches(start, steps))
@@ -92,18 +90,18 @@ class Context:
         setup = RunSetup(
             stage=stage,
             batches=batches,
-            steps_per_epoch=stream.now.steps_per_epoch,
+            steps_per_epoch=stream.steps_per_epoch,
             run_dir=self.run.root,
             trackers=self.config.trackers,
             tracked_config=flatten(self.config),
-            check=stream.check,
+            check=stream.check_bad,
             step_filter=StepFilter(plan.task, workers, train_config.accumulate, self.config.faults, stage, describe),
             saver=self._saver_config(stage, stream),
             seeds=seeds,
         )
         return train(plan, setup, workers)
 
-    def _saver_config(self, stage: str, stream: ResumableStream) -> SaverConfig:
+    def _saver_config(self, stage: str, stream: TrainStream) -> SaverConfig:
         """Checkpoints of a stage that trains. Earlier stages count by their artifacts."""
         config = self.config
         earlier = [self.run.find(name) for name in up_to(stage) if name != stage]

@@ -18,7 +18,7 @@ from lgp_dist.config.run_config import DataConfig, Policy, TrainConfig
 from lgp_dist.data import stream
 from lgp_dist.data.shards.decode import ShardFiles
 from lgp_dist.data.shards.index import ShardIndex
-from lgp_dist.data.stream import ResumableStream, TrainStream
+from lgp_dist.data.stream import StreamState, TrainStream
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny
@@ -59,23 +59,23 @@ def million() -> ShardIndex:
 class Start:
     """One start of a run: streams of all ranks that go on from a saved state."""
 
-    streams: list[ResumableStream]
+    streams: list[TrainStream]
 
     @classmethod
-    def of(cls, index: ShardIndex, world: int, mixup: float, state: dict[str, object], step: int) -> "Start":
-        """state: as a checkpoint holds it; empty for the beginning."""
+    def of(cls, index: ShardIndex, world: int, mixup: float, state: StreamState | None, step: int) -> "Start":
+        """state: as a checkpoint holds it; None for the beginning."""
         data, train = DataConfig(root="nowhere", window=64), TrainConfig(batch_size=BATCH, mixup=mixup)
-        streams = [ResumableStream(TrainStream(index, data, train, 7, rank, world)) for rank in range(world)]
+        streams = [TrainStream(index, data, train, 7, rank, world) for rank in range(world)]
         for one in streams if state else ():
             one.restore(state, step)
         return cls(streams)
 
     def step(self, number: int, pairs: bool) -> NDArray[np.int64]:
         """Samples [BATCH] of an optimizer step in the global order: ranks take turns, in pairs where samples mix."""
-        positions = np.stack([one.now.positions(number, 0) for one in self.streams])
+        positions = np.stack([one.positions(number, 0) for one in self.streams])
         turn = 2 if pairs else 1
         ordered = positions.reshape(len(self.streams), -1, turn).transpose(1, 0, 2).ravel()
-        return self.streams[0].now.order.samples(ordered)
+        return self.streams[0].order.samples(ordered)
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.8], ids=["single", "pairs"])
@@ -88,7 +88,7 @@ def test_fifty_restarts_lose_and_double_nothing(mixup: float) -> None:
     steps = -(-2 * SAMPLES // BATCH)
     deaths = sorted(draw.sample(range(1, steps), 50))
     seen: dict[int, NDArray[np.int64]] = {}
-    start, state, saved, world, again = Start.of(index, 4, mixup, {}, 0), {}, 0, 4, 0
+    start, state, saved, world, again = Start.of(index, 4, mixup, None, 0), None, 0, 4, 0
     for death in [*deaths, steps]:
         for step in range(saved, death):
             found = start.step(step, mixup > 0)
@@ -111,7 +111,7 @@ def test_fifty_restarts_lose_and_double_nothing(mixup: float) -> None:
 def test_a_hundred_resumes_give_the_same_order() -> None:
     """From any step, at any number of ranks: the ordered list is that of one process that never stopped."""
     index, draw, ahead = million(), random.Random(4), 3
-    whole, differing = Start.of(index, 1, 0.0, {}, 0), 0
+    whole, differing = Start.of(index, 1, 0.0, None, 0), 0
     for _ in range(100):
         step = draw.randrange(3 * SAMPLES // BATCH)
         state = whole.streams[0].state(step)

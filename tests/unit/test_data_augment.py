@@ -221,7 +221,7 @@ def test_levels_are_those_of_timm() -> None:
 
 def test_timm_has_the_same_operations() -> None:
     assert len(NAMES) == len(timm_ops._RAND_INCREASING_TRANSFORMS) == len(timm_ops._RAND_TRANSFORMS) == len(TIMM)
-    assert set(NAMES) == OPS.keys() | GEOMETRY.keys()
+    assert set(NAMES) == OPS.keys() | set(GEOMETRY)
 
 
 def test_each_of_equal_images_has_its_own_augmentation() -> None:

@@ -243,8 +243,6 @@ def test_index_of_a_folder_without_shards(tmp_path: Path) -> None:
         (TrainConfig(batch_size=12), 13, ("use fewer ranks",)),
         (TrainConfig(batch_size=12, mixup=0.8), 4, ("even parts", "mixup", "set batch_size to 8")),
         (TrainConfig(batch_size=16), 2, ("12 images cannot feed a batch of 16", "world size 2", "12 or less")),
-        (TrainConfig(batch_size=0), 1, ("batch_size is 0",)),
-        (TrainConfig(batch_size=4, accumulate=0), 1, ("accumulate is 0",)),
     ],
 )
 def test_batch_that_does_not_fit(root: Path, train: TrainConfig, world: int, pieces: tuple[str, ...]) -> None:

@@ -199,7 +199,7 @@ def test_folders_leave_out_what_is_no_image_and_say_so(tmp_path: Path) -> None:
     (made.root / "train" / "ant" / "0.png").write_bytes(image(77, "PNG"))
     lines: list[str] = []
     manifest = build_shards("imagefolder", made.root, tmp_path / "out", BuildOptions(workers=1), lines.append)
-    assert any(f"{made.root / 'train'}: left out 2 that" in line for line in lines)
+    assert any(f"{made.root / 'train'}: ignored 2 that" in line for line in lines)
     assert manifest.classes == ("ant", "bee b", "linked", "wespe_ü")
     keys = ShardIndex.load(manifest, "train", 4).keys.tolist()
     assert {"ant/0", "ant/0-2"} <= set(keys) and len(keys) == 13

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lgp_dist.config.run_config import AugmentConfig, DataConfig, TrainConfig
-from lgp_dist.data.order import LANES, DataCursor, SampleOrder, position_to_sample, shuffle_quality
+from lgp_dist.data.order import LANES, SampleOrder, position_to_sample, shuffle_quality
 from lgp_dist.data.shards.decode import ShardFiles
 from lgp_dist.data.shards.index import ShardIndex
-from lgp_dist.data.stream import TrainStream, open_split
+from lgp_dist.data.stream import StreamState, TrainStream, open_split
 from lgp_dist.errors import UserError
 
 SAMPLE = Path(__file__).parents[2] / "shards" / "sample"
@@ -179,6 +179,12 @@ def test_pixels_do_not_depend_on_the_batch_size() -> None:
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one, other, strict=True))
 
 
+def resumed(stream: TrainStream, state: StreamState) -> TrainStream:
+    """The stream, with step 0 at the state."""
+    stream.restore(state, 0)
+    return stream
+
+
 def test_resume_at_every_position_and_world() -> None:
     """The state after any number of steps goes on with what would have come, on other ranks and batch sizes too."""
     index, steps = uneven(), 9
@@ -186,34 +192,36 @@ def test_resume_at_every_position_and_world() -> None:
     for batch in (1, 4, 6):
         stream = TrainStream(index, DATA, TrainConfig(batch_size=batch), 5, 0, 1)
         for step in range(steps):
-            cursor = stream.cursor(step)
-            assert cursor == DataCursor(step * batch, stream.fingerprint)
+            state = stream.state(step)
+            assert state == {"position": step * batch, "fingerprint": stream.fingerprint, "bad": {}}
             for world, size in ((1, batch), (1, 5), (2, 6), (3, 12), (16, 16)):
-                ranks = [
-                    TrainStream(index, DATA, TrainConfig(batch_size=size), 5, r, world).at(cursor) for r in range(world)
-                ]
+                train = TrainConfig(batch_size=size)
+                ranks = [resumed(TrainStream(index, DATA, train, 5, r, world), state) for r in range(world)]
                 found = [
                     p
                     for s in range(3)
                     for p in in_turn([r.order.samples(r.positions(s, 0)).tolist() for r in ranks], 1)
                 ]
-                assert found == samples[cursor.position : cursor.position + 3 * size].tolist()
-                assert ranks[0].cursor(2).position == cursor.position + 2 * size
+                assert found == samples[state["position"] : state["position"] + 3 * size].tolist()
+                assert ranks[0].state(2)["position"] == state["position"] + 2 * size
 
 
 def test_resumed_pixels() -> None:
     train = TrainConfig(batch_size=6, mixup=0.5)
     whole = list(TrainStream(uneven(), DATA, train, 3, 0, 1).batches(0, 6))
     stream = TrainStream(uneven(), DATA, train, 3, 0, 1)
-    for rest in (stream.batches(4, 2), stream.at(stream.cursor(4)).batches(0, 2)):
+    for rest in (
+        stream.batches(4, 2),
+        resumed(TrainStream(uneven(), DATA, train, 3, 0, 1), stream.state(4)).batches(0, 2),
+    ):
         for left, right in zip(whole[4:], rest, strict=True):
             assert torch.equal(left.images, right.images) and torch.equal(left.targets, right.targets)
 
 
-def test_cursor_of_other_shards_is_refused() -> None:
+def test_state_of_other_shards_is_refused() -> None:
     index, train = uneven(), TrainConfig(batch_size=5)
     stream = TrainStream(index, DATA, train, 0, 0, 1)
-    cursor = stream.cursor(3)
+    state = stream.state(3)
     label = index.label.copy()
     label[3] += 1
     others = [
@@ -225,11 +233,11 @@ def test_cursor_of_other_shards_is_refused() -> None:
         with pytest.raises(
             UserError, match="position 15 belongs to other shards or another data.window .*: set data.root"
         ):
-            other.at(cursor)
+            other.restore(state, 0)
     with pytest.raises(UserError, match="position -1 is below 0"):
-        stream.at(DataCursor(-1, stream.fingerprint))
+        stream.restore({**state, "position": -1}, 0)
     with pytest.raises(UserError, match="data.window is 0"):
-        _ = TrainStream(index, dataclasses.replace(DATA, window=0), train, 0, 0, 1).order
+        TrainStream(index, dataclasses.replace(DATA, window=0), train, 0, 0, 1)
 
 
 def test_shards_ahead_are_those_that_are_read() -> None:

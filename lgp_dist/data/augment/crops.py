@@ -1,4 +1,4 @@
-"""Crop and resize straight into a batch of uint8 pixels, as torchvision does it to Pillow images."""
+"""Crop and resize straight into a batch of uint8 pixels, with torchvision's results for Pillow images."""
 
 import math
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from torch import Tensor
 from lgp_dist.config.run_config import DataConfig
 
 TRIES = 10
-"""Boxes that are drawn before the crop falls back to the middle of the image."""
+"""Boxes that are tried before the crop falls back to the middle of the image."""
 DRAWS = 2 * TRIES + 2
-"""Uniform numbers that `random_box` uses."""
+"""Uniform numbers that `random_box` takes."""
 RATIO = (3 / 4, 4 / 3)
-"""Width by height of a random crop."""
+"""Width / height of a random crop."""
 
 Box = tuple[int, int, int, int]
 """Left, top, width, height in pixels."""
@@ -24,7 +24,7 @@ _RESIZE = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
 }
-"""torch's antialiased uint8 kernels, a port of Pillow's, writing into a given tensor."""
+"""torch's antialiased uint8 kernels, ports of Pillow's, that write into a given tensor."""
 
 
 def random_box(width: int, height: int, scale: tuple[float, float], draws: list[float]) -> Box:
@@ -48,7 +48,7 @@ class Crop:
     size: int
     """Side of the input, pixels."""
     scale: tuple[float, float]
-    """Area of the random crop, as a share of the image."""
+    """Smallest and largest area of the random crop, as a share of the image."""
     pct: float
     """Share of the resized image that the centre crop keeps."""
     interpolation: str

@@ -1,7 +1,8 @@
-"""Random numbers by counting: each is a hash of a key and a number, for whole batches at once.
+"""Counter-based random numbers: number i of a key is a hash of key and i, for whole batches at once.
 
-A key stands for one sample in one epoch, so what is drawn for it depends on nothing else: not on the rank, the batch,
-the thread, or what was drawn before. The hash is SplitMix64's (Steele, Lea, Flood, 2014), in integers alone.
+A key stands for one sample in one epoch, so its draws depend on nothing else: not on rank, batch or thread, nor on
+earlier draws. Nothing keeps a state that a resume would have to restore. The hash is SplitMix64's (Steele, Lea and
+Flood, 2014), in integers only, so every machine gives the same bits.
 """
 
 import math
@@ -39,21 +40,21 @@ def sample_keys(purpose: str, seed: int, epochs: NDArray[np.int64], samples: NDA
 
 
 def uniforms(keys: Keys, count: int) -> Numbers:
-    """Numbers [k, count] in [0, 1), of 53 bits."""
+    """Uniform numbers [k, count] in [0, 1), with 53 bits."""
     counter = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
     return (_mix(keys[:, None] + counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def normals(u: Numbers, v: Numbers) -> Numbers:
-    """Standard normal numbers from two arrays of uniform ones (Box and Muller)."""
+    """Standard normal numbers from two arrays of uniform ones, by Box and Muller's method."""
     return np.sqrt(-2.0 * np.log1p(-u)) * np.cos(2.0 * math.pi * v)
 
 
 def betas(keys: Keys, alpha: float, tries: int = 12) -> Numbers:
     """One number of Beta(alpha, alpha) for each key [k]; alpha > 0.
 
-    The share of one of two Gamma numbers, by Marsaglia and Tsang's method. A try fails in less than 5 %; the last
-    try counts as if it had not.
+    It is g / (g + h) for two Gamma(alpha) numbers by Marsaglia and Tsang's rejection method. All tries are drawn at
+    once; each fails with less than 5 %, and the last is accepted in any case.
     """
     u = uniforms(keys, 2 * (3 * tries + 1)).reshape(len(keys), 2, 3 * tries + 1)
     boost = np.log(np.maximum(u[..., 0], 2.0**-60)) / alpha if alpha < 1 else np.zeros(u.shape[:2])
@@ -72,7 +73,7 @@ def betas(keys: Keys, alpha: float, tries: int = 12) -> Numbers:
 def device_normals(keys: Tensor, count: int) -> Tensor:
     """Standard normal numbers [k, count] float32 on the device of `keys` [k] int64 (the bits of a key).
 
-    The same hash as `uniforms`; its two halves of 32 bits make one number.
+    The same hash as in `uniforms`; its two halves of 32 bits make one number.
     """
     counter = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device) * _signed(_GOLDEN)
     state = keys[:, None] + counter
@@ -85,10 +86,10 @@ def device_normals(keys: Tensor, count: int) -> Tensor:
 
 
 def _signed(number: int) -> int:
-    """The int64 of the same 64 bits."""
+    """The int64 with the same 64 bits."""
     return number - _BITS if number >= _BITS // 2 else number
 
 
 def _shift(state: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right of int64's 64 bits."""
+    """Logical right shift of an int64's 64 bits."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)

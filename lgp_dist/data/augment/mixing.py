@@ -1,4 +1,4 @@
-"""Mixup, CutMix and label smoothing. Each sample draws for itself; its partner is its neighbour in the global batch."""
+"""Mixup, CutMix and label smoothing. Each sample draws for itself and mixes with its neighbour in the global batch."""
 
 import numpy as np
 import torch
@@ -8,11 +8,11 @@ from lgp_dist.config.run_config import TrainConfig
 from lgp_dist.data.augment.keyed_random import Keys, Numbers, betas, uniforms
 
 SWITCH = 0.5
-"""Share of samples that are cut where both are on; the others are mixed. timm's default."""
+"""Probability of CutMix where both are on; otherwise mixup. timm's default."""
 
 
 class Mixer:
-    """timm's Mixup of mode elem, with neighbours as partners: samples 2i and 2i + 1 of a micro-batch mix."""
+    """timm's Mixup in mode elem, with neighbours as partners: samples 2i and 2i + 1 of a micro-batch mix."""
 
     def __init__(self, train: TrainConfig, num_classes: int) -> None:
         self.mixup, self.cutmix = train.mixup, train.cutmix
@@ -20,10 +20,10 @@ class Mixer:
         self.smoothing, self.num_classes = train.label_smoothing, num_classes
 
     def __call__(self, images: Tensor, labels: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] float32 and labels [B] int64, on one device, to images and targets; keys: [B].
+        """Mixed images and targets from images [B, C, H, W] float32 and labels [B] int64; keys: [B].
 
-        Targets are [B, classes] float32; with no mixing and no smoothing they are the labels unchanged. With mixing B
-        must be even, which `check_batch` sees to.
+        Targets are [B, classes] float32, or the labels where nothing mixes or smooths. With mixing B must be even:
+        `check_batch` ensures it.
         """
         if not self.mixes and not self.smoothing:
             return images, labels
@@ -45,7 +45,7 @@ class Mixer:
     def _draw(self, keys: Keys, height: int, width: int) -> tuple[Numbers, np.ndarray]:
         """Each sample's own share [B] and the box that its neighbour fills [4, B]: top, bottom, left, right.
 
-        The box is -1 where the sample is mixed, not cut.
+        The box is -1 where mixup applies.
         """
         u = uniforms(keys, 3)
         cut = np.full(len(keys), self.cutmix > 0)

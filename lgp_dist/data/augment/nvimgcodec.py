@@ -1,4 +1,4 @@
-"""The optional decoder nvidia-nvimgcodec, on the CPU: it reads only the part of a JPEG that a crop needs."""
+"""The optional decoder nvidia-nvimgcodec, on the CPU: it decodes only the part of a JPEG that a crop needs."""
 
 import importlib
 import importlib.util
@@ -16,9 +16,9 @@ _MODULE = "nvidia.nvimgcodec"
 
 
 class RegionDecoder:
-    """Decodes crops of RGB JPEGs, to the same pixels as libjpeg-turbo's. For several threads: each has its own codec.
+    """Decodes crops of RGB JPEGs to the same pixels as libjpeg-turbo, one decoder per thread.
 
-    Damage outside of what a crop needs goes unnoticed. Raises UserError when made if the package is not installed.
+    Damage outside the part that a crop needs goes unnoticed. UserError when made if the package is not installed.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class RegionDecoder:
         self._local = threading.local()
 
     def crop(self, content: bytes, crop: Crop, draws: list[float]) -> NDArray[np.uint8] | None:
-        """Pixels [h, w, 3] of a JPEG's random crop, before it is resized; None where another decoder must look."""
+        """Pixels [h, w, 3] of a JPEG's random crop, before it is resized; None where it is not for this decoder."""
         if content[:2] != b"\xff\xd8":
             return None
         try:

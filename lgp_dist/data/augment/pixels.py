@@ -1,4 +1,4 @@
-"""From uint8 pixels to normalised images on the device. All that is drawn is keyed by (seed, epoch, sample)."""
+"""From uint8 pixels to normalised images on the device. All draws are keyed by (seed, epoch, sample)."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from lgp_dist.data.augment.keyed_random import Keys, Numbers, device_normals, un
 from lgp_dist.data.augment.randaugment import RandAugment, colour_jitter
 
 ERASE_AREA, ERASE_RATIO, ERASE_TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
-"""timm's rectangle: share of the image, height by width, and how often one that does not fit is drawn again."""
+"""timm's rectangle: share of the image, height / width, and tries to find one that fits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Pixels:
 
     def __post_init__(self) -> None:
         check_data(self.data)
-        _ = self.policy  # says at once what is wrong with its name
+        _ = self.policy  # a wrong name fails here
 
     @cached_property
     def policy(self) -> RandAugment | None:
@@ -42,13 +42,13 @@ class Pixels:
         return tuple(part.float().to(self.device) for part in parts)  # type: ignore[return-value]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images [B, C, S, S] of 0 .. 255 as contiguous float32 with the configured mean and deviation."""
+        """Images [B, C, S, S] of 0 .. 255 as contiguous float32, normalised by the configured mean and deviation."""
         factor, offset, _ = self._constants
         values = images.to(torch.float32, memory_format=torch.contiguous_format)
         return values.mul_(factor.view(1, -1, 1, 1)).sub_(offset.view(1, -1, 1, 1))
 
     def augment(self, images: Tensor, keys: Keys) -> Tensor:
-        """Flip, RandAugment or colour jitter, normalisation, erasing, each with its own numbers for each sample.
+        """Flip, RandAugment or colour jitter, normalisation, erasing; each sample has its own draws.
 
         images: [B, C, S, S] uint8, which may be overwritten. keys: [B]. Returns float32.
         """

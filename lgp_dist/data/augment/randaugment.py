@@ -1,7 +1,7 @@
-"""timm's RandAugment and colour jitter for batches on the device, drawn for each sample alone.
+"""timm's RandAugment and colour jitter for batches on the device, each sample with its own draws.
 
-Operations take images [k, C, S, S] uint8 of a batch and one number per image, and agree with Pillow's; rotation,
-shear and shift resample bilinearly.
+A layer runs each operation once, on the images that drew it, each with its own level. Operations agree with Pillow's;
+rotation, shear and shift resample bilinearly.
 """
 
 import math
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
 from lgp_dist.data.augment.keyed_random import Keys, Numbers, normals, uniforms
 from lgp_dist.errors import UserError
@@ -60,15 +61,7 @@ def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor, _: Tensor) -> Tensor:
-    flat = images.flatten(2).flatten(0, 1).long()
-    counts = torch.zeros(len(flat), 256, dtype=torch.int64, device=images.device)
-    counts.scatter_add_(1, flat, torch.ones_like(flat))
-    last = counts.gather(1, flat.amax(1, keepdim=True))
-    step = (counts.sum(1, keepdim=True) - last) // 255
-    before = counts.cumsum(1) - counts
-    table = ((step // 2 + before) // step.clamp(min=1)).clamp(max=255)
-    table = torch.where(step > 0, table, torch.arange(256, device=images.device).expand_as(table))
-    return table.gather(1, flat).view_as(images).float()
+    return functional.equalize(images.to(torch.uint8)).float()
 
 
 def _invert(images: Tensor, _: Tensor) -> Tensor:
@@ -89,32 +82,29 @@ def _solarize_add(images: Tensor, add: Tensor) -> Tensor:
 
 
 def _affine(images: Tensor, theta: Tensor, fill: Tensor) -> Tensor:
-    """Output place to input place by theta [k, 2, 3], both from -1 to 1; outside is `fill` [C]."""
+    """theta [k, 2, 3] maps output to input coordinates, both from -1 to 1; outside is `fill` [C]."""
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     found = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     inside = (grid.abs() <= 1).all(-1)[:, None]
     return torch.where(inside, (found + 0.5).floor(), fill.view(1, -1, 1, 1))
 
 
-def _geometry(kind: str) -> Callable[[Tensor], Tensor]:
-    """Levels [k] to theta [k, 2, 3]: degrees, shear, or share of the side."""
-
-    def theta(level: Tensor) -> Tensor:
-        one, zero = torch.ones_like(level), torch.zeros_like(level)
-        angle = level * (math.pi / 180)
-        rows = {
-            "rotate": (angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero),
-            "shear_x": (one, level, level, zero, one, zero),
-            "shear_y": (one, zero, zero, level, one, level),
-            "shift_x": (one, zero, 2 * level, zero, one, zero),
-            "shift_y": (one, zero, zero, zero, one, 2 * level),
-        }[kind]
-        return torch.stack(rows, 1).view(-1, 2, 3)
-
-    return theta
+def _theta(name: str, level: Tensor) -> Tensor:
+    """Levels [k] of an operation of GEOMETRY to theta [k, 2, 3]: degrees, shear, or share of the side."""
+    one, zero = torch.ones_like(level), torch.zeros_like(level)
+    angle = level * (math.pi / 180)
+    rows = {
+        "rotate": (angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero),
+        "shear_x": (one, level, level, zero, one, zero),
+        "shear_y": (one, zero, zero, level, one, level),
+        "shift_x": (one, zero, 2 * level, zero, one, zero),
+        "shift_y": (one, zero, zero, zero, one, 2 * level),
+    }[name]
+    return torch.stack(rows, 1).view(-1, 2, 3)
 
 
-GEOMETRY = {kind: _geometry(kind) for kind in ("rotate", "shear_x", "shear_y", "shift_x", "shift_y")}
+GEOMETRY = ("rotate", "shear_x", "shear_y", "shift_x", "shift_y")
+"""Operations that move pixels."""
 OPS: dict[str, Op] = {
     "autocontrast": _autocontrast,
     "equalize": _equalize,
@@ -130,14 +120,14 @@ OPS: dict[str, Op] = {
 
 
 def apply_op(name: str, images: Tensor, levels: Tensor, fill: Tensor) -> Tensor:
-    """One operation on images [k, C, S, S] uint8; levels: [k]. fill: [C], 0 .. 255, for what comes from outside."""
+    """One operation on images [k, C, S, S] uint8; levels: [k]. fill: [C], 0 .. 255, the colour outside the image."""
     values = images.float()
-    found = _affine(values, GEOMETRY[name](levels), fill) if name in GEOMETRY else OPS[name](values, levels)
+    found = _affine(values, _theta(name, levels), fill) if name in GEOMETRY else OPS[name](values, levels)
     return found.clamp(0, 255).to(torch.uint8)
 
 
 def apply_layer(images: Tensor, names: list[str], levels: Numbers, fill: Tensor) -> Tensor:
-    """For each image its own operation, "" for none. images: [B, C, S, S] uint8, which are overwritten."""
+    """Applies each image's operation, "" for none. images: [B, C, S, S] uint8, which are overwritten."""
     chosen = np.array(names)
     for name in sorted(set(names) - {""}):
         places = np.flatnonzero(chosen == name)
@@ -147,14 +137,16 @@ def apply_layer(images: Tensor, names: list[str], levels: Numbers, fill: Tensor)
     return images
 
 
-NAMES = ("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "colour", "contrast")
-NAMES += ("brightness", "sharpness", "shear_x", "shear_y", "shift_x", "shift_y")
+NAMES = (
+    *("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "colour", "contrast"),
+    *("brightness", "sharpness", "shear_x", "shear_y", "shift_x", "shift_y"),
+)
 """Operations of timm's RandAugment, in its order."""
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """timm's RandAugment: layers of one of NAMES each, every one applied with a probability."""
+    """timm's RandAugment: each layer applies one of NAMES with a probability."""
 
     magnitude: float = 9.0
     """0 to 10."""
@@ -163,7 +155,7 @@ class RandAugment:
     layers: int = 2
     """Operations in a row."""
     probability: float = 0.5
-    """Of each layer."""
+    """That a layer is applied."""
     increasing: bool = False
     """timm's inc1: a larger magnitude always changes more."""
 
@@ -199,7 +191,7 @@ class RandAugment:
         return images
 
     def levels(self, names: list[str], magnitude: Numbers, sign: Numbers) -> Numbers:
-        """timm's number for each operation; magnitude: [B] from 0 to 1, sign: [B] -1 or 1."""
+        """timm's level of each operation; magnitude: [B] from 0 to 1, sign: [B] -1 or 1."""
         enhance = np.maximum(0.1, 1 + 0.9 * magnitude * sign) if self.increasing else 0.1 + 1.8 * magnitude
         whole = (4 * magnitude).astype(int), np.minimum(256, (256 * magnitude).astype(int))
         table = {

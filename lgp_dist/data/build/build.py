@@ -1,4 +1,4 @@
-"""Builds shards from a source: shuffled once, in parallel, and after a kill from where it stopped."""
+"""Builds shards from a source: shuffles once, writes in parallel, and continues after a kill."""
 
 import fcntl
 import hashlib
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import get_args
 
@@ -24,7 +24,7 @@ from lgp_dist.data.build.options import BuildOptions, Layout
 from lgp_dist.data.build.parquet import parquet
 from lgp_dist.data.build.source import Item, Source
 from lgp_dist.data.build.write import write_shard
-from lgp_dist.data.order import position_to_sample, turns
+from lgp_dist.data.order import nth_of_class, position_to_sample
 from lgp_dist.data.shards.index import IndexedShard, write_indexes
 from lgp_dist.data.shards.manifest import ShardEntry, ShardManifest
 from lgp_dist.data.shards.scan import Sample
@@ -33,11 +33,11 @@ from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic, write_json
 
 LAYOUTS = get_args(Layout)
-"""What `open_source` knows."""
+"""The layouts that `open_source` reads."""
 
 
 def open_source(layout: str, root: Path | None, spool: Path, progress: Callable[[str], None]) -> Source:
-    """The source of a layout; raises UserError if it is unknown or does not fit the folder.
+    """The data set in a folder; UserError for an unknown layout, or a folder of another one.
 
     spool: folder for images that must be unpacked first.
     """
@@ -65,9 +65,8 @@ def build_shards(
     """Writes the shards of a data set with manifest, _info.json and indexes to the folder `out`; returns the manifest.
 
     The same source and options give the same bytes, with any number of workers and after any kill: a build works in
-    `.OUT.partial` beside `out` and goes on from the shards it finds there. `out` must not exist or be empty, and is
-    there complete or not at all. Raises UserError for what a person can put right; what was done before it, whole
-    shards and copies of parquet files, is kept for the next try.
+    `.OUT.partial` next to `out` and continues from the shards it finds there. `out` must be missing or empty, and
+    appears only when complete. After a UserError, whole shards and copies of parquet files stay for the next try.
     """
     options, out = options or BuildOptions(), Path(out)
     _check(options, out)
@@ -91,7 +90,7 @@ def build_shards(
 
 
 def _check(options: BuildOptions, out: Path) -> None:
-    """Raises UserError for options out of range and a folder that is taken."""
+    """UserError for options out of range, or a folder that holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: name another folder with --out, or remove it first.")
     check_shrink(options.short_side, options.quality)
@@ -112,7 +111,7 @@ def _check(options: BuildOptions, out: Path) -> None:
 
 @contextmanager
 def _alone(partial: Path) -> Iterator[None]:
-    """Keeps a second build out of the folder; the lock ends with the process."""
+    """Locks the folder against a second build; the lock ends with the process."""
     with open(partial / "lock", "w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,7 +123,7 @@ def _alone(partial: Path) -> Iterator[None]:
 
 
 def choose(split: str, labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """`count` places (0: all), shuffled, with equally many of each class (to one) as far as there are as many."""
+    """`count` places (0: all) in random order, with equally many of each class, give or take one, while they last."""
     total = len(labels)
     if count > total:
         flag = "--train" if split == "train" else "--test"
@@ -132,17 +131,17 @@ def choose(split: str, labels: NDArray[np.int64], count: int, seed: int) -> NDAr
     order = position_to_sample(seed, 0, total)
     if not count:
         return order
-    return order[np.sort(np.argsort(turns(labels[order]), kind="stable")[:count])]
+    return order[np.sort(np.argsort(nth_of_class(labels[order]), kind="stable")[:count])]
 
 
 def _plan(source: Source, split: str, options: BuildOptions) -> dict[str, list[Item]]:
-    """Name of each shard of a split and its items in order."""
+    """Name of each shard of a split -> its items in order."""
     items = source.splits[split]
     labels = np.array([item.label for item in items], dtype=np.int64)
     if len(labels) and (labels.min() < 0 or (source.classes and labels.max() >= len(source.classes))):
         bad = next(item for item in items if not 0 <= item.label < (len(source.classes) or item.label + 1))
         raise UserError(
-            f"Image {bad.key} of {bad.path} has label {bad.label}, which is none of the {len(source.classes)} classes:"
+            f"Image {bad.key} of {bad.path} has label {bad.label}, but there are {len(source.classes)} classes:"
             " correct the source."
         )
     order = choose(split, labels, options.train if split == "train" else options.test, options.seed)
@@ -171,7 +170,7 @@ def _ends(items: list[Item], largest: int, options: BuildOptions) -> list[int]:
 
 
 def _remember(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) -> None:
-    """Notes what is built in the folder; raises UserError if it has begun something else."""
+    """Records what is built in the folder; UserError if an earlier build there was of something else."""
     digest = hashlib.sha256()
     for name, items in plan.items():
         digest.update(json.dumps([name, [[i.key, i.label, i.path, i.offset, i.size] for i in items]]).encode())
@@ -193,7 +192,7 @@ def _remember(partial: Path, plan: dict[str, list[Item]], options: BuildOptions)
 
 
 def _write(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) -> dict[str, IndexedShard]:
-    """Writes the shards that are not there yet; returns all by name."""
+    """Writes the missing shards; returns all by name."""
     folder, records = partial / "shards", partial / "records"
     for path in (folder, records):
         path.mkdir(exist_ok=True)
@@ -206,7 +205,7 @@ def _write(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) ->
 
     def task(name: str) -> None:
         made = write_shard(folder / name, plan[name], options.short_side, options.quality)
-        row = {**asdict(made.entry), "samples": [[*_row(s), c] for s, c in zip(made.samples, made.sums, strict=True)]}
+        row = {**asdict(made.entry), "samples": [astuple(sample) for sample in made.samples]}
         write_atomic(records / f"{name}.json", json.dumps(row).encode())
         done[name] = made
         bar.update()
@@ -221,26 +220,20 @@ def _write(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) ->
     return {name: done[name] for name in plan}
 
 
-def _row(sample: Sample) -> list[str | int]:
-    """A sample for a record."""
-    return [sample.key, sample.offset, sample.size, sample.label, sample.width, sample.height]
-
-
 def _recorded(path: Path, record: Path) -> IndexedShard | None:
-    """A shard that an earlier run has completed, or None."""
+    """A shard that an earlier run completed, or None."""
     try:
         stored = json.loads(record.read_text(encoding="utf-8"))
         if path.stat().st_size != stored["bytes"]:
             return None
-        samples = tuple(Sample(*row[:-1]) for row in stored["samples"])
-        entry = ShardEntry(stored["name"], len(samples), stored["bytes"], stored["sha256"])
-        return IndexedShard(entry, samples, tuple(row[-1] for row in stored["samples"]))
+        samples = tuple(Sample(*row) for row in stored["samples"])
+        return IndexedShard(ShardEntry(stored["name"], len(samples), stored["bytes"], stored["sha256"]), samples)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _finish(partial: Path, out: Path, source: Source, done: dict[str, IndexedShard]) -> None:
-    """Writes what belongs beside the shards and gives the folder its name."""
+    """Writes manifest, indexes and texts next to the shards, then gives the folder its name."""
     folder = partial / "shards"
     indexed: dict[str, list[IndexedShard]] = {}
     for name, shard in done.items():

@@ -40,9 +40,9 @@ _SPLITS = (("train", "train"), ("test", "t10k"))
 
 
 def fashion_mnist(source: Path, spool: Path) -> Source:
-    """The four idx .gz files, as PNGs that are written one after the other into the folder `spool`.
+    """The images of the four idx .gz files as PNGs, written one after the other into files of the folder `spool`.
 
-    A key such as train-00042 names the image's place in the idx file. The same bytes each time, with the same zlib.
+    A key such as train-00042 is the image's number in the idx file. The same zlib gives the same bytes.
     """
     loaded = {split: _read_split(source, prefix) for split, prefix in _SPLITS}
     spool.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def _read_split(source: Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[n
 
 
 def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """The array of an idx file of unsigned bytes; raises UserError if it is missing or something else."""
+    """The array in an idx file of unsigned bytes; raises UserError."""
     if not path.is_file():
         raise UserError(
             f"{path} does not exist: install Debian's package dataset-fashion-mnist, or name the folder of the four"

@@ -1,4 +1,4 @@
-"""Sources that are folders of image files: one folder per class, and Kaggle's layout of ImageNet."""
+"""Folders of image files: one folder per class, and Kaggle's layout of ImageNet."""
 
 import csv
 import os
@@ -20,10 +20,10 @@ SPLIT_FOLDERS = {
 
 
 def image_folder(root: Path, progress: Callable[[str], None] = print) -> Source:
-    """root/SPLIT/CLASS/... with splits train, val (or validation) and test, or root/CLASS/..., which is all train.
+    """root/SPLIT/CLASS/... with splits train, val (or validation) and test, or root/CLASS/... as split train.
 
     Classes are the names of the class folders of all splits, sorted. The key is the path below the split's folder,
-    without its ending. Files whose names do not end in jpg, jpeg, png or webp are left out and counted to `progress`.
+    without extension. Files that are no jpg, jpeg, png or webp are ignored, and `progress` hears how many.
     """
     want_folder(root)
     found = {SPLIT_FOLDERS[name]: root / name for name in _folders(root) if name in SPLIT_FOLDERS}
@@ -40,9 +40,9 @@ def image_folder(root: Path, progress: Callable[[str], None] = print) -> Source:
 
 
 def kaggle(root: Path, progress: Callable[[str], None] = print) -> Source:
-    """ImageNet as the Kaggle competition has it: ILSVRC/Data/CLS-LOC/{train,val} with the two LOC_*.csv and .txt files.
+    """ImageNet as Kaggle has it: ILSVRC/Data/CLS-LOC/{train,val}, LOC_val_solution.csv and LOC_synset_mapping.txt.
 
-    Labels are the places in LOC_synset_mapping.txt, which are those of the sorted names of the class folders.
+    Labels are the line numbers of LOC_synset_mapping.txt, which agree with the sorted names of the class folders.
     """
     want_folder(root)
     places = [root / part for part in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")]
@@ -69,13 +69,13 @@ def kaggle(root: Path, progress: Callable[[str], None] = print) -> Source:
 
 
 def _folders(root: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones."""
+    """Sorted names of the folders in a folder, without hidden ones."""
     with os.scandir(root) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _files(folder: str, prefix: str) -> Iterator[tuple[str, str, int]]:
-    """Name below the folder, path and size of all files in a tree, without hidden ones, sorted by name."""
+    """Name below the folder, path and size of all files in a tree but the hidden ones, sorted by name."""
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
@@ -87,20 +87,20 @@ def _files(folder: str, prefix: str) -> Iterator[tuple[str, str, int]]:
         elif entry.is_file():
             yield name, entry.path, entry.stat().st_size
         else:
-            yield f"{name}/", entry.path, 0  # a linked folder could lead back here; it is counted as left out
+            yield f"{name}/", entry.path, 0  # a linked folder could lead back here: counted as ignored
 
 
 def _labelled(folder: Path, labels: dict[str, int], progress: Callable[[str], None]) -> list[Item]:
     """Images of the class folders in a folder."""
-    found, left_out = [], 0
+    found, ignored = [], 0
     for name in _folders(folder):
         for inner, path, size in _files(os.path.realpath(folder / name), f"{name}/"):
             if os.path.splitext(inner)[1].lower() in IMAGE_SUFFIXES:
                 found.append((inner, labels[name], path, size))
             else:
-                left_out += 1
-    if left_out:
-        progress(f"{folder}: left out {left_out} that are no jpg, jpeg, png or webp file")
+                ignored += 1
+    if ignored:
+        progress(f"{folder}: ignored {ignored} that are no jpg, jpeg, png or webp file")
     keys = unique_keys(os.path.splitext(inner)[0] for inner, *_ in found)
     return [Item(key, label, path, 0, size) for key, (_, label, path, size) in zip(keys, found, strict=True)]
 
@@ -119,7 +119,7 @@ def _synsets(path: Path) -> dict[str, str]:
 
 
 def _solved(folder: Path, path: Path, labels: dict[str, int]) -> list[Item]:
-    """Images of a flat folder, with the class that a solution file gives each."""
+    """Images of a flat folder, with their classes from a solution file."""
     solution = {}
     for number, row in enumerate(csv.DictReader(_lines(path)), 2):
         wnid = ((row.get("PredictionString") or "").split() or [""])[0]
@@ -141,7 +141,7 @@ def _solved(folder: Path, path: Path, labels: dict[str, int]) -> list[Item]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a text; raises UserError if it cannot be read."""
+    """Lines of a text file; raises UserError."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -149,5 +149,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    """A name for files."""
+    """A name that suits files."""
     return re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_") or "images"

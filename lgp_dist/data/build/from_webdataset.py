@@ -1,4 +1,4 @@
-"""WebDataset shards as a source, to shuffle, cut or shrink them anew."""
+"""WebDataset shards as a source: to shuffle, divide or shrink them again."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +15,10 @@ from lgp_dist.errors import UserError
 
 
 def web_dataset(root: Path, progress: Callable[[str], None] = print) -> Source:
-    """The samples of all shards of a folder; images and labels, not the other files of a sample.
+    """Images and labels of all shards of a folder.
 
     With a manifest: its splits, class names, source and licence, from its indexes where they fit. Without one: the
-    tars that `lgp shards index` would find, or those in folders train, val, validation and test, or else all tars,
+    tars that `lgp shards index` would find, or those in folders train, val, validation and test, or else all tars
     as split train. Raises UserError at the first shard with a problem.
     """
     if (root / MANIFEST_NAME).is_file():
@@ -52,7 +52,7 @@ def _tars(root: Path, progress: Callable[[str], None]) -> dict[str, list[Path]]:
         return {split: paths for split, paths in folders.items() if paths}
     if not plain or any(SHARD_NAME.fullmatch(path.name) for path in plain):
         return find_shards(root, progress)
-    progress(f"{root}: all {len(plain)} tars are taken as split train, as no name says another")
+    progress(f"{root}: all {len(plain)} tars are split train, since no name says another")
     return {"train": plain}
 
 

@@ -1,4 +1,4 @@
-"""ImageNet's official tars as a source: a tar of a tar per class, a flat validation tar and the devkit."""
+"""ImageNet's official tars as a source: a tar of one tar per class, a flat validation tar and the devkit."""
 
 import io
 import os
@@ -15,14 +15,14 @@ TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 MAX_DEVKIT_FILE = 1 << 26
-"""Bytes of a file of the devkit that are still read."""
+"""Largest file of the devkit that is read."""
 
 
 def official(root: Path) -> Source:
     """The folder of ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12(.tar.gz).
 
-    Either tar may be missing. Labels are the places of the sorted wnids; the ground truth of the validation images
-    counts classes as the devkit does and is mapped through its meta.mat. Nothing is unpacked. Raises UserError.
+    Either tar may be missing. Labels number the sorted wnids. The ground truth of the validation images has the
+    devkit's own class numbers, which its meta.mat maps to wnids. Nothing is unpacked. Raises UserError.
     """
     want_folder(root)
     synsets = _synsets(root) if _has_devkit(root) else {}
@@ -45,7 +45,7 @@ def official(root: Path) -> Source:
 
 
 def _members(path: Path, start: int = 0, end: int | None = None) -> Iterator[Member]:
-    """Files of a tar, or of a tar in it; raises UserError where it is damaged."""
+    """Files of a tar, or of a tar within it; UserError where it is damaged."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -57,7 +57,7 @@ def _members(path: Path, start: int = 0, end: int | None = None) -> Iterator[Mem
 
 
 def _train(path: Path, inner: list[Member], labels: dict[str, int]) -> list[Item]:
-    """Images of the class tars, in the order of classes and then of names."""
+    """Images of the class tars, ordered by class and then by name."""
     items = []
     for member in sorted(inner, key=lambda member: member.name):
         wnid = Path(member.name).stem
@@ -69,10 +69,10 @@ def _train(path: Path, inner: list[Member], labels: dict[str, int]) -> list[Item
 
 
 def _validation(root: Path, synsets: dict[int, tuple[str, str]], labels: dict[str, int]) -> list[Item]:
-    """Images of the flat tar; image number n has the class of line n."""
+    """Images of the flat tar; image n has the class in line n of the ground truth."""
     path = root / VALIDATION
     if not synsets:
-        raise UserError(f"{path} needs the classes of its images: put {DEVKIT}.tar.gz beside it.")
+        raise UserError(f"{path} needs the classes of its images: put {DEVKIT}.tar.gz next to it.")
     truth = [line.strip() for line in _devkit_file(root, TRUTH).decode("ascii", "replace").splitlines() if line.strip()]
     images = sorted(_members(path), key=lambda image: image.name)
     if len(images) != len(truth):
@@ -98,7 +98,7 @@ def _has_devkit(root: Path) -> bool:
 
 
 def _synsets(root: Path) -> dict[int, tuple[str, str]]:
-    """Number of a class in the devkit -> its wnid and words; only classes without children are in the challenge."""
+    """The devkit's class number -> wnid and words, for the classes of the challenge: those without children."""
     loadmat = optional("scipy.io", "Reading the devkit's meta.mat").loadmat
     try:
         table = loadmat(io.BytesIO(_devkit_file(root, META)), squeeze_me=True)["synsets"]
@@ -113,7 +113,7 @@ def _synsets(root: Path) -> dict[int, tuple[str, str]]:
 
 
 def _devkit_file(root: Path, name: str) -> bytes:
-    """A file of the devkit, from its folder or its tar.gz; raises UserError if it is not there."""
+    """A file of the devkit, from its folder or its tar.gz; raises UserError."""
     folder, packed = root / DEVKIT, root / f"{DEVKIT}.tar.gz"
     try:
         if folder.is_dir():

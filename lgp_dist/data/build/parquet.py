@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ _NAME = re.compile(r"(train|val|validation|test)-\d+-of-\d+.*\.parquet")
 def parquet(root: Path, spool: Path, progress: Callable[[str], None] = print) -> Source:
     """Folder (or tree) of SPLIT-00000-of-00294.parquet files, as on the hub; bytes of images stay as they are.
 
-    The files are compressed in groups of rows, and shuffled samples need any row at any time: so each file is first
-    copied, uncompressed, into the folder `spool` (as much disk as the images take), where a build that was
-    interrupted finds it again. A split whose labels are all -1, as ImageNet's test images, is left out.
+    The files are compressed in groups of rows, but shuffled samples need any row at any time. So each file is first
+    copied, uncompressed, into the folder `spool` (as much disk as the images take), where the next try after an
+    interruption finds it. A split whose labels are all -1, as ImageNet's test split, is ignored.
     """
     want_folder(root)
     reader = optional("pyarrow.parquet", "Reading parquet files")
@@ -40,10 +41,10 @@ def parquet(root: Path, spool: Path, progress: Callable[[str], None] = print) ->
         for place, path in enumerate(tqdm(paths, desc=f"read {split}", unit="file", disable=None)):
             target = spool / f"{split}-{place:05d}.bin"
             stored = _spooled(target) or _spool(reader, path, target)
-            names = names or stored["classes"]
-            rows += [(name, label, str(target), offset, size) for name, label, offset, size in stored["rows"]]
+            names = names or stored.classes
+            rows += [(name, label, str(target), offset, size) for name, label, offset, size in stored.rows]
         if all(label == -1 for _, label, *_ in rows):
-            progress(f"{split}: left out, its {len(rows)} images have no labels")
+            progress(f"{split}: ignored, its {len(rows)} images have no labels")
             continue
         keys = unique_keys(row[0] or f"{split}-{number:08d}" for number, row in enumerate(rows))
         splits[split] = [Item(key, *row[1:]) for key, row in zip(keys, rows, strict=True)]
@@ -53,17 +54,28 @@ def parquet(root: Path, spool: Path, progress: Callable[[str], None] = print) ->
     return Source(name, splits, tuple(names))
 
 
-def _spooled(target: Path) -> dict[str, Any] | None:
-    """What an earlier run wrote beside a complete copy, or None."""
+@dataclass(frozen=True)
+class _Spooled:
+    """The uncompressed copy of a parquet file's images, one after the other; stored next to it as JSON."""
+
+    bytes: int
+    """Size of the copy."""
+    classes: list[str]
+    rows: list[tuple[str, int, int, int]]
+    """Name, label, offset and size of each image."""
+
+
+def _spooled(target: Path) -> _Spooled | None:
+    """An earlier run's complete copy, or None."""
     try:
-        stored = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
-        return stored if target.stat().st_size == stored["bytes"] else None
-    except (OSError, ValueError, KeyError):
+        stored = _Spooled(**json.loads(target.with_suffix(".json").read_text(encoding="utf-8")))
+        return stored if target.stat().st_size == stored.bytes else None
+    except (OSError, ValueError, TypeError):
         return None
 
 
-def _spool(reader: Any, path: Path, target: Path) -> dict[str, Any]:
-    """Copies the images of a parquet file one after the other and says where each is; raises UserError."""
+def _spool(reader: Any, path: Path, target: Path) -> _Spooled:
+    """Copies the images of a parquet file; raises UserError."""
     rows: list[tuple[str, int, int, int]] = []
     position = 0
     try:
@@ -75,20 +87,20 @@ def _spool(reader: Any, path: Path, target: Path) -> dict[str, Any]:
                     stream.write(content)
                     position += len(content)
             classes = _class_names(table.schema_arrow.metadata or {})
-    except Exception as error:  # pyarrow raises many kinds on bad bytes; a wrong column is a KeyError or TypeError
+    except Exception as error:  # pyarrow raises many kinds on bad bytes; a wrong column gives KeyError or TypeError
         if isinstance(error, OSError) and error.errno is not None and error.filename != str(path):
             raise  # the disk, not the file
         raise UserError(
             f"{path} cannot be read as parquet with columns image (bytes, path) and label"
             f" ({str(error).splitlines()[0] if str(error) else type(error).__name__}): download the file again."
         ) from error
-    stored = {"bytes": position, "classes": classes, "rows": rows}
-    write_atomic(target.with_suffix(".json"), json.dumps(stored).encode())
+    stored = _Spooled(position, classes, rows)
+    write_atomic(target.with_suffix(".json"), json.dumps(asdict(stored)).encode())
     return stored
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> list[str]:
-    """Names of the classes as `datasets` stores them in a file's metadata; empty if it has none."""
+    """Names of the classes in a file's metadata, where `datasets` stores them; empty if it has none."""
     try:
         label = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]
         return [str(name) for name in label["names"]]

@@ -1,4 +1,4 @@
-"""What a data set is before it is built into shards: where each image lies, its key and its label."""
+"""A data set before it is built into shards: where each image lies, its key and its label."""
 
 import importlib
 import re
@@ -13,7 +13,7 @@ from lgp_dist.data.shards.scan import IMAGE_EXTENSIONS
 from lgp_dist.errors import UserError
 
 MAX_KEY = 90
-"""Bytes of a key: with its extension it fits the 100 of a plain tar header."""
+"""Longest key, bytes: with its extension it fits the 100 bytes of a plain tar header."""
 IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
@@ -38,7 +38,7 @@ class Source:
     """A data set."""
 
     name: str
-    """Begins the names of its shards."""
+    """Start of its shards' names."""
     splits: dict[str, list[Item]]
     """In an order that depends on names alone."""
     classes: tuple[str, ...] = ()
@@ -46,13 +46,13 @@ class Source:
     origin: str = ""
     """Where the images come from."""
     licence: str = ""
-    """Under which licence."""
+    """Licence of the images."""
     texts: dict[str, str] = field(default_factory=dict)
-    """Further files to put beside the shards, such as LICENSE."""
+    """Further files for the folder of shards, such as LICENSE."""
 
 
 def clean_key(text: str) -> str:
-    """A key from a file's name without extension: no dot in its last part, one line, at most MAX_KEY bytes."""
+    """A key from a file name without extension: no dot in its last part, one line, at most MAX_KEY bytes."""
     folder, slash, name = text.rpartition("/")
     plain = f"{folder}{slash}{name.replace('.', '_')}"
     plain = "".join("_" if unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn") or c == "\\" else c for c in plain)
@@ -64,7 +64,7 @@ def clean_key(text: str) -> str:
 
 
 def unique_keys(texts: Iterable[str]) -> list[str]:
-    """clean_key of each name; names that become equal get -2, -3, ... in their order."""
+    """clean_key of each name; where keys are equal, later ones get -2, -3, ..."""
     found: list[str] = []
     taken: set[str] = set()
     for text in texts:
@@ -79,7 +79,7 @@ def unique_keys(texts: Iterable[str]) -> list[str]:
 
 
 def optional(module: str, needed_for: str) -> ModuleType:
-    """A module of the extra `imagenet`; raises UserError that says how to install it."""
+    """A module of the extra `imagenet`; the UserError for a missing one says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -91,6 +91,6 @@ def optional(module: str, needed_for: str) -> ModuleType:
 
 
 def want_folder(root: Path) -> None:
-    """Raises UserError unless root is a folder."""
+    """UserError unless root is a folder."""
     if not root.is_dir():
         raise UserError(f"There is no folder {root}: name the folder of the data set with --source.")

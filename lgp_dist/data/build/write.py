@@ -1,4 +1,4 @@
-"""Writes one shard."""
+"""Writes one shard, and reads it back."""
 
 import os
 from dataclasses import replace
@@ -15,10 +15,10 @@ from lgp_dist.files import flush, replacing
 
 
 def write_shard(path: Path, items: list[Item], short_side: int = 0, quality: int = 90) -> IndexedShard:
-    """One tar of images and .cls with nothing in it that changes between builds, there complete or not at all.
+    """Writes a tar of images and .cls files; equal items give equal bytes.
 
-    Bytes of images stay as they are, or become smaller JPEGs: see pixels.shrink. The tar is read back before it gets
-    its name. Raises UserError that names the first image that cannot be read or is none.
+    Images keep their bytes, or become smaller JPEGs: see `shrink`. The tar is read back before it gets its name. The
+    UserError for something that is no image, or cannot be read, names it.
     """
     with replacing(path) as partial:
         with (
@@ -36,7 +36,7 @@ def write_shard(path: Path, items: list[Item], short_side: int = 0, quality: int
 
 
 def _content(item: Item, short_side: int, quality: int) -> bytes:
-    """Bytes of an image for the shard."""
+    """The bytes of an image in the shard."""
     where = f"{item.path}, image {item.key}" if item.offset else item.path
     try:
         handle = os.open(item.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""From bytes in a shard to pixels: JPEG by libjpeg-turbo, the rest and what it refuses by Pillow."""
+"""From bytes in a shard to pixels: libjpeg-turbo decodes JPEGs, Pillow everything else and what it refuses."""
 
 import io
 import os
@@ -23,11 +23,11 @@ OPEN_FILES = 64
 """Shards that a process keeps open."""
 MODES = {1: "L", 3: "RGB"}
 _COLOURS = {1: ("GRAY", ("Gray",)), 3: ("RGB", ("Gray", "YCbCr", "RGB"))}
-"""Channels -> what libjpeg-turbo makes, and of which JPEGs it makes the same as Pillow."""
+"""Channels -> libjpeg-turbo's colour space, and the JPEGs for which it agrees with Pillow."""
 
 
 class BadImage(UserError):
-    """Bytes that are no whole image: what `data.max_bad` is about."""
+    """Bytes that are no whole image; `data.max_bad` says how many are allowed."""
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(
@@ -38,7 +38,7 @@ class BadImage(UserError):
 
 
 class LostBytes(UserError):
-    """A shard of this machine that was whole when the run began and no longer has an image's bytes."""
+    """A local shard that was whole when the run began and has since lost an image's bytes."""
 
     def __init__(self, sentence: str, reason: str) -> None:
         super().__init__(sentence)
@@ -46,7 +46,7 @@ class LostBytes(UserError):
 
 
 class _Handle:
-    """An open file, closed when nobody holds it any more."""
+    """An open file, closed when its last user drops it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -56,7 +56,7 @@ class _Handle:
 
 
 class ShardSource(Protocol):
-    """Where shards are opened."""
+    """Opens shards."""
 
     @property
     def fetches(self) -> bool:
@@ -68,11 +68,11 @@ class ShardSource(Protocol):
         ...
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Says which shards are read next, in this order; returns at once."""
+        """Announces the shards that are read next, in this order; returns at once."""
         ...
 
     def counts(self) -> dict[str, int]:
-        """What this process did so far, for the metrics."""
+        """Counts of this process so far, for the metrics."""
         ...
 
 
@@ -94,14 +94,14 @@ class Folder:
 
 
 class ShardFiles:
-    """Reads ranges of bytes from shards, which it opens at first use and keeps open, the latest OPEN_FILES of them.
+    """Reads ranges of bytes from shards. Opens a shard at first use and keeps the latest OPEN_FILES open.
 
-    Reads name their offset and move no file position, so threads and forked processes that share a handle do not
-    disturb each other; a pickled copy (spawn) starts with no open file.
+    Threads and forked processes may share it, since reads do not move the file position. A pickled copy (spawn) starts
+    with no open file.
     """
 
     def __init__(self, paths: Sequence[Path], source: ShardSource | None = None) -> None:
-        """source: opens the paths; a folder of this machine if there is none."""
+        """source: opens the paths; this machine's file system if None."""
         self.paths, self.source = tuple(paths), source or Folder()
         self._handles: OrderedDict[int, _Handle] = OrderedDict()
         self._lock = threading.Lock()
@@ -125,12 +125,12 @@ class ShardFiles:
         return content
 
     def close(self) -> None:
-        """Closes what no thread reads; the next read opens again."""
+        """Closes the files that no thread reads; the next read opens them again."""
         with self._lock:
             self._handles.clear()
 
     def _open(self, shard: int) -> _Handle:
-        """File of a shard, now the latest used."""
+        """File of a shard, marked as the latest used."""
         with self._lock:
             if shard in self._handles:
                 self._handles.move_to_end(shard)
@@ -152,8 +152,7 @@ class ShardFiles:
 def decode_image(content: bytes, channels: int, where: str) -> Image.Image:
     """An image of mode L (channels 1) or RGB (channels 3), completely decoded by Pillow.
 
-    where: names shard and key, for the sentence of the BadImage (a UserError) that is raised if the bytes are no whole
-    image.
+    where: shard and key, for the sentence of the BadImage that is raised if the bytes are no whole image.
     """
     if channels not in MODES:
         raise UserError(f"data.channels is {channels}, which no image is read as: set it to 1 (grey) or 3 (RGB).")
@@ -173,10 +172,9 @@ _scratch = threading.local()
 
 
 def decode_pixels(content: bytes, channels: int, where: str) -> NDArray[np.uint8]:
-    """Pixels [H, W, channels]. They may lie in this thread's buffer: use them before the thread decodes again.
+    """Pixels [H, W, channels], perhaps in this thread's buffer: use them before the thread decodes again.
 
-    JPEG goes through libjpeg-turbo, everything else and what it warns about through Pillow, which also says what is
-    wrong. Raises BadImage.
+    Pillow decodes what is no JPEG and what libjpeg-turbo warns about, and says what is wrong. Raises BadImage.
     """
     if content[:2] == b"\xff\xd8" and channels in _COLOURS:
         pixels = _jpeg_pixels(content, *_COLOURS[channels])

@@ -1,4 +1,4 @@
-"""Where every sample of a split lies: built once from the tar headers, kept in a sidecar file beside the shards."""
+"""Where every sample of a split lies: built once from the tar headers, kept in a sidecar file next to the shards."""
 
 import io
 import re
@@ -21,11 +21,18 @@ from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic
 
 SIDECAR_FORMAT = 2
-"""Format 1 had no width, height and crc; it is still read."""
-COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int64, "keys": np.str_}
-"""Arrays of a sidecar and their types."""
-MORE_COLUMNS = {"width": np.int32, "height": np.int32, "crc": np.int64}
-"""Arrays since format 2."""
+"""Format 1 has no width, height and crc; it is still read."""
+COLUMNS: dict[str, tuple[type, int | None]] = {
+    "shard": (np.int32, None),
+    "offset": (np.int64, None),
+    "size": (np.int64, None),
+    "label": (np.int64, None),
+    "keys": (np.str_, None),
+    "width": (np.int32, 0),
+    "height": (np.int32, 0),
+    "crc": (np.int64, -1),
+}
+"""Arrays of a sidecar: type, and the value where format 1 has no such array."""
 SHARD_NAME = re.compile(r"(.*-)?(train|val|validation|test)-\d+\.tar")
 """timm's naming: imagenet1k-train-0000.tar belongs to split train."""
 
@@ -73,7 +80,7 @@ class ShardIndex:
         """Index of a split, from root/index-SPLIT.npz if that fits the manifest, else from the tars themselves.
 
         Raises UserError for a sample without image or label, a key that comes twice, a label outside
-        0 .. num_classes - 1 and a split without samples. Does not check the shards' sizes: see ShardManifest.check.
+        0 .. num_classes - 1 and a split without samples. ShardManifest.check compares the shards' sizes.
         """
         index = read_sidecar(manifest, split) or _scan(manifest, split)
         if not len(index):
@@ -87,37 +94,6 @@ class ShardIndex:
         return index
 
 
-def sidecar_path(root: Path, split: str) -> Path:
-    """Where the index of a split is kept."""
-    return root / f"index-{split}.npz"
-
-
-def index_shards(root: str | Path, progress: Callable[[str], None] = print) -> ShardManifest:
-    """Makes manifest.json, _info.json and the indexes of a folder of shards from elsewhere; returns the manifest.
-
-    Shards are the tars directly in root whose names end as in timm's `imagenet1k-train-0000.tar`; other tars are
-    named to `progress` and left out. Class names, source and licence of a manifest that is there are kept.
-    Raises UserError at the first shard with a problem; then nothing is written.
-    """
-    root = Path(root)
-    found = find_shards(root, progress)
-    try:
-        before = ShardManifest.load(root)
-    except UserError:
-        before = ShardManifest(root=root, classes=(), splits={})
-    splits: dict[str, tuple[ShardEntry, ...]] = {}
-    indexed: dict[str, list[IndexedShard]] = {}
-    for split, paths in found.items():
-        indexed[split] = []
-        for path in paths:
-            indexed[split].append(index_shard(path))
-            progress(f"{path.name}: {len(indexed[split][-1].samples)} samples of {split}")
-        splits[split] = tuple(shard.entry for shard in indexed[split])
-    manifest = ShardManifest(root, before.classes, splits, before.source, before.licence)
-    write_indexes(manifest, indexed)
-    return manifest
-
-
 @dataclass(frozen=True)
 class IndexedShard:
     """A whole shard."""
@@ -125,9 +101,36 @@ class IndexedShard:
     entry: ShardEntry
     """For the manifest."""
     samples: tuple[Sample, ...]
-    """In the order of the tar."""
-    sums: tuple[int, ...]
-    """CRC-32 of each image."""
+    """In the order of the tar, with checksums."""
+
+
+def sidecar_path(root: Path, split: str) -> Path:
+    """File of a split's index."""
+    return root / f"index-{split}.npz"
+
+
+def index_shards(root: str | Path, progress: Callable[[str], None] = print) -> ShardManifest:
+    """Writes manifest.json, _info.json and the indexes of a folder of shards from elsewhere; returns the manifest.
+
+    Shards are the tars directly in root whose names end as in timm's `imagenet1k-train-0000.tar`; other tars are
+    reported to `progress` and ignored. Class names, source and licence of an existing manifest are kept.
+    Raises UserError at the first shard with a problem; then nothing is written.
+    """
+    root = Path(root)
+    indexed: dict[str, list[IndexedShard]] = {}
+    for split, paths in find_shards(root, progress).items():
+        indexed[split] = []
+        for path in paths:
+            indexed[split].append(index_shard(path))
+            progress(f"{path.name}: {len(indexed[split][-1].samples)} samples of {split}")
+    try:
+        before = ShardManifest.load(root)
+    except UserError:
+        before = ShardManifest(root=root, classes=(), splits={})
+    splits = {split: tuple(shard.entry for shard in shards) for split, shards in indexed.items()}
+    manifest = ShardManifest(root, before.classes, splits, before.source, before.licence)
+    write_indexes(manifest, indexed)
+    return manifest
 
 
 def index_shard(path: Path) -> IndexedShard:
@@ -139,18 +142,17 @@ def index_shard(path: Path) -> IndexedShard:
     if not samples:
         raise UserError(f"Shard {path} has no samples: copy the file again, or remove it.")
     try:
-        digest, sums = hash_shard(path, samples)
+        digest, samples = hash_shard(path, samples)
         size = path.stat().st_size
     except OSError as error:
         raise UserError(f"Shard {path} cannot be read ({error.strerror}): copy the file again.") from error
-    return IndexedShard(ShardEntry(path.name, len(samples), size, digest), tuple(samples), tuple(sums))
+    return IndexedShard(ShardEntry(path.name, len(samples), size, digest), tuple(samples))
 
 
 def write_indexes(manifest: ShardManifest, indexed: dict[str, list[IndexedShard]]) -> None:
-    """Writes index and info of each split, then the manifest, which makes them count."""
+    """Writes the index of each split and _info.json, then the manifest, which makes them valid."""
     for split, shards in indexed.items():
-        index = join_samples(manifest, split, [shard.samples for shard in shards], [shard.sums for shard in shards])
-        _write_sidecar(manifest, split, index)
+        _write_sidecar(manifest, split, join_samples(manifest, split, [shard.samples for shard in shards]))
     write_info(manifest)
     manifest.write()
 
@@ -173,7 +175,7 @@ def find_shards(root: Path, progress: Callable[[str], None]) -> dict[str, list[P
         if match:
             found.setdefault(match[2], []).append(path)
         else:
-            progress(f"{path.name}: left out, its name does not end in -train-NUMBER.tar or the like")
+            progress(f"{path.name}: ignored, its name does not end in -train-NUMBER.tar or the like")
     if not found:
         raise UserError(
             f"{root} has no shard whose name ends in train-NUMBER.tar, val-NUMBER.tar, validation-NUMBER.tar or"
@@ -182,13 +184,25 @@ def find_shards(root: Path, progress: Callable[[str], None]) -> dict[str, list[P
     return found
 
 
+def join_samples(manifest: ShardManifest, split: str, shards: Sequence[Sequence[Sample]]) -> ShardIndex:
+    """Index of a split from the samples of each of its shards."""
+    flat = [sample for samples in shards for sample in samples]
+    lengths = np.array([len(samples) for samples in shards], dtype=np.int64)
+    arrays: dict[str, NDArray[Any]] = {"shard": np.repeat(np.arange(len(shards), dtype=np.int32), lengths)}
+    for name, (dtype, _) in COLUMNS.items():
+        if name != "shard":
+            attribute = "key" if name == "keys" else name
+            arrays[name] = np.array([getattr(sample, attribute) for sample in flat], dtype=dtype)
+    return _index(manifest, split, arrays)
+
+
 def _scan(manifest: ShardManifest, split: str) -> ShardIndex:
     """Index from the tars; raises UserError at the first problem."""
     scans = []
     for entry in manifest.entries(split):
-        samples, problems = scan_shard(manifest.path(entry))
-        if problems:
-            raise UserError(problems[0].sentence)
+        samples, flaws = scan_shard(manifest.path(entry))
+        if flaws:
+            raise UserError(flaws[0].sentence)
         if len(samples) != entry.samples:
             raise UserError(
                 f"Shard {manifest.path(entry)} has {len(samples)} samples but {manifest.root / MANIFEST_NAME} wants"
@@ -198,31 +212,7 @@ def _scan(manifest: ShardManifest, split: str) -> ShardIndex:
     return join_samples(manifest, split, scans)
 
 
-def join_samples(
-    manifest: ShardManifest,
-    split: str,
-    scans: Sequence[Sequence[Sample]],
-    sums: Sequence[Sequence[int]] | None = None,
-) -> ShardIndex:
-    """Index of a split from the samples of each of its shards, and the CRC-32 of their images where known."""
-    flat = [sample for samples in scans for sample in samples]
-    arrays = {
-        "shard": np.repeat(np.arange(len(scans), dtype=np.int32), [len(samples) for samples in scans]),
-        "offset": np.array([sample.offset for sample in flat], dtype=np.int64),
-        "size": np.array([sample.size for sample in flat], dtype=np.int64),
-        "label": np.array([sample.label for sample in flat], dtype=np.int64),
-        "keys": np.array([sample.key for sample in flat], dtype=np.str_),
-        "width": np.array([sample.width for sample in flat], dtype=np.int32),
-        "height": np.array([sample.height for sample in flat], dtype=np.int32),
-        "crc": np.full(len(flat), -1, dtype=np.int64),
-    }
-    if sums is not None:
-        arrays["crc"] = np.array([value for part in sums for value in part], dtype=np.int64)
-    return _index(manifest, split, arrays)
-
-
 def _index(manifest: ShardManifest, split: str, arrays: dict[str, NDArray[Any]]) -> ShardIndex:
-    """Index of a split from its arrays."""
     entries = manifest.entries(split)
     files = ShardFiles([manifest.path(entry) for entry in entries])
     return ShardIndex(root=manifest.root, shards=tuple(entry.name for entry in entries), files=files, **arrays)
@@ -235,30 +225,28 @@ def _write_sidecar(manifest: ShardManifest, split: str, index: ShardIndex) -> No
         buffer,
         format=np.int64(SIDECAR_FORMAT),
         fingerprint=np.str_(manifest.fingerprint(split)),
-        **{name: getattr(index, name) for name in (*COLUMNS, *MORE_COLUMNS)},
+        **{name: getattr(index, name) for name in COLUMNS},
     )
     write_atomic(sidecar_path(manifest.root, split), buffer.getvalue())
 
 
 def read_sidecar(manifest: ShardManifest, split: str) -> ShardIndex | None:
-    """Index from the sidecar, or None if there is none, it is of other shards, or it cannot be right."""
+    """Index from the sidecar, or None if there is none, it is of other shards, or its values are impossible."""
     fingerprint, entries = manifest.fingerprint(split), manifest.entries(split)
     try:
         with open(sidecar_path(manifest.root, split), "rb") as stream, np.load(stream, allow_pickle=False) as stored:
             form = int(stored["format"])
             if form not in (1, SIDECAR_FORMAT) or str(stored["fingerprint"]) != fingerprint:
                 return None
-            arrays = {name: stored[name] for name in (*COLUMNS, *(MORE_COLUMNS if form > 1 else ()))}
+            arrays = {name: stored[name] for name, (_, default) in COLUMNS.items() if form > 1 or default is None}
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
         return None
     shard = arrays["shard"]
-    for name, kind in MORE_COLUMNS.items():
-        arrays.setdefault(name, np.full(shard.shape, -1 if name == "crc" else 0, dtype=kind))
-    wanted = {name: np.dtype(kind).kind for name, kind in (COLUMNS | MORE_COLUMNS).items()}
-    if {name: array.dtype.kind for name, array in arrays.items()} != wanted:
-        return None
-    if {array.shape for array in arrays.values()} != {shard.shape}:
-        return None
+    for name, (dtype, default) in COLUMNS.items():
+        if name not in arrays:
+            arrays[name] = np.full(shard.shape, default, dtype=dtype)
+        if arrays[name].dtype.kind != np.dtype(dtype).kind or arrays[name].shape != shard.shape:
+            return None
     samples = np.array([entry.samples for entry in entries], dtype=np.int64)
     if shard.ndim != 1 or not np.array_equal(shard, np.repeat(np.arange(len(entries)), samples)):
         return None

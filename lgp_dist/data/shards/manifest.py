@@ -1,4 +1,4 @@
-"""What a folder of shards holds: `manifest.json`, its checks and its fingerprint."""
+"""manifest.json: the shards of a folder, their sizes and hashes."""
 
 import hashlib
 import json
@@ -35,17 +35,17 @@ class ShardManifest:
     root: Path
     """Folder of the shards; not stored in the file."""
     classes: tuple[str, ...]
-    """Names of labels 0, 1, ...; empty where they are not known."""
+    """Names of labels 0, 1, ...; empty where unknown."""
     splits: dict[str, tuple[ShardEntry, ...]]
     """Shards of each split, in the order of the index."""
     source: str = ""
     """Where the images come from."""
     licence: str = ""
-    """Under which licence."""
+    """Licence of the images."""
 
     @staticmethod
     def load(root: str | Path) -> "ShardManifest":
-        """Reads root/manifest.json; raises UserError if it is missing, is no manifest, or names a file outside root."""
+        """Reads root/manifest.json; UserError if it is missing or invalid, or names a file outside root."""
         root = Path(root)
         path = root / MANIFEST_NAME
         if not root.is_dir():
@@ -63,7 +63,7 @@ class ShardManifest:
         return _parse(root, path, stored)
 
     def write(self) -> Path:
-        """Writes root/manifest.json, complete or not at all, and returns its path."""
+        """Writes root/manifest.json and returns its path."""
         stored = {
             "format": FORMAT,
             "source": self.source,
@@ -76,7 +76,7 @@ class ShardManifest:
         return path
 
     def entries(self, split: str) -> tuple[ShardEntry, ...]:
-        """Shards of a split; raises UserError that names the splits there are."""
+        """Shards of a split; the UserError for an unknown split names the known ones."""
         if split not in self.splits:
             there = ", ".join(sorted(self.splits)) or "none"
             raise UserError(
@@ -86,11 +86,11 @@ class ShardManifest:
         return self.splits[split]
 
     def path(self, entry: ShardEntry) -> Path:
-        """Where a shard lies."""
+        """File of a shard."""
         return self.root / entry.name
 
     def problem(self, entry: ShardEntry) -> str:
-        """What is wrong with a shard's size, as one sentence; empty if nothing is."""
+        """What is wrong with a shard's size, as one sentence; empty if it is right."""
         path = self.path(entry)
         try:
             found = path.stat().st_size
@@ -104,20 +104,20 @@ class ShardManifest:
         return ""
 
     def check(self, split: str) -> None:
-        """Raises UserError unless every shard of the split exists and has the manifest's size. Reads no contents."""
+        """UserError unless every shard of the split exists and has the manifest's size. Reads no contents."""
         for entry in self.entries(split):
             problem = self.problem(entry)
             if problem:
                 raise UserError(problem)
 
     def fingerprint(self, split: str) -> str:
-        """Hash over names and hashes of a split's shards, in order: 64 hex digits."""
+        """Hash of the names and hashes of a split's shards, in order: 64 hex digits."""
         lines = "".join(f"{entry.sha256} {entry.name}\n" for entry in self.entries(split))
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _parse(root: Path, path: Path, stored: Any) -> ShardManifest:
-    """A manifest from parsed JSON; raises UserError at the first value that cannot be."""
+    """A manifest from parsed JSON; UserError at the first invalid value."""
     _want(isinstance(stored, dict), path, "the file", stored, "an object")
     _want(stored.get("format") == FORMAT, path, "format", stored.get("format"), f"{FORMAT}")
     classes, splits = stored.get("classes", []), stored.get("splits")
@@ -159,7 +159,7 @@ def _inside(name: Any) -> bool:
 
 
 def _want(good: bool, path: Path, key: str, value: Any, wanted: str) -> None:
-    """Raises UserError that names file, key, value and what is wanted."""
+    """UserError with file, key, value and what is wanted, unless `good`."""
     if good:
         return
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,9 +16,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 JSON_LABELS = ("label", "cls")
 """Fields of a .json that may hold the class number where there is no .cls."""
 MAX_JSON, MAX_IMAGE = 1 << 20, 1 << 26
-"""Bytes of a .json that is read, and of an image that is read whole where its first bytes do not say its size."""
+"""Largest .json that is read, and largest image that is read whole where its first bytes do not state its size."""
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-"""Key and extension, cut as webdataset cuts them: at the first dot of the last part."""
+"""Key and extension, split as webdataset splits them: at the first dot of the last part."""
 _META = re.compile(r"__[^/]*__($|/)")
 """Names that webdataset skips."""
 
@@ -35,16 +36,19 @@ class Sample:
     label: int
     """Content of the .cls file."""
     width: int = 0
-    """Pixels as stored, 0 if its first bytes do not say."""
+    """Pixels as stored; 0 where unknown."""
     height: int = 0
     """Likewise."""
+    crc: int = -1
+    """CRC-32 of the image's bytes; -1 where unknown."""
 
 
 @dataclass(slots=True)
-class _Parts:
-    """What was found of a sample so far."""
+class _Files:
+    """The files of one key."""
 
     images: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """Offset, size, width and height."""
     labels: list[bytes] = field(default_factory=list)
     objects: list[bytes] = field(default_factory=list)
 
@@ -60,88 +64,85 @@ class Flaw:
 
 
 def scan_shard(path: Path) -> tuple[list[Sample], list[Flaw]]:
-    """All good samples of a tar in their order, and what is wrong with it and with others.
+    """All good samples of a tar in their order, without checksums, and what is wrong with the tar and with the others.
 
-    Reads headers, labels and the first bytes of images. A label may be any whole number: its range is for the caller
-    to judge. At a damaged header the scan ends: what follows cannot be told from garbage.
+    Reads headers, labels and the first bytes of images. A label may be any whole number; the caller checks its range.
+    At a damaged header the scan ends: what follows cannot be told from garbage.
     """
-    groups: list[tuple[str, _Parts]] = []
+    groups: list[tuple[str, _Files]] = []
     flaws: list[Flaw] = []
     seen: set[str] = set()
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        return [], [Flaw("", f"Shard {path} cannot be read ({error.strerror}): copy the file again.")]
-    try:
-        window = Window(handle)
-        for member in walk(window, 0, os.fstat(handle).st_size):
-            match = _NAME.fullmatch(member.name)
-            if not match or _META.match(member.name):
-                continue
-            key, extension = match[1], match[2].lower()
-            if not groups or groups[-1][0] != key:
-                if key in seen:
-                    flaws.append(_duplicate(path, key))
-                seen.add(key)
-                groups.append((key, _Parts()))
-            _add(groups[-1][1], extension, window, member.offset, member.size)
+        try:
+            window = Window(handle)
+            for member in walk(window, 0, os.fstat(handle).st_size):
+                match = _NAME.fullmatch(member.name)
+                if not match or _META.match(member.name):
+                    continue
+                key, extension = match[1], match[2].lower()
+                if not groups or groups[-1][0] != key:
+                    if key in seen:
+                        flaws.append(_duplicate(path, key))
+                    seen.add(key)
+                    groups.append((key, _Files()))
+                _add(groups[-1][1], extension, window, member.offset, member.size)
+        finally:
+            os.close(handle)
     except TarError as error:
         flaws.append(Flaw("", f"Shard {path} is damaged or cut off ({error}): copy the file again."))
     except OSError as error:
         flaws.append(Flaw("", f"Shard {path} cannot be read ({error.strerror}): copy the file again."))
-    finally:
-        os.close(handle)
-    results = [_sample(path, key, parts) for key, parts in groups]
+    results = [_sample(path, key, files) for key, files in groups]
     flaws += [result for result in results if isinstance(result, Flaw)]
     return [result for result in results if isinstance(result, Sample)], flaws
 
 
-def hash_shard(path: Path, samples: list[Sample]) -> tuple[str, list[int]]:
-    """sha256 of the whole tar, 64 hex digits, and CRC-32 of each sample's image, in one pass; raises OSError."""
-    digest, sums = sha256(), []
+def hash_shard(path: Path, samples: Iterable[Sample]) -> tuple[str, list[Sample]]:
+    """sha256 of the whole tar, 64 hex digits, and the samples with their checksums, in one pass; raises OSError."""
+    digest, found, position = sha256(), [], 0
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        position = 0
         for sample in samples:
             digest.update(read_at(handle, position, sample.offset - position))
             content = read_at(handle, sample.offset, sample.size)
             digest.update(content)
-            sums.append(zlib.crc32(content))
+            found.append(replace(sample, crc=zlib.crc32(content)))
             position = sample.offset + sample.size
         while chunk := os.pread(handle, 1 << 20, position):
             digest.update(chunk)
             position += len(chunk)
     finally:
         os.close(handle)
-    return digest.hexdigest(), sums
+    return digest.hexdigest(), found
 
 
-def _add(parts: _Parts, extension: str, window: Window, offset: int, size: int) -> None:
+def _add(files: _Files, extension: str, window: Window, offset: int, size: int) -> None:
     """Notes a file of a sample."""
     if extension in IMAGE_EXTENSIONS:
         width, height = dimensions(window.read(offset, min(size, HEAD)))
         if not width and HEAD < size <= MAX_IMAGE:
             width, height = dimensions(window.read(offset, size))
-        parts.images.append((offset, size, width, height))
+        files.images.append((offset, size, width, height))
     elif extension == "cls":
-        parts.labels.append(window.read(offset, min(size, 64)))
+        files.labels.append(window.read(offset, min(size, 64)))
     elif extension == "json" and size <= MAX_JSON:
-        parts.objects.append(window.read(offset, size))
+        files.objects.append(window.read(offset, size))
 
 
-def _sample(path: Path, key: str, parts: _Parts) -> Sample | Flaw:
+def _sample(path: Path, key: str, files: _Files) -> Sample | Flaw:
     """The sample, or what it lacks."""
     start, end = f"Shard {path}, sample {shown_key(key)}", "build or copy the shard again."
-    if not parts.images:
+    if not files.images:
         return Flaw(key, f"{start}, has no image (.{', .'.join(IMAGE_EXTENSIONS)}): {end}")
-    if len(parts.images) > 1 or len(parts.labels) > 1 or (len(parts.objects) > 1 and not parts.labels):
+    if len(files.images) > 1 or len(files.labels) > 1 or (len(files.objects) > 1 and not files.labels):
         return _duplicate(path, key)
-    text = parts.labels[0].decode("utf-8", "replace").strip() if parts.labels else _json_label(parts.objects)
+    text = files.labels[0].decode("utf-8", "replace").strip() if files.labels else _json_label(files.objects)
     if text is None:
         return Flaw(key, f"{start}, has no label (.cls, or a .json with {' or '.join(JSON_LABELS)}): {end}")
     if not re.fullmatch(r"-?[0-9]{1,18}", text):
         return Flaw(key, f"{start}, has the label {shown_key(text[:40])!r}, which is no whole number: {end}")
-    offset, size, width, height = parts.images[0]
+    offset, size, width, height = files.images[0]
     return Sample(key, offset, size, int(text), width, height)
 
 
@@ -156,12 +157,11 @@ def _json_label(objects: list[bytes]) -> str | None:
 
 
 def _duplicate(path: Path, key: str) -> Flaw:
-    """A key that comes twice."""
     return Flaw(
         key, f"Shard {path} has sample {shown_key(key)} more than once: build or copy the shard again with unique keys."
     )
 
 
 def shown_key(key: str) -> str:
-    """A key for a sentence: one line of what can be printed."""
+    """A key for a sentence: one line of printable characters."""
     return key if key.isprintable() and key.isascii() else ascii(key)[1:-1]

@@ -1,17 +1,18 @@
-"""Walks the headers of a plain tar, strictly: a header that is wrong ends the walk with an error, never in silence.
+"""Walks the headers of an uncompressed tar, strictly: a bad header ends the walk with an error.
 
-Python's tarfile stops without a word at a bad header after the first, follows any size, and needs 20 us a member. This
-walk checks each header's sum, keeps inside the file, always moves forward, and wants zeros alone after the end mark.
+Python's tarfile silently stops at a bad header after the first, follows any size, and needs 20 us per member. This walk
+checks each header's checksum, stays inside the file, always moves forward, and allows only zeros after the end mark.
 """
 
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 BLOCK = 512
 MAX_EXTENSION = 1 << 20
-"""Bytes of a long name or an extended header that are still read."""
+"""Largest long name or extended header that is read."""
 _WINDOW = 1 << 13
 _REGULAR = frozenset(map(ord, ("\0", "0", "7")))
 _NO_DATA = frozenset(b"123456")
@@ -37,8 +38,15 @@ class Member:
     """Bytes of its content."""
 
 
+class _Extended(TypedDict, total=False):
+    """What a long name or an extended header says of the next file."""
+
+    path: str
+    size: int
+
+
 class Window:
-    """Small reads near each other with few system calls; names offsets, moves no file position."""
+    """Serves small reads near each other with few system calls. Does not move the file position."""
 
     def __init__(self, handle: int) -> None:
         self._handle, self._from, self._bytes = handle, 0, b""
@@ -65,7 +73,7 @@ def read_at(handle: int, offset: int, size: int) -> bytes:
 def walk(window: Window, start: int, end: int) -> Iterator[Member]:
     """Regular files of the tar that fills bytes start .. end of a file, in order; raises TarError where it is wrong."""
     position, first = start, start
-    extended: dict = {}
+    extended = _Extended()
     while position + BLOCK <= end:
         header = window.read(position, BLOCK)
         if header == _ZEROS:
@@ -76,7 +84,7 @@ def walk(window: Window, start: int, end: int) -> Iterator[Member]:
         if kind in b"xgLKS":
             content = _extension(window, kind, offset, size, end)
             position = offset + _padded(size)
-            extended.update(_extended(kind, content, offset))
+            extended = extended | _extended(kind, content, offset)
             continue
         size = extended.get("size", size)
         if kind not in _NO_DATA:
@@ -88,12 +96,12 @@ def walk(window: Window, start: int, end: int) -> Iterator[Member]:
         name = extended.get("path", name)
         if kind in _REGULAR and not name.endswith("/"):
             yield Member(name, first, offset, size)
-        first, extended = position, {}
+        first, extended = position, _Extended()
     raise TarError(f"it is cut off at byte {end}, before its end mark")
 
 
 def _parse(header: bytes, position: int) -> tuple[int, str]:
-    """Size and name of a header whose sum is right."""
+    """Size and name of a header whose checksum is right."""
     stated = _number(header[148:156], position)
     total = sum(header) - sum(header[148:156]) + 256
     if stated != total:
@@ -128,11 +136,11 @@ def _extension(window: Window, kind: int, offset: int, size: int, end: int) -> b
     return window.read(offset, size)
 
 
-def _extended(kind: int, content: bytes, offset: int) -> dict:
-    """What a long name or an extended header says of the next file: its path and size."""
+def _extended(kind: int, content: bytes, offset: int) -> "_Extended":
+    """Content of a long name or an extended header."""
     if kind == ord("L"):
         return {"path": content.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
-    found: dict = {}
+    found = _Extended()
     position = 0
     while kind != ord("K") and position < len(content) and content[position]:
         match = _PAX_RECORD.match(content, position)
@@ -164,7 +172,7 @@ def _check_tail(window: Window, position: int, end: int) -> None:
 
 
 def _padded(size: int) -> int:
-    """Bytes that a content takes with its padding."""
+    """Size of a content with its padding."""
     return -(-size // BLOCK) * BLOCK
 
 

@@ -1,4 +1,4 @@
-"""`_info.json`, by which timm's reader of WebDataset shards knows splits and their sizes."""
+"""`_info.json`: the splits and their sizes, as timm's reader of WebDataset shards expects them."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ INFO_NAME = "_info.json"
 
 
 def write_info(manifest: ShardManifest) -> None:
-    """Writes root/_info.json with the manifest's splits, and keeps what else one that is there says."""
+    """Writes root/_info.json with the manifest's splits; keeps the other entries of an existing one."""
     path = manifest.root / INFO_NAME
     try:
         stored: Any = json.loads(path.read_text(encoding="utf-8"))

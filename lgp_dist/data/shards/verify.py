@@ -1,7 +1,7 @@
 """Reads everything in a folder of shards and names whatever is wrong, sample by sample."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +10,15 @@ import numpy as np
 from tqdm import tqdm
 
 from lgp_dist.data.shards.decode import ShardFiles, decode_image
-from lgp_dist.data.shards.index import SHARD_NAME, ShardIndex, join_samples, out_of_range, read_sidecar, sidecar_path
+from lgp_dist.data.shards.index import (
+    COLUMNS,
+    SHARD_NAME,
+    ShardIndex,
+    join_samples,
+    out_of_range,
+    read_sidecar,
+    sidecar_path,
+)
 from lgp_dist.data.shards.manifest import ShardEntry, ShardManifest
 from lgp_dist.data.shards.scan import Sample, hash_shard, scan_shard, shown_key
 from lgp_dist.data.shards.timm_info import INFO_NAME
@@ -40,9 +48,8 @@ class Problem:
 class _Read:
     """What was found in a shard."""
 
-    samples: tuple[Sample, ...]
-    sums: tuple[int, ...]
-    problems: tuple[Problem, ...]
+    samples: list[Sample]
+    problems: list[Problem]
     whole: bool
     """Whether its bytes are those of the manifest."""
 
@@ -54,25 +61,23 @@ def verify_shards(
 
     Checks size and hash of each shard, its structure, number of samples and unique keys, that labels are in range
     (of the manifest's classes, or not negative where it names none), that each image decodes, and indexes and
-    _info.json. Where a shard is not what the manifest says and there is an index, every sample of it that is lost,
-    moved or changed is named. workers: threads. Raises UserError only where there is no readable manifest.
+    _info.json. Where a shard differs from the manifest and there is an index, names every sample that was lost, moved
+    or changed. workers: threads. Raises UserError only where there is no readable manifest.
     """
     manifest = ShardManifest.load(root)
     problems: list[Problem] = []
     for split, entries in manifest.splits.items():
         stored = read_sidecar(manifest, split)
+        reads: list[_Read] = []
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            tasks = [pool.submit(_read, manifest, entry, stored, place) for place, entry in enumerate(entries)]
-            reads = []
-            for entry, task in zip(
-                entries, tqdm(tasks, desc=f"verify {split}", unit="shard", disable=None), strict=True
-            ):
+            tasks = [pool.submit(_read, manifest, entry, stored, number) for number, entry in enumerate(entries)]
+            for entry, task in zip(entries, tqdm(tasks, f"verify {split}", unit="shard", disable=None), strict=True):
                 reads.append(task.result())
                 problems += reads[-1].problems
                 progress(f"{entry.name}: {len(reads[-1].samples)} samples, {len(reads[-1].problems)} problems")
         problems += _twice(manifest, split, reads)
-        if all(read.whole for read in reads) and (problem := _index_problem(manifest, split, stored, reads)):
-            problems.append(problem)
+        if all(read.whole for read in reads):
+            problems += _index_problem(manifest, split, stored, reads)
     return [*problems, *_unlisted(manifest), *_info_problem(manifest)]
 
 
@@ -96,26 +101,24 @@ def write_problems(problems: list[Problem], path: Path) -> None:
     write_json(path, [asdict(problem) for problem in problems])
 
 
-def _read(manifest: ShardManifest, entry: ShardEntry, stored: ShardIndex | None, place: int) -> _Read:
-    """One shard, and what is wrong with it."""
-    path, found = manifest.path(entry), manifest.problem(entry)
-    problems: list[Problem] = []
+def _read(manifest: ShardManifest, entry: ShardEntry, stored: ShardIndex | None, number: int) -> _Read:
+    """Reads the shard with this number in the index, and finds what is wrong with it."""
+    path, wrong_size = manifest.path(entry), manifest.problem(entry)
     if not path.is_file():
-        problems.append(Problem(entry.name, "", "missing", found))
-        return _Read((), (), (*problems, *_against_index(path, entry, stored, place, [], [], set())), False)
+        lost = _against_index(path, entry, stored, number, [], set())
+        return _Read([], [Problem(entry.name, "", "missing", wrong_size), *lost], False)
     samples, flaws = scan_shard(path)
-    problems += [Problem(entry.name, f.key, "structure" if not f.key else "sample", f.sentence) for f in flaws]
+    problems = [Problem(entry.name, f.key, "structure" if not f.key else "sample", f.sentence) for f in flaws]
     try:
-        digest, sums = hash_shard(path, samples)
+        digest, samples = hash_shard(path, samples)
     except OSError as error:
         sentence = f"Shard {path} cannot be read ({error.strerror}): copy the file again."
-        return _Read((), (), (*problems, Problem(entry.name, "", "structure", sentence)), False)
-    whole = not found and digest == entry.sha256
+        return _Read([], [*problems, Problem(entry.name, "", "structure", sentence)], False)
+    whole = not wrong_size and digest == entry.sha256
     if not whole:
-        said = found or f"Shard {path} has another sha256 than the manifest: copy the file again."
-        problems.insert(0, Problem(entry.name, "", "size" if found else "hash", said))
-        named = {flaw.key for flaw in flaws}
-        problems += _against_index(path, entry, stored, place, samples, sums, named)
+        said = wrong_size or f"Shard {path} has another sha256 than the manifest: copy the file again."
+        problems.insert(0, Problem(entry.name, "", "size" if wrong_size else "hash", said))
+        problems += _against_index(path, entry, stored, number, samples, {flaw.key for flaw in flaws})
     if len(samples) != entry.samples and (not flaws or stored is None):
         sentence = (
             f"Shard {path} has {len(samples)} samples but the manifest wants {entry.samples}: copy or index it again."
@@ -123,40 +126,35 @@ def _read(manifest: ShardManifest, entry: ShardEntry, stored: ShardIndex | None,
         problems.append(Problem(entry.name, "", "count", sentence))
     if whole:
         problems += _contents(manifest, entry, samples)
-    return _Read(tuple(samples), tuple(sums), tuple(problems), whole)
+    return _Read(samples, problems, whole)
 
 
 def _against_index(
-    path: Path,
-    entry: ShardEntry,
-    stored: ShardIndex | None,
-    place: int,
-    samples: list[Sample],
-    sums: list[int],
-    named: set[str],
+    path: Path, entry: ShardEntry, stored: ShardIndex | None, number: int, samples: list[Sample], known: set[str]
 ) -> Iterator[Problem]:
-    """Each sample that the index has and the shard has not, or not as it was; those in `named` are known already."""
+    """Each sample that differs between index and shard. known: keys whose problem is reported already."""
     if stored is None:
         return
-    first, last = np.searchsorted(stored.shard, [place, place + 1]).tolist()
-    there = {sample.key: (sample, value) for sample, value in zip(samples, sums, strict=True)}
+    first, last = np.searchsorted(stored.shard, [number, number + 1]).tolist()
+    there = {sample.key: sample for sample in samples}
     for i in range(first, last):
         key = str(stored.keys[i])
-        sample, value = there.pop(key, (None, 0))
-        if key in named:
+        sample = there.pop(key, None)
+        if key in known:
             continue
-        start = f"Shard {path}, sample {shown_key(key)},"
+        start, reason = f"Shard {path}, sample {shown_key(key)},", "changed"
         if sample is None:
-            yield Problem(entry.name, key, "lost", f"{start} is lost: copy the file again.")
+            what, reason = "is lost", "lost"
         elif sample.label != stored.label[i]:
-            sentence = f"{start} has label {sample.label} but the index has {stored.label[i]}: copy the file again."
-            yield Problem(entry.name, key, "changed", sentence)
+            what = f"has label {sample.label} but the index has {stored.label[i]}"
         elif (sample.offset, sample.size) != (stored.offset[i], stored.size[i]):
-            sentence = f"{start} is not where the index has it: copy the file again."
-            yield Problem(entry.name, key, "changed", sentence)
-        elif stored.crc[i] >= 0 and value != stored.crc[i]:
-            yield Problem(entry.name, key, "changed", f"{start} has other bytes than before: copy the file again.")
-    for key in there.keys() - named:
+            what = "is not where the index has it"
+        elif stored.crc[i] >= 0 and sample.crc != stored.crc[i]:
+            what = "has other bytes than before"
+        else:
+            continue
+        yield Problem(entry.name, key, reason, f"{start} {what}: copy the file again.")
+    for key in there.keys() - known:
         sentence = f"Shard {path}, sample {shown_key(key)}, is not in the index: copy the file again."
         yield Problem(entry.name, key, "extra", sentence)
 
@@ -176,11 +174,11 @@ def _contents(manifest: ShardManifest, entry: ShardEntry, samples: list[Sample])
 
 
 def _twice(manifest: ShardManifest, split: str, reads: list[_Read]) -> Iterator[Problem]:
-    """Samples of one key and one content in several shards of a split."""
+    """Samples with the same key and content in several shards of a split."""
     seen: dict[tuple[str, int], str] = {}
     for entry, read in zip(manifest.entries(split), reads, strict=True):
-        for sample, value in zip(read.samples, read.sums, strict=True):
-            first = seen.setdefault((sample.key, value), entry.name)
+        for sample in read.samples:
+            first = seen.setdefault((sample.key, sample.crc), entry.name)
             if first != entry.name:
                 sentence = (
                     f"Shard {manifest.path(entry)} has sample {shown_key(sample.key)} that {first} has too:"
@@ -190,20 +188,20 @@ def _twice(manifest: ShardManifest, split: str, reads: list[_Read]) -> Iterator[
 
 
 def _index_problem(
-    manifest: ShardManifest, split: str, stored: ShardIndex | None, reads: list[_Read]
-) -> Problem | None:
+    manifest: ShardManifest, split: str, stored: ShardIndex | None, reads: Iterable[_Read]
+) -> Iterator[Problem]:
     """What is wrong with the index of a split whose shards are whole."""
     path = sidecar_path(manifest.root, split)
     if not path.exists():
-        return None
-    if stored is not None and len(stored) == sum(len(read.samples) for read in reads):
-        truth = join_samples(manifest, split, [read.samples for read in reads], [read.sums for read in reads])
-        names = ["shard", "offset", "size", "label", "keys"]
-        names += ["width", "height", "crc"] if bool((stored.crc >= 0).any()) else []
+        return
+    if stored is not None:
+        truth = join_samples(manifest, split, [read.samples for read in reads])
+        has_sums = bool((stored.crc >= 0).any())  # format 2
+        names = [name for name, (_, default) in COLUMNS.items() if has_sums or default is None]
         if all(np.array_equal(getattr(stored, name), getattr(truth, name)) for name in names):
-            return None
+            return
     sentence = f"{path} does not agree with the shards: delete it and run `lgp shards index {manifest.root}`."
-    return Problem(path.name, "", "index", sentence)
+    yield Problem(path.name, "", "index", sentence)
 
 
 def _unlisted(manifest: ShardManifest) -> Iterator[Problem]:
@@ -215,22 +213,20 @@ def _unlisted(manifest: ShardManifest) -> Iterator[Problem]:
             yield Problem(path.name, "", "unlisted", sentence)
 
 
-def _info_problem(manifest: ShardManifest) -> list[Problem]:
-    """Whether an _info.json that is there says the same of the manifest's splits."""
+def _info_problem(manifest: ShardManifest) -> Iterator[Problem]:
+    """Whether an existing _info.json differs from the manifest's splits."""
     path = manifest.root / INFO_NAME
     if not path.exists():
-        return []
+        return
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
-        said = {
-            split: list(zip(splits[split]["filenames"], splits[split]["shard_lengths"], strict=True))
-            for split in manifest.splits
-        }
-        wanted = {split: [(e.name, e.samples) for e in entries] for split, entries in manifest.splits.items()}
-        good = said == wanted and all(
-            splits[split]["num_samples"] == sum(count for _, count in said[split]) for split in said
+        good = all(
+            (splits[split]["filenames"], splits[split]["shard_lengths"], splits[split]["num_samples"])
+            == ([e.name for e in entries], [e.samples for e in entries], sum(e.samples for e in entries))
+            for split, entries in manifest.splits.items()
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         good = False
-    sentence = f"{path} does not agree with the manifest: run `lgp shards index {manifest.root}`."
-    return [] if good else [Problem(INFO_NAME, "", "info", sentence)]
+    if not good:
+        sentence = f"{path} does not agree with the manifest: run `lgp shards index {manifest.root}`."
+        yield Problem(INFO_NAME, "", "info", sentence)
