@@ -183,7 +183,7 @@ class TrainStream:
         source, before = self.index.files.source, self.index.files.source.counts()
         pixels = Pixels(self.data, self.device)
         mixer = Mixer(self.train, self.data.num_classes)
-        for loaded in Loader(self.index, self.data, self.device).load(self._plans(start_step, steps)):
+        for loaded in Loader(self.index, self.data, self.device).load(self.plans(start_step, steps)):
             self.bad.note(self.index, loaded.plan.epoch, loaded.bad)
             keys = loaded.plan.keys
             assert keys is not None
@@ -205,7 +205,7 @@ class TrainStream:
         """The epoch in which a step begins."""
         return self.position(step) // len(self.index)
 
-    def _plans(self, start_step: int, steps: int) -> Iterator[Plan]:
+    def plans(self, start_step: int, steps: int) -> Iterator[Plan]:
         """What each micro-step reads."""
         source, announced, end = self.index.files.source, start_step, start_step + steps
         for step in range(start_step, end):

@@ -98,7 +98,7 @@ def test_samples_are_named_on_any_rank() -> None:
     train = TrainConfig(batch_size=32, accumulate=2, mixup=0.8)
     streams = [TrainStream(part(100), DATA, train, 3, rank, 2, origin=64) for rank in (0, 1)]
     for rank, stream in enumerate(streams):
-        plans = list(stream._plans(range(8)))
+        plans = list(stream.plans(0, 4))
         for number, plan in enumerate(plans):
             first = [streams[0].index.keys[sample] for sample in plan.samples[:3]]
             said = streams[0].describe(*divmod(number, 2), rank)
@@ -121,7 +121,7 @@ def test_each_sample_once_per_epoch_and_batches_straddle() -> None:
 
 def test_resume_is_arithmetic() -> None:
     stream = TrainStream(part(50), DATA, TrainConfig(batch_size=12, accumulate=2, mixup=0.5), 3, 0, 1)
-    whole, rest = list(stream.batches(0, 6)), list(stream(4, 2))
+    whole, rest = list(stream.batches(0, 6)), list(stream.batches(4, 2))
     assert len(whole) == 12 and len(rest) == 4
     for left, right in zip(whole[8:], rest, strict=True):
         assert torch.equal(left.images, right.images) and torch.equal(left.targets, right.targets)
