@@ -79,12 +79,14 @@ SHARDS = {"build": Build, "index": Index, "verify": VerifyShards, "show": ShowSh
 
 def run_shards(action: Build | Index | VerifyShards | ShowShards | Reshard) -> None:
     """Does what the arguments ask for."""
-    if isinstance(action, Build | Reshard):
-        _build(action)
-        return
-    from lgp_dist.data.shards import index, show, verify  # NumPy and the decoders
+    from lgp_dist.data.build import build  # NumPy and the decoders
+    from lgp_dist.data.shards import index, show, verify
 
-    if isinstance(action, Index):
+    if isinstance(action, Build | Reshard):
+        layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.layout, action.source)
+        manifest = build.build_shards(layout, root, action.out, action)
+        sys.stdout.write(show.describe(manifest, show.summarise(manifest)) + "\n")
+    elif isinstance(action, Index):
         index.index_shards(action.root)
     elif isinstance(action, ShowShards):
         manifest = index.ShardManifest.load(action.root)
@@ -102,12 +104,3 @@ def run_shards(action: Build | Index | VerifyShards | ShowShards | Reshard) -> N
             sys.stdout.write(verify.table(problems))
             raise UserError(verify.summary(action.root, problems))
         sys.stdout.write(f"{action.root}: every shard and image is whole\n")
-
-
-def _build(action: Build | Reshard) -> None:
-    from lgp_dist.data.build import build  # webdataset, which imports torch
-    from lgp_dist.data.shards import show
-
-    layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.layout, action.source)
-    manifest = build.build_shards(layout, root, action.out, action)
-    sys.stdout.write(show.describe(manifest, show.summarise(manifest)) + "\n")

@@ -3,19 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lgp_dist.paths.stratified import key_digest
 
 LANES = 64
 """Lanes of an epoch, which positions visit in turn. Where the ranks divide them, few ranks read each shard."""
 
 
 def stream_key(purpose: str, *numbers: int) -> int:
-    """A key of 128 bits for one use of randomness: blake2b over its name and its numbers."""
-    text = "/".join([purpose, *(str(int(number)) for number in numbers)])
-    return int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "little")
+    """A 128-bit key for one use of randomness: its name and its numbers, hashed."""
+    return int.from_bytes(key_digest(purpose, *numbers), "little")
 
 
 def permutation(n: int, purpose: str, *numbers: int) -> NDArray[np.int64]:

@@ -18,12 +18,17 @@ def _key(parts: tuple[int | str, ...]) -> bytes:
     return "/".join(map(str, parts)).encode()
 
 
+def key_digest(*key: int | str) -> bytes:
+    """16 bytes that depend on the key alone: BLAKE2b of its parts, joined by slashes."""
+    return hashlib.blake2b(_key(key), digest_size=16).digest()
+
+
 def draw_index(count: int, *key: int | str) -> int:
     """A uniform index below count that depends on the key alone.
 
-    A 128-bit BLAKE2b digest of the key modulo count; the bias is below count / 2^128.
+    The digest of the key modulo count; the bias is below count / 2^128.
     """
-    return int.from_bytes(hashlib.blake2b(_key(key), digest_size=16).digest(), "big") % count
+    return int.from_bytes(key_digest(*key), "big") % count
 
 
 def draw_order(count: int, *key: int | str) -> list[int]:

@@ -1,10 +1,10 @@
 """Writes one shard, and reads it back."""
 
+import io
 import os
+import tarfile
 from dataclasses import replace
 from pathlib import Path
-
-from webdataset import TarWriter
 
 from lgp_dist.data.build.source import Item
 from lgp_dist.data.shards.index import IndexedShard, index_shard
@@ -21,18 +21,23 @@ def write_shard(path: Path, items: list[Item], short_side: int = 0, quality: int
     UserError for something that is no image, or cannot be read, names it.
     """
     with replacing(path) as partial:
-        with (
-            open(partial, "wb") as stream,
-            TarWriter(stream, user="lgp", group="lgp", mode=0o644, mtime=0, compress=False, encoder=False) as tar,
-        ):
+        with tarfile.open(partial, "w") as tar:
             for item in items:
                 content = _content(item, short_side, quality)
-                tar.write({"__key__": item.key, "cls": str(item.label).encode(), extension(content): content})
+                _add(tar, f"{item.key}.cls", str(item.label).encode())
+                _add(tar, f"{item.key}.{extension(content)}", content)
         made = index_shard(partial)
         if [sample.key for sample in made.samples] != [item.key for item in items]:
             raise RuntimeError(f"{path.name} does not read back as it was written")
         flush(partial)
     return replace(made, entry=replace(made.entry, name=path.name))
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file whose owner and time never change."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.uname, info.gname = len(content), 0o644, "lgp", "lgp"
+    tar.addfile(info, io.BytesIO(content))
 
 
 def _content(item: Item, short_side: int, quality: int) -> bytes:
