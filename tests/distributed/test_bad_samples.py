@@ -15,6 +15,8 @@ from exact_launch import HERE, run_workers
 from run_helpers import LIMIT_S
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 COUNT = 100 if os.environ.get("LGP_LONG_TESTS") else 12
 CASES = [random.Random(number).sample(range(SAMPLES), random.Random(number).randint(1, 12)) for number in range(COUNT)]
 """Bad samples of a run."""

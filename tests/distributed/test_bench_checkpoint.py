@@ -12,6 +12,8 @@ from run_helpers import LIMIT_S, Lgp
 from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 SMALL = ("--rounds=1", "--steps=2", "--finetune.train.batch-size=4", "--engine.device=cpu", "--checkpoint.every=10")
 
 

@@ -9,6 +9,8 @@ import pytest
 from exact_launch import ROOT, command
 from run_helpers import LIMIT_S
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 SMALL = ("--rounds=1", "--steps=2", "--finetune.train.batch-size=4", "--engine.device=cpu")
 
 

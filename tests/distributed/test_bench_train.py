@@ -12,6 +12,8 @@ from run_helpers import LIMIT_S
 
 from lgp_dist.bench.loop.phases import PHASES
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 SMALL = ("--rounds=1", "--steps=2", "--finetune.train.batch-size=4", "--engine.device=cpu")
 
 

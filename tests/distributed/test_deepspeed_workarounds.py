@@ -15,6 +15,8 @@ from exact_launch import HERE, ROOT, command
 from run_helpers import LIMIT_S
 from workarounds_worker import Two
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 
 def moves() -> list[float]:
     """How far torch's SGD at rate 1 moves layer b in four steps that use a, b, a, b."""

@@ -7,6 +7,8 @@ from exact_trials import Trial
 from resume_jobs import Job, differences, launch, losses, whole_state
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 LIMIT = 4096
 """Bytes: less than a rank's part of a checkpoint. The write fails in the middle, as on a disk that fills up."""
 ENGINES = ("ddp", "zero1", "zero3")

@@ -11,6 +11,8 @@ from exact_trials import Engine, Trial
 from resume_jobs import Changing, Job, launch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 STEPS, AT = 6, 3
 SETTINGS = {"accumulate": 1, "clip": 0.5, "steps": STEPS}
 ZERO: tuple[Engine, ...] = ("zero0", "zero1", "zero2", "zero3")

@@ -16,6 +16,8 @@ from exact_reference import reference
 from exact_trials import ENGINES, Trial, sample, unfused
 from run_helpers import shared_memory_goes
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 ANY_ORDER = Trial("ddp", 2, broken="order", audit=False)
 """Rank 1 gets its gradients in another order than rank 0, which DDP's fixed buckets do not mind."""
 TRIALS = [*sample(large="LGP_LONG_TESTS" in os.environ), ANY_ORDER]
@@ -35,14 +37,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Trial, tuple[Path,
             assert done.returncode == 0, done.stderr[-6000:]
             found |= {trial: (folder, index) for index, trial in enumerate(trials)}
     return found
-
-
-def test_two_ranks_of_zero1_equal_one_process(tmp_path: Path) -> None:
-    """A trial and a launch of its own, for scripts/test --fast; the other tests here are marked slow."""
-    trial = Trial("zero1", 2, accumulate=2, clip=0.5)
-    done = start([trial], tmp_path / "run")
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert difference(trial, tmp_path / "run", 0) <= TOLERANCE
 
 
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)

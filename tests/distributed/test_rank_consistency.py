@@ -23,6 +23,8 @@ from lgp_dist.pipeline import sources
 from lgp_dist.recipes import tiny
 from lgp_dist.run.provenance import code_hashes
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 MAY_DIFFER = {
     *("data.root", "data.threads", "data.cache", "data.cache_bytes", "data.timeout_s", "data.retries"),
     *("ancestry.weights", "model.rows.0.weights", "model.rows.1.weights", "finetune.weights", "finetune.costs"),

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from lgp_dist.run.run_status import RunStatus, read_run_status
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 STEPS, EVERY = 40, 5
 LAUNCHERS = ("accelerate", "torchrun") if os.environ.get("LGP_LONG_TESTS") else ()
 """DeepSpeed's ZeRO-1, and DDP; with LGP_LONG_TESTS=1, since a test takes minutes. test_torture has the kills of CI."""

@@ -11,6 +11,8 @@ from resume_jobs import Job, differences, launch, losses, whole_state
 from run_helpers import LIMIT_S
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 STEPS = 6
 LONG = bool(os.environ.get("LGP_LONG_TESTS"))
 """Whether every engine has all settings, not two of the three, and is resumed from every step."""

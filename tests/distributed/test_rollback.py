@@ -12,6 +12,8 @@ from resume_jobs import Elsewhere, Job, differences, launch, losses
 from run_helpers import LIMIT_S
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 STEPS = 6
 MORE = [
     Trial("zero2", 2, steps=STEPS, offload=True),

@@ -16,6 +16,8 @@ from run_helpers import LIMIT_S
 from lgp_dist.config.flat import STAGES
 from lgp_dist.errors import HUNG
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 TIMEOUT_S = 4.0
 """Of the watchdog within steps; all cases here are outside of them, where it is ten times as long."""
 STOPPED = "gives no sign of life .*: last seen in "

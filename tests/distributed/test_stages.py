@@ -11,6 +11,8 @@ from exact_launch import command
 from run_helpers import LIMIT_S, SMALL
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 ENGINES = ("zero1", "zero3", "ddp", *["zero2"] * ("LGP_LONG_TESTS" in os.environ))
 """LGP_LONG_TESTS=1 runs ZeRO-2 too."""
 EPS = [f"--{stage}.train.eps=1e-3" for stage in ("distil", "finetune")]

@@ -14,6 +14,8 @@ from exact_launch import TOLERANCE, allowed, difference, groups, start
 from exact_trials import ENGINES
 from step_filter_cases import KINDS, Case, skips, spikes, stops
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 EVERY = "LGP_FAULTS" in os.environ
 SKIPS, SPIKES, STOPS = skips(EVERY), spikes(EVERY), stops(EVERY)
 REASONS = {"nan": "loss", "inf": "loss", "gradient": "gradient", "part": "gradient", "spike": "spike"}

@@ -9,6 +9,8 @@ from exact_trials import ENGINES
 from safetensors.torch import load_file
 from sws_trials import SwsTrial, reference
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 TRIALS = [SwsTrial(kind, engine) for engine in ENGINES for kind in ("distil", "finetune")]
 for _engine in ("zero1", "zero3", "ddp"):
     TRIALS.append(SwsTrial("distil", _engine, checkpointed=True, clip=0.05, accumulate=2))

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from run_helpers import LIMIT_S
+
+pytestmark = pytest.mark.slow  # launches of several ranks
 
 HERE = Path(__file__).parent
 

@@ -12,6 +12,8 @@ from exact_launch import HERE, ROOT, TOLERANCE, difference
 from exact_trials import Trial
 from run_helpers import LIMIT_S
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 NAMESPACES = ("unshare", "-Urnpf", "--mount-proc", "--kill-child")
 """A user, network and process namespace; with its first process all others in it end."""
 

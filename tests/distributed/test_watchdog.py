@@ -15,6 +15,8 @@ from watchdog_worker import BAD_STEP, PHASE_OF
 
 from lgp_dist.errors import HUNG
 
+pytestmark = pytest.mark.slow  # launches of several ranks
+
 TIMEOUT_S = 4.0
 HUNG_CASES = (
     *("sleep-0-2", "sleep-1-2", "sleep-2-3", "stop-0-2", "stop-1-2", "stop-2-3", "lock-0-2", "lock-1-2"),
