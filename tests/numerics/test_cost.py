@@ -32,6 +32,7 @@ def test_stored_parameters_are_those_of_the_pool_module(space: PathSpace) -> Non
     assert space.stored_params == count(pool) == sum(value.numel() for value in pool.state_dict().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", POOL12.paths, ids=path_id)
 def test_cost_of_the_papers_pool_on_the_meta_device(path: Path) -> None:
     """pool(12) at full size, built without memory: parameters and FLOPs of every path."""

@@ -79,6 +79,7 @@ def written(space: PathSpace, path: Path, folder: File) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("space", "path"), EVERY_PATH, ids=path_id)
 def test_timm_loads_every_path(space: PathSpace, path: Path, tmp_path: File) -> None:
     """Bit for bit, with the run's own normalisation; a new number of classes gives a new head and keeps the rest."""
@@ -103,6 +104,7 @@ def test_stitched_paths_refuse_other_inputs(tmp_path: File) -> None:
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=56)
 
 
+@pytest.mark.slow
 def test_plain_torch_file_needs_torch_alone(tmp_path: File) -> None:
     """The exported file, in a process that cannot import timm or this package, for every path of both pools."""
     for index, (space, path) in enumerate(EVERY_PATH):
@@ -184,6 +186,7 @@ def test_transformers_loads_a_row(tmp_path: File, monkeypatch: pytest.MonkeyPatc
     assert tuple(processor.data_config["mean"]) == DATA.mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "key"), [(TWO, "r1.0-3"), (TWO, "r0.0-1+r1.2-3"), (THREE, "r1.0-1+r2.1-2")], ids=path_id
 )

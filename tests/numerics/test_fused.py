@@ -63,6 +63,7 @@ def together(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return distance(torch.cat([found[name] for name in exact]), torch.cat(list(exact.values())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("space", "path"), EVERY_PATH, ids=path_id)
 def test_every_path_equals_timms_modules(space: PathSpace, path: Path) -> None:
     """Logits and every gradient in fp32; all gradients together in bf16, as near as timm's modules are."""
@@ -75,6 +76,7 @@ def test_every_path_equals_timms_modules(space: PathSpace, path: Path) -> None:
     assert together(run(pool, path, batch, autocast=True), wanted) < 2 * together(rounded, wanted) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ops", "checkpointed", "backend"),
     [*product(["fused"], [False, True], ["", "aot_eager"]), ("compiled", True, "")],
@@ -109,6 +111,7 @@ def test_reference_is_how_a_pool_begins() -> None:
         assert torch.equal(pool(batch, path), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["fused", "compiled", "reference"])
 def test_rows_handed_on_give_the_pairs_gradients(mode: Ops, precision: str) -> None:
@@ -125,6 +128,7 @@ def test_rows_handed_on_give_the_pairs_gradients(mode: Ops, precision: str) -> N
     assert max(distance(found[name], value) for name, value in wanted.items()) <= LIMITS[precision]
 
 
+@pytest.mark.slow
 def test_nothing_needs_triton_to_be_imported() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

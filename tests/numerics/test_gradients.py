@@ -52,6 +52,7 @@ def run(pool: LearngenePool, contract: Contract, path: Any) -> tuple[list[str], 
     return order, stems.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("contract", CONTRACTS)
 def test_gradients_are_those_of_the_path(contract: Contract, checkpointed: bool) -> None:
@@ -67,6 +68,7 @@ def test_gradients_are_those_of_the_path(contract: Contract, checkpointed: bool)
         assert "forward" not in vars(pool.stem) and not pool.stem._forward_pre_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_chain_gives_gradients_in_one_order(checkpointed: bool) -> None:
     """To all parameters, whatever the path: from the head to the stem."""

@@ -111,6 +111,7 @@ def batch_on(device: str, soft: bool) -> Batch:
     return Batch(torch.randn(4, 1, 28, 28), targets, torch.ones(4)).to(torch.device(device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("contract", ["chain", "gates", "none"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

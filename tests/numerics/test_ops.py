@@ -41,6 +41,7 @@ def test_equals_float64(name: str, size: tuple[int, int, int], precision: str, a
     assert max(distances(name, size, precision, affine).values()) <= LIMITS[precision]
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_equal_float64(interpreted: dict[str, dict[str, float]]) -> None:
     """The same of the kernels themselves, run by Triton's interpreter."""
     assert len(interpreted) == 26
@@ -50,6 +51,7 @@ def test_interpreted_kernels_equal_float64(interpreted: dict[str, dict[str, floa
         assert {"y", "z"} < found.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ops_aot.SHARED)
 @pytest.mark.parametrize("build", ops_aot.BUILDS if EVERY else ops_aot.FEW, ids=lambda build: build.name)
 def test_kernels_compile_without_spills(
@@ -64,6 +66,7 @@ def test_kernels_compile_without_spills(
     assert (found["products"] > 0) == build.kernel.startswith("stitch"), found
 
 
+@pytest.mark.slow
 def test_a_tile_too_large_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test of the test: rows of the backward tile times eight are more than the registers hold."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -141,6 +144,7 @@ def test_checkpointing_compilation_and_autocast(name: str, way: str, autocast: b
     assert (found[0]["z"].dtype == torch.bfloat16) == (autocast and name == "stitch_norm")
 
 
+@pytest.mark.slow
 def test_inductor_takes_both() -> None:
     """One compiled function with both operations, against the definition."""
     torch.compiler.reset()

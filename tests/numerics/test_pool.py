@@ -136,6 +136,7 @@ def test_descendant_equals_its_path_and_owns_its_weights(space: PathSpace, path:
         assert not torch.equal(pool(batch, path), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("space", "path"), EVERY_PATH, ids=path_id)
 def test_descendant_survives_json_and_safetensors(space: PathSpace, path: Path) -> None:
     """What is written out and read back gives the path's logits bit for bit, for every path."""

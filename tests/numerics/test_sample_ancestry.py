@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -14,6 +15,7 @@ from lgp_dist.recipes import tiny
 SAMPLE = Path(__file__).parents[2] / "shards" / "sample"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_accuracy_and_hash_are_as_recorded() -> None:
     record = json.loads((SAMPLE / "ancestry.json").read_text())

@@ -78,6 +78,7 @@ class Start:
         return self.streams[0].order.samples(ordered)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixup", [0.0, 0.8], ids=["single", "pairs"])
 def test_fifty_restarts_lose_and_double_nothing(mixup: float) -> None:
     """A run of two epochs dies 50 times, some steps after its last checkpoint, and goes on with other ranks.
@@ -108,6 +109,7 @@ def test_fifty_restarts_lose_and_double_nothing(mixup: float) -> None:
     assert not np.array_equal(sequence[:SAMPLES], sequence[SAMPLES : 2 * SAMPLES]), "epochs have different orders"
 
 
+@pytest.mark.slow
 def test_a_hundred_resumes_give_the_same_order() -> None:
     """From any step, at any number of ranks: the ordered list is that of one process that never stopped."""
     index, draw, ahead = million(), random.Random(4), 3
@@ -151,6 +153,7 @@ def digests() -> str:
     return found.hexdigest()
 
 
+@pytest.mark.slow
 def test_paths_depend_on_seed_step_and_rank_alone() -> None:
     """The schedule is the same in another process with other hashes and generators.
 

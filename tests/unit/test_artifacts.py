@@ -223,6 +223,7 @@ def test_json_is_written_whole_or_not(tmp_path: Path) -> None:
     assert path.read_text() == '{\n  "a": 1\n}\n' and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_second_run_skips_everything(lgp: Lgp, finished_place: Path) -> None:
     def state() -> tuple[dict[str, str], dict[str, int]]:
         artifacts = [path for stage in STAGES for path in Path("run", stage).rglob("*")]
@@ -272,6 +273,7 @@ def test_stage_before_its_input(lgp: Lgp, place: Path, stage: str, first: str) -
     assert not [path for path in Path("run").iterdir() if path.name not in ABOUT]
 
 
+@pytest.mark.slow
 def test_stale_downstream(lgp: Lgp, finished_place: Path) -> None:
     """After another ancestry no later artifact may pass for current, however far down it is."""
     write_ancestry(Path("ancestry.safetensors"), seed=1)
@@ -281,11 +283,13 @@ def test_stale_downstream(lgp: Lgp, finished_place: Path) -> None:
     has(refused(lgp, "pool"), "artifact.json", "ancestry.weights was", "--force")
 
 
+@pytest.mark.slow
 def test_same_ancestry_again_makes_nothing_stale(lgp: Lgp, finished_place: Path) -> None:
     assert lgp("ancestry", *SMALL, "--force").status == 0
     assert lgp("run", *SMALL).err.count("skipped") == len(STAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["distil"], ["pool", "--force"]], ids=" ".join)
 def test_damaged_artifact(lgp: Lgp, finished_place: Path, arguments: list[str]) -> None:
     rows = Path("run/distil/rows.safetensors")
@@ -296,6 +300,7 @@ def test_damaged_artifact(lgp: Lgp, finished_place: Path, arguments: list[str]) 
     assert lgp("pool", *SMALL, "--force").status == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"stage": "distil"}'])
 def test_damaged_record(lgp: Lgp, finished_place: Path, text: str) -> None:
     Path("run/distil/artifact.json").write_text(text)
@@ -303,6 +308,7 @@ def test_damaged_record(lgp: Lgp, finished_place: Path, text: str) -> None:
     assert lgp("distil", *SMALL, "--force").status == 0
 
 
+@pytest.mark.slow
 def test_metrics_cut_off_by_a_kill(lgp: Lgp, finished_place: Path) -> None:
     """A process that is killed while it writes leaves half a line; the run goes on anyway."""
     with Path("run/metrics.jsonl").open("a") as file:

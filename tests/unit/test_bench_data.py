@@ -36,6 +36,7 @@ def photographs(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.slow
 def test_photographs_are_whole_and_always_the_same(sources: Path, photographs: Path, tmp_path: Path) -> None:
     make_photographs([sources], tmp_path / "again", 20, 2)
     for variant in VARIANTS:
@@ -61,6 +62,7 @@ def test_photographs_are_read_by_webdataset(photographs: Path) -> None:
         assert abs(left - right).mean() < 4
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(photographs: Path) -> None:
     """What a child prints; and its last words where it fails."""
     found = bench._run("decoder", photographs / "s256", 1, 8)

@@ -18,6 +18,7 @@ CEILINGS = (1e12, 1e11)
 """FLOP/s and bytes/s in place of measured ones: a product in bf16 takes seconds where the processor has no bf16."""
 
 
+@pytest.mark.slow
 def test_op_prints_an_object_for_each_way(lgp: Lgp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ratios agree with the times of the same run; marks are for a GPU. One case, since compilation is slow."""
     monkeypatch.setattr(op, "CASES", op.CASES[1:2])
@@ -53,6 +54,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         op.check(case, CPU)
 
 
+@pytest.mark.slow
 def test_step_compares_ways_and_shares_the_ancestry(lgp: Lgp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Per-path time with several paths holds a part of the ancestry's."""
     monkeypatch.setattr(step, "PRECISIONS", ("bf16",))

@@ -99,6 +99,7 @@ def test_what_ranks_draw_alone_is_the_policy_independent() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_train_writes_one_object(lgp: Lgp, tmp_path: Path) -> None:
     out = tmp_path / "train.json"
     result = lgp("bench", "train", *SMALL, "--rounds=1", "--steps=2", "--out", out)
@@ -113,6 +114,7 @@ def test_train_writes_one_object(lgp: Lgp, tmp_path: Path) -> None:
     has(again.out, "now over before", "images_per_s", "tiny_paper one all independent")
 
 
+@pytest.mark.slow
 def test_peers_compares_in_one_run(lgp: Lgp, tmp_path: Path) -> None:
     """Both draw the same paths where the policy is `independent`; timm's loop has the widest row alone."""
     out = tmp_path / "peers.json"
@@ -181,6 +183,7 @@ def test_distil_by_arithmetic_and_measured(lgp: Lgp) -> None:
     assert found["batch"] == 2 and found["by_arithmetic"] == by_arithmetic(tiny_paper())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ops", "graphs"), [("reference", 2), ("fused", 3)])
 def test_a_graph_for_each_width_serves_all_blocks_and_paths(ops: Any, graphs: int) -> None:
     """As the trainer compiles them; fused, the block that a stitch enters has a graph of its own.

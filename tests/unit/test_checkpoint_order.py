@@ -15,6 +15,7 @@ SAVE += "toy.train(1); toy.save(1)"
 CALL = re.compile(r"^\d+ +(write|pwrite64|fsync|rename|renameat|renameat2)\((.*)$")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_everything_is_on_disk_before_the_name(tmp_path: Path) -> None:
     trace, folder = tmp_path / "trace", tmp_path / "s"

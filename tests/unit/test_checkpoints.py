@@ -271,6 +271,7 @@ def test_latest_is_derived(two: tuple[Path, dict[int, dict[str, torch.Tensor]]])
     assert Toy(folder).restore() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("LGP_HISTORIES", "200"))))
 def test_pruning_keeps_a_whole_checkpoint_in_any_history(tmp_path: Path, seed: int) -> None:
     """Random saves, some left unfinished, some that lose a part or have it cut: neither the newest whole ones nor the

@@ -147,12 +147,14 @@ def test_fault_that_passes(server: FaultServer, tmp_path: Path, fault: str) -> N
     assert [path.name for path in (tmp_path / "shards").iterdir()] == [ENTRIES[1].sha256]
 
 
+@pytest.mark.slow
 def test_range_goes_on_where_it_stalled(server: FaultServer, tmp_path: Path) -> None:
     cache = cache_of(server.root("stall-once"), tmp_path, policy=STALLS)
     assert cache.path(NAMES[0]).read_bytes() == content_of(0)
     assert [start for *_, start in server.asked] == [0, SIZE // 2] and cache.bytes == SIZE
 
 
+@pytest.mark.slow
 def test_answer_of_another_range_is_not_used(server: FaultServer, tmp_path: Path) -> None:
     cache = cache_of(server.root("other-range"), tmp_path, policy=replace(STALLS, retries=2))
     assert cache.path(NAMES[0]).read_bytes() == content_of(0)
@@ -227,6 +229,7 @@ def child(root: str, folder: Path, name: str = NAMES[0], limit: str = "", **vari
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_processes_of_a_node_fetch_a_shard_once(server: FaultServer, tmp_path: Path) -> None:
     children = [child(server.root("slow"), tmp_path) for _ in range(3)]
     said = [process.communicate(timeout=LIMIT_S)[0].split() for process in children]

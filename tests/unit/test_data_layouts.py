@@ -92,6 +92,7 @@ build.build_shards(sys.argv[4], sys.argv[1], sys.argv[2], build.BuildOptions(per
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "shard"), [("parquet", 1), ("imagefolder", 4), ("imagenet", 7)])
 def test_kill_in_the_middle_and_resume(layout: str, shard: int, tmp_path: Path) -> None:
     """A shard that is written but not yet named when kill -9 comes; then the same command goes on."""
@@ -114,6 +115,7 @@ def test_kill_in_the_middle_and_resume(layout: str, shard: int, tmp_path: Path) 
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_kill_at_random_times(tmp_path: Path) -> None:
     """The command itself, killed wherever it is, until it is through."""
     made = imagefolder(tmp_path / "source")

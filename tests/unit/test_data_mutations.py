@@ -164,6 +164,7 @@ def run(case: Case, seeds: range) -> str:
     return f"{len(seeds)} tars, {tars} of which lose samples for some reader: {counted} samples, {named} named"
 
 
+@pytest.mark.slow
 def test_mutated_tars(case: Case) -> None:
     run(case, range(400))
 

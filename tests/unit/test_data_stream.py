@@ -284,6 +284,7 @@ def test_bad_samples_are_replaced_in_place(tmp_path: Path, threads: int, caplog:
         assert torch.equal(found[step].images, torch.stack(turns([batches[step].images for batches in other], 1)))
 
 
+@pytest.mark.slow
 def test_a_thousand_bad_samples_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """No images, other bytes than were indexed, and half of an image: the logs of three ranks have these names, each
     once, and no other."""

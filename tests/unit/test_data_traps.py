@@ -182,6 +182,7 @@ print(json.dumps({"rise": peak() - before, "found": found}))
 """
 
 
+@pytest.mark.slow
 def test_bombs_stay_small(tmp_path: Path) -> None:
     """Compressed and empty tars and images of hundreds of megapixels are refused, with less than 200 MB of memory."""
     (tmp_path / "good.jpg").write_bytes(A)

@@ -107,6 +107,7 @@ def script_arguments(script: str, rest: list[str], parse: Callable[..., str]) ->
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_is_one(page: str, parsed: Callable[..., str]) -> None:
     found = commands(page, (ROOT / page).read_text())
@@ -222,6 +223,7 @@ def test_every_page_has_its_place_in_the_site() -> None:
     assert set(PAGES) <= written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -21,6 +21,7 @@ NONE = {"cuda": None, "devices": [], "nccl": None, "gloo": True}
 CARD = {"cuda": "13.0", "devices": ["NVIDIA H100"] * 2, "nccl": "2.28.3", "gloo": True}
 
 
+@pytest.mark.slow
 def test_doctor_prints_a_line_for_each(lgp: Lgp) -> None:
     """Text and --json say the same, and the status follows; nothing is a traceback, with or without a GPU."""
     result = lgp("doctor", "--json", "--data", SAMPLE)
@@ -42,6 +43,7 @@ def test_doctor_itself_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_tarfile(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this Python's own reader does with such a tar, as a limit of 3 s of CPU time shows it, and one that ends."""
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_CPU, (3, 3))\n{doctor.ENDLESS}"

@@ -200,6 +200,7 @@ def test_disk(tmp_path: Path, lgp: Lgp) -> None:
     assert any("needs 2.3 GB" in problem and "0.0 GB left" in problem for problem in problems), problems
 
 
+@pytest.mark.slow
 def test_shared_memory(tmp_path: Path) -> None:
     """The 64 MiB that a container has by default are too few for NCCL, and enough without it."""
     small = ["unshare", "-Urm", "bash", "-c", 'mount -t tmpfs -o size=64m none /dev/shm && exec "$@"', "small"]
@@ -248,6 +249,7 @@ def test_shipped_files(lgp: Lgp, path: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert {node["environment"]["ACCELERATE_DEEPSPEED_ZERO_STAGE"] for node in report["nodes"]} == {str(stage)}
 
 
+@pytest.mark.slow
 def test_what_is_shown_is_what_runs(tmp_path: Path, lgp: Lgp, monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment of real ranks under `accelerate launch` is what the check prints, and there are no others."""
     monkeypatch.chdir(ROOT)
@@ -270,6 +272,7 @@ def test_what_is_shown_is_what_runs(tmp_path: Path, lgp: Lgp, monkeypatch: pytes
 ODD: tuple[Any, ...] = (None, "", "7", 0, -1, 3, 1.5, True, [], ["a"], {}, {"a": 1}, "none", "no")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", ["top", "deepspeed"])
 def test_odd_values_are_never_a_traceback(tmp_path: Path, section: str) -> None:
     """Whatever stands at a key, a check ends with sentences, and plans nodes where it has none."""

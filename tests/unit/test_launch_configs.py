@@ -75,6 +75,7 @@ def test_trainjob_fits_kubeflows_models() -> None:
     assert model.from_dict(typo).to_dict() != typo
 
 
+@pytest.mark.slow
 def test_trainjob_starts_all_ranks(tmp_path: Path) -> None:
     """Its command under Trainer's variables, for one node of two ranks: torchrun starts both, DeepSpeed is asked for.
 

@@ -154,6 +154,7 @@ def test_a_run_writes_and_shows_its_ledger(finished: Path) -> None:
     assert 'id="draws"' in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_balanced_run_on_measured_costs(finished_place: Path, lgp: Lgp) -> None:
     """`bench paths` measures, `finetune` draws the named paths by it; a changed table is refused, then forced."""
     made = lgp("bench", "paths", "tiny", "--out", "costs.json", "--batch=2", "--repeats=1", "--engine.threads=1")

@@ -78,6 +78,7 @@ def test_what_that_needs_is_locked() -> None:
     assert len(names) > 60 and names <= locked.keys(), sorted(names - locked.keys())
 
 
+@pytest.mark.slow
 def test_the_bill_of_materials_is_the_lock(tmp_path: Path) -> None:
     """Every package of the lock, in its version and with all its hashes, and no other."""
     out = tmp_path / "sbom.json"

@@ -176,6 +176,7 @@ SETTINGS += [("independent", 1, "sandwich"), ("independent", 3, "sandwich"), ("s
 SETTINGS += [("spread", 1, "sandwich"), ("spread", 3, "sandwich"), ("balanced", 4, "sandwich"), ("balanced", 3, "meet")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "accumulate", "setting"), SETTINGS)
 def test_long_run_shares(policy: str, accumulate: int, setting: str) -> None:
     """Every path has its share in every single slot of a step, and so on every rank and over all."""

@@ -53,6 +53,7 @@ def test_no_false_alarm(seed: int) -> None:
     assert judge(guard(spike=3.0), series(seed)) == [GOOD] * 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_no_false_alarm_while_a_model_trains(seed: int) -> None:
     """Softmax regression on small random batches, with the guard on its gradients."""

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from run_helpers import LIMIT_S
 
 CODE = """
@@ -28,6 +29,7 @@ assert seen() is None and gc.get_freeze_count() <= first
 """
 
 
+@pytest.mark.slow
 def test_what_imports_made_is_not_searched_for_garbage() -> None:
     """What is made later is, also where a process joins twice; and the end of it says nothing."""
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=LIMIT_S, check=False)
