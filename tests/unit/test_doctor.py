@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import LIMIT_S, SAMPLE, Lgp
+from run_helpers import SAMPLE, Lgp
 
 from lgp_dist.commands import doctor
 from lgp_dist.commands.doctor import Finding, check_backends, check_compiler, check_data, check_open_files, check_shm
@@ -28,9 +29,7 @@ def test_doctor_prints_a_line_for_each(lgp: Lgp) -> None:
     rows = json.loads(result.out)
     assert result.status == (0 if all(row["ok"] for row in rows) else 1)
     names = [row["name"] for row in rows]
-    assert set(names) - {"nccl"} == {
-        "python", "versions", "tarfile", "gpu", "gloo", "compiler", "shared memory", "open files", "data"
-    }  # fmt: skip
+    assert set(names) - {"nccl"} == {"versions", "gpu", "gloo", "compiler", "shared memory", "open files", "data"}
     result = lgp("doctor", "--data", "/nowhere")
     assert result.status == 1 and "Traceback" not in result.out + result.err
     last = result.out.splitlines()[-1]
@@ -41,18 +40,6 @@ def test_doctor_itself_needs_no_torch() -> None:
     """torch is asked in a process of its own."""
     code = "import sys, lgp_dist.commands.doctor, lgp_dist.cli.doctor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-@pytest.mark.slow
-def test_tarfile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this Python's own reader does with such a tar, as a limit of 3 s of CPU time shows it, and one that ends."""
-    limited = f"import resource; resource.setrlimit(resource.RLIMIT_CPU, (3, 3))\n{doctor.ENDLESS}"
-    endless = subprocess.run([sys.executable, "-I", "-c", limited]).returncode != 0
-    monkeypatch.setattr(doctor, "ENDLESS_S", 5.0 if endless else LIMIT_S)
-    found = doctor.check_tarfile(doctor.ENDLESS)
-    assert found.ok and ("never ends" in found.text) == endless
-    monkeypatch.setattr(doctor, "ENDLESS_S", LIMIT_S)
-    assert doctor.check_tarfile("import tarfile").text == "ends on damaged tars"
 
 
 def make_package(folder: Path, name: str, release: str, *requires: str) -> None:
@@ -69,20 +56,19 @@ def make_package(folder: Path, name: str, release: str, *requires: str) -> None:
 
 
 def test_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing package, one out of range, two that do not fit each other; extras and other systems do not count."""
+    """A missing package and one out of range; extras and other systems do not count."""
     monkeypatch.syspath_prepend(tmp_path)
     others = ("lgpx; extra == 'y'", "lgpw; sys_platform == 'win32'")
     make_package(tmp_path, "lgptop", "1", "lgpa>=2,<3", "lgpb", "lgpgone>=4", *others)
     make_package(tmp_path, "lgpa", "1.5")
-    make_package(tmp_path, "lgpb", "2.0", "lgpa==1.4", "lgpelse")
+    make_package(tmp_path, "lgpb", "2.0")
     found = list(doctor.check_versions("lgptop"))
-    assert [finding.ok for finding in found] == [False] * 3
+    assert [finding.ok for finding in found] == [False] * 2
     for finding, words in zip(
         found,
         [
             ("lgptop needs lgpa<3,>=2", "1.5"),
             ("lgptop needs lgpgone>=4", "not installed"),
-            ("lgpb needs lgpa==1.4", "1.5"),
         ],
         strict=True,
     ):
@@ -120,18 +106,12 @@ def test_torch_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert isinstance(said, str) and "libcudart.so.99" in said
 
 
-def test_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None, one that fails, one that works."""
-    assert "There is no no-such-compiler" in check_compiler("no-such-compiler").text
-    broken = tmp_path / "broken++"
-    broken.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    found = check_compiler(str(broken))
-    assert not found.ok and "Python.h: No such file" in found.text
-    works = tmp_path / "works++"
-    works.write_text("#!/bin/sh\nexit 0\n")
-    works.chmod(0o755)
-    assert check_compiler(str(works)).ok
+def test_compiler(tmp_path: Path) -> None:
+    """None, one without Python's headers, one with them."""
+    assert "There is no no-such-compiler" in check_compiler("no-such-compiler", tmp_path).text
+    assert not (found := check_compiler("sh", tmp_path)).ok and "Python.h" in found.text
+    (tmp_path / "Python.h").touch()
+    assert check_compiler("sh", tmp_path) == Finding("compiler", True, shutil.which("sh") or "")
 
 
 @pytest.fixture
