@@ -172,6 +172,8 @@ def sources(config: RunConfig, manifest: ShardManifest) -> dict[str, str]:
     for index, row in enumerate(config.model.rows):
         if row.source == "file":
             found[f"model.rows.{index}.weights"] = fingerprint(Path(row.weights))
+    if config.finetune.start_weights:
+        found["finetune.start_weights"] = fingerprint(Path(config.finetune.start_weights))
     if config.finetune.weights:
         found["finetune.weights"] = fingerprint(Path(config.finetune.weights))
     if config.finetune.costs:

@@ -6,7 +6,16 @@ import sys
 
 from lgp_dist.cli.bench import BENCHES, run_bench
 from lgp_dist.cli.checkpoint import CHECKPOINT, run_checkpoint
-from lgp_dist.cli.descendants import DescendRun, Downstream, ExportRun, descend, export, finetune_descendant
+from lgp_dist.cli.descendants import (
+    DescendRun,
+    Downstream,
+    ExportRun,
+    SpecialiseRun,
+    descend,
+    export,
+    finetune_descendant,
+    specialise,
+)
 from lgp_dist.cli.doctor import Doctor, run_doctor
 from lgp_dist.cli.exit_status import guarded
 from lgp_dist.cli.launch import Check, run_launch
@@ -17,6 +26,7 @@ from lgp_dist.cli.study import ReportRuns, Study, run_report, run_study
 
 COMMANDS = {
     **stage_commands({"descend": Command(DescendRun, descend), "export": Command(ExportRun, export)}),
+    "specialise": Command(SpecialiseRun, specialise),
     "finetune-descendant": Command(Downstream, finetune_descendant),
     "report": Command(ReportRuns, run_report),
     "doctor": Command(Doctor, run_doctor),
@@ -34,6 +44,7 @@ GROUPS = {
     "A finished run:": {
         "descend RUN": DescendRun.__doc__,
         "export RUN": ExportRun.__doc__,
+        "specialise RUN": SpecialiseRun.__doc__,
         "finetune-descendant": Downstream.__doc__,
         "report": ReportRuns.__doc__,
     },

@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from lgp_dist.commands.finished import FinishedRun
-from lgp_dist.config.budget import Budget
+from lgp_dist.config.budget import Amount, Budget
+from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import (
     AugmentConfig,
     CheckpointConfig,
@@ -24,6 +25,7 @@ from lgp_dist.config.run_config import (
     TrainConfig,
 )
 from lgp_dist.errors import UserError
+from lgp_dist.run.checks import check_config
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,30 @@ class ExportRun:
     """As --export.images of the stage."""
     data: str = ""
     """Root of the shards; empty for the one that the run names."""
+    debug: bool = False
+    """Show tracebacks of errors that have a sentence."""
+
+
+@dataclass(frozen=True)
+class SpecialiseRun:
+    """One path of a finished run, trained alone from the pool's weights."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    path: str = ""
+    """Key of the path; empty for the best within the limits."""
+    max_params: Amount = Amount(0)
+    """Largest number of parameters, such as 10M; 0 for any."""
+    max_flops: Amount = Amount(0)
+    """Most multiply-adds per image, such as 2G; 0 for any."""
+    epochs: float = 0.0
+    """Passes over the training split; 0 for a quarter of stage finetune's."""
+    lr: float = 0.0
+    """Peak learning rate; 0 for a quarter of stage finetune's."""
+    data: str = ""
+    """Root of the shards; empty for the one that the run names."""
+    resume: str = "auto"
+    """As of a run: auto, latest, never or a path."""
     debug: bool = False
     """Show tracebacks of errors that have a sentence."""
 
@@ -146,6 +172,24 @@ def export(action: ExportRun) -> None:
     from lgp_dist.commands.descendants import export_of_run  # torch and timm
 
     sys.stdout.write(export_of_run(replace(run, config=config), action.out) + "\n")
+
+
+def specialise(action: SpecialiseRun) -> None:
+    """Trains a path of a finished run alone, and says how much it gained."""
+    from lgp_dist.commands.specialise import chosen_key, gain_text, link_earlier_stages, specialised
+
+    run = FinishedRun.open(action.run)
+    key = chosen_key(run, action.path, Budget(action.max_params, action.max_flops))
+    config = replace(specialised(run, key, action.epochs, action.lr), resume=action.resume)
+    if action.data:
+        config = replace(config, data=replace(config.data, root=action.data))
+    check_config(config)
+    link_earlier_stages(run, config)
+    from lgp_dist.pipeline import run_stages  # torch, timm and deepspeed
+
+    run_stages(config, STAGES)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(gain_text(Path(config.directory), key) + "\n")
 
 
 def finetune_descendant(action: Downstream) -> None:

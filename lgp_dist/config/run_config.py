@@ -251,6 +251,8 @@ class FinetuneConfig:
     """For policy balanced: file of `lgp bench paths`, seconds of each path; empty for FLOPs. Stages depend on it."""
     weights: str = runtime_only("")
     """A consolidated checkpoint to take instead of training. Stages depend on its content."""
+    start_weights: str = runtime_only("")
+    """Weights of this pool (safetensors) to train from instead of stage pool's. Stages depend on its content."""
     tau: float = 1.0
     """Temperature of the soft cross-entropy to the ancestry."""
     distil: Literal["soft", "hard"] = "soft"

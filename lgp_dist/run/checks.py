@@ -9,7 +9,7 @@ from lgp_dist.errors import UserError, nearest
 from lgp_dist.paths.path import Space
 from lgp_dist.paths.space import space_of
 
-SOURCES = ("ancestry.weights", "finetune.weights", "finetune.costs")
+SOURCES = ("ancestry.weights", "finetune.weights", "finetune.start_weights", "finetune.costs")
 """Files whose content counts, beside the splits of the data."""
 
 

@@ -17,7 +17,7 @@ from lgp_dist.engine.loop import RunSetup, TrainingPlan, TrainingResult, train
 from lgp_dist.engine.saver import SaverConfig
 from lgp_dist.engine.step_filter import StepFilter
 from lgp_dist.engine.workers import Workers
-from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.ancestry import Ancestry, load_weights
 from lgp_dist.models.build import build_ancestry, build_pool
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.path import Space
@@ -142,6 +142,16 @@ class Context:
         """The pool as stage `pool` or `finetune` left it, on this device. training: as `build_pool`."""
         state = load_tensors(self.require(stage).folder / "pool.safetensors")
         return build_pool(self.config, self.workers.device, state, training=training)
+
+    def starting_pool(self, *, training: bool = False) -> LearngenePool:
+        """The pool that stage finetune trains from: stage pool's, or `finetune.start_weights`.
+
+        UserError if these weights are another pool's.
+        """
+        pool, start = self.load_pool("pool", training=training), self.config.finetune.start_weights
+        if start:
+            load_weights(pool, load_tensors(Path(start)), start, "pool", "model and data.num_classes")
+        return pool
 
     def seed(self, stage: str, rank: int = 0) -> None:
         """Seeds torch: another for each stage; without a rank for what must be the same everywhere (initialisation)."""

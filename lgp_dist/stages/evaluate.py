@@ -18,7 +18,7 @@ def run(context: Context) -> None:
     began = time.monotonic()
     pooled, tuned = context.require("pool"), context.require("finetune")
     rows = path_rows(context, context.load_pool("finetune"))
-    before = path_rows(context, context.load_pool("pool")) if context.config.evaluate.before else None
+    before = path_rows(context, context.starting_pool()) if context.config.evaluate.before else None
     best = max(rows, key=lambda row: row["top1"])
     log.info("evaluate: %d paths, best %s with top-1 %.2f %%", len(rows), best["key"], best["top1"])
 

@@ -34,7 +34,7 @@ def run(context: Context) -> None:
     ancestry = None
     if config.distil_weight:
         ancestry = prepare_ancestry(context.load_ancestry(), context.config, "finetune")
-    pool = context.load_pool("pool", training=True)
+    pool = context.starting_pool(training=True)
     context.seed("finetune")
     sampler = PathSampler.from_config(context.config, context.space)
     if config.policy == "balanced" and config.meet == "step" and meets_in_micro_steps(context):

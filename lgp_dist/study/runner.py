@@ -15,8 +15,9 @@ from typing import IO, Any
 
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_json
+from lgp_dist.run.linked_stages import link_stages
 from lgp_dist.study.settings import arguments
-from lgp_dist.study.trials import Trial, donor_of, link_stages
+from lgp_dist.study.trials import Trial, donor_of
 
 STARTS = "starts.jsonl"
 """One line for every process of a trial that ended while the study ran: its seconds and status."""
@@ -103,7 +104,7 @@ def _start(
         lock.close()
         return None
     if donor is not None:
-        link_stages(trial, donor, stages)
+        link_stages(donor.folder, trial.folder, stages)
     with _errors_of(trial, out).open("wb") as errors:
         process = subprocess.Popen(
             command_of(trial, ranks, out),

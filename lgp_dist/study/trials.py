@@ -1,16 +1,12 @@
 """Trials of a study: a variant on one seed is an ordinary run, which links the stages that an earlier one shares."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.files import replace_folder
 from lgp_dist.run.artifacts import RunDirectory
 from lgp_dist.study.questions import Question, Variant
 
@@ -91,22 +87,3 @@ def donor_of(trial: Trial, trials: Sequence[Trial]) -> tuple[Trial | None, tuple
         if len(stages) > len(best[1]):
             best = (other, stages)
     return best
-
-
-def link_stages(trial: Trial, donor: Trial, stages: Sequence[str]) -> None:
-    """Links the donor's complete stages into the trial's folder by hard links, each stage whole or not at all.
-
-    No run changes an artifact's files in place. Files are copied if the file system has no hard links.
-    """
-    for stage in stages:
-        if donor.has(stage) and not trial.has(stage):
-            link = partial(shutil.copytree, donor.folder / stage, copy_function=_link, dirs_exist_ok=True)
-            replace_folder(trial.folder / stage, link)
-
-
-def _link(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target

@@ -217,3 +217,34 @@ def test_finetune_refuses_what_it_cannot_read(lgp: Lgp, finished_place: Path) ->
     shutil.rmtree("run/export")
     has(lgp(*command).sentence, "run/export/config.json does not describe an exported descendant")
     assert not Path("down/export").exists()
+
+
+def test_specialise_trains_one_path_alone(finished_place: Path, lgp: Lgp) -> None:
+    """From the pool's weights, with a run directory of its own: what is off the path stays bit for bit, what is on it
+    moves; accuracy before is the pool's; the path is exported like any other; a second start does nothing."""
+    key = best_within(0.3e6)["key"]
+    result = lgp("specialise", "run", "--max-params", "0.3M", "--epochs", "0.5", "--lr", "0.01")
+    assert result.status == 0, result
+    folder = Path("run/specialised") / key
+    before, after = (json.loads((folder / "evaluate" / f"{name}.json").read_text()) for name in ("before", "paths"))
+    assert [row["key"] for row in before + after] == [key, key]
+    assert before[0]["top1"] == next(row["top1"] for row in rows() if row["key"] == key)
+    assert f"{key}: top-1 {before[0]['top1']:.2f} % in the pool, {after[0]['top1']:.2f} % trained alone" in result.out
+    old, new = (load_file(run / "finetune" / "pool.safetensors") for run in (Path("run"), folder))
+    on_path = LearngenePool.empty(TINY, (1, 3)).modules_of(TINY.by_key(key))
+    for name, tensor in old.items():
+        moved = not torch.equal(tensor, new[name])
+        assert moved == any(name.startswith(module + ".") for module in on_path), name
+    for stage in ("distil", "pool"):
+        assert (folder / stage / "artifact.json").samefile(Path("run") / stage / "artifact.json")
+    assert lgp("export", folder, "--path", key, "--out", "alone", "--formats").status == 0
+    config = json.loads(Path("alone/config.json").read_text())
+    pool, images = LearngenePool.empty(TINY, (1, 3)).eval(), torch.randn(2, 1, 28, 28)
+    pool.load_state_dict(new)
+    with torch.no_grad():
+        exported = load_descendant(config, load_file("alone/model.safetensors"))(images)
+        assert torch.equal(exported, pool(images, TINY.by_key(key)))
+    trained = snapshot(folder / "finetune")
+    assert lgp("specialise", "run", "--path", key, "--epochs", "0.5", "--lr", "0.01").status == 0
+    assert snapshot(folder / "finetune") == trained
+    has(lgp("specialise", "run", "--path", "r0.0-9").sentence, "r0.0-9")

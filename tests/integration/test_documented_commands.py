@@ -171,6 +171,7 @@ SAYS = {
     r"checkpoint show": "finetune",
     r"shards (build|reshard|show)": "train: ",
     r"descend runs/": "To write it: lgp export runs/",
+    r"specialise runs/": "% trained alone",
     r"bench sampler": "balanced",
     r".* --help": "usage: lgp ",
 }

@@ -45,6 +45,7 @@ RUNTIME_ONLY = {
     "watch_every",
     "watch_images",
     "run_dir",
+    "start_weights",
     "trackers",
     "force",
     "every",

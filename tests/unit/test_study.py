@@ -16,11 +16,12 @@ from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.recipes import RECIPES, one_path_a_step, pool12, snnet_tiny, tiny, tiny_paper
 from lgp_dist.run.checks import check_config
+from lgp_dist.run.linked_stages import link_stages
 from lgp_dist.study.questions import QUESTIONS, systems, with_variants
 from lgp_dist.study.results import layer_fits, measures, row_checks, summary
 from lgp_dist.study.settings import arguments, changed_values, with_values
 from lgp_dist.study.statistics import T_95, difference, estimate
-from lgp_dist.study.trials import Trial, donor_of, link_stages, shared_stages, trials_of
+from lgp_dist.study.trials import Trial, donor_of, shared_stages, trials_of
 
 VARIANTS = [(name, variant) for name, question in QUESTIONS.items() for variant in question.variants]
 SHARED = {"stitch_init": 2, "rows": 3, "policy": 3, "instances": 1, "ancestry": 0}
@@ -66,7 +67,7 @@ def test_linked_stages_are_the_same_files_and_whole_or_absent(tmp_path: Path) ->
     (trial.folder / "ancestry").mkdir(parents=True)
     (trial.folder / "ancestry" / "artifact.json").write_text("its own")
     (trial.folder / ".distil.partial").mkdir()  # of a study that was killed
-    link_stages(trial, donor, ("ancestry", "distil", "pool"))
+    link_stages(donor.folder, trial.folder, ("ancestry", "distil", "pool"))
     assert (trial.folder / "ancestry" / "artifact.json").read_text() == "its own"
     assert (trial.folder / "distil" / "rows.safetensors").samefile(donor.folder / "distil" / "rows.safetensors")
     assert sorted(path.name for path in trial.folder.iterdir()) == ["ancestry", "distil"]
