@@ -25,7 +25,7 @@ from lgp_dist.data.augment.pixels import Pixels
 from lgp_dist.data.bad import BadSamples
 from lgp_dist.data.loader import Loader, Plan
 from lgp_dist.data.order import LANES, SampleOrder
-from lgp_dist.data.remote.roots import open_root
+from lgp_dist.data.remote.roots import RemoteRoot, open_root
 from lgp_dist.data.shards.decode import ShardFiles
 from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardManifest
@@ -61,7 +61,7 @@ def open_split(data: DataConfig, split: str) -> ShardIndex:
             f" {data.num_classes}: set data.num_classes to {len(manifest.classes)}, or data.root to other shards."
         )
     index = ShardIndex.load(manifest, split, data.num_classes)
-    return replace(index, files=ShardFiles(index.files.paths, root.source))
+    return replace(index, files=ShardFiles(index.files.paths, root)) if isinstance(root, RemoteRoot) else index
 
 
 def order_of(index: ShardIndex, data: DataConfig, seed: int) -> SampleOrder:
@@ -180,7 +180,8 @@ class TrainStream:
         counted since the last batch. Raises UserError for a shard that cannot be read, and for an image above
         data.max_bad, at the same batch for any number of threads.
         """
-        source, before = self.index.files.source, self.index.files.source.counts()
+        source = self.index.files.source
+        before = source.counts() if source else {}
         pixels = Pixels(self.data, self.device)
         mixer = Mixer(self.train, self.data.num_classes)
         for loaded in Loader(self.index, self.data, self.device).load(self.plans(start_step, steps)):
@@ -189,7 +190,7 @@ class TrainStream:
             assert keys is not None
             labels = torch.from_numpy(self.index.label[loaded.samples]).to(self.device)
             images, targets = mixer(pixels.augment(loaded.images, keys ^ np.uint64(4)), labels, keys ^ np.uint64(8))
-            now = source.counts()
+            now = source.counts() if source else {}
             facts = {"bad_samples": len(loaded.bad)} | {name: value - before[name] for name, value in now.items()}
             before = now
             yield Batch(images, targets, torch.ones(len(labels), device=self.device), facts)
@@ -209,7 +210,7 @@ class TrainStream:
         """What each micro-step reads."""
         source, announced, end = self.index.files.source, start_step, start_step + steps
         for step in range(start_step, end):
-            if source.fetches and step >= announced:
+            if source and step >= announced:
                 source.prefetch(self.shards_ahead(step, min(2 * LOOK, end - step)))
                 announced = step + LOOK
             for micro in range(self.train.accumulate):

@@ -7,8 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, astuple
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import get_args
 
@@ -25,9 +24,8 @@ from lgp_dist.data.build.parquet import parquet
 from lgp_dist.data.build.source import Item, Source
 from lgp_dist.data.build.write import write_shard
 from lgp_dist.data.order import nth_of_class, position_to_sample
-from lgp_dist.data.shards.index import IndexedShard, write_indexes
-from lgp_dist.data.shards.manifest import ShardEntry, ShardManifest
-from lgp_dist.data.shards.scan import Sample
+from lgp_dist.data.shards.index import IndexedShard, index_shard, write_indexes
+from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.shards.sizes import check_shrink
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic, write_json
@@ -193,43 +191,23 @@ def _remember(partial: Path, plan: dict[str, list[Item]], options: BuildOptions)
 
 def _write(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) -> dict[str, IndexedShard]:
     """Writes the missing shards; returns all by name."""
-    folder, records = partial / "shards", partial / "records"
-    for path in (folder, records):
-        path.mkdir(exist_ok=True)
-    done: dict[str, IndexedShard] = {}
-    for name in plan:
-        found = _recorded(folder / name, records / f"{name}.json")
-        if found:
-            done[name] = found
-    bar = tqdm(total=len(plan), initial=len(done), desc="build", unit="shard", disable=None)
+    folder = partial / "shards"
+    folder.mkdir(exist_ok=True)
 
-    def task(name: str) -> None:
-        made = write_shard(folder / name, plan[name], options.short_side, options.quality)
-        row = {**asdict(made.entry), "samples": [astuple(sample) for sample in made.samples]}
-        write_atomic(records / f"{name}.json", json.dumps(row).encode())
-        done[name] = made
-        bar.update()
+    def write(name: str) -> IndexedShard:
+        with suppress(UserError):  # an earlier run's shard, whole since it has its name
+            if (folder / name).exists():
+                return index_shard(folder / name)
+        return write_shard(folder / name, plan[name], options.short_side, options.quality)
 
-    with bar, ThreadPoolExecutor(options.workers or len(os.sched_getaffinity(0))) as pool:
-        tasks = [pool.submit(task, name) for name in plan if name not in done]
+    with ThreadPoolExecutor(options.workers or len(os.sched_getaffinity(0))) as pool:
+        tasks = [pool.submit(write, name) for name in plan]
         try:
-            for made in as_completed(tasks):
-                made.result()
+            for task in tqdm(as_completed(tasks), total=len(tasks), desc="build", unit="shard", disable=None):
+                task.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    return {name: done[name] for name in plan}
-
-
-def _recorded(path: Path, record: Path) -> IndexedShard | None:
-    """A shard that an earlier run completed, or None."""
-    try:
-        stored = json.loads(record.read_text(encoding="utf-8"))
-        if path.stat().st_size != stored["bytes"]:
-            return None
-        samples = tuple(Sample(*row) for row in stored["samples"])
-        return IndexedShard(ShardEntry(stored["name"], len(samples), stored["bytes"], stored["sha256"]), samples)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return {name: task.result() for name, task in zip(plan, tasks, strict=True)}
 
 
 def _finish(partial: Path, out: Path, source: Source, done: dict[str, IndexedShard]) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lgp_dist.data.build.source import IMAGE_SUFFIXES, Item, Source, unique_keys, want_folder
+from lgp_dist.data.build.source import IMAGE_SUFFIXES, Item, Source, items_of, want_folder
 from lgp_dist.errors import UserError
 
 SPLIT_FOLDERS = {
@@ -96,13 +96,12 @@ def _labelled(folder: Path, labels: dict[str, int], progress: Callable[[str], No
     for name in _folders(folder):
         for inner, path, size in _files(os.path.realpath(folder / name), f"{name}/"):
             if os.path.splitext(inner)[1].lower() in IMAGE_SUFFIXES:
-                found.append((inner, labels[name], path, size))
+                found.append((os.path.splitext(inner)[0], labels[name], path, 0, size))
             else:
                 ignored += 1
     if ignored:
         progress(f"{folder}: ignored {ignored} that are no jpg, jpeg, png or webp file")
-    keys = unique_keys(os.path.splitext(inner)[0] for inner, *_ in found)
-    return [Item(key, label, path, 0, size) for key, (_, label, path, size) in zip(keys, found, strict=True)]
+    return items_of(found)
 
 
 def _synsets(path: Path) -> dict[str, str]:

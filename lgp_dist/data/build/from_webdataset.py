@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lgp_dist.data.build.folders import SPLIT_FOLDERS
-from lgp_dist.data.build.source import Item, Source, unique_keys, want_folder
+from lgp_dist.data.build.source import Item, Source, items_of, want_folder
 from lgp_dist.data.shards.index import SHARD_NAME, ShardIndex, find_shards, read_sidecar
 from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardManifest
 from lgp_dist.data.shards.scan import scan_shard
@@ -67,27 +67,17 @@ def _stored(manifest: ShardManifest, split: str) -> list[Item]:
 def _items(index: ShardIndex) -> list[Item]:
     """Items of an index."""
     paths = [str(index.root / name) for name in index.shards]
-    rows = zip(
-        unique_keys(index.keys.tolist()),
-        index.label.tolist(),
-        index.shard.tolist(),
-        index.offset.tolist(),
-        index.size.tolist(),
-        strict=True,
-    )
-    return [Item(key, label, paths[shard], offset, size) for key, label, shard, offset, size in rows]
+    columns = (index.keys, index.label, index.shard, index.offset, index.size)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return items_of((key, label, paths[shard], offset, size) for key, label, shard, offset, size in rows)
 
 
 def _scanned(split: str, paths: list[Path]) -> list[Item]:
     """Items of tars."""
-    found = []
+    rows = []
     for path in tqdm(paths, desc=f"read {split}", unit="shard", disable=None):
         samples, flaws = scan_shard(path)
         if flaws:
             raise UserError(flaws[0].sentence)
-        found += [(sample, str(path)) for sample in samples]
-    keys = unique_keys(sample.key for sample, _ in found)
-    return [
-        Item(key, sample.label, path, sample.offset, sample.size)
-        for key, (sample, path) in zip(keys, found, strict=True)
-    ]
+        rows += [(sample.key, sample.label, str(path), sample.offset, sample.size) for sample in samples]
+    return items_of(rows)

@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lgp_dist.data.build.source import Item, Source, optional, unique_keys, want_folder
+from lgp_dist.data.build.source import Item, Source, clean_key, items_of, optional, want_folder
 from lgp_dist.data.shards.tar import Member, TarError, Window, walk
 from lgp_dist.errors import UserError
 
@@ -62,9 +62,10 @@ def _train(path: Path, inner: list[Member], labels: dict[str, int]) -> list[Item
     for member in sorted(inner, key=lambda member: member.name):
         wnid = Path(member.name).stem
         images = sorted(_members(path, member.offset, member.offset + member.size), key=lambda image: image.name)
-        keys = unique_keys(f"{wnid}/{os.path.splitext(image.name)[0]}" for image in images)
-        for key, image in zip(keys, images, strict=True):
-            items.append(Item(key, labels[wnid], str(path), image.offset, image.size))
+        items += items_of(
+            (f"{wnid}/{os.path.splitext(image.name)[0]}", labels[wnid], str(path), image.offset, image.size)
+            for image in images
+        )
     return items
 
 
@@ -87,7 +88,7 @@ def _validation(root: Path, synsets: dict[int, tuple[str, str]], labels: dict[st
             raise UserError(
                 f"Line {number} of {TRUTH} is {ascii(said[:40])}, no class of meta.mat: copy the devkit again."
             )
-        key = unique_keys([os.path.splitext(image.name)[0]])[0]
+        key = clean_key(os.path.splitext(image.name)[0])
         items.append(Item(key, labels[synsets[int(said)][0]], str(path), image.offset, image.size))
     return items
 

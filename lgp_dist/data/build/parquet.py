@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lgp_dist.data.build.source import Item, Source, optional, unique_keys, want_folder
+from lgp_dist.data.build.source import Source, items_of, optional, want_folder
 from lgp_dist.errors import UserError
 from lgp_dist.files import replacing, write_atomic
 
@@ -46,8 +46,9 @@ def parquet(root: Path, spool: Path, progress: Callable[[str], None] = print) ->
         if all(label == -1 for _, label, *_ in rows):
             progress(f"{split}: ignored, its {len(rows)} images have no labels")
             continue
-        keys = unique_keys(row[0] or f"{split}-{number:08d}" for number, row in enumerate(rows))
-        splits[split] = [Item(key, *row[1:]) for key, row in zip(keys, rows, strict=True)]
+        splits[split] = items_of(
+            (name or f"{split}-{number:08d}", *place) for number, (name, *place) in enumerate(rows)
+        )
     if not splits:
         raise UserError(f"The parquet files of {root} have no labels: name another folder with --source.")
     name = "imagenet1k" if len(names) == 1000 else re.sub(r"\W+", "_", root.resolve().name).strip("_") or "images"

@@ -78,6 +78,13 @@ def unique_keys(texts: Iterable[str]) -> list[str]:
     return found
 
 
+def items_of(rows: Iterable[tuple[str, int, str, int, int]]) -> list[Item]:
+    """Items of images with these names, labels, paths, offsets and sizes; the names become unique keys."""
+    rows = list(rows)
+    keys = unique_keys(name for name, *_ in rows)
+    return [Item(key, *place) for key, (_, *place) in zip(keys, rows, strict=True)]
+
+
 def optional(module: str, needed_for: str) -> ModuleType:
     """A module of the extra `imagenet`; the UserError for a missing one says how to install it."""
     try:

@@ -12,7 +12,6 @@ from lgp_dist.config.run_config import DataConfig
 from lgp_dist.data.remote.cache import ShardCache, locked, make_folders
 from lgp_dist.data.remote.fetch import FileSpec, RetryPolicy, fetch
 from lgp_dist.data.remote.transfer import MissingFile, Remote, local_path
-from lgp_dist.data.shards.decode import Folder, ShardSource
 from lgp_dist.data.shards.index import read_sidecar, sidecar_path
 from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardManifest
 from lgp_dist.data.shards.timm_info import INFO_NAME
@@ -25,8 +24,6 @@ class LocalRoot:
     """A folder of this machine."""
 
     folder: Path
-    source: ShardSource = Folder()
-    """Opens the shards."""
 
     def open_index(self, manifest: ShardManifest, split: str) -> None:
         """UserError where a shard of the split is missing or has another size."""
@@ -35,18 +32,12 @@ class LocalRoot:
 
 @dataclass(frozen=True, eq=False)
 class RemoteRoot:
-    """A remote root, which is also the source of its shards."""
+    """A remote root: the ShardSource of its shards."""
 
     folder: Path
     """Holds manifest.json, and the indexes that were opened."""
     cache: ShardCache
     """Holds the shards."""
-    fetches = True
-
-    @property
-    def source(self) -> ShardSource:
-        """Opens the shards."""
-        return self
 
     def open_index(self, manifest: ShardManifest, split: str) -> None:
         """Fetches the split's index; UserError where there is none that fits the manifest."""

@@ -56,15 +56,10 @@ class _Handle:
 
 
 class ShardSource(Protocol):
-    """Opens shards."""
-
-    @property
-    def fetches(self) -> bool:
-        """Whether a shard may have to be fetched."""
-        ...
+    """Opens shards that may have to be fetched first."""
 
     def open(self, path: Path) -> int:
-        """Handle to read a shard, which may be fetched first; raises UserError or OSError."""
+        """Handle to read a shard; raises UserError or OSError."""
         ...
 
     def prefetch(self, names: Sequence[str]) -> None:
@@ -76,23 +71,6 @@ class ShardSource(Protocol):
         ...
 
 
-class Folder:
-    """Shards in a folder of this machine."""
-
-    fetches = False
-
-    def open(self, path: Path) -> int:
-        """Handle to read a shard; raises OSError."""
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Nothing: they are here."""
-
-    def counts(self) -> dict[str, int]:
-        """Nothing to count."""
-        return {}
-
-
 class ShardFiles:
     """Reads ranges of bytes from shards. Opens a shard at first use and keeps the latest OPEN_FILES open.
 
@@ -101,8 +79,8 @@ class ShardFiles:
     """
 
     def __init__(self, paths: Sequence[Path], source: ShardSource | None = None) -> None:
-        """source: opens the paths; this machine's file system if None."""
-        self.paths, self.source = tuple(paths), source or Folder()
+        """source: opens the paths; None for files of this machine."""
+        self.paths, self.source = tuple(paths), source
         self._handles: OrderedDict[int, _Handle] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -135,7 +113,8 @@ class ShardFiles:
             if shard in self._handles:
                 self._handles.move_to_end(shard)
                 return self._handles[shard]
-        file = _Handle(self.source.open(self.paths[shard]))  # may wait for a download: not under the lock
+        path = self.paths[shard]  # opening it may wait for a download: not under the lock
+        file = _Handle(self.source.open(path) if self.source else os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         with self._lock:
             self._handles[shard] = file
             while len(self._handles) > OPEN_FILES:
