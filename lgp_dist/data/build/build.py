@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,31 +29,19 @@ from lgp_dist.data.shards.sizes import check_shrink
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic, write_json
 
-LAYOUTS = get_args(Layout)
-"""The layouts that `open_source` reads."""
-
-
-def open_source(layout: str, root: Path | None, spool: Path, progress: Callable[[str], None]) -> Source:
-    """The data set in a folder; UserError for an unknown layout, or a folder of another one.
-
-    spool: folder for images that must be unpacked first.
-    """
-    if layout not in LAYOUTS:
-        raise UserError(f"shards build knows no data set {layout!r}: name {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}.")
-    if layout == "fashion-mnist":
-        return fashion_mnist(root or DEFAULT_SOURCE, spool)
-    if root is None:
-        raise UserError(f"shards build {layout} has no --source: set it to the folder of the data set.")
-    root = Path(os.path.abspath(root))
-    if layout == "parquet":
-        return parquet(root, spool, progress)
-    if layout == "imagenet":
-        return official(root)
-    return {"imagefolder": image_folder, "kaggle": kaggle, "webdataset": web_dataset}[layout](root, progress)
+READERS: dict[str, Callable[[Path, Path, Callable[[str], None]], Source]] = {
+    "imagefolder": lambda root, _, progress: image_folder(root, progress),
+    "imagenet": lambda root, *_: official(root),
+    "kaggle": lambda root, _, progress: kaggle(root, progress),
+    "parquet": parquet,
+    "webdataset": lambda root, _, progress: web_dataset(root, progress),
+    "fashion-mnist": lambda root, spool, _: fashion_mnist(root, spool),
+}
+"""Layout -> its source from the data set's folder, a folder for unpacked images, and where progress is told."""
 
 
 def build_shards(
-    layout: str,
+    layout: Layout,
     root: Path | None,
     out: Path,
     options: BuildOptions | None = None,
@@ -68,14 +55,17 @@ def build_shards(
     """
     options, out = options or BuildOptions(), Path(out)
     _check(options, out)
-    if layout not in LAYOUTS:
-        open_source(layout, root, out, progress)
+    if layout not in READERS:
+        raise UserError(f"shards build has no layout {layout!r}: name one of {', '.join(READERS)}.")
+    if root is None and layout != "fashion-mnist":
+        raise UserError(f"shards build {layout} has no --source: set it to the folder of the data set.")
+    root = Path(os.path.abspath(root or DEFAULT_SOURCE))
     partial = out.parent / f".{out.name}.partial"
     fresh = not partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
     try:
         with _alone(partial):
-            source = open_source(layout, root, partial / "spool", progress)
+            source = READERS[layout](root, partial / "spool", progress)
             plan = {name: items for split in source.splits for name, items in _plan(source, split, options).items()}
             _remember(partial, plan, options)
             done = _write(partial, plan, options)
