@@ -11,6 +11,7 @@ from lgp_dist.cli.parse import Command
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig
+from lgp_dist.data.remote.address import local_path
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.engine.checkpoints.manifest import read_manifest
 from lgp_dist.errors import UserError, nearest
@@ -72,8 +73,9 @@ def check_start(config: RunConfig) -> None:
                 f"--resume is {config.resume!r}, which is no checkpoint and none of auto, latest and never: {advice}."
             )
         read_manifest(Path(config.resume))
-    if "://" not in config.data.root:
-        ShardManifest.load(config.data.root)
+    shards = local_path(config.data.root)
+    if shards is not None:
+        ShardManifest.load(shards)
     folder = Path(config.directory)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():

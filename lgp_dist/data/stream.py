@@ -69,6 +69,15 @@ def order_of(index: ShardIndex, data: DataConfig, seed: int) -> SampleOrder:
     return SampleOrder(tuple(np.bincount(index.shard, minlength=len(index.shards)).tolist()), seed, data.window)
 
 
+def fingerprint_of(index: ShardIndex, data: DataConfig) -> str:
+    """Hash of what an order depends on: every sample's place, size, key and label, and the rule's constants."""
+    digest = blake2b(f"order 1/{LANES}/{data.window}/{'/'.join(index.shards)}".encode(), digest_size=12)
+    for array in (index.shard, index.offset, index.size, index.label):
+        digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+    digest.update("/".join(index.keys.tolist()).encode())
+    return digest.hexdigest()
+
+
 @dataclass(eq=False)
 class TrainStream:
     """Training batches of one rank. UserError when made if a setting is out of range, or the batch does not fit world
@@ -115,13 +124,8 @@ class TrainStream:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what the order depends on: every sample's place, size, key and label, and the rule's constants."""
-        index = self.index
-        digest = blake2b(f"order 1/{LANES}/{self.data.window}/{'/'.join(index.shards)}".encode(), digest_size=12)
-        for array in (index.shard, index.offset, index.size, index.label):
-            digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
-        digest.update("/".join(index.keys.tolist()).encode())
-        return digest.hexdigest()
+        """Of the index and the rule of the order."""
+        return fingerprint_of(self.index, self.data)
 
     def position(self, step: int) -> int:
         """Samples that are consumed after `step` optimizer steps."""

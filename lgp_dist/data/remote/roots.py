@@ -9,9 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from lgp_dist.config.run_config import DataConfig
+from lgp_dist.data.remote.address import local_path
 from lgp_dist.data.remote.cache import ShardCache, locked, make_folders
 from lgp_dist.data.remote.fetch import FileSpec, RetryPolicy, fetch
-from lgp_dist.data.remote.transfer import MissingFile, Remote, local_path
+from lgp_dist.data.remote.transfer import MissingFile, Remote
 from lgp_dist.data.shards.index import read_sidecar, sidecar_path
 from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardManifest
 from lgp_dist.data.shards.timm_info import INFO_NAME

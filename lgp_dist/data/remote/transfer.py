@@ -1,25 +1,19 @@
-"""Remote roots: which are allowed, and the bytes of one file through fsspec (http(s), s3, gs and hf).
-
-A root may come from someone else's configuration, so only the schemes of SCHEMES are opened, each by its own file
-system. No root can run a command: `pipe:`, `ssh:` and fsspec's chains (`simplecache::...`) are refused.
-"""
+"""The bytes of one remote file, through fsspec's file systems for http(s), s3, gs and hf."""
 
 import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 import aiohttp
 import fsspec
 
+from lgp_dist.data.remote.address import SCHEMES
 from lgp_dist.errors import UserError
 
-SCHEMES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "memory": ""}
-"""Scheme -> the package that reads it, where one is needed. memory is fsspec's store within this process."""
 PIECE = 8 * 2**20
 """Bytes of one range request; http needs none, its answer is one stream."""
 READ = 2**20
@@ -57,32 +51,6 @@ class Answer:
     """Whether the server calls the file HTML."""
     chunks: Iterator[bytes]
     """The bytes in order; raises TransferError."""
-
-
-def local_path(root: str) -> Path | None:
-    """The folder that a root names, or None for a remote one; UserError for a scheme that is refused."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", root)
-    if not match:
-        return Path(root)
-    scheme, parts = match[1].lower(), urlsplit(root)
-    if scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        return Path(unquote(parts.path))
-    # Without what may be secret: user name, password, query and fragment.
-    shown = re.sub(r"//[^/@]*@", "//...@", re.split(r"[?#]", root)[0])
-    if scheme not in SCHEMES or "://" not in root:
-        known = ", ".join(f"{name}://" for name in SCHEMES if name != "memory")
-        raise UserError(
-            f"data.root is {shown}, but '{match[1]}:' is refused, so that no data can run a command: name a folder"
-            f" (./{match[1]}:... if it is called so) or one of file://, {known}."
-        )
-    if "?" in root or "#" in root or "@" in parts.netloc:
-        raise UserError(
-            f"data.root {shown} holds a password, a query or a fragment, which logs would show: name the folder alone,"
-            " and keep credentials in the environment or in ~/.netrc."
-        )
-    if not parts.netloc:
-        raise UserError(f"data.root is {shown}, which names no server or bucket: write {scheme}://NAME/FOLDER.")
-    return None
 
 
 @dataclass(frozen=True)
