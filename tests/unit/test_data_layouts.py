@@ -350,7 +350,7 @@ def test_source_that_is_not_there(tmp_path: Path) -> None:
         assert "no folder" in refused(layout, tmp_path / "x", tmp_path / "out")
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert str(tmp_path / "empty") in refused(layout, tmp_path / "empty", tmp_path / "out")
-    assert "knows no data set 'mnist'" in refused("mnist", tmp_path, tmp_path / "out")
+    assert "has no layout 'mnist'" in refused("mnist", tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="--source"):
         build_shards("kaggle", None, tmp_path / "out")
 
