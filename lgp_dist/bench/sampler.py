@@ -8,7 +8,7 @@ from statistics import NormalDist, fmean, pvariance
 from typing import Any, get_args
 
 from lgp_dist.config.run_config import Policy, RunConfig
-from lgp_dist.errors import UserError
+from lgp_dist.errors import UserError, nearest
 from lgp_dist.paths.cost import ancestry_forward, path_costs
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
@@ -38,7 +38,8 @@ def _known(option: str, text: str, names: Sequence[str]) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in chosen:
         if name not in names:
-            raise UserError(f"{option} names {name!r}, which is unknown: choose from {', '.join(names)}.")
+            advice = nearest(name, names, f"choose from {', '.join(names)}")
+            raise UserError(f"{option} names {name!r}, which is unknown: {advice}.")
     return chosen
 
 

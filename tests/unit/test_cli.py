@@ -64,6 +64,8 @@ WRONG = {
     "run tiny --distil.alpha 7": ("distil.alpha is 7", "from 0 to 1"),
     "launch check launch.yaml --nodes two": ("--nodes is 'two'", "takes a whole number"),
     "shards build kagle --out new": ("LAYOUT is 'kagle'", "imagefolder, ", "the nearest is kaggle"),
+    "bench sampler --policies shard": ("--policies names 'shard'", "the nearest is shared"),
+    "bench sampler --recipe pool12,tyny": ("--recipe names 'tyny'", "the nearest is tiny"),
     # paths of a pool
     "run tiny --export.path r0.0-9": ("The pool has no path 'r0.0-9'", "the nearest is r0.0-5", "lgp paths"),
     "run tiny --finetune.only r0.0-9": ("finetune.only names 'r0.0-9'", "the nearest is r0.0-5", "lgp paths"),
