@@ -1,4 +1,4 @@
-"""A function is a complete run. Variants call another and change a few fields."""
+"""Each function returns the complete configuration of a run. Variants call another one and change a few fields."""
 
 from dataclasses import replace
 
@@ -20,15 +20,15 @@ from lgp_dist.config.run_config import (
 from lgp_dist.errors import UserError, nearest
 
 DEIT_AUGMENT = AugmentConfig(color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.25)
-"""The published augmentation of DeiT and of SN-Net's DeiT experiments (both without repeated augmentation here). As in
-timm, colour jitter gives way to an automatic augmentation."""
+"""The published augmentation of DeiT and of SN-Net's DeiT experiments, without repeated augmentation. As in timm, the
+automatic augmentation replaces colour jitter."""
 
 DEIT_MIX = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
-"""The mixing of the same recipes, for a TrainConfig."""
+"""Mixing and smoothing of the same experiments, for a TrainConfig."""
 
 
 def tiny() -> RunConfig:
-    """The quickstart: Fashion-MNIST at 28 x 28, 17 tokens, rows of 6 blocks and widths 32 and 96.
+    """The quickstart on Fashion-MNIST, 28 x 28: rows of 6 blocks, 32 and 96 wide.
 
     Command: scripts/quickstart
     Time: 9 minutes on two cores of an AMD EPYC
@@ -69,16 +69,16 @@ def tiny() -> RunConfig:
         ),
         distil=DistilConfig(train=loop),
         pool=PoolConfig(stitch_init="least_squares"),
-        # Stitches by least squares, both rows in every step, and a tenth of the rate for the wide one: docs/results.md.
+        # Least-squares stitches, both rows in every step, a tenth of the rate for the wide one: docs/results.md.
         finetune=FinetuneConfig(sandwich=True, row_lr=(1.0, 0.1), train=replace(loop, lr=2e-3, accumulate=4)),
         budget=Budget(max_params=Amount(400e3)),
     )
 
 
 def tiny_paper() -> RunConfig:
-    """The quickstart with the paper's stitches, started from mean transformations, and its fine-tuning.
+    """The quickstart with the paper's stitches, from mean transformations, and its fine-tuning.
 
-    A path a step on every rank, distillation's learning rate for all, soft cross-entropy averaged over classes.
+    One path per rank and step, distillation's learning rate everywhere, soft cross-entropy averaged over classes.
 
     Command: lgp run tiny_paper
     Time: not yet measured
@@ -94,13 +94,13 @@ def tiny_paper() -> RunConfig:
 
 
 def one_path_a_step(base: RunConfig) -> RunConfig:
-    """Fine-tuning with a path a step on every rank, at half of distillation's learning rate for all."""
+    """The configuration with one path per rank and step in fine-tuning, at half of distillation's learning rate."""
     train = replace(base.distil.train, lr=base.distil.train.lr / 2)
     return replace(base, finetune=FinetuneConfig(train=train))
 
 
 def pool12() -> RunConfig:
-    """Learngene Pool of 12 instances on ImageNet-1K with the paper's settings: rows of 6 blocks, widths 192 and 768.
+    """The paper's pool of 12 instances on ImageNet-1K: rows of 6 blocks, 192 and 768 wide.
 
     Command: scripts/run_pool12
     Time: not yet measured
@@ -118,7 +118,7 @@ def pool12() -> RunConfig:
 
 
 def pool18() -> RunConfig:
-    """Learngene Pool of 18 instances: as pool12 with rows of 9 blocks.
+    """The paper's pool of 18 instances: pool12 with rows of 9 blocks.
 
     Command: lgp run pool18
     Time: not yet measured
@@ -129,7 +129,7 @@ def pool18() -> RunConfig:
 
 
 def undistilled(base: RunConfig, recipe: str) -> RunConfig:
-    """SN-Net on the rows of another recipe, each trained with the labels alone; all else is as there."""
+    """SN-Net on the rows of another recipe, each trained with labels only; all else is unchanged."""
     rows = tuple(replace(row, source="labels", levels="none") for row in base.model.rows)
     return replace(
         base,
@@ -140,8 +140,10 @@ def undistilled(base: RunConfig, recipe: str) -> RunConfig:
 
 
 def tail_alone(base: RunConfig, recipe: str) -> RunConfig:
-    """Vanilla learngene: the wide row of another recipe alone, behind whose random blocks the ancestry's last three
-    stand; trained as long as there, with the labels alone."""
+    """Vanilla learngene: only the wide row of another recipe, random blocks followed by the ancestry's last three.
+
+    It is trained for as long, with labels only.
+    """
     row = replace(base.model.rows[-1], source="tail", levels="none")
     return replace(
         base,
@@ -153,7 +155,7 @@ def tail_alone(base: RunConfig, recipe: str) -> RunConfig:
 
 
 def from_scratch(base: RunConfig, recipe: str, key: str, train: TrainConfig) -> RunConfig:
-    """One path of another recipe's pool, from random weights and with the labels alone."""
+    """One path of another recipe's pool, trained from random weights with labels only."""
     rows = tuple(replace(row, source="random", levels="none") for row in base.model.rows)
     return replace(
         base,
@@ -167,7 +169,7 @@ def from_scratch(base: RunConfig, recipe: str, key: str, train: TrainConfig) -> 
 
 
 def snnet_tiny() -> RunConfig:
-    """SN-Net on the sample: the two rows of tiny, trained without distillation, and least-squares stitches.
+    """SN-Net on the quickstart's data: tiny's rows, trained with labels only, and least-squares stitches.
 
     Command: lgp run snnet_tiny
     Time: not yet measured
@@ -177,7 +179,7 @@ def snnet_tiny() -> RunConfig:
 
 
 def vanilla_tiny() -> RunConfig:
-    """Vanilla learngene on the sample: the ancestry's last three blocks behind three random ones, one row of width 96.
+    """Vanilla learngene on the quickstart's data: three random blocks, then the ancestry's last three.
 
     Command: lgp run vanilla_tiny
     Time: not yet measured
@@ -187,7 +189,7 @@ def vanilla_tiny() -> RunConfig:
 
 
 def scratch_tiny() -> RunConfig:
-    """A path of tiny's pool trained from scratch; another with --finetune.only KEY and --run-dir.
+    """One path of tiny's pool from scratch; --finetune.only KEY with --run-dir trains another.
 
     Command: lgp run scratch_tiny
     Time: not yet measured
@@ -199,7 +201,7 @@ def scratch_tiny() -> RunConfig:
 
 
 def snnet_same_rows() -> RunConfig:
-    """SN-Net as the paper compares with it: the rows of pool12 trained for 150 epochs without distillation.
+    """SN-Net as in the paper's comparison: pool12's rows, trained for 150 epochs with labels only.
 
     Command: lgp run snnet_same_rows
     Time: not yet measured
@@ -210,7 +212,7 @@ def snnet_same_rows() -> RunConfig:
 
 
 def vanilla_base() -> RunConfig:
-    """Vanilla learngene on ImageNet-1K: DeiT-Base's last three blocks behind three random ones.
+    """Vanilla learngene on ImageNet-1K: three random blocks, then DeiT-Base's last three.
 
     Command: lgp run vanilla_base
     Time: not yet measured
@@ -220,7 +222,7 @@ def vanilla_base() -> RunConfig:
 
 
 def scratch_pool12() -> RunConfig:
-    """A path of pool12 trained from scratch for 150 epochs; another with --finetune.only KEY and --run-dir.
+    """One path of pool12 from scratch, 150 epochs; --finetune.only KEY with --run-dir trains another.
 
     Command: lgp run scratch_pool12
     Time: not yet measured
@@ -231,9 +233,9 @@ def scratch_pool12() -> RunConfig:
 
 
 def snnet_deit() -> RunConfig:
-    """SN-Net with its published anchors and training: DeiT-Ti, S and B on ImageNet-1K, 71 paths, 118.40 M stored.
+    """SN-Net as published: DeiT-Ti, S and B on ImageNet-1K, 71 paths, 118.40 M stored parameters.
 
-    --model.no-final-norm is the released code. Without its repeated augmentation and its stochastic depth in training.
+    --model.no-final-norm does as the released code. Repeated augmentation and stochastic depth are left out.
 
     Command: lgp run snnet_deit
     Time: not yet measured
@@ -258,7 +260,7 @@ def snnet_deit() -> RunConfig:
 
 
 def sws_small() -> RunConfig:
-    """SWS on ImageNet-1K with the published settings: width 384, auxiliary net of 16 layers in stages 3-3-4-3-3.
+    """SWS as published, on ImageNet-1K: width 384, auxiliary net of 16 layers in stages 3-3-4-3-3.
 
     The published ancestry is LeViT-384 (--ancestry.model levit_384.fb_dist_in1k). Repeated augmentation and averaged
     weights are left out.
@@ -286,7 +288,7 @@ def sws_small() -> RunConfig:
 
 
 def sws_base() -> RunConfig:
-    """SWS as sws_small with width 768.
+    """SWS as published: sws_small with width 768.
 
     Command: lgp run sws_base
     Time: not yet measured
@@ -305,7 +307,7 @@ def sws_base() -> RunConfig:
 
 
 def sws_tiny() -> RunConfig:
-    """SWS on the quickstart's data and ancestry: width 96, auxiliary net of 6 layers in stages 2-2-2.
+    """SWS on the quickstart's data: width 96, auxiliary net of 6 layers in stages 2-2-2.
 
     Command: lgp run sws_tiny
     Time: not yet measured on a machine of its own
@@ -324,9 +326,9 @@ def sws_tiny() -> RunConfig:
 
 
 def each_alone(depths: int, train: TrainConfig) -> FinetuneConfig:
-    """Every one of so many models of their own takes every batch, with the labels alone, as if it trained by itself.
+    """Fine-tuning in which each of `depths` models takes every batch with labels only, as if it trained alone.
 
-    So it is but for `clip_grad`, which is a norm over all of them.
+    The exception is `clip_grad`, whose norm is over all models.
     """
     return FinetuneConfig(
         gradients=GradientConfig(average="users"),

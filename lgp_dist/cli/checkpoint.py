@@ -14,25 +14,25 @@ from lgp_dist.files import replacing
 
 @dataclass(frozen=True)
 class VerifyCheckpoint:
-    """Read every byte and compare it with the manifest; status 2 at the first file that differs."""
+    """Compare every byte of checkpoints with their manifests; status 2 at the first file that differs."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A checkpoint (step-...), or a folder of some."""
+    """A checkpoint (step-...), or a folder with some in it."""
 
 
 @dataclass(frozen=True)
 class ShowCheckpoint:
-    """What a checkpoint is of."""
+    """Print stage, step, ranks and score of checkpoints."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A checkpoint (step-...), or a folder of some."""
+    """A checkpoint (step-...), or a folder with some in it."""
     json: bool = False
     """Print a list of objects."""
 
 
 @dataclass(frozen=True)
 class Consolidate:
-    """Write the weights of all ranks as one safetensors file, which --finetune.weights takes."""
+    """Write the weights of all ranks as one safetensors file, for --finetune.weights."""
 
     path: Annotated[Path, tyro.conf.Positional]
     """A checkpoint (step-...)."""
@@ -46,7 +46,7 @@ CHECKPOINT = {"verify": VerifyCheckpoint, "show": ShowCheckpoint, "consolidate":
 
 def run_checkpoint(action: VerifyCheckpoint | ShowCheckpoint | Consolidate) -> None:
     """Does what the arguments ask for."""
-    from lgp_dist.engine.checkpoints.manifest import read_manifest  # torch, which `lgp --help` must not wait for
+    from lgp_dist.engine.checkpoints.manifest import read_manifest
 
     if isinstance(action, Consolidate):
         _consolidate(action)

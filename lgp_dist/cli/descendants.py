@@ -30,23 +30,23 @@ from lgp_dist.run.checks import check_config
 
 @dataclass(frozen=True)
 class DescendRun:
-    """The best evaluated path of a finished run within a budget."""
+    """Choose the best path of a finished run within a budget."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
     budget: tyro.conf.OmitArgPrefixes[Budget] = Budget()
-    """Limits."""
+    """Limits; 0 for none."""
     plot: bool = False
     """Draw accuracy against parameters, FLOPs and latency, with the choice marked: RUN/descend.png and .svg."""
     json: bool = False
     """Print an object with the fields of paths.json and latency."""
     debug: bool = False
-    """Show tracebacks of errors that have a sentence."""
+    """Show the traceback of an error before its sentence."""
 
 
 @dataclass(frozen=True)
 class ExportRun:
-    """A path of a finished run as a folder."""
+    """Write a path of a finished run as a standalone model."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
@@ -55,18 +55,18 @@ class ExportRun:
     out: Path
     """Folder to write; must be empty or not exist."""
     formats: tuple[Format, ...] = ExportConfig().formats
-    """As --export.formats of the stage."""
+    """Formats in addition to safetensors, as --export.formats."""
     images: int = ExportConfig().images
-    """As --export.images of the stage."""
+    """Validation images on which each format is compared with the path."""
     data: str = ""
     """Root of the shards; empty for the one that the run names."""
     debug: bool = False
-    """Show tracebacks of errors that have a sentence."""
+    """Show the traceback of an error before its sentence."""
 
 
 @dataclass(frozen=True)
 class SpecialiseRun:
-    """One path of a finished run, trained alone from the pool's weights."""
+    """Train one path of a finished run alone, from the pool's weights."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
@@ -83,47 +83,47 @@ class SpecialiseRun:
     data: str = ""
     """Root of the shards; empty for the one that the run names."""
     resume: str = "auto"
-    """As of a run: auto, latest, never or a path."""
+    """auto, latest, never or a path, as --resume of a run."""
     debug: bool = False
-    """Show tracebacks of errors that have a sentence."""
+    """Show the traceback of an error before its sentence."""
 
 
 @dataclass(frozen=True)
 class Downstream:
-    """An exported descendant, another data set, and how it is trained."""
+    """Train an exported descendant on another data set, with a new head."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """An exported descendant."""
+    """Folder that `lgp export` wrote."""
     data: str
     """Root of the shards: a folder, or an http(s)://, s3://, gs:// or hf:// address."""
     out: str = ""
-    """Run directory, empty for runs/downstream; the new folder is OUT/export."""
+    """Run directory; empty for runs/downstream. The new folder is OUT/export."""
     num_classes: int = 0
-    """Classes; 0 for as many as the shards' manifest names."""
+    """Number of classes; 0 for those that the shards' manifest names."""
     train_split: str = "train"
     """Split to train on."""
     val_split: str = "validation"
-    """Split to evaluate on and to check the new folder with."""
+    """Split to evaluate on, and for the check of the new folder."""
     seed: int = 0
-    """Seeds the new head, order and augmentation."""
+    """Seed of the new head, order of images and augmentation."""
     threads: int = 8
-    """Decoding threads per rank."""
+    """Decoding threads per rank; 0 decodes in the training thread."""
     train: TrainConfig = TrainConfig(epochs=20.0, lr=1e-4, warmup_epochs=2.0, label_smoothing=0.1)
-    """The loop."""
+    """Length, batch, optimizer, learning rate and regularisation."""
     augment: AugmentConfig = AugmentConfig()
-    """Training augmentation."""
+    """Augmentation of training images."""
     engine: EngineConfig = EngineConfig()
-    """Precision and device."""
+    """Precision, device, memory and communication."""
     faults: FaultConfig = FaultConfig()
-    """What stops training, and what does not."""
+    """What the run does about bad steps and hanging ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Saving while it trains."""
+    """When it saves while it trains, and how many checkpoints are kept."""
     export: ExportConfig = ExportConfig()
     """Formats of the new folder."""
     resume: str = "auto"
-    """As of a run: auto, latest, never or a path."""
+    """auto, latest, never or a path, as --resume of a run."""
     debug: bool = False
-    """Show tracebacks of errors that have a sentence."""
+    """Show the traceback of an error before its sentence."""
 
     @property
     def config(self) -> RunConfig:

@@ -1,4 +1,4 @@
-"""What a person can put right becomes one sentence and status 2."""
+"""How `lgp` ends: what a person can fix becomes one sentence and status 2."""
 
 import contextlib
 import errno
@@ -16,17 +16,20 @@ from lgp_dist.errors import INTERRUPTED, PREEMPTED, USER, Preempted, UserError
 NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""What gloo says on a rank whose peer has failed."""
+"""Parts of gloo's messages on a rank whose peer has failed."""
 
 PATIENCE_S = 15.0
-"""How long a rank leaves the word to another that failed first, seconds."""
+"""Seconds a rank waits for one that failed before it, whose sentence stands alone."""
 
 
 Result = TypeVar("Result")
 
 
 def guarded(call: Callable[[], Result], debug: bool, run_dir: str = "") -> Result:
-    """What the call returns; what a person can put right becomes one sentence and status 2."""
+    """Returns what the call returns; what a person can fix becomes one sentence and status 2.
+
+    run_dir: for an error of writing that names no file.
+    """
     try:
         return call()
     except UserError as error:
@@ -49,14 +52,14 @@ def guarded(call: Callable[[], Result], debug: bool, run_dir: str = "") -> Resul
 
 
 def _give_way(error: Exception) -> None:
-    """To another rank that failed first: that one says why, and the launcher ends this one."""
+    """Waits for the launcher to end this rank, since another failed first and says why."""
     if asked_before(error):
-        signal.raise_signal(signal.SIGTERM)  # it has sent it already
+        signal.raise_signal(signal.SIGTERM)  # the launcher has sent it already
     time.sleep(PATIENCE_S)
 
 
 def _fail(error: Exception, sentence: str, debug: bool) -> NoReturn:
-    """Says it once: rank 0 at once; another rank waits, and is ended by the launcher if rank 0 has failed too."""
+    """Prints the sentence once: rank 0 at once; the others wait, and the launcher ends them if rank 0 has failed too."""
     if int(os.environ.get("RANK", "0")):
         _give_way(error)
     if debug:
@@ -66,9 +69,9 @@ def _fail(error: Exception, sentence: str, debug: bool) -> NoReturn:
 
 def _leave(sentence: str, status: int) -> NoReturn:
     rank = int(os.environ.get("RANK", "0"))
-    with contextlib.suppress(OSError):  # a terminal that is gone does not change the status
+    with contextlib.suppress(OSError):  # a closed terminal does not change the status
         sys.stderr.write(f"lgp: {sentence}\n" if rank == 0 else f"lgp (rank {rank}): {sentence}\n")
         sys.stderr.flush()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        os._exit(status)  # one of several ranks: without waiting for the others at exit
+        os._exit(status)  # of a launch: no waiting for other ranks at exit
     sys.exit(status)

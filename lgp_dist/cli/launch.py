@@ -1,4 +1,4 @@
-"""`lgp launch check FILE`: what a launch file would start, and what is wrong with it, before it starts."""
+"""`lgp launch check FILE`: what a launch file would start, and what is wrong with it."""
 
 import json
 import shlex
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from lgp_dist.engine.launch.check import Demand, Report
 
 BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: weight and two moments, 4 bytes each."""
+"""Bytes of a checkpoint per parameter: weight and two moments, 4 bytes each."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Check a launch file and print what each node will run; status 2 where something is wrong."""
+    """Check a launch file and print what each node will run; status 2 if something is wrong."""
 
     file: Annotated[Path, tyro.conf.Positional]
     """An accelerate file, such as launch_configs/multinode.yaml."""
@@ -42,15 +42,15 @@ class Check:
     zero_stage: int | None = None
     """As accelerate's --zero_stage."""
     recipe: str = ""
-    """Name of the recipe to run: its batches, shards and checkpoints are checked too."""
+    """Recipe to run: also check its batches, shards and space for checkpoints."""
     data: str = ""
-    """The recipe's data.root, if another."""
+    """Another data.root than the recipe's."""
     run_dir: str = ""
-    """The recipe's run_dir, if another."""
+    """Another run directory than the recipe's."""
     elsewhere: bool = False
-    """This machine is none of the nodes: leave out its port, GPUs, memory, disk and shards."""
+    """This machine is not one of the nodes: do not check its port, GPUs, memory, disk and shards."""
     json: bool = False
-    """Print an object."""
+    """Print JSON."""
 
 
 def run_launch(action: Check) -> None:
@@ -70,7 +70,7 @@ def run_launch(action: Check) -> None:
     else:
         sys.stdout.write(_text(report))
     if report.problems:
-        raise UserError(f"{action.file} has {len(report.problems)} problem(s), listed above: put them right first.")
+        raise UserError(f"{action.file} has {len(report.problems)} problem(s), listed above: fix them first.")
 
 
 def _recipe(action: Check) -> RunConfig | None:

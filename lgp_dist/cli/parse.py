@@ -74,18 +74,18 @@ class Call:
     @property
     def debug(self) -> bool:
         """Whether errors show their traceback."""
-        return getattr(self._settings, "debug", False)
+        return any(getattr(each, "debug", False) for each in (self.arguments, self._config))
 
     @property
     def run_dir(self) -> str:
-        """Where it writes; empty where it does not say."""
-        return getattr(self._settings, "directory", "")
+        """The run directory; empty if it has none."""
+        return self._config.directory if self._config else str(getattr(self.arguments, "run", ""))
 
     @property
-    def _settings(self) -> Any:
-        """The recipe, or else the arguments."""
-        recipe = getattr(self.arguments, "recipe", None)
-        return recipe if isinstance(recipe, RunConfig) else self.arguments
+    def _config(self) -> RunConfig | None:
+        """The configuration among its arguments, if there is one."""
+        found = (self.arguments, *(getattr(self.arguments, name, None) for name in ("recipe", "config")))
+        return next((each for each in found if isinstance(each, RunConfig)), None)
 
     def __call__(self) -> None:
         self.run(self.arguments)
@@ -126,20 +126,20 @@ def _pick(words: Sequence[str], known: Collection[str], what: str, prog: str) ->
 
 def _with_recipe(command: Command, prog: str, words: list[str]) -> Call:
     """The arguments of a command on a recipe; or help, of the command or of a section of settings."""
-    asked = next((place for place, word in enumerate(words) if word in HELP), None)
-    if asked is not None and not set(words) & RECIPES.keys():
+    if set(words) & set(HELP) and not set(words) & RECIPES.keys():
         usage = " ".join([prog, *command.words, "RECIPE"])
         more = f" With a run directory: {prog} RUN --help." if command.otherwise else ""
         helptext.recipes(command.defaults(RunConfig()), usage, command.about + more, SUMMARIES)
     place = _place_of_recipe(command, prog, words)
-    name = words[place]
+    name = words.pop(place)
     prog, recipe = f"{prog} {name}", recipe_of(name)
+    asked = next((place for place, word in enumerate(words) if word in HELP), None)
     topic = "all" if asked is None else " ".join(words[asked + 1 : asked + 2])
     if not topic:
         helptext.overview(command.defaults(recipe), recipe, prog, f"{command.about}\n{SUMMARIES[name]}")
     if topic != "all":
         helptext.section(recipe, topic, prog)
-    return _parsed(command, prog, [*words[:place], *words[place + 1 :]], recipe)
+    return _parsed(command, prog, words, recipe)
 
 
 def _place_of_recipe(command: Command, prog: str, words: Sequence[str]) -> int:
