@@ -59,7 +59,7 @@ def _give_way(error: Exception) -> None:
 
 
 def _fail(error: Exception, sentence: str, debug: bool) -> NoReturn:
-    """Prints the sentence once: rank 0 at once; the others wait, and the launcher ends them if rank 0 has failed too."""
+    """Prints the sentence: rank 0 at once; others wait first, and the launcher ends them if rank 0 has failed too."""
     if int(os.environ.get("RANK", "0")):
         _give_way(error)
     if debug:
