@@ -104,7 +104,7 @@ def _data(config: RunConfig, world: int) -> tuple[list[str], list[str]]:
     """Problems and notes of shards and batches at so many ranks."""
     from lgp_dist.data.remote.roots import open_root
     from lgp_dist.data.shards.manifest import ShardManifest  # torch, as above
-    from lgp_dist.pipeline import check_world
+    from lgp_dist.stages.start import check_world
 
     problems = []
     try:

@@ -6,6 +6,8 @@ from typing import Any
 
 from lgp_dist.commands.finished import FinishedRun
 from lgp_dist.config.budget import Budget
+from lgp_dist.config.flat import flatten
+from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.engine.workers import Workers
 from lgp_dist.export.choice import choose, limits_of
 from lgp_dist.export.folder import told
@@ -15,8 +17,7 @@ from lgp_dist.paths.space import heads_of, space_of
 from lgp_dist.report.choice import choice_figure
 from lgp_dist.report.plots import save_figure
 from lgp_dist.report.rows import amount
-from lgp_dist.run.artifacts import RunDirectory
-from lgp_dist.run.provenance import git_commit
+from lgp_dist.run.provenance import environment
 from lgp_dist.stages import export
 from lgp_dist.stages.context import Context
 
@@ -60,9 +61,10 @@ def choice_text(run: Path, row: dict[str, Any], *, plot: bool) -> str:
 def export_of_run(run: FinishedRun, out: Path) -> str:
     """Writes the path that run.config.export names as a descendant's folder, and says so."""
     workers = Workers.start(run.config.engine)
-    context = Context(run.config, RunDirectory(run.root, run.sources), workers, git_commit())
-    key = run.config.export.path
-    replace_folder(out, lambda folder: export.fill(context, key, folder))
+    manifest, settings = load_manifest(run.config.data), flatten(run.config)
+    context = Context(run.config, settings, run.directory, workers, manifest, environment())
+    tuned, evaluated, key = context.require("finetune"), context.require("evaluate"), run.config.export.path
+    replace_folder(out, lambda folder: export.fill(context, tuned, evaluated, key, folder))
     workers.close()
     verdict = json.loads((out / "verify.json").read_text())
     return "\n  ".join([f"{out}: {key}; README.md in it says how to load it", *told(verdict)])

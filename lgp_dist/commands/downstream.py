@@ -20,9 +20,9 @@ from lgp_dist.export.folder import Exported, told, write_folder
 from lgp_dist.export.latency import NAME, LatencyFile, with_latencies
 from lgp_dist.files import replace_folder
 from lgp_dist.models.descendant import exported_config
-from lgp_dist.pipeline import inputs, joined, recorded
 from lgp_dist.stages.context import Context
 from lgp_dist.stages.export import batches_of
+from lgp_dist.stages.start import joined, recorded
 from lgp_dist.tasks.classify import ClassifyTask
 
 log = logging.getLogger("lgp")
@@ -42,11 +42,10 @@ def finetune_descendant(folder: Path, config: RunConfig) -> None:
         config = completed(folder, config)
     except UserError as error:  # on this rank; the others must hear of it
         config, refusal = replace(config, data=replace(config.data, num_classes=1000)), error
-    with joined(config) as (workers, refused):
-        manifest, directory = inputs(config, (STAGE,), workers, refusal or refused)
-        images = sum(entry.samples for entry in manifest.entries(config.data.train_split))
-        check_batch(config.finetune.train, workers.world, images, "train.")
-        recorded(config, directory, workers, STAGE, lambda context: _work(context, folder, manifest.classes))
+    with joined(config, (STAGE,), refusal) as context:
+        check_batch(config.finetune.train, context.workers.world, context.train_images, "train.")
+        with recorded(context, STAGE):
+            _work(context, folder)
 
 
 def new_headed(folder: Path, classes: int) -> nn.Module:
@@ -58,7 +57,7 @@ def new_headed(folder: Path, classes: int) -> nn.Module:
     return model
 
 
-def _work(context: Context, folder: Path, names: tuple[str, ...]) -> None:
+def _work(context: Context, folder: Path) -> None:
     """Trains on every rank; rank 0 writes the folder."""
     config, root, classes = context.config, context.run.root, context.config.data.num_classes
     described = read_config(folder)
@@ -71,7 +70,7 @@ def _work(context: Context, folder: Path, names: tuple[str, ...]) -> None:
     context.workers.watchdog.phase("export")
     if context.workers.is_main:
         row = _row(described, model, classes) | {"top1": round(top1, 4), "top5": round(top5, 4)}
-        replace_folder(root / "export", lambda into: _export(context, described, model.cpu(), row, names, into))
+        replace_folder(root / "export", lambda into: _export(context, described, model.cpu(), row, into))
     context.workers.barrier()
 
 
@@ -88,10 +87,9 @@ def _export(
     described: dict[str, Any],
     model: nn.Module,
     row: dict[str, Any],
-    names: tuple[str, ...],
     into: Path,
 ) -> dict[str, Any]:
-    data, sources = context.config.data, context.run.sources
+    data, sources = context.config.data, context.run.settings
     shape_id = f"{sources['finetune.weights']}, {data.num_classes} classes"
     image, file = (data.channels, data.image_size, data.image_size), LatencyFile(context.run.root / NAME, shape_id)
     (timed,) = with_latencies([row], lambda key: copy.deepcopy(model), image, Budget(), file)
@@ -102,13 +100,13 @@ def _export(
             holder["space"] = holder["space"] | {"num_classes": data.num_classes}
     exported = Exported(
         model=model,
-        config=exported_config(model, data, arguments, about, names),
+        config=exported_config(model, data, arguments, about, context.manifest.classes),
         facts=timed,
         origin={
             "trained pool (artifact finetune)": about.get("pool", "not known"),
             "sha256 of the descendant it began as": sources["finetune.weights"],
             "fingerprint of the training split": sources[f"data.{data.train_split}"],
-            "commit of lgp_dist": context.commit or "none: not a checkout",
+            "commit of lgp_dist": context.environment["commit"] or "none: not a checkout",
         },
     )
     verdict = write_folder(into, exported, context.config.export, batches_of(context), model)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.config.flat import flatten, unflatten
+from lgp_dist.config.flat import flatten, stage_settings, unflatten
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
 from lgp_dist.recipes import RECIPES
@@ -25,6 +25,11 @@ class FinishedRun:
     """The settings of this evaluation, and for those that no stage depends on the run's latest."""
     sources: dict[str, str]
     """Fingerprints of shards and weights that the run read, by setting."""
+
+    @property
+    def directory(self) -> RunDirectory:
+        """The run directory, with what its artifacts are made with."""
+        return RunDirectory(self.root, stage_settings(self.config) | self.sources, self.config.recipe)
 
     @staticmethod
     def open(root: Path, **changed: Any) -> "FinishedRun":

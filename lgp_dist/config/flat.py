@@ -71,12 +71,15 @@ def up_to(stage: str) -> tuple[str, ...]:
     return STAGES[: STAGES.index(stage) + 1] if stage in STAGES else STAGES
 
 
-def depends_on(config: RunConfig, stage: str) -> dict[str, Any]:
-    """The settings that the artifact of a stage depends on: its own and those of the stages before it."""
-    parts = [part for name in up_to(stage) for part in SECTIONS[name]]
-    flat = flatten(config, with_runtime_only=False)
-    chosen = {key: value for key, value in flat.items() if any(key == p or key.startswith(p + ".") for p in parts)}
-    return json.loads(json.dumps(chosen))
+def stage_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that artifacts depend on, flat, with the values that JSON reads back."""
+    return json.loads(json.dumps(flatten(config, with_runtime_only=False)))
+
+
+def depends_on(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """Those of flat settings that the artifact of a stage depends on: its own and those of the stages before it."""
+    parts = tuple(part for name in up_to(stage) for part in SECTIONS[name])
+    return {key: value for key, value in settings.items() if any(f"{key}.".startswith(f"{part}.") for part in parts)}
 
 
 def changed_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

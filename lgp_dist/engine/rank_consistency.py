@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from lgp_dist.config.flat import flatten
-from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.watch.heartbeat import listed
 from lgp_dist.engine.workers import Workers
@@ -51,9 +49,9 @@ LONGEST = 120
 """Characters of a value that it shows."""
 
 
-def facts_of(config: RunConfig, launch: Launch) -> dict[str, Any]:
-    """What recipe and launch say and all ranks must share, by dotted key."""
-    facts = {key: value for key, value in flatten(config).items() if re.sub(r"\.\d+\.", ".", key) not in PER_RANK}
+def facts_of(settings: Mapping[str, Any], launch: Launch) -> dict[str, Any]:
+    """What flat settings and launch say and all ranks must share, by dotted key."""
+    facts = {key: value for key, value in settings.items() if re.sub(r"\.\d+\.", ".", key) not in PER_RANK}
     for name in ("world", "deepspeed", "zero_stage", "precision"):
         facts[f"launch.{name}"] = getattr(launch, name)
     return facts | {"launch.file": dict(launch.file)}

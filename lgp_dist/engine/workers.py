@@ -3,9 +3,10 @@
 import atexit
 import contextlib
 import gc
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -118,6 +119,39 @@ class Workers:
         if self.world > 1:
             torch.distributed.all_gather(rows, mine, group=self.host)
         return [row.tolist() for row in rows] if self.world > 1 else [mine.tolist()]
+
+    @property
+    def first_of_node(self) -> int:
+        """The first rank on this rank's node."""
+        return self.rank - self.rank % self.launch.local_world
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each rank's value, on every rank: plain values, which JSON has."""
+        if self.world == 1:
+            return [value]
+        text = json.dumps(value).encode()
+        longest = int(self.highest([len(text)])[0])
+        return [json.loads(bytes(row)) for row in self.table([*text.ljust(longest)])]
+
+    def once_per_node(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on the first rank of this rank's node: a plain value. Every rank calls it.
+
+        Where work fails on one node, all ranks end: the one that failed with its own error, the others with a UserError
+        of the same sentence.
+        """
+        failure, result = None, None
+        if self.rank == self.first_of_node:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        told = self.gather([result, failure and (str(failure) or type(failure).__name__)])
+        if failure:
+            raise failure
+        for _, problem in told:
+            if problem:
+                raise UserError(problem)
+        return told[self.first_of_node][0]
 
     def barrier(self) -> None:
         """Waits for all ranks."""

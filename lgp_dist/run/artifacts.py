@@ -1,11 +1,11 @@
-"""What one stage hands the next: folders that are complete or absent, and know what they were made from.
+"""What one stage hands the next: a folder that is complete or absent and says what it was made from.
 
     RUN/
       config.json environment.json log.txt metrics.jsonl report.html ...
       ancestry/ distil/ pool/ finetune/ evaluate/ descend/ export/
         artifact.json     stage, id, configuration, inputs, sha256 of every file, facts
 
-A stage writes into `RUN/.STAGE.partial`, which is renamed when whole.
+A stage writes into `RUN/.STAGE.partial`, which gets its name once it is complete.
 """
 
 import hashlib
@@ -13,51 +13,52 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from lgp_dist.config.flat import STAGES, changed_keys, depends_on, up_to
-from lgp_dist.config.run_config import RunConfig
+from lgp_dist.config.flat import STAGES, changed_keys, depends_on
 from lgp_dist.errors import UserError
 from lgp_dist.files import replace_folder, sha256, write_json
 
 
-def fingerprint(path: Path, kind: str = "safetensors") -> str:
-    """sha256 of a file that a person named; UserError where it cannot be read."""
+def fingerprint(path: Path) -> str:
+    """sha256 of a file that a person named; UserError if it cannot be read."""
     try:
         return sha256(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a {kind} file that can.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a file that can.") from None
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """A complete stage."""
+class Provenance(TypedDict):
+    """How an artifact was made."""
 
-    folder: Path
-    record: dict[str, Any]
+    seconds: float
+    """From the stage's begin until its files are written."""
+    command: str
+    world: int
+    """Ranks."""
+    commit: str
+    """Of the source tree when the run began."""
+    versions: dict[str, str]
 
-    @property
-    def id(self) -> str:
-        """Hash over configuration, inputs and files."""
-        return self.record["id"]
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the stage measured."""
-        return self.record["facts"]
+class Record(Provenance):
+    """artifact.json."""
 
-    def check_files(self) -> None:
-        """UserError where a file is missing or differs from its hash."""
-        for name, digest in self.record["files"].items():
-            path = self.folder / name
-            if not path.is_file() or sha256(path) != digest:
-                raise UserError(
-                    f"{path} is missing or damaged (its sha256 differs from artifact.json): make the stage again with "
-                    f"`lgp {self.record['stage']} ... --force`."
-                )
+    stage: str
+    id: str
+    """sha256 over stage, config, inputs and files."""
+    created: str
+    config: dict[str, Any]
+    """`RunDirectory.depends_on` of the stage."""
+    inputs: dict[str, str]
+    """The id of each artifact that the stage used, by its stage."""
+    files: dict[str, str]
+    """sha256 by the name in the folder."""
+    facts: Mapping[str, Any]
+    """What the stage measured: run/facts.py."""
 
 
 RECORD_KEYS = {"stage", "id", "config", "inputs", "files", "facts"}
@@ -65,25 +66,60 @@ RECORD_KEYS = {"stage", "id", "config", "inputs", "files", "facts"}
 
 
 @dataclass(frozen=True)
+class Artifact:
+    """A complete stage."""
+
+    folder: Path
+    record: Record
+
+    @property
+    def id(self) -> str:
+        """Hash over stage, settings, inputs and files."""
+        return self.record["id"]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the stage measured."""
+        return self.record["facts"]
+
+    def check_files(self) -> None:
+        """UserError if a file is missing, cannot be read, or differs from its hash."""
+        for name, digest in self.record["files"].items():
+            path = self.folder / name
+            try:
+                found = sha256(path)
+            except OSError:
+                found = ""
+            if found != digest:
+                raise UserError(
+                    f"{path} is missing or damaged (its sha256 differs from artifact.json): make the stage again with "
+                    f"`lgp {self.record['stage']} ... --force`."
+                )
+
+
+@dataclass(frozen=True)
 class RunDirectory:
-    """The folder of one run."""
+    """The folder of one run, and what its artifacts are made with.
+
+    A process hashes the files of each artifact once: a file that changes later in the same process is not noticed.
+    A stage that is made again gives another artifact.
+    """
 
     root: Path
-    sources: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of what the run reads from elsewhere (shards, weights), compared like settings.
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """`stage_settings`, and by setting the hashes of what the run reads from elsewhere: shards, weights, costs.
+    `data.*` applies to every stage, `model.rows.*` from distil on, others from the stage that prefixes their name."""
+    recipe: str = "RECIPE"
+    """Its name, for advice."""
+    _hashed: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Ids of the artifacts that this process has hashed."""
 
-    Those of `data` count for every stage, those of rows from `distil` on, others from the stage on that their name
-    begins with."""
-
-    def depends_on(self, config: RunConfig, stage: str) -> dict[str, Any]:
-        """Settings and sources that the stage's artifact depends on."""
-        earlier = up_to(stage)
-        owners = {name: name.replace("model.rows", "distil", 1).split(".")[0] for name in self.sources}
-        counts = {name: value for name, value in self.sources.items() if owners[name] in {"data", *earlier}}
-        return depends_on(config, stage) | counts
+    def depends_on(self, stage: str) -> dict[str, Any]:
+        """Settings and hashes that the stage's artifact depends on."""
+        return depends_on(self.settings, stage)
 
     def check_writable(self) -> None:
-        """UserError where the folder cannot be made or written to."""
+        """Makes the folder; UserError if it cannot be written to."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.root) as file:
@@ -97,7 +133,7 @@ class RunDirectory:
             ) from None
 
     def find(self, stage: str) -> Artifact | None:
-        """The stage's artifact, if it is complete."""
+        """The stage's artifact; None if it is not complete. UserError if its record is damaged."""
         path = self.root / stage / "artifact.json"
         if not path.is_file():
             return None
@@ -109,12 +145,12 @@ class RunDirectory:
             raise UserError(f"{path} is not the record of an artifact: make the stage again with --force.")
         return Artifact(path.parent, record)
 
-    def check_settings(self, stage: str, config: RunConfig) -> None:
-        """UserError where the stage is complete, but was made with other settings or sources."""
+    def check_settings(self, stage: str) -> None:
+        """UserError if the stage is complete, but was made with other settings or from other files."""
         artifact = self.find(stage)
         if artifact is None:
             return
-        made, now = artifact.record["config"], self.depends_on(config, stage)
+        made, now = artifact.record["config"], self.depends_on(stage)
         if changed := changed_keys(made, now):
             shown = "; ".join(f"{key} was {made.get(key)!r}, now {now.get(key)!r}" for key in changed[:5])
             raise UserError(
@@ -122,19 +158,21 @@ class RunDirectory:
                 "--run-dir, or make it again with --force."
             )
 
-    def is_current(self, stage: str, config: RunConfig) -> bool:
-        """Whether the stage is complete; UserError where it was made with other settings or from other inputs."""
-        lineage = self._lineage(stage, config)
+    def is_current(self, stage: str) -> bool:
+        """Whether the stage is complete; UserError if a file is damaged, or settings or inputs were others."""
+        lineage = self._lineage(stage)
         for artifact in lineage.values():
-            artifact.check_files()
+            if artifact.id not in self._hashed:
+                artifact.check_files()
+                self._hashed.add(artifact.id)
         return bool(lineage)
 
-    def _lineage(self, stage: str, config: RunConfig) -> dict[str, Artifact]:
-        """The stage's artifact and all that it was made from, each once; nothing where it is not complete."""
+    def _lineage(self, stage: str) -> dict[str, Artifact]:
+        """The stage's artifact and all that it was made from, by stage; nothing if it is not complete."""
         artifact = self.find(stage)
         if artifact is None:
             return {}
-        self.check_settings(stage, config)
+        self.check_settings(stage)
         found = {stage: artifact}
         for name, made_from in artifact.record["inputs"].items():
             current = self.find(name)
@@ -143,11 +181,11 @@ class RunDirectory:
                     f"{artifact.folder / 'artifact.json'} was made from another {name} than {self.root / name} "
                     "holds now: make it again with --force."
                 )
-            found |= self._lineage(name, config)
+            found |= self._lineage(name)
         return found
 
     def consistent(self) -> list[Artifact]:
-        """The complete artifacts, in the order of their stages, that were made from the others that lie here now."""
+        """The complete artifacts whose inputs are the ones that lie here now, in the order of their stages."""
         kept: dict[str, Artifact] = {}
         for stage in STAGES:
             artifact = self.find(stage)
@@ -155,49 +193,43 @@ class RunDirectory:
                 kept[stage] = artifact
         return list(kept.values())
 
-    def require(self, stage: str, config: RunConfig) -> Artifact:
+    def require(self, stage: str) -> Artifact:
         """The stage's artifact, whole and made with these settings; UserError otherwise."""
-        if not self.is_current(stage, config):
-            raise UserError(
-                f"{self.root / stage} does not hold a complete artifact: run `lgp {stage} {config.recipe}` first."
-            )
+        if not self.is_current(stage):
+            raise UserError(f"{self.root / stage} holds no complete artifact: run `lgp {stage} {self.recipe}` first.")
         found = self.find(stage)
         assert found is not None
         return found
 
     def write(
-        self,
-        stage: str,
-        config: RunConfig,
-        inputs: list[Artifact],
-        fill: Callable[[Path], dict[str, Any]],
-        provenance: dict[str, Any],
+        self, stage: str, inputs: Iterable[Artifact], fill: Callable[[Path], Mapping[str, Any]], provenance: Provenance
     ) -> Artifact:
         """Makes the stage's artifact. `fill` writes files into a folder and returns facts."""
 
-        def fill_and_record(partial: Path) -> dict[str, Any]:
-            record = self._record(partial, stage, config, inputs, fill(partial), provenance)
+        def fill_and_record(partial: Path) -> Record:
+            record = self._record(partial, stage, inputs, fill(partial), provenance)
             write_json(partial / "artifact.json", record)
             return record
 
-        return Artifact(self.root / stage, replace_folder(self.root / stage, fill_and_record))
+        made = Artifact(self.root / stage, replace_folder(self.root / stage, fill_and_record))
+        self._hashed.add(made.id)
+        return made
 
     def _record(
         self,
         partial: Path,
         stage: str,
-        config: RunConfig,
-        inputs: list[Artifact],
-        facts: dict[str, Any],
-        provenance: dict[str, Any],
-    ) -> dict[str, Any]:
-        """What artifact.json says of the files in the stage's partial folder."""
-        files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
+        inputs: Iterable[Artifact],
+        facts: Mapping[str, Any],
+        provenance: Provenance,
+    ) -> Record:
+        """artifact.json of the files in a folder."""
+        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
         identity = {
             "stage": stage,
-            "config": self.depends_on(config, stage),
+            "config": self.depends_on(stage),
             "inputs": {artifact.record["stage"]: artifact.id for artifact in inputs},
-            "files": {name: sha256(path) for name, path in files.items()},
+            "files": {path.relative_to(partial).as_posix(): sha256(path) for path in files},
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lgp_dist.files import sha256
 
@@ -57,8 +57,18 @@ def command() -> str:
     return " ".join(["lgp", *sys.argv[1:]])
 
 
-def environment() -> dict[str, Any]:
-    """Machine, versions and commit."""
+class Environment(TypedDict):
+    """environment.json: what a run is made with."""
+
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commit: str
+    """Of the source tree."""
+    command: str
+
+
+def environment() -> Environment:
+    """That of this process."""
     return {
         "machine": {
             "system": platform.system(),

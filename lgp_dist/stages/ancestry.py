@@ -28,7 +28,8 @@ def run(context: Context) -> None:
         check_normalisation(vit, config.data.mean, config.data.std)
         weights = hub_weights(vit)
         load_weights(vit, load_tensors(weights), str(weights))
-        facts |= {"weights": vit.pretrained_cfg["hf_hub_id"], "weights_sha256": sha256(weights)}
+        digest = context.workers.once_per_node(lambda: sha256(weights))
+        facts |= {"weights": vit.pretrained_cfg["hf_hub_id"], "weights_sha256": digest}
     if ancestry.source == "file":
         load_weights(vit, load_tensors(Path(ancestry.weights)), ancestry.weights)
         facts |= {"weights": ancestry.weights}

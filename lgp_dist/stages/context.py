@@ -1,6 +1,6 @@
 """What every stage is given, and what several of them need."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from lgp_dist.config.flat import flatten, up_to
+from lgp_dist.config.flat import up_to
 from lgp_dist.config.run_config import RunConfig
+from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import TrainStream, evaluation_batches, open_split
 from lgp_dist.engine.evaluate import Forward, accuracies
 from lgp_dist.engine.loop import RunSetup, TrainingPlan, TrainingResult, train
@@ -24,8 +25,8 @@ from lgp_dist.paths.path import Space
 from lgp_dist.paths.space import heads_of, space_of
 from lgp_dist.paths.stratified import draw_index
 from lgp_dist.protocols import Batch, StepContext
-from lgp_dist.run.artifacts import Artifact, RunDirectory
-from lgp_dist.run.provenance import command, versions
+from lgp_dist.run.artifacts import Artifact, Provenance, RunDirectory
+from lgp_dist.run.provenance import Environment
 from lgp_dist.run.tensors import load_tensors
 
 Fill = Callable[[Path], dict[str, Any]]
@@ -34,13 +35,17 @@ Fill = Callable[[Path], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Context:
-    """A run's configuration, folder and processes."""
+    """A run: what all its stages share."""
 
     config: RunConfig
+    settings: Mapping[str, Any]
+    """The configuration, flat."""
     run: RunDirectory
     workers: Workers
-    commit: str
-    """Of the source tree when the run began."""
+    manifest: ShardManifest
+    """Of the shards that it reads."""
+    environment: Environment
+    """What it was started with."""
 
     @cached_property
     def space(self) -> Space:
@@ -52,22 +57,32 @@ class Context:
         """Attention heads of each row."""
         return heads_of(self.config)
 
-    def require(self, stage: str) -> Artifact:
-        """An earlier stage's artifact."""
-        return self.run.require(stage, self.config)
+    @property
+    def train_images(self) -> int:
+        """Images of the training split."""
+        return sum(entry.samples for entry in self.manifest.entries(self.config.data.train_split))
 
-    def write(self, stage: str, inputs: list[Artifact], fill: Fill, seconds: float) -> None:
-        """Rank 0 makes the artifact; the others wait."""
+    def is_current(self, stage: str) -> bool:
+        """Whether a stage is complete, as rank 0 finds it. Every rank calls it; one rank of a node hashes files."""
+        return bool(self.workers.agree(self.workers.once_per_node(lambda: self.run.is_current(stage))))
+
+    def require(self, stage: str) -> Artifact:
+        """An earlier stage's artifact. Every rank calls it; one rank of a node hashes its files."""
+        return Artifact(self.run.root / stage, self.workers.once_per_node(lambda: self.run.require(stage).record))
+
+    def write(self, stage: str, inputs: Iterable[Artifact], fill: Fill, seconds: float) -> None:
+        """Rank 0 makes the artifact; the others wait. Every rank calls it."""
         self.workers.watchdog.phase("artifact")
         if self.workers.is_main:
-            provenance = {
+            about = self.environment
+            provenance: Provenance = {
                 "seconds": round(seconds, 1),
-                "command": command(),
+                "command": about["command"],
                 "world": self.workers.world,
-                "commit": self.commit,
-                "versions": versions(),
+                "commit": about["commit"],
+                "versions": about["versions"],
             }
-            self.run.write(stage, self.config, inputs, fill, provenance)
+            self.run.write(stage, inputs, fill, provenance)
         self.workers.barrier()
 
     def train(self, stage: str, plan: TrainingPlan, uses: int = 1) -> TrainingResult:
@@ -93,7 +108,7 @@ class Context:
             steps_per_epoch=stream.steps_per_epoch,
             run_dir=self.run.root,
             trackers=self.config.trackers,
-            tracked_config=flatten(self.config),
+            tracked_config=self.settings,
             check=stream.check_bad,
             step_filter=StepFilter(plan.task, workers, train_config.accumulate, self.config.faults, stage, describe),
             saver=self._saver_config(stage, stream),
@@ -110,8 +125,8 @@ class Context:
             folder=self.run.root / "checkpoints" / stage,
             checkpoint=config.checkpoint,
             seed=config.seed,
-            settings=self.run.depends_on(config, stage) | made,
-            versions=versions(),
+            settings=self.run.depends_on(stage) | made,
+            versions=self.environment["versions"],
             data_state=stream.state,
             data_restore=stream.restore,
             resume="never" if config.force else config.resume,
@@ -133,22 +148,22 @@ class Context:
         )
         return accuracies(forwards, batches, workers)
 
-    def load_ancestry(self) -> Ancestry:
-        """The frozen teacher of this run, on its device, as timm builds it."""
-        state = load_tensors(self.require("ancestry").folder / "ancestry.safetensors")
+    def load_ancestry(self, artifact: Artifact) -> Ancestry:
+        """The frozen teacher that stage ancestry made, on this device, as timm builds it."""
+        state = load_tensors(artifact.folder / "ancestry.safetensors")
         return build_ancestry(self.config, self.workers.device, state)
 
-    def load_pool(self, stage: str, *, training: bool = False) -> LearngenePool:
-        """The pool as stage `pool` or `finetune` left it, on this device. training: as `build_pool`."""
-        state = load_tensors(self.require(stage).folder / "pool.safetensors")
+    def load_pool(self, artifact: Artifact, *, training: bool = False) -> LearngenePool:
+        """The pool that stage pool or finetune made, on this device. training: as `build_pool`."""
+        state = load_tensors(artifact.folder / "pool.safetensors")
         return build_pool(self.config, self.workers.device, state, training=training)
 
-    def starting_pool(self, *, training: bool = False) -> LearngenePool:
+    def starting_pool(self, pooled: Artifact, *, training: bool = False) -> LearngenePool:
         """The pool that stage finetune trains from: stage pool's, or `finetune.start_weights`.
 
         UserError if these weights are another pool's.
         """
-        pool, start = self.load_pool("pool", training=training), self.config.finetune.start_weights
+        pool, start = self.load_pool(pooled, training=training), self.config.finetune.start_weights
         if start:
             load_weights(pool, load_tensors(Path(start)), start, "pool", "model and data.num_classes")
         return pool

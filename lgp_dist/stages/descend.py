@@ -29,7 +29,7 @@ def run(context: Context) -> None:
             watched, file = context.workers.watchdog.over(rows), LatencyFile(context.run.root / NAME, tuned.id)
             timed = with_path_latencies(watched, space, heads, budget, file)
         chosen = choose(timed, budget)
-        model = descendant_from_path(context.load_pool("finetune").cpu(), heads, space.by_key(chosen["key"]))
+        model = descendant_from_path(context.load_pool(tuned).cpu(), heads, space.by_key(chosen["key"]))
         save_tensors(folder / "model.safetensors", model.state_dict())
         write_json(folder / "descendant.json", chosen)
         log.info("descend: %s, %d parameters, top-1 %.2f %%", chosen["key"], chosen["params"], chosen["top1"])

@@ -33,7 +33,7 @@ def run(context: Context) -> None:
     sources = {row.source for row in config.model.rows}
     from_ancestry = {"distil", "tail"} & sources or any(row.start == "ancestry" for row in config.model.rows)
     inputs = [context.require("ancestry")] if from_ancestry else []
-    ancestry = context.load_ancestry() if inputs else None
+    ancestry = context.load_ancestry(*inputs) if inputs else None
     context.seed("distil")
     module = auxiliary_rows(config, ancestry)
     facts: dict[str, Any] = {"rows": [start(context, row.number, row.vit, ancestry) for row in module.rows]}
@@ -67,12 +67,13 @@ def start(context: Context, number: int, vit: VisionTransformer, ancestry: Ances
         take_tail(vit, ancestry.vit, key)
     if row.source not in ("hub", "file"):
         return facts
-    weights, name = Path(row.weights), row.weights
+    weights, name, digest = Path(row.weights), row.weights, context.run.settings.get(f"{key}.weights")
     if row.source == "hub":
         stock = timm_model(row.model, key, True, **model_input(config))
         check_row(vit, stock, row.model, key)
         check_normalisation(stock, config.data.mean, config.data.std, f"row {number}")
         weights, name = hub_weights(stock, key), stock.pretrained_cfg["hf_hub_id"]
+        digest = context.workers.once_per_node(lambda: sha256(weights))
     settings = f"{key}.width, model.depth and data.num_classes"
     load_weights(vit, load_tensors(weights), str(weights), f"row {number}", settings)
-    return {**facts, "weights": name, "weights_sha256": sha256(weights)}
+    return {**facts, "weights": name, "weights_sha256": digest}

@@ -17,8 +17,8 @@ def run(context: Context) -> None:
     """Writes evaluate/paths.json and, unless `evaluate.before` is off, before.json: the pool before fine-tuning."""
     began = time.monotonic()
     pooled, tuned = context.require("pool"), context.require("finetune")
-    rows = path_rows(context, context.load_pool("finetune"))
-    before = path_rows(context, context.starting_pool()) if context.config.evaluate.before else None
+    rows = path_rows(context, context.load_pool(tuned))
+    before = path_rows(context, context.starting_pool(pooled)) if context.config.evaluate.before else None
     best = max(rows, key=lambda row: row["top1"])
     log.info("evaluate: %d paths, best %s with top-1 %.2f %%", len(rows), best["key"], best["top1"])
 

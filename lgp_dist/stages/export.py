@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.data.stream import evaluation_batches, open_split
 from lgp_dist.errors import UserError
 from lgp_dist.export.folder import Exported, told, write_folder
 from lgp_dist.export.latency import NAME, LatencyFile, with_path_latencies
 from lgp_dist.models.descendant import descendant_from_path, timm_config
 from lgp_dist.protocols import Batch
+from lgp_dist.run.artifacts import Artifact
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")
@@ -28,20 +28,19 @@ def run(context: Context) -> None:
     if not key:
         inputs.append(context.require("descend"))
         key = inputs[-1].facts["key"]
-    context.write("export", inputs, lambda folder: fill(context, key, folder), time.monotonic() - began)
+    context.write("export", inputs, partial(fill, context, tuned, evaluated, key), time.monotonic() - began)
 
 
-def fill(context: Context, key: str, folder: Path) -> dict[str, Any]:
-    """Writes a path of the run as a descendant's folder and returns its row of paths.json, with the largest difference
-    of a logit of the weights read back."""
-    tuned, evaluated = context.require("finetune"), context.require("evaluate")
+def fill(context: Context, tuned: Artifact, evaluated: Artifact, key: str, folder: Path) -> dict[str, Any]:
+    """Writes a path of the run as a descendant's folder. Returns its row of paths.json and the largest difference
+    between logits of the path and of the weights read back."""
     path, data, settings = context.space.by_key(key), context.config.data, context.config.export
     rows = json.loads((evaluated.folder / "paths.json").read_text())
     facts = next((row for row in rows if row["key"] == key), None)
     if facts is None:
         raise UserError(f"{evaluated.folder / 'paths.json'} has no path {key!r}: export one that was evaluated.")
-    pool = context.load_pool("finetune").cpu()
-    config = timm_config(context.space, context.heads, path, data, load_manifest(data).classes)
+    pool = context.load_pool(tuned).cpu()
+    config = timm_config(context.space, context.heads, path, data, context.manifest.classes)
     file = LatencyFile(context.run.root / NAME, tuned.id)
     (timed,) = with_path_latencies([facts], context.space, context.heads, context.config.budget, file)
     exported = Exported(
@@ -52,7 +51,7 @@ def fill(context: Context, key: str, folder: Path) -> dict[str, Any]:
             "trained pool (artifact finetune)": tuned.id,
             "sha256 of its pool.safetensors": tuned.record["files"]["pool.safetensors"],
             "evaluation (artifact evaluate)": evaluated.id,
-            "commit of lgp_dist": context.commit or "none: not a checkout",
+            "commit of lgp_dist": context.environment["commit"] or "none: not a checkout",
         },
     )
     verdict = write_folder(folder, exported, settings, batches_of(context), partial(pool, path=path))

@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from lgp_dist.engine.loop import TrainingPlan
-from lgp_dist.files import sha256, write_json
+from lgp_dist.files import write_json
 from lgp_dist.models.ancestry import load_weights
 from lgp_dist.models.build import prepare_ancestry
 from lgp_dist.paths.cost import ancestry_forward, work
 from lgp_dist.paths.ledger import Ledger, build_ledger, under_drawn
 from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.run.artifacts import Artifact
 from lgp_dist.run.metrics import read_metrics
 from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context
@@ -27,14 +28,15 @@ def run(context: Context) -> None:
     """Writes finetune/pool.safetensors and, where the pool was trained, finetune/ledger.json."""
     began, config = time.monotonic(), context.config.finetune
     needed = ("ancestry", "pool") if context.config.needs_ancestry else ("pool",)
-    inputs = [context.require(stage) for stage in needed]
+    inputs = {stage: context.require(stage) for stage in needed}
     if config.weights:
-        context.write("finetune", inputs, partial(take, context, config.weights), time.monotonic() - began)
+        taken = partial(take, context, inputs["pool"], config.weights)
+        context.write("finetune", inputs.values(), taken, time.monotonic() - began)
         return
     ancestry = None
     if config.distil_weight:
-        ancestry = prepare_ancestry(context.load_ancestry(), context.config, "finetune")
-    pool = context.starting_pool(training=True)
+        ancestry = prepare_ancestry(context.load_ancestry(inputs["ancestry"]), context.config, "finetune")
+    pool = context.starting_pool(inputs["pool"], training=True)
     context.seed("finetune")
     sampler = PathSampler.from_config(context.config, context.space)
     if config.policy == "balanced" and config.meet == "step" and meets_in_micro_steps(context):
@@ -59,15 +61,15 @@ def run(context: Context) -> None:
         cost = work(images, config.paths_per_batch * flops, ancestry_forward(context.config))
         return {"training": training | {"flops": cost}, "policy": config.policy, "behind": late}
 
-    context.write("finetune", inputs, fill, time.monotonic() - began)
+    context.write("finetune", inputs.values(), fill, time.monotonic() - began)
 
 
-def take(context: Context, weights: str, folder: Path) -> dict[str, Any]:
-    """The pool with weights from a file; UserError where they are those of another."""
-    pool = context.load_pool("pool")
+def take(context: Context, pooled: Artifact, weights: str, folder: Path) -> dict[str, Any]:
+    """Writes the pool with weights from a file; UserError if they are those of another pool."""
+    pool = context.load_pool(pooled)
     load_weights(pool, load_tensors(Path(weights)), weights, "pool", "model and data.num_classes")
     save_tensors(folder / "pool.safetensors", pool.state_dict())
-    return {"weights": weights, "weights_sha256": sha256(Path(weights))}
+    return {"weights": weights, "weights_sha256": context.run.settings["finetune.weights"]}
 
 
 def meets_in_micro_steps(context: Context) -> bool:

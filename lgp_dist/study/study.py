@@ -10,11 +10,11 @@ from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic, write_json
-from lgp_dist.pipeline import sources
 from lgp_dist.report.compare import System, compare_figure, variants_figure
 from lgp_dist.report.plots import save_figure
 from lgp_dist.run.provenance import environment
 from lgp_dist.run.text_table import markdown_table
+from lgp_dist.stages.start import sources
 from lgp_dist.study.questions import Question
 from lgp_dist.study.results import (
     MEASURES,
@@ -54,7 +54,7 @@ def sources_of(config: RunConfig) -> dict[str, str]:
 def is_done(trial: Trial) -> bool:
     """Whether all its stages are complete; UserError if they were made with other settings."""
     try:
-        return all(trial.run.is_current(stage, trial.config) for stage in ("evaluate", STAGES[-1]))
+        return all(trial.run.is_current(stage) for stage in ("evaluate", STAGES[-1]))
     except UserError as error:
         raise UserError(
             f"{trial.folder} does not hold what this study would make ({str(error).rstrip('.')}): choose another "

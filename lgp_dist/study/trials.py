@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-from lgp_dist.config.flat import STAGES
+from lgp_dist.config.flat import STAGES, stage_settings
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.run.artifacts import RunDirectory
@@ -22,17 +23,18 @@ class Trial:
     seed: int
     config: RunConfig
     sources: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of its shards and files by setting: `pipeline.sources`."""
+    """Fingerprints of its shards and files by setting: `stages.start.sources`."""
 
     @property
     def name(self) -> str:
         """Variant and seed."""
         return f"{self.variant.name}, seed {self.seed}"
 
-    @property
+    @cached_property
     def run(self) -> RunDirectory:
         """Its run directory."""
-        return RunDirectory(Path(self.config.run_dir), self.sources)
+        settings = stage_settings(self.config) | self.sources
+        return RunDirectory(Path(self.config.run_dir), settings, self.config.recipe)
 
     @property
     def folder(self) -> Path:
@@ -74,7 +76,7 @@ def shared_stages(one: Trial, other: Trial) -> tuple[str, ...]:
     if one.config.needs_ancestry != other.config.needs_ancestry:
         return ()
     for number, stage in enumerate(STAGES):
-        if one.run.depends_on(one.config, stage) != other.run.depends_on(other.config, stage):
+        if one.run.depends_on(stage) != other.run.depends_on(stage):
             return STAGES[:number]
     return STAGES
 

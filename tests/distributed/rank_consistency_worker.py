@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lgp_dist.config.flat import flatten
 from lgp_dist.config.run_config import EngineConfig, RunConfig
 from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.rank_consistency import check_equal, facts_of
@@ -58,7 +59,7 @@ def facts_with(key: str, value: Any) -> dict[str, Any]:
         del plain[key]
     else:
         plain[key] = value
-    return facts_of(config, launch) | plain
+    return facts_of(flatten(config), launch) | plain
 
 
 def rank_main(folder: Path, rank: int) -> None:

@@ -23,7 +23,7 @@ from lgp_dist.engine import evaluate
 from lgp_dist.engine import workers as setup
 from lgp_dist.engine.workers import Workers
 from lgp_dist.run.artifacts import RunDirectory
-from lgp_dist.stages import finetune
+from lgp_dist.stages import finetune, start
 
 LEAVE_S = 5.0
 """For the other rank to leave by itself when one has ended, after which a launcher ends it."""
@@ -55,7 +55,7 @@ def before(function: Callable[..., Any], go_wrong: Callable[[], None]) -> Callab
 
 CASES: dict[str, tuple[str, int, Any, str, Callable[[], None]]] = {
     "joins": ("evaluate", 1, setup, "_join", stop),
-    "compares": ("evaluate", 0, pipeline, "inputs", stop),
+    "compares": ("evaluate", 0, start, "agreed", stop),
     "waits": ("finetune", 1, Workers, "barrier", at_second_call(stop)),  # the first is that of the start
     "writes": ("finetune", 0, RunDirectory, "_record", stop),
     "ledger": ("finetune", 0, finetune, "draws_of", partial(time.sleep, 600)),

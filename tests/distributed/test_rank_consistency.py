@@ -19,9 +19,9 @@ from lgp_dist.config.flat import flatten
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.rank_consistency import facts_of
-from lgp_dist.pipeline import sources
 from lgp_dist.recipes import tiny
 from lgp_dist.run.provenance import code_hashes
+from lgp_dist.stages.start import sources
 
 pytestmark = pytest.mark.slow  # launches of several ranks
 
@@ -112,7 +112,7 @@ def test_content_of_named_files_is_compared(inputs: Path, tmp_path: Path, key: s
         (tmp_path / name).write_bytes(content)
         config = changed(tiny(), "ancestry.weights", str(tmp_path / "a"))
         config = changed(config, key, str(tmp_path / name))
-        facts = facts_of(config, Launch(WORLD, WORLD, True, 1, "no", None))
+        facts = facts_of(flatten(config), Launch(WORLD, WORLD, True, 1, "no", None))
         found.append(facts | {f"sources.{name}": value for name, value in sources(config, manifest).items()})
     assert found[0] == found[1]
     assert [name for name in found[0] if found[0][name] != found[2][name]] == [f"sources.{key}"]

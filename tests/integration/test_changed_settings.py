@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from run_helpers import SMALL, Lgp, call_main, has
 
-from lgp_dist.config.flat import depends_on, flatten
+from lgp_dist.config.flat import depends_on, flatten, stage_settings
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.checkpoints.manifest import TrainState, read_manifest
 from lgp_dist.engine.checkpoints.settings import check_settings
@@ -91,7 +91,7 @@ def changed(config: Any, key: str, value: Any) -> Any:
 
 def state(config: RunConfig) -> TrainState:
     fields: dict[str, Any] = {"stage": STAGE, "step": 5, "steps": 9, "seed": 0, "data": {}, "world": 1, "engine": "ddp"}
-    return TrainState(**fields, config=depends_on(config, STAGE))
+    return TrainState(**fields, config=depends_on(stage_settings(config), STAGE))
 
 
 @pytest.mark.parametrize("key", [*PASS, *REFUSE])

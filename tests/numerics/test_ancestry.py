@@ -12,6 +12,7 @@ from numerics_cases import TWO, images, shake, stock_rows, stock_vit
 from torch import Tensor, nn
 
 from lgp_dist.config.run_config import DistilConfig, EngineConfig, FinetuneConfig, Precision, RowConfig
+from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.loop import TrainingPlan
 from lgp_dist.engine.workers import Workers
@@ -24,6 +25,7 @@ from lgp_dist.protocols import Batch, StepContext, Task
 from lgp_dist.recipes import tiny, tiny_paper
 from lgp_dist.run.artifacts import RunDirectory
 from lgp_dist.run.checks import check_config
+from lgp_dist.run.provenance import environment
 from lgp_dist.stages import context
 from lgp_dist.tasks.distil import DistilTask
 from lgp_dist.tasks.finetune import FinetuneTask
@@ -163,13 +165,14 @@ def test_an_optimizer_step_sees_the_same_images(tmp_path: Path, monkeypatch: pyt
     """Four micro-steps of 4 images, or two batches of 8 for two micro-steps each: the same 16 under the same names."""
     config = tiny()
     config = replace(config, data=replace(config.data, root=str(ROOT / "shards" / "sample"), threads=0))
+    manifest = ShardManifest.load(ROOT / "shards" / "sample")
     workers = Workers(Launch.from_environment({}), EngineConfig(precision="fp32"), 0, 1, torch.device("cpu"))
     made: list[Any] = []
     monkeypatch.setattr(context, "train", lambda plan, setup, workers: made.append((setup.batches, setup.step_filter)))
     found, named = {}, {}
     for uses in (1, 2):
         settings = replace(config.finetune.train, batch_size=16, accumulate=4, mixup=0.0, cutmix=0.0)
-        place = context.Context(config, RunDirectory(tmp_path), workers, "")
+        place = context.Context(config, {}, RunDirectory(tmp_path), workers, manifest, environment())
         place.train("finetune", TrainingPlan(FinetuneTask(*parts(), FinetuneConfig()), settings), uses=uses)
         batches, step_filter = made[-1]
         found[uses] = list(batches(3, 1))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from run_helpers import ABOUT, SMALL, Lgp, has, overwrite, refused, snapshot, write_ancestry
 
-from lgp_dist.config.flat import STAGES, depends_on, flatten
+from lgp_dist.config.flat import STAGES, depends_on, flatten, stage_settings
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_json
@@ -33,13 +33,22 @@ def files(**contents: str) -> Fill:
     return fill
 
 
+def run_of(root: Path, config: RunConfig = TINY) -> RunDirectory:
+    """A run directory whose stages have these settings."""
+    return RunDirectory(root, stage_settings(config), config.recipe)
+
+
+def settings_of(config: RunConfig, stage: str) -> dict[str, Any]:
+    """What a stage depends on."""
+    return depends_on(stage_settings(config), stage)
+
+
 def make(
     root: Path, stage: str = "ancestry", config: RunConfig = TINY, fill: Fill | None = None, **about: Any
 ) -> Artifact:
     """An artifact whose inputs are those artifacts of the folder that come before it, or `inputs`."""
-    run = RunDirectory(root)
     inputs = about.pop("inputs", [])
-    return run.write(stage, config, inputs, fill or files(a="one", b="two"), {"seconds": 1.0, **about})
+    return run_of(root, config).write(stage, inputs, fill or files(a="one", b="two"), {"seconds": 1.0, **about})
 
 
 def with_setting(key: str, value: Any, config: Any = TINY) -> Any:
@@ -57,7 +66,7 @@ def test_record_names_files_inputs_settings_and_facts(tmp_path: Path) -> None:
     found = RunDirectory(tmp_path).find("distil")
     assert found is not None and found.record == second.record
     assert found.record["inputs"] == {"ancestry": first.id}
-    assert found.record["config"] == depends_on(TINY, "distil")
+    assert found.record["config"] == settings_of(TINY, "distil")
     assert sorted(found.record["files"]) == ["a.txt", "b.txt"]
     assert (found.facts, found.record["world"]) == ({"count": 2}, 2)
 
@@ -74,7 +83,7 @@ def test_failed_write_leaves_the_old_artifact(tmp_path: Path, error: BaseExcepti
     with pytest.raises(type(error)):
         make(tmp_path, fill=fill)
     assert snapshot(tmp_path / "ancestry") == before
-    assert RunDirectory(tmp_path).is_current("ancestry", TINY)
+    assert run_of(tmp_path).is_current("ancestry")
     assert not list(tmp_path.glob(".*/artifact.json"))
 
 
@@ -94,13 +103,13 @@ def test_kill_at_each_rename_is_survived(tmp_path: Path, monkeypatch: pytest.Mon
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path, fill=files(a="new"))
-    run = RunDirectory(tmp_path)
+    run = run_of(tmp_path)
     if call < 2:
-        assert run.is_current("ancestry", TINY) and snapshot(tmp_path / "ancestry") == before
+        assert run.is_current("ancestry") and snapshot(tmp_path / "ancestry") == before
     else:
-        assert not run.is_current("ancestry", TINY), "absent, never half"
+        assert not run.is_current("ancestry"), "absent, never half"
     written = make(tmp_path, fill=files(a="new"))
-    assert run.is_current("ancestry", TINY) and (written.folder / "a.txt").read_text() == "new"
+    assert run.is_current("ancestry") and (written.folder / "a.txt").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ancestry"]
 
 
@@ -148,17 +157,17 @@ RUNTIME_ONLY = {
 def test_no_artifact_depends_on_runtime_only_settings(tmp_path: Path, key: str) -> None:
     changed = with_setting(key, RUNTIME_ONLY[key])
     assert flatten(changed) != flatten(TINY)
-    assert all(depends_on(changed, stage) == depends_on(TINY, stage) for stage in STAGES)
+    assert all(settings_of(changed, stage) == settings_of(TINY, stage) for stage in STAGES)
     make(tmp_path)
-    assert RunDirectory(tmp_path).is_current("ancestry", changed)
+    assert run_of(tmp_path, changed).is_current("ancestry")
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_other_setting_belongs_to_the_meaning(name: str) -> None:
     config = RECIPES[name]()
-    assert set(depends_on(config, "export")) == set(flatten(config, with_runtime_only=False)) - {"recipe"}
+    assert set(settings_of(config, "export")) == set(flatten(config, with_runtime_only=False)) - {"recipe"}
     for earlier, later in zip(STAGES, STAGES[1:], strict=False):
-        assert depends_on(config, earlier).items() < depends_on(config, later).items()
+        assert settings_of(config, earlier).items() < settings_of(config, later).items()
 
 
 @pytest.mark.parametrize(
@@ -177,11 +186,11 @@ def test_every_other_setting_belongs_to_the_meaning(name: str) -> None:
 )
 def test_setting_counts_from_its_stage_on(tmp_path: Path, key: str, value: Any, first: str) -> None:
     changed = with_setting(key, value)
-    found = [stage for stage in STAGES if depends_on(changed, stage) != depends_on(TINY, stage)]
+    found = [stage for stage in STAGES if settings_of(changed, stage) != settings_of(TINY, stage)]
     assert found == list(STAGES[STAGES.index(first) :])
     make(tmp_path, first)
     with pytest.raises(UserError, match=rf"{key} was .*, now {value!r}"):
-        RunDirectory(tmp_path).is_current(first, changed)
+        run_of(tmp_path, changed).is_current(first)
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
@@ -189,30 +198,30 @@ def test_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     path = make(tmp_path).folder / "b.txt"
     path.unlink() if damage == "missing" else path.write_text("twO")
     with pytest.raises(UserError, match=rf"{path} is missing or damaged"):
-        RunDirectory(tmp_path).is_current("ancestry", TINY)
+        run_of(tmp_path).is_current("ancestry")
 
 
 @pytest.mark.parametrize("stage", ["distil", "pool"])
 def test_artifact_from_another_input_is_refused(tmp_path: Path, stage: str) -> None:
     """Its own input, or the input of its input."""
     make(tmp_path, "pool", inputs=[make(tmp_path, "distil", inputs=[make(tmp_path)])])
-    run = RunDirectory(tmp_path)
-    assert run.is_current(stage, TINY)
+    run = run_of(tmp_path)
+    assert run.is_current(stage)
     make(tmp_path)
-    assert run.is_current(stage, TINY), "the same again"
+    assert run.is_current(stage), "the same again"
     make(tmp_path, fill=files(a="other"))
     with pytest.raises(UserError, match="made from another ancestry"):
-        run.is_current(stage, TINY)
+        run.is_current(stage)
     shutil.rmtree(tmp_path / "ancestry")
     with pytest.raises(UserError, match="ancestry"):
-        run.is_current(stage, TINY)
+        run.is_current(stage)
 
 
 def test_absent_stage(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    assert run.find("pool") is None and not run.is_current("pool", TINY)
+    run = run_of(tmp_path)
+    assert run.find("pool") is None and not run.is_current("pool")
     with pytest.raises(UserError, match=r"run `lgp pool tiny` first\.$"):
-        run.require("pool", TINY)
+        run.require("pool")
 
 
 def test_json_is_written_whole_or_not(tmp_path: Path) -> None:

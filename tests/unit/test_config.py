@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lgp_dist.config.flat import STAGES, changed_keys, depends_on, flatten, unflatten
+from lgp_dist.config.flat import STAGES, changed_keys, depends_on, flatten, stage_settings, unflatten
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.recipes import (
     RECIPES,
@@ -157,7 +157,7 @@ def test_a_record_from_before_a_setting_existed_equals_its_default() -> None:
 def test_dependence_grows_along_the_stages(name: str) -> None:
     """Each stage depends on the settings of the stage before it, unchanged, and on more."""
     config = RECIPES[name]()
-    found = [depends_on(config, stage) for stage in STAGES]
+    found = [depends_on(stage_settings(config), stage) for stage in STAGES]
     for before, after in zip(found, found[1:], strict=False):
         assert before.items() < after.items()
     assert found[-1].keys() == flatten(config, with_runtime_only=False).keys()
@@ -168,7 +168,11 @@ def test_dependence_grows_along_the_stages(name: str) -> None:
 def test_setting_counts_from_its_stage_on(key: str, first: str) -> None:
     """Its own stage and all later ones depend on a setting, and no earlier one does."""
     config = tiny()
-    changed = [stage for stage in STAGES if depends_on(config, stage) != depends_on(change(config, key), stage)]
+    changed = [
+        stage
+        for stage in STAGES
+        if depends_on(stage_settings(config), stage) != depends_on(stage_settings(change(config, key)), stage)
+    ]
     assert changed == list(STAGES[STAGES.index(first) :])
 
 
@@ -180,7 +184,9 @@ def test_runtime_only_settings_never_count() -> None:
     for key in names:
         other = change(config, key)
         assert other != config
-        assert [depends_on(other, stage) for stage in STAGES] == [depends_on(config, stage) for stage in STAGES]
+        assert [depends_on(stage_settings(other), stage) for stage in STAGES] == [
+            depends_on(stage_settings(config), stage) for stage in STAGES
+        ]
 
 
 @pytest.mark.parametrize(("recipe", "depth"), [(pool12, 6), (pool18, 9)])

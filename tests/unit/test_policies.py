@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 
+from lgp_dist.config.flat import stage_settings
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths.cost import path_costs
 from lgp_dist.paths.path import Path
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.stitched import PathSpace
-from lgp_dist.pipeline import check_stages
 from lgp_dist.recipes import pool12, tiny
 from lgp_dist.run.artifacts import RunDirectory
 from lgp_dist.run.checks import check_config
+from lgp_dist.stages.start import check_stages
 
 POLICIES = ("independent", "shared", "spread", "balanced")
 SPACES = {
@@ -473,11 +474,11 @@ def test_costs_that_cannot_be_used(tmp_path: File, text: str | None, pieces: lis
 
 def test_costs_count_from_stage_finetune_on(tmp_path: File) -> None:
     """A changed table leaves the stages before valid; shards count for all."""
-    directory = RunDirectory(tmp_path, {"data.train": "a", "ancestry.weights": "b", "finetune.costs": "c"})
-    sources = {"data.train", "ancestry.weights", "finetune.costs"}
+    sources = {"data.train": "a", "ancestry.weights": "b", "finetune.costs": "c"}
+    directory = RunDirectory(tmp_path, stage_settings(tiny()) | sources)
     found = {
-        stage: sources & directory.depends_on(tiny(), stage).keys()
+        stage: sources.keys() & directory.depends_on(stage).keys()
         for stage in ("ancestry", "pool", "finetune", "export")
     }
     assert found["ancestry"] == found["pool"] == {"data.train", "ancestry.weights"}
-    assert found["finetune"] == found["export"] == sources
+    assert found["finetune"] == found["export"] == sources.keys()
