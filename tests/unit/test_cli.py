@@ -10,7 +10,7 @@ from run_helpers import LIMIT_S, SAMPLE, Lgp, has
 
 from lgp_dist.cli import COMMANDS, GROUPS
 from lgp_dist.cli.stages import SUMMARIES
-from lgp_dist.config.flat import STAGES, depends_on, flatten
+from lgp_dist.config.flat import STAGES, depends_on, flatten, stage_settings
 from lgp_dist.recipes import RECIPES, tiny
 
 FIELDS = ["key", "low", "high", "low_row", "high_row", "stitch", "params", "params_paper", "flops", "cfg_id"]
@@ -113,7 +113,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     (folder / "launch.yaml").write_text("num_processes: 1\n")
     evaluated = folder / "run" / "evaluate" / "artifact.json"
     evaluated.parent.mkdir(parents=True)
-    config = {**depends_on(tiny(), "evaluate"), "data.train": "of the shards"}
+    config = {**depends_on(stage_settings(tiny()), "evaluate"), "data.train": "of the shards"}
     record = {"stage": "evaluate", "id": "0", "config": config, "inputs": {}, "files": {}, "facts": {}}
     evaluated.write_text(json.dumps(record))
     (folder / "run" / "config.json").write_text(json.dumps(flatten(tiny())))
