@@ -399,7 +399,7 @@ def test_row_weight_is_exact(weight: float) -> None:
 @pytest.mark.parametrize(
     ("changes", "pieces"),
     [
-        ({"only": ("r0.0-5", "r9.0-5")}, ["finetune.only", "'r9.0-5'", "18"]),
+        ({"only": ("r0.0-5", "r9.0-5")}, ["finetune.only", "'r9.0-5'", "nearest"]),
         ({"only": ("r0.0-5", "r0.0-5")}, ["finetune.only", "'r0.0-5'", "2 times"]),
         ({"row_weight": 0.0}, ["finetune.row_weight", "0.0"]),
         ({"row_weight": float("nan")}, ["finetune.row_weight", "nan"]),
