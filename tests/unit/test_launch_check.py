@@ -52,6 +52,7 @@ def test_schema_knows_what_accelerate_knows() -> None:
         "fp16",
         "dynamo_backend",
     }
+    assert "fsdp_config" in REFUSED and not REFUSED & {*TOP, "deepspeed_config"}
     group = next(group for group in launch_command_parser()._action_groups if group.title == "DeepSpeed Arguments")
     assert set(DEEPSPEED) == {action.dest for action in group._group_actions}
 
@@ -101,7 +102,7 @@ def test_schema(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: [", "is no YAML"),
+        ("a: [", "is not valid YAML"),
         ("- 1\n", "holds no settings"),
         ("", "holds no settings"),
         ("num_processes: 2\nnum_processes: 4\n", "sets num_processes twice"),

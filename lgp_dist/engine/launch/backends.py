@@ -1,4 +1,4 @@
-"""What torch has on this machine, as one JSON object; `lgp doctor` runs it as a process of its own."""
+"""Prints what torch has on this machine as a JSON object; `lgp doctor` runs it as a separate process."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import torch
 
 
 def backends() -> dict[str, Any]:
-    """CUDA that torch was built for (None without), names of the GPUs that it sees, NCCL's version, gloo."""
+    """Returns the CUDA version that torch was built for (or None), the names of its GPUs, NCCL's version, and gloo."""
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     return {

@@ -1,7 +1,7 @@
-"""Everything about a launch that can be known before it starts: all problems, each a sentence."""
+"""Everything about a launch that can be known before it starts: lists all problems, each in one sentence."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,139 +13,149 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from lgp_dist.config.run_config import EngineConfig, TrainConfig
 from lgp_dist.engine.deepspeed_config import deepspeed_config
 from lgp_dist.engine.launch.environment import Launch, check_launch
-from lgp_dist.engine.launch.file import option_problems, read_launch_file, schema_problems, sound_settings
+from lgp_dist.engine.launch.file import option_problems, read_launch_file, schema_problems, valid_settings
 from lgp_dist.engine.launch.machine import addresses, free_bytes, is_loopback, port_free, shm_bytes
 from lgp_dist.engine.launch.plan import Given, Node, plan
 from lgp_dist.errors import UserError
 
 PORT = 29500
-"""What accelerate takes where the file has no main_process_port."""
+"""accelerate's port if the file has no main_process_port."""
 
 SHM_BYTES = 2**30
 """/dev/shm for NCCL on a node, as its troubleshooting guide advises for containers (`--shm-size=1g`)."""
 
-
 UNREAD = {"enable_cpu_affinity": False, "rdzv_backend": "static"}
-"""Keys whose options have a default in accelerate's parser, so that what a file says is never read -> the default."""
+"""Keys that accelerate never reads from a file, since its command line has a default for them -> that default."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a run asks of its launch."""
+    """What a run needs from its launch."""
 
     engine: EngineConfig | None = None
     """The recipe's; None for one that fits."""
     train: TrainConfig | None = None
-    """The training whose DeepSpeed configuration is built; None for one with a batch of one image for each rank."""
+    """The training whose DeepSpeed configuration is checked; None for one image per rank and step."""
     arguments: tuple[str, ...] = ("run", "RECIPE")
     """Of `lgp`."""
     run_dir: Path | None = None
     run_bytes: int = 0
-    """What the run directory has to take."""
+    """What the run directory must hold."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found."""
+    """The result of a check."""
 
     file: Path
     nodes: list[Node] = field(default_factory=list)
-    """What each node would run; empty where problems leave that open."""
+    """What each node would run; empty if problems leave that open."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What is worth knowing and stops nothing."""
+    """Worth knowing, but no reason to stop."""
 
 
 def check_file(path: Path, given: Given, demand: Demand, *, here: bool = True) -> Report:
-    """Checks a launch file with what the command line adds; UserError where it cannot be read at all.
+    """Checks a launch file together with options of the command line. Raises UserError if it cannot be read.
 
-    here: this machine is one of the nodes, so that its ports, GPUs, memory and disk count.
+    here: this machine is one of the nodes, so its ports, GPUs, memory and disk are checked too.
     """
     stored = read_launch_file(path)
     if problems := option_problems(given.settings()):
         return Report(path, problems=problems)
-    problems = schema_problems(path, stored)
-    settings = sound_settings(stored) | given.settings()
-    problems += _traps(path, settings)
-    if settings.get("num_machines", 1) > 1:
+    settings = {"num_machines": 1, "main_process_port": PORT} | valid_settings(stored) | given.settings()
+    problems = [*schema_problems(path, stored), *_traps(path, settings)]
+    if settings["num_machines"] > 1:
         problems += _several_nodes(path, settings, stored)
     if here:
         problems += _machine(settings, demand)
     if problems:
         return Report(path, problems=problems)
     try:
-        nodes = plan(path, given, settings.get("num_machines", 1), demand.arguments)
+        nodes = plan(path, given, settings["num_machines"], demand.arguments)
     except UserError as error:
         return Report(path, problems=[str(error)])
-    problems += _said(lambda: _fits(nodes[0], demand, here))
-    return Report(path, nodes, problems, list(_notes(path, settings, nodes)))
+    notes = []
+    if settings["num_machines"] > 1 and "machine_rank" not in settings:
+        notes = [f"Give each node its --machine_rank, as above: {path} sets none, and every node would be node 0."]
+    try:
+        _check_fit(nodes[0], demand, here)
+    except UserError as error:
+        problems = [str(error)]
+    return Report(path, nodes, problems, notes)
 
 
 def _traps(path: Path, settings: Mapping[str, Any]) -> Iterator[str]:
-    """What accelerate takes without a word, and starts something else than was meant."""
-    nodes = settings.get("num_machines", 1)
-    processes, rank = settings.get("num_processes", nodes), settings.get("machine_rank")
-    if settings.get("use_cpu") and settings.get("distributed_type") != "NO":
+    """What accelerate accepts silently, and then starts something else than was meant."""
+    nodes, rank, kind = settings["num_machines"], settings.get("machine_rank"), settings.get("distributed_type")
+    processes = settings.get("num_processes", nodes)
+    each, rest = divmod(processes, nodes)
+    if settings.get("use_cpu") and kind != "NO":
         yield f'{path} sets use_cpu, which accelerate reads for one process alone: set gpu_ids to "" for the CPU.'
     for key, neutral in UNREAD.items():
         if settings.get(key, neutral) != neutral:
-            yield f"{path} sets {key}, which accelerate takes from its command line alone: give --{key} there instead."
-    if settings.get("distributed_type") == "NO" and processes > 1:
+            yield f"{path} sets {key}, which accelerate reads from its command line alone: give --{key} there instead."
+    if kind == "NO" and processes > 1:
         yield f"{path} has distributed_type NO, which starts one process, not {processes}: take DEEPSPEED or MULTI_GPU."
-    if processes % nodes:
+    if rest:
         yield (
-            f"num_processes {processes} does not divide into num_machines {nodes}: accelerate would start "
-            f"{processes // nodes} on each, {processes // nodes * nodes} in all, so take "
-            f"{processes // nodes * nodes or nodes} or {(processes // nodes + 1) * nodes}."
+            f"num_processes {processes} is not a multiple of num_machines {nodes}: accelerate would start {each} on "
+            f"each, {each * nodes} in all, so take {each * nodes or nodes} or {(each + 1) * nodes}."
         )
     ids = [one for one in str(settings.get("gpu_ids", "all")).split(",") if one.strip()]
-    if ids and ids not in (["all"], ["-1"]) and not processes % nodes and len(ids) != processes // nodes:
+    if ids and ids not in (["all"], ["-1"]) and not rest and len(ids) != each:
         yield (
-            f"gpu_ids names {len(ids)} GPU(s) of a node, but each of {nodes} node(s) starts {processes // nodes} "
-            f"process(es): set num_processes to {len(ids) * nodes}, or name as many GPUs."
+            f"gpu_ids names {len(ids)} GPU(s) of a node, but each of {nodes} node(s) starts {each} process(es): set "
+            f"num_processes to {len(ids) * nodes}, or name as many GPUs."
         )
     if rank is not None and rank >= nodes:
         yield f"machine_rank is {rank}, but num_machines is {nodes}: nodes count from 0 to {nodes - 1}."
 
 
 def _several_nodes(path: Path, settings: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterator[str]:
-    address, port = settings.get("main_process_ip"), settings.get("main_process_port", PORT)
-    if settings.get("distributed_type") == "NO":
+    """Traps of launches on several nodes."""
+    address, port, kind = (
+        settings.get("main_process_ip"),
+        settings["main_process_port"],
+        settings.get("distributed_type"),
+    )
+    if kind == "NO":
         yield f"{path} has distributed_type NO and several nodes: take DEEPSPEED or MULTI_GPU."
-    launcher = settings.get("deepspeed_multinode_launcher", "pdsh")
-    if settings.get("distributed_type") == "DEEPSPEED" and launcher != "standard":
+    launcher = settings.get("deepspeed_multinode_launcher")
+    if kind == "DEEPSPEED" and launcher != "standard":
         how = (
-            "sets" if "deepspeed_multinode_launcher" in settings else "has no deepspeed_multinode_launcher, which means"
+            f"sets deepspeed_multinode_launcher to {launcher}"
+            if launcher
+            else "has no deepspeed_multinode_launcher, which means pdsh"
         )
         yield (
-            f"{path} {how} {launcher}, which logs in to other nodes from this one: set deepspeed_multinode_launcher to "
-            "standard below deepspeed_config, and start each node by itself."
+            f"{path} {how}, which logs in to other nodes from this one: set deepspeed_multinode_launcher to standard "
+            "below deepspeed_config, and start each node by itself."
         )
     if address is None:
         yield (
-            f"{path} has several nodes and no main_process_ip, so that accelerate would meet at None:{port}: give the "
-            "address of node 0, --main_process_ip for accelerate and --address here."
+            f"{path} has several nodes and no main_process_ip, so nodes would look for None:{port}: give the address "
+            "of node 0, as --main_process_ip to accelerate and as --address here."
         )
     elif any(map(is_loopback, addresses(address))):
         yield (
-            f"main_process_ip {address} is a loopback address here ({', '.join(addresses(address))}), where other "
-            "nodes would meet themselves: give the address of node 0 in the network that nodes share."
+            f"main_process_ip {address} is a loopback address here ({', '.join(addresses(address))}), so other nodes "
+            "would connect to themselves: give the address of node 0 in the network that nodes share."
         )
     if port == 0:
         yield "main_process_port 0 lets every node choose its own: name one port for all nodes."
     if stored.get("main_process_ip") is not None and "machine_rank" not in settings:
         yield (
-            f"{path} has an address and no machine_rank, so that every node would be node 0: leave both to the command "
-            "line of each node, or give --rank here and --machine_rank to accelerate."
+            f"{path} has an address and no machine_rank, so every node would be node 0: leave both to the command line "
+            "of each node, or give --rank here and --machine_rank to accelerate."
         )
 
 
 def _machine(settings: Mapping[str, Any], demand: Demand) -> Iterator[str]:
     """What this machine lacks."""
-    nodes, port = settings.get("num_machines", 1), settings.get("main_process_port", PORT)
-    rank, address = settings.get("machine_rank"), settings.get("main_process_ip")
-    if rank in (0, None) and not port_free(port):
-        instead = "0 for any that is free" if nodes == 1 else "another that is free on node 0"
+    nodes, port, address = settings["num_machines"], settings["main_process_port"], settings.get("main_process_ip")
+    if settings.get("machine_rank", 0) == 0 and not port_free(port):
+        instead = "0 for any free port" if nodes == 1 else "one that is free on node 0"
         yield f"Port {port} is in use on this machine: set main_process_port to {instead}."
     if address is not None and nodes != 1 and not addresses(address):
         yield f"main_process_ip {address} has no address on this machine: check the name and the network of nodes."
@@ -162,18 +172,18 @@ def _machine(settings: Mapping[str, Any], demand: Demand) -> Iterator[str]:
         )
 
 
-def _fits(node: Node, demand: Demand, here: bool) -> None:
-    """UserError where launch, recipe and machine do not fit together, or DeepSpeed refuses what comes of them."""
+def _check_fit(node: Node, demand: Demand, here: bool) -> None:
+    """Raises UserError if launch, recipe and machine do not fit together, or if DeepSpeed refuses its configuration.
+
+    DeepSpeed's configuration and accelerate's plugin are built as the trainer builds them.
+    """
     launch = Launch.from_environment(node.rank_environment())
-    asked = launch.local_world if launch.gpu_ids not in ("", "-1") else 0
+    wanted = launch.local_world if launch.gpu_ids not in ("", "-1") else 0
     engine = demand.engine or EngineConfig(precision="fp16" if launch.precision == "fp16" else "bf16")
-    check_launch(launch, engine, min(asked, torch.cuda.device_count()) if here else asked)
-    if launch.deepspeed:
-        _deepspeed(launch, engine, demand.train or TrainConfig(batch_size=launch.world))
-
-
-def _deepspeed(launch: Launch, engine: EngineConfig, train: TrainConfig) -> None:
-    """Builds DeepSpeed's configuration and accelerate's plugin as the trainer does; UserError where one refuses."""
+    check_launch(launch, engine, min(wanted, torch.cuda.device_count()) if here else wanted)
+    if not launch.deepspeed:
+        return
+    train = demand.train or TrainConfig(batch_size=launch.world)
     per_rank = max(1, train.batch_size // (launch.world * train.accumulate))
     config = deepspeed_config(launch.zero_stage, 1, engine, train, per_rank, launch.file)
     try:
@@ -181,21 +191,5 @@ def _deepspeed(launch: Launch, engine: EngineConfig, train: TrainConfig) -> None
         DeepSpeedConfig(config)
     except (ValueError, AssertionError, KeyError, TypeError) as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        named = f" with {json.dumps(launch.file)} of its DeepSpeed file" if launch.file else ""
+        named = f" with {json.dumps(launch.file)} from its DeepSpeed file" if launch.file else ""
         raise UserError(f"DeepSpeed refuses the configuration of this launch{named} ({reason}).") from error
-
-
-def _said(check: Callable[[], None]) -> list[str]:
-    """The sentence of a check, if it has one."""
-    try:
-        check()
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def _notes(path: Path, settings: Mapping[str, Any], nodes: list[Node]) -> Iterator[str]:
-    if nodes[0].rendezvous and settings.get("num_machines", 1) > 1 and "machine_rank" not in settings:
-        yield (
-            f"{path} leaves machine_rank to the command line of each node, as above: without it every node is node 0."
-        )

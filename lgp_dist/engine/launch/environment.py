@@ -1,4 +1,4 @@
-"""What the launcher asked for, read from its environment and checked against recipe and machine."""
+"""Reads the launcher's request from the environment and checks it against recipe and machine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,21 +14,21 @@ class Launch:
     """The launcher's request."""
 
     world: int
-    """Processes over all nodes."""
+    """Processes on all nodes."""
     local_world: int
     """Processes on this node."""
     deepspeed: bool
-    """Whether DeepSpeed was asked for; otherwise several processes are torch's DistributedDataParallel."""
+    """Whether DeepSpeed was requested; otherwise several processes use torch's DistributedDataParallel."""
     zero_stage: int
     """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
     precision: str
     """accelerate's mixed_precision: no, bf16, fp16 or fp8."""
     gpu_ids: str | None
-    """Visible GPUs as the launch file names them; None where it does not."""
+    """Visible GPUs as the launch file names them; None if it does not."""
     unsupported: tuple[str, ...] = ()
-    """Settings that belong to the recipe or are not supported, as `name=value`."""
+    """Settings that the recipe owns or that are not supported, as `name=value`."""
     file: Mapping[str, Any] = field(default_factory=dict)
-    """Checked settings of a DeepSpeed file that the launch file names."""
+    """Checked settings of the DeepSpeed file that the launch file names."""
 
     @property
     def engine_name(self) -> str:
@@ -39,9 +39,9 @@ class Launch:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Launch":
-        """Reads what `accelerate launch` sets; without it, one process and no DeepSpeed.
+        """Reads what `accelerate launch` sets; without a launcher, one process and no DeepSpeed.
 
-        UserError where it names a DeepSpeed file that cannot be read or has settings that are not exact.
+        Raises UserError if it names a DeepSpeed file that cannot be read or has settings that are not exact.
         """
         world = int(environment.get("WORLD_SIZE", "1"))
 
@@ -65,7 +65,7 @@ class Launch:
 
 
 def _unsupported(environment: Mapping[str, str]) -> list[str]:
-    """Settings of an accelerate file that this project decides itself, where they are not at their neutral value."""
+    """Settings of an accelerate file that this project decides itself, unless they have their neutral value."""
     neutral = {
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": {"none"},
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": {"none"},
@@ -82,7 +82,7 @@ def _unsupported(environment: Mapping[str, str]) -> list[str]:
 
 
 def check_launch(launch: Launch, engine: EngineConfig, cuda_devices: int) -> str:
-    """The device type to use, `cpu` or `cuda`; UserError where launch, recipe and machine do not fit together.
+    """Returns the device type, `cpu` or `cuda`. Raises UserError if launch, recipe and machine do not fit together.
 
     cuda_devices: GPUs that torch sees.
     """
@@ -115,9 +115,7 @@ def _device(launch: Launch, engine: EngineConfig, cuda_devices: int) -> str:
             f"{asked}, but this machine has none that torch can use: take launch_configs/cpu_2.yaml and "
             "--engine.device cpu, or a machine with a GPU."
         )
-    if not cuda_devices:
-        return "cpu"
-    if engine.device == "cpu" and not launch.deepspeed:
+    if not cuda_devices or engine.device == "cpu" and not launch.deepspeed:
         return "cpu"
     if engine.device == "cpu":
         raise UserError(

@@ -1,4 +1,4 @@
-"""What this machine has, asked of the operating system alone."""
+"""What the operating system says about this machine."""
 
 import contextlib
 import ipaddress
@@ -12,11 +12,11 @@ from pathlib import Path
 SHM = Path("/dev/shm")
 
 STALE_NAMES = re.compile(r"(deepspeed_allreduce_buffer_|nccl-|torch_\d|psm_|sem\.mp-|cuda\.shm\.)")
-"""Names in /dev/shm of what training leaves there: DeepSpeed, NCCL, torch, Python, CUDA."""
+"""Names of files that training leaves in /dev/shm: DeepSpeed, NCCL, torch, Python, CUDA."""
 
 
 def port_free(port: int) -> bool:
-    """Whether a server could listen on a TCP port of this machine; 0 is any."""
+    """Whether a server could listen on a TCP port of this machine; 0 stands for any port."""
     try:
         socket.create_server(("", port)).close()
     except OSError:
@@ -25,7 +25,7 @@ def port_free(port: int) -> bool:
 
 
 def addresses(host: str) -> list[str]:
-    """The IP addresses of a host's name; empty where it has none here."""
+    """Returns the IP addresses that a host name has on this machine."""
     try:
         return sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None)})
     except OSError:
@@ -33,12 +33,12 @@ def addresses(host: str) -> list[str]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an IP address reaches the machine that uses it, and no other."""
+    """Whether an IP address only reaches the machine that uses it."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that a user may still write to the file system of a folder, or of the nearest one above that exists."""
+    """Returns the bytes that a user may still write to a folder's file system. The folder need not exist yet."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -46,17 +46,17 @@ def free_bytes(folder: Path) -> int:
 
 
 def shm_bytes() -> int:
-    """Size of /dev/shm; 0 where there is none."""
+    """Returns the size of /dev/shm, or 0 without it."""
     return shutil.disk_usage(SHM).total if SHM.is_dir() else 0
 
 
 def open_file_limit() -> tuple[int, int]:
-    """How many files a process may have open, and to what it may raise that."""
+    """Returns how many files a process may have open, and the limit to which it may raise that."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def stale_shm(folder: Path = SHM) -> list[Path]:
-    """This user's files of training in shared memory that no process has open or mapped."""
+    """Returns this user's files of training in shared memory that no process has open or mapped."""
     try:
         found = [path for path in sorted(folder.iterdir()) if STALE_NAMES.match(path.name)]
         found = [path for path in found if path.stat().st_uid == os.getuid()]
@@ -67,14 +67,14 @@ def stale_shm(folder: Path = SHM) -> list[Path]:
 
 
 def _used(prefix: str) -> set[str]:
-    """Paths below a folder that a process of this user has mapped or open."""
+    """Paths below a folder that a process of this user has open or mapped."""
     used: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             lines = (process / "maps").read_text(errors="replace").splitlines()
             used |= {line[line.index(prefix) :] for line in lines if prefix in line}
         with contextlib.suppress(OSError):
             for link in list((process / "fd").iterdir()):
-                with contextlib.suppress(OSError):  # it was closed meanwhile
+                with contextlib.suppress(OSError):  # closed in the meantime
                     used.add(os.readlink(link))
     return used

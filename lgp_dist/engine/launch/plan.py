@@ -1,4 +1,4 @@
-"""What each node of a launch will run, as accelerate and torch say themselves, without starting it."""
+"""What each node of a launch will run, computed by accelerate and torch themselves, without starting it."""
 
 import os
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from lgp_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Given:
-    """Options of `accelerate launch` that stand before the file's settings; None where the command line has none."""
+    """Options of `accelerate launch` that override the file's settings; None for an option that is not given."""
 
     num_machines: int | None = None
     num_processes: int | None = None
@@ -31,7 +31,7 @@ class Given:
     zero_stage: int | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Those that are given."""
+        """Returns the given options by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -42,29 +42,29 @@ class Node:
     rank: int
     """Of the node."""
     command: tuple[str, ...]
-    """What is started on the node."""
+    """Started on the node."""
     process: tuple[str, ...]
-    """What the launcher starts there for each rank."""
+    """Started by the launcher for each rank."""
     ranks: tuple[int, int]
-    """First and last of its ranks; under rendezvous c10d nodes share them out as they come."""
+    """First and last of its ranks. With rendezvous c10d, nodes get their ranks in the order in which they arrive."""
     world: int
-    """Ranks over all nodes."""
+    """Ranks on all nodes."""
     rendezvous: str
     """How and where nodes meet; empty for one process without torch's launcher."""
     environment: dict[str, str]
-    """What the launcher adds to the environment of every rank, or changes there."""
+    """Variables that the launcher adds or changes for every rank."""
 
     def rank_environment(self) -> dict[str, str]:
-        """The environment of the node's first rank, as far as the launcher decides it."""
+        """Returns the variables that the launcher sets for the node's first rank."""
         first, last = self.ranks
         local = {"WORLD_SIZE": str(self.world), "LOCAL_WORLD_SIZE": str(last - first + 1), "RANK": str(first)}
         return {**self.environment, **local}
 
 
 def plan(path: Path, given: Given, nodes: int, arguments: Sequence[str]) -> list[Node]:
-    """Each node's part; UserError with accelerate's words where it refuses the file.
+    """Returns each node's part, or the part of `given.machine_rank`. Raises UserError if accelerate refuses the file.
 
-    path: a file without problems (launch_file.py). nodes: how many there are. arguments: those of `lgp`.
+    path: a file without problems (file.py). nodes: their number. arguments: those of `lgp`.
     """
     ranks = range(nodes) if given.machine_rank is None else [given.machine_rank]
     try:
@@ -95,12 +95,5 @@ def _node(path: Path, given: Given, rank: int, nodes: int, arguments: Sequence[s
     with patch_environment(**environment):
         config, python, rest = torchrun.config_from_args(_filter_args(args, torchrun.get_args_parser(), script))
     local = config.nproc_per_node
-    return Node(
-        rank=rank,
-        command=command,
-        process=(str(python), *rest),
-        ranks=(rank * local, rank * local + local - 1),
-        world=local * config.max_nodes,
-        rendezvous=f"{config.rdzv_backend} {config.rdzv_endpoint}",
-        environment=changed,
-    )
+    ranks, rendezvous = (rank * local, rank * local + local - 1), f"{config.rdzv_backend} {config.rdzv_endpoint}"
+    return Node(rank, command, (str(python), *rest), ranks, local * config.max_nodes, rendezvous, changed)
