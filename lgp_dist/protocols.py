@@ -10,31 +10,32 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Batch:
-    """What the stream gives one rank for one micro-step."""
+    """One rank's data for one micro-step."""
 
     images: Tensor
     """[B, C, H, W] float32, normalised."""
     targets: Tensor
     """[B] int64 labels, or [B, classes] float32 after mixup or smoothing."""
     weight: Tensor
-    """[B] float32: 1, or 0 for a sample that only fills up an evaluation batch."""
+    """[B] float32: 1, or 0 for a sample that only fills an evaluation batch."""
     facts: Mapping[str, int] = field(default_factory=dict)
-    """Counts about this batch on this rank; every training batch of a run has the same names."""
+    """Counts about this batch on this rank, such as bad samples. Every training batch of a run has the same names."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device, copied without blocking where memory is pinned."""
-        parts = (part.to(device, non_blocking=True) for part in (self.images, self.targets, self.weight))
-        return Batch(*parts, self.facts)
+        """Returns the batch on a device, copied without blocking if its memory is pinned."""
+        tensors = (self.images, self.targets, self.weight)
+        images, targets, weight = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(images, targets, weight, self.facts)
 
     def repeated(self, times: int) -> Iterator["Batch"]:
-        """This batch as often as that; its facts count once."""
+        """Yields the batch this many times; its facts count once."""
         for turn in range(times):
             yield replace(self, facts={name: 0 for name in self.facts}) if turn else self
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where in the run a forward stands."""
+    """The place of a forward in the run."""
 
     step: int
     """Optimizer steps taken so far."""
@@ -60,29 +61,29 @@ class ModuleStructure:
 
 
 class Task(Protocol):
-    """One forward including its loss; what the engine trains."""
+    """A forward with its loss: what the engine trains."""
 
     module: nn.Module
-    """Everything that is trained, in one module with one forward: what a distributed wrapper sees. Like timm's models
-    it has `set_grad_checkpointing(enable)`."""
+    """Everything that is trained, in one module with one forward, which a distributed wrapper can wrap. Like timm's
+    models it has `set_grad_checkpointing(enable)`."""
     structure: ModuleStructure
     """Which submodules of `module` a forward calls in order, and which it may skip."""
 
     def used(self, context: StepContext) -> frozenset[str]:
-        """The skippable modules that the forward of a rank's micro-step uses. Pure: every rank asks for every rank."""
+        """Returns the skippable modules that a forward uses. Pure: every rank asks for all ranks and micro-steps."""
         ...
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """Named scalar losses; `loss` is minimised, the others are logged.
+        """Returns named scalar losses: `loss` is minimised, the others are logged.
 
         module: `self.module`, wrapped or not.
         """
         ...
 
     def labels(self, context: StepContext) -> dict[str, Any]:
-        """What to log beside the losses of this step, such as the path's key. Pure."""
+        """Returns what to log next to the losses of this step, such as the path's key. Pure."""
         ...
 
     def to(self, device: torch.device) -> None:
-        """Moves what is not trained (the ancestry) to a device."""
+        """Moves what is not trained, such as the ancestry, to a device."""
         ...

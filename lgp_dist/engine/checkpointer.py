@@ -1,13 +1,13 @@
-"""Saving and resuming: every rank writes its part beside training, all agree, then the checkpoint gets its name.
+"""Saves and resumes: every rank writes its slices while it trains, all agree, then the checkpoint gets its name.
 
-    main thread                          writer thread
-    snapshot: copy to memory  ------->   write, flush, read back, compare, hash
-    pulse at each step's end: the        -> WRITTEN or FAILED
-    worst status over ranks
-    all written: sizes and hashes of all ranks to rank 0, which writes the manifest and renames
-    one failed: all drop it; the checkpoint before stays
+    main thread                            writer thread
+    save: copies the slices to memory -->  writes, flushes, reads back, compares, hashes
+    at the end of each step: the highest   -> WRITTEN or FAILED
+    status over ranks
+    all WRITTEN: rank 0 gathers sizes and hashes, writes the manifest and renames the folder
+    one FAILED: all ranks drop the save; the checkpoint before stays
 
-While a save is under way the pulse is the only cost beside the copy. A save waits for the one before.
+Beyond the copy, a save in progress costs training one small all-reduce per step. A new save waits for the last one.
 """
 
 import logging
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lgp_dist.config.run_config import CheckpointConfig
 from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
+from lgp_dist.engine.checkpoints.disk import Disk
 from lgp_dist.engine.checkpoints.manifest import Manifest, TrainState, rank_file, read_manifest
 from lgp_dist.engine.checkpoints.tensor_slices import SliceReader, TensorSlice, check_shapes, same
 from lgp_dist.engine.fragments import Fragments
@@ -34,24 +35,17 @@ from lgp_dist.files import sha256
 log = logging.getLogger("lgp")
 
 WRITTEN, RUNNING, FAILED = range(3)
-"""Of a save on one rank; the highest over ranks decides."""
+"""Status of a save on one rank. The highest over ranks decides."""
 
 LOOK_S = 0.01
-"""Between two looks at a save that is waited for, seconds."""
+"""Seconds between two looks at a save that is waited for."""
 
 
 class _Save:
-    """One checkpoint that is being written."""
+    """One checkpoint in progress: this rank's slices, and the thread that writes them."""
 
-    def __init__(
-        self,
-        state: TrainState,
-        steps: dict[str, float],
-        slices: list[TensorSlice],
-        path: Path,
-        checkpoint_dir: CheckpointDir,
-    ):
-        self.state, self.steps, self.slices, self.path, self.checkpoint_dir = state, steps, slices, path, checkpoint_dir
+    def __init__(self, state: TrainState, steps: dict[str, float], slices: list[TensorSlice], path: Path, disk: Disk):
+        self.state, self.steps, self.slices, self.path, self.disk = state, steps, slices, path, disk
         self.status, self.problem, self.bytes, self.digest = RUNNING, "", 0, ""
         self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self.thread.start()
@@ -59,8 +53,8 @@ class _Save:
     def _run(self) -> None:
         status = FAILED
         try:
-            self.checkpoint_dir.disk.make(self.path.parent)
-            self.checkpoint_dir.disk.write_tensors(self.path, {part.name: part.values for part in self.slices})
+            self.disk.make(self.path.parent)
+            self.disk.write_tensors(self.path, {one.name: one.values for one in self.slices})
             if not same(self.path, self.slices):
                 raise OSError("what was read back differs from what was written")
             self.bytes, self.digest, status = self.path.stat().st_size, sha256(self.path), WRITTEN
@@ -74,7 +68,7 @@ class _Save:
 
 
 class Checkpointer:
-    """The checkpoints of one stage of one run."""
+    """The checkpoints of one stage of one run. Every rank calls every method."""
 
     def __init__(self, checkpoint_dir: CheckpointDir, workers: Workers, fragments: Fragments, config: CheckpointConfig):
         self.checkpoint_dir, self.workers, self.fragments, self.config = checkpoint_dir, workers, fragments, config
@@ -85,26 +79,26 @@ class Checkpointer:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way, the same on every rank."""
+        """Whether a save is in progress, the same on every rank."""
         return self._save is not None
 
     @property
     def status(self) -> int:
-        """Of the save that is under way on this rank."""
+        """Status of the save in progress on this rank."""
         return WRITTEN if self._save is None else self._save.status
 
     def save(self, state: TrainState) -> None:
-        """Begins a checkpoint of the engine as it stands, after the one before has ended. Every rank calls it."""
+        """Begins a checkpoint of the engine's present state, once the last save has ended."""
         began = time.monotonic()
         self.wait()
         steps = self._all_steps()
-        slices = [self._copy(part) for part in self.fragments.written()]
+        slices = [self._copy(one) for one in self.fragments.written()]
         path = self.checkpoint_dir.partial(state.step) / rank_file(self.workers.rank)
-        self._save = _Save(state, steps, slices, path, self.checkpoint_dir)
+        self._save = _Save(state, steps, slices, path, self.checkpoint_dir.disk)
         self.stall_s = time.monotonic() - began
 
     def settle(self, worst: int) -> None:
-        """Ends the save that is under way, given the highest status over ranks: names it or drops it."""
+        """Ends the save in progress, given the highest status over ranks: publishes or drops it, or lets it run."""
         if self._save is None or worst == RUNNING:
             return
         save, self._save = self._save, None
@@ -114,40 +108,39 @@ class Checkpointer:
             self._drop(save)
 
     def wait(self) -> None:
-        """Until no save is under way on any rank."""
+        """Waits until no save is in progress on any rank."""
         while self._save is not None:
             self._save.thread.join(LOOK_S)
             self.settle(int(self.workers.highest([self.status])[0]))
 
-    def _copy(self, part: TensorSlice) -> TensorSlice:
-        """In this machine's memory, in a buffer of the save before."""
-        values = part.values
-        if part.name not in self._buffers:
-            self._buffers[part.name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        return replace(part, values=self._buffers[part.name].copy_(values))
+    def _copy(self, held: TensorSlice) -> TensorSlice:
+        """A copy in host memory, in the buffer of the save before."""
+        values = held.values
+        if held.name not in self._buffers:
+            self._buffers[held.name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        return replace(held, values=self._buffers[held.name].copy_(values))
 
     def _all_steps(self) -> dict[str, float]:
-        """Updates of every parameter, whichever rank holds it."""
+        """Update counts of every parameter, whichever rank holds it."""
         mine, names = self.fragments.steps(), sorted(self.fragments.shapes)
         found = self.workers.highest([mine.get(name, -1.0) for name in names])
         return {name: count for name, count in zip(names, found, strict=True) if count >= 0}
 
     def _publish(self, save: _Save) -> int:
-        """Rank 0 names the checkpoint and removes old ones; whether that went well, on every rank."""
-        outcome = WRITTEN
-        mine = [save.bytes, *bytes.fromhex(save.digest)]
-        table = self.workers.table(mine)
+        """Lets rank 0 name the checkpoint and remove old ones. Returns the same status on every rank."""
+        status = WRITTEN
+        table = self.workers.table([save.bytes, *bytes.fromhex(save.digest)])
         if self.workers.is_main:
             files = {rank_file(rank): (row[0], bytes(row[1:]).hex()) for rank, row in enumerate(table)}
             manifest = Manifest(save.path.parent, save.state, self.fragments.shapes, save.steps, files)
             try:
                 self.checkpoint_dir.publish(save.state.step, manifest)
             except OSError as error:
-                save.problem, outcome = str(error), FAILED
+                save.problem, status = str(error), FAILED
             else:
                 log.info("checkpoint: step %d in %s", save.state.step, self.checkpoint_dir.final(save.state.step))
                 self._prune()
-        return int(self.workers.highest([outcome])[0])
+        return int(self.workers.highest([status])[0])
 
     def _prune(self) -> None:
         try:
@@ -156,13 +149,12 @@ class Checkpointer:
             log.warning("checkpoint: an old one in %s could not be removed (%s)", self.checkpoint_dir.folder, error)
 
     def _drop(self, save: _Save) -> None:
-        """Says why the save failed, on the ranks where it did, and removes what there is of it."""
+        """Logs why the save failed, on the ranks where it did, and removes what was written."""
         save.thread.join()
         self.workers.highest([0])  # no rank removes while another writes
-        folder, needed = save.path.parent, sum(part.values.nbytes for part in save.slices)
         sentence = ""
         if save.problem:
-            target = self.checkpoint_dir.folder
+            target, needed = self.checkpoint_dir.folder, sum(one.values.nbytes for one in save.slices)
             free = shutil.disk_usage(target if target.is_dir() else Path.cwd()).free
             sentence = (
                 f"The checkpoint of step {save.state.step} could not be written to {target} by rank "
@@ -171,29 +163,32 @@ class Checkpointer:
             )
             log.warning("%s", sentence)
         if self.workers.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(save.path.parent, ignore_errors=True)
         if self.config.on_error == "stop":
             raise UserError(sentence or f"Another rank could not write the checkpoint of step {save.state.step}.")
 
     def restore(self, resume: str, stage: str, check: Callable[[TrainState], None]) -> TrainState | None:
-        """Loads the checkpoint that rank 0 finds into the engine, on every rank; None where there is none to load.
+        """Loads the checkpoint that rank 0 finds into the engine. Returns its state, or None if there is none to load.
 
-        check: raises UserError where its state does not fit, before anything is changed. UserError on every rank where
-        one fails.
+        check: raises UserError if a state does not fit, before anything is changed. If a rank fails, all raise
+        UserError.
         """
         manifest = self._choose(resume, stage, check)
         if manifest is None:
             return None
         problem = ""
         try:
-            self._load(manifest)
+            with SliceReader(manifest) as reader, torch.no_grad():
+                for wanted in self.fragments.read():
+                    reader.fill(wanted)
+            self.fragments.set_steps(manifest.steps)
         except (UserError, OSError, SafetensorError) as error:
             problem = str(error)
         self._all_or_none(problem, f"{manifest.folder} could not be loaded")
         return manifest.state
 
     def _choose(self, resume: str, stage: str, check: Callable[[TrainState], None]) -> Manifest | None:
-        """The same on every rank, its files read in full on every node."""
+        """The same manifest on every rank. One rank of every node reads its files in full."""
         found, problem = None, ""
         if self.workers.is_main:
             try:
@@ -205,18 +200,19 @@ class Checkpointer:
             except (UserError, OSError) as error:
                 problem = str(error)
         self._all_or_none(problem, "Rank 0 could not choose a checkpoint")
-        named = found is not None and found.folder != self.checkpoint_dir.final(found.state.step)
-        step, named = map(int, self.workers.highest([found.state.step if found else -1, named]))
+        by_path = found is not None and found.folder != self.checkpoint_dir.final(found.state.step)
+        chosen = self.workers.highest([found.state.step if found else -1, by_path])
+        step, digest = int(chosen[0]), 0
         if step < 0:
             return None
         try:
             if found is None:
-                found = read_manifest(Path(resume) if named else self.checkpoint_dir.final(step))
+                found = read_manifest(Path(resume) if chosen[1] else self.checkpoint_dir.final(step))
                 if self.workers.rank % self.workers.launch.local_world == 0:
                     found.check_files()
             digest = int(found.digest[:12], 16)
         except UserError as error:
-            digest, problem = 0, str(error)
+            problem = str(error)
         self._all_or_none(problem, "Another rank could not read the checkpoint")
         if not self.workers.equal(digest):
             raise UserError(
@@ -225,13 +221,7 @@ class Checkpointer:
             )
         return found
 
-    def _load(self, manifest: Manifest) -> None:
-        with SliceReader(manifest) as reader, torch.no_grad():
-            for part in self.fragments.read():
-                reader.fill(part)
-        self.fragments.set_steps(manifest.steps)
-
     def _all_or_none(self, problem: str, elsewhere: str) -> None:
-        """UserError on every rank where one has a problem."""
+        """Raises UserError on every rank if one has a problem."""
         if self.workers.highest([bool(problem)])[0]:
             raise UserError(problem or f"{elsewhere}: see the log.")

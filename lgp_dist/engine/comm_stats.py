@@ -1,4 +1,4 @@
-"""What an engine costs beside time: bytes that ranks exchange, peak memory, weights that ZeRO-3 holds gathered."""
+"""What an engine costs: bytes that ranks exchange, peak memory, and weights that ZeRO-3 holds gathered."""
 
 import contextlib
 import time
@@ -16,10 +16,10 @@ from lgp_dist.engine.deepspeed_workarounds import gathered
 
 
 class CommStats:
-    """Bytes that this rank gives to collective operations while `counting`, by operation, and seconds in them."""
+    """Bytes that this rank passes to collective operations while `counting`, by operation, and seconds in them."""
 
     def __init__(self, module: Any):
-        """module: as `Trainer.module`, before its first backward."""
+        """module: `Trainer.module`, before its first backward."""
         self.bytes: dict[str, int] = {}
         self._on, self._seconds = False, 0.0
         if isinstance(module, DistributedDataParallel):
@@ -37,10 +37,10 @@ class CommStats:
         return future
 
     def seconds(self) -> float:
-        """Seconds in gradients' and weights' operations since `counting` began, waits for other ranks among them.
+        """Returns seconds in collective operations since `counting` began, including waits for other ranks.
 
-        While they are counted each is waited for where it stands, except on a CPU those that DeepSpeed starts ahead
-        (ZeRO-3's gathers), of which only the start counts.
+        While counting, each operation is waited for. Exception: of the gathers that ZeRO-3 starts early on a CPU, only
+        the start counts.
         """
         timers = deepspeed.comm.comm.timers.get_timers().values()
         self._seconds += sum(timer.elapsed() for timer in timers) / 1000
@@ -48,7 +48,7 @@ class CommStats:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[dict[str, int]]:
-        """Counts within the context; makes operations wait, so that overlap is not seen."""
+        """Counts within the context. Operations then wait, so nothing overlaps."""
         logger = deepspeed.comm.comm.comms_logger
         logger.reset_data()
         self.seconds()
@@ -64,7 +64,7 @@ class CommStats:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forgets the peak so far."""
+    """Forgets the peak memory so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -72,7 +72,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory since `reset_peak`: of torch's tensors on a GPU, of the whole process on a CPU (Linux)."""
+    """Returns the peak memory since `reset_peak`: of torch's tensors on a GPU, of the process on a CPU (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -80,10 +80,10 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Gathered:
-    """The most units and elements that ZeRO-3 held gathered when a unit's forward ended or its backward began."""
+    """The most units and elements that ZeRO-3 held gathered, at the end of forwards and the beginning of backwards."""
 
     def __init__(self, module: nn.Module, units: tuple[str, ...]):
-        """To be made before DeepSpeed wraps the module, so that its hooks run after these."""
+        """Must be created before DeepSpeed wraps the module, so that DeepSpeed's hooks run after these."""
         self.named, self.names = list(module.named_parameters()), units
         self.units, self.elements = 0, 0
         self._hooks = [module.get_submodule(name).register_forward_hook(self._hook) for name in units]
@@ -101,6 +101,6 @@ class Gathered:
         self.elements = max(self.elements, sum(parameter.ds_numel for parameter in found.values()))
 
     def close(self) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()

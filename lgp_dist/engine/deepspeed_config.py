@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: what exactness needs is set, what a file may add is allowed, the rest is refused."""
+"""DeepSpeed's configuration: sets what exactness needs, takes what a file may add, and refuses the rest."""
 
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ OWNED = {
     "data_types": "engine.precision",
     "zero_optimization.offload_optimizer": "engine.offload_optimizer",
 }
-"""Settings of a DeepSpeed file that the recipe has -> where."""
+"""Settings of a DeepSpeed file that the recipe owns -> the recipe's field."""
 
 INEXACT = {
     "activation_checkpointing": "DeepSpeed checkpoints reentrantly, which reduces a gradient twice; choose "
@@ -33,7 +33,7 @@ INEXACT = {
     "zero_optimization.zero_quantized_nontrainable_weights": "ranks would compute with rounded weights; leave it out",
     "zero_optimization.zero_quantized_gradients": "gradients would be rounded before they are summed; leave it out",
 }
-"""Settings that cannot be exact with another path on each rank -> why, and what to choose instead."""
+"""Settings that cannot be exact with a different path on each rank -> why, and what to choose instead."""
 
 ALLOWED = {
     "zero_optimization.stage",
@@ -56,36 +56,36 @@ ALLOWED = {
     "flops_profiler",
     "dump_state",
 }
-"""Settings that a DeepSpeed file may have: they change speed and memory, not the result."""
+"""Settings that a DeepSpeed file may have: they change speed and memory, but not the result."""
 
-NEUTRAL = (None, "auto", False, {}, "fp32")
-"""Values that say no more than leaving a setting out."""
+NEUTRAL: tuple[Any, ...] = (None, "auto", False, {}, "fp32")
+"""Values that mean the same as leaving a setting out."""
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:
-    """The settings of a DeepSpeed file, checked one by one; UserError where it cannot be read or one is not exact."""
+    """Returns the settings of a DeepSpeed file. Raises UserError if it cannot be read or a setting is not exact."""
     try:
         settings = json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"The DeepSpeed file {path} cannot be read ({error}): correct it, or name another.") from error
     if not isinstance(settings, dict):
         raise UserError(f"The DeepSpeed file {path} holds no object: write settings as {{name: value}}.")
-    inner = settings.get("zero_optimization", {})
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f"{path} has zero_optimization {zero!r}: write its settings as {{name: value}}.")
     flat = {name: value for name, value in settings.items() if name != "zero_optimization"}
-    if not isinstance(inner, dict):
-        raise UserError(f"{path} has zero_optimization {inner!r}: write its settings as {{name: value}}.")
-    flat |= {f"zero_optimization.{name}": value for name, value in inner.items()}
+    flat |= {f"zero_optimization.{name}": value for name, value in zero.items()}
     kept: dict[str, Any] = {}
     for name, value in flat.items():
-        if any(value is neutral or value == neutral and type(value) is type(neutral) for neutral in NEUTRAL):
+        if any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL):  # 0 == False
             continue
         if name in OWNED:
-            raise UserError(f"{path} sets {name}, but the recipe has it: leave it out, and set {OWNED[name]} there.")
+            raise UserError(f"{path} sets {name}, but the recipe owns it: leave it out, and set {OWNED[name]} there.")
         if name in INEXACT:
             raise UserError(f"{path} sets {name} to {json.dumps(value)}: {INEXACT[name]}.")
         if name not in ALLOWED:
             raise UserError(
-                f"{path} sets {name}, which is not known to be exact with another path on each rank: leave it out."
+                f"{path} sets {name}, which is not known to be exact with a different path on each rank: leave it out."
             )
         section, _, key = name.rpartition(".")
         (kept.setdefault(section, {}) if section else kept)[key] = value
@@ -93,14 +93,14 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
 
 
 def check_zero_stage(stage: int, engine: EngineConfig, file: Mapping[str, Any]) -> None:
-    """UserError where settings do not fit the ZeRO stage."""
+    """Raises UserError if settings do not fit the ZeRO stage."""
     if stage not in (0, 1, 2, 3):
         raise UserError(f"The launch file sets zero_stage {stage}, but there are 0, 1, 2 and 3: choose one of them.")
     overlap = file.get("zero_optimization", {}).get("overlap_comm", False)
     if stage == 1 and overlap:
         raise UserError(
-            "The DeepSpeed file sets zero_optimization.overlap_comm with zero_stage 1, which then reduces gradients "
-            "in the order in which they come: leave it out, or take stage 2."
+            "The DeepSpeed file sets zero_optimization.overlap_comm with zero_stage 1, which then reduces gradients in "
+            "the order in which they arrive: leave it out, or take stage 2."
         )
     if engine.offload_optimizer and stage == 0:
         raise UserError(
@@ -117,12 +117,11 @@ def check_zero_stage(stage: int, engine: EngineConfig, file: Mapping[str, Any]) 
 def deepspeed_config(
     stage: int, world: int, engine: EngineConfig, train: TrainConfig, per_rank: int, file: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, complete.
+    """Returns DeepSpeed's complete configuration.
 
     per_rank: images per rank and micro-step. file: what a DeepSpeed file adds. Parameters, gradients and their sums are
-    fp32 in every precision, since autocast stands within the module. Stage 3 keeps nothing gathered beyond the unit
-    that runs and takes torch's own linear layer. Clipping is named even when off: accelerate turns a missing value into
-    1.0.
+    fp32 in every precision, since autocast is applied inside the module. Stage 3 gathers only the unit that runs, and
+    uses torch's own linear layer.
     """
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "round_robin_gradients": False}
     if stage == 3:
@@ -138,7 +137,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": per_rank,
         "gradient_accumulation_steps": train.accumulate,
         "train_batch_size": per_rank * train.accumulate * world,
-        "gradient_clipping": train.clip_grad,
+        "gradient_clipping": train.clip_grad,  # 0 is off; accelerate would turn a missing value into 1.0
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         **{name: value for name, value in file.items() if name != "zero_optimization"},

@@ -1,11 +1,11 @@
-"""Defects of DeepSpeed 0.19.8 that this project works round, each here and nowhere else.
+"""Workarounds for defects of DeepSpeed 0.19.8, and the only access to the attributes that DeepSpeed adds to parameters.
 
-tests/distributed/test_deepspeed_workarounds.py shows each of them on DeepSpeed alone, and fails when it is mended.
+tests/distributed/test_deepspeed_workarounds.py shows each defect with DeepSpeed alone, and fails once it is fixed.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import deepspeed
 import torch
@@ -13,43 +13,66 @@ from deepspeed.runtime.zero import ZeroParamStatus
 from torch import Tensor, nn
 
 
-def skip_operator_probes() -> None:
-    """None of DeepSpeed's own operators is used on a CPU.
+class Zero3Parameter(Protocol):
+    """What ZeRO-3 adds to a parameter that it partitions."""
 
-    Saying so spares a probe that compiles each of them, and the shared-memory all-reduce (for inference), which leaves
-    69 MB in /dev/shm for each rank killed.
+    ds_tensor: Tensor
+    """This rank's partition, [ceil(elements / ranks)]; the last ranks' partitions end in padding."""
+    ds_numel: int
+    """Elements of the whole parameter."""
+    ds_shape: torch.Size
+    """Of the whole parameter."""
+    ds_status: ZeroParamStatus
+
+
+def zero3(parameter: nn.Parameter) -> Zero3Parameter | None:
+    """Returns a parameter with its ZeRO-3 attributes, or None if ZeRO-3 does not partition it."""
+    return cast(Zero3Parameter, parameter) if hasattr(parameter, "ds_tensor") else None
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Returns the shape of the whole parameter under every engine."""
+    partitioned = zero3(parameter)
+    return tuple(parameter.shape if partitioned is None else partitioned.ds_shape)
+
+
+def skip_operator_probes() -> None:
+    """Makes DeepSpeed use none of its own operators on a CPU.
+
+    Otherwise it compiles each of them to see whether it can, and starts a shared-memory all-reduce for inference, which
+    leaves 69 MB in /dev/shm for each rank that is killed.
     """
     deepspeed.ops.__compatible_ops__ = {}
 
 
 def forget_gradients(engine: Any) -> None:
-    """After a step: clears the buffers from which DeepSpeed would take a gradient again that this step did not reduce.
+    """Clears gradient buffers after a step. Without it, DeepSpeed applies old gradients again, on one process too.
 
-    ZeRO-3 always, stages 1 and 2 with an offloaded optimizer: their buffers are written when a parameter is reduced and
-    never cleared, so a parameter that is not reduced in a step is updated with its last gradient, on one process too.
+    ZeRO-3, and stages 1 and 2 with an offloaded optimizer, write a buffer when a parameter is reduced and never clear
+    it, so a parameter that a step does not reduce is updated with its last gradient.
     """
     optimizer = engine.optimizer
     if isinstance(buffer := getattr(optimizer, "grad_partitions_flat_buffer", None), Tensor):
         buffer.zero_()
-    for _, partition in _offloaded(optimizer):
-        partition.grad.zero_()
+    for _, gradient in _offloaded_gradients(optimizer):
+        gradient.zero_()
 
 
-def _offloaded(optimizer: Any) -> Iterator[tuple[int, Tensor]]:
-    """Partitions of an offloaded optimizer, which keep their gradients, with the numbers of their groups."""
+def _offloaded_gradients(optimizer: Any) -> Iterator[tuple[int, Tensor]]:
+    """Group number and gradient of every partition of an offloaded optimizer."""
     if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
             for index, partition in enumerate(getattr(optimizer, name, ())):
                 if partition.grad is not None:
-                    yield index, partition
+                    yield index, partition.grad
 
 
 def reduced_gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """This rank's share of the gradients under ZeRO-1 to 3, after a step's last backward, with their group's module."""
+    """This rank's part of the gradients under ZeRO-1 to 3 after a step's last backward, with their group's module."""
     optimizer = engine.optimizer
     for event in getattr(optimizer, "_pending_offload_events", {}).values():
         event.synchronize()
-    found = [(index, partition.grad) for index, partition in _offloaded(optimizer)]
+    found = list(_offloaded_gradients(optimizer))
     if not found:
         found = [(index, tensor) for index, group in optimizer.averaged_gradients.items() for tensor in group or ()]
     group_of = getattr(optimizer, "sub_group_to_group_id", None)
@@ -58,9 +81,9 @@ def reduced_gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def drop_gradients(engine: Any) -> None:
-    """Before a step that is left out: zeros, so that the gate alone leaves it out.
+    """Zeroes the gradients before a step that is skipped.
 
-    At gradients that are not finite DeepSpeed would not call the optimizer, without a word, which then makes no state.
+    If they are not finite, DeepSpeed silently does not call the optimizer, which then never creates its state.
     """
     for _, gradient in reduced_gradients(engine):
         gradient.zero_()
@@ -72,7 +95,7 @@ class OptimizerSlice:
     """Where the optimizer holds elements of a parameter."""
 
     flat: Tensor
-    """What stands in the optimizer's group: the parameter itself, or a partition that holds parts of many."""
+    """The tensor in the optimizer's group: the parameter itself, or a partition with elements of many parameters."""
     offset: int
     """Of the first element in `flat`."""
     start: int
@@ -80,23 +103,23 @@ class OptimizerSlice:
     count: int
     """Elements."""
     group: int
-    """Of the optimizer's groups."""
+    """Index of the optimizer's group."""
 
 
 def partitions(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, OptimizerSlice]]:
-    """Name and place of every parameter of which this rank's partitions of ZeRO-1, 2 or 3 hold a part.
+    """Yields every parameter of which this rank's ZeRO partitions hold elements, with their place.
 
-    Read from DeepSpeed's own maps. Its universal checkpoint has the same, but gives every group of ZeRO-3 the settings
-    and the step count of group 0, knows no ZeRO-0, and is read and written as pickles.
+    Reads DeepSpeed's own maps. Its universal checkpoint has them too, but gives every group of ZeRO-3 the settings and
+    the step count of group 0, does not support ZeRO-0, and consists of pickles.
     """
     optimizer = engine.optimizer
     for name, parameter in named:
-        if hasattr(parameter, "ds_tensor"):
+        if (partitioned := zero3(parameter)) is not None:
             number, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = engine.global_rank * count  # the last ranks' parts hold padding
-            count = max(0, min(count, parameter.ds_numel - start))
+            start = engine.global_rank * count
+            count = max(0, min(count, partitioned.ds_numel - start))
             flat, group = optimizer.fp32_partitioned_groups_flat[number], optimizer.sub_group_to_group_id[number]
-        elif (mapping := parameter._hp_mapping) is not None:
+        elif (mapping := cast(Any, parameter)._hp_mapping) is not None:
             group = mapping.param_group_index
             flat = optimizer.single_partition_of_fp32_groups[group]
             offset, start = mapping.hp_fragment_address.start, mapping.lp_fragment_address.start
@@ -106,22 +129,20 @@ def partitions(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterat
         yield name, OptimizerSlice(flat, offset, start, count, group)
 
 
-def gathered(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """Those parameters that ZeRO-3 holds gathered at this moment, or is gathering, by name."""
-    return {
-        name: parameter
-        for name, parameter in named
-        if getattr(parameter, "ds_status", ZeroParamStatus.NOT_AVAILABLE) != ZeroParamStatus.NOT_AVAILABLE
-    }
+def gathered(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Zero3Parameter]:
+    """Returns the parameters that ZeRO-3 holds gathered at this moment, or is gathering, by name."""
+    found = ((name, zero3(parameter)) for name, parameter in named)
+    away = ZeroParamStatus.NOT_AVAILABLE
+    return {name: parameter for name, parameter in found if parameter is not None and parameter.ds_status != away}
 
 
 def make_whole(module: nn.Module) -> None:
-    """Makes a module that ZeRO-3 partitioned a plain one again, with all weights on every rank.
+    """Turns a module that ZeRO-3 partitioned into a plain one, with all weights on every rank.
 
-    DeepSpeed's own `destroy` takes its hooks off and leaves the weights partitioned.
+    DeepSpeed's own `destroy` removes its hooks and leaves the weights partitioned.
     """
     for owner in module.modules():
-        plain: dict[str, Any] = {}
+        plain: dict[str, nn.Parameter | None] = {}
         for name, parameter in list(owner._parameters.items()):
             if parameter is None:
                 plain[name] = None

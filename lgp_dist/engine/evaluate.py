@@ -1,4 +1,4 @@
-"""Accuracy of many forwards over one pass of the data, every image counted once over all ranks."""
+"""Accuracy of many forwards in one pass over the data; every image counts once over all ranks."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -16,9 +16,10 @@ Forward = Callable[[Tensor], Tensor]
 def accuracies(
     forwards: Mapping[str, Forward], batches: Iterable[Batch], workers: Workers
 ) -> dict[str, tuple[float, float]]:
-    """Top-1 and top-5 accuracy in per cent of each named forward.
+    """Returns top-1 and top-5 accuracy of each named forward, in per cent.
 
-    batches: as many on every rank; a sample of weight 0 does not count. Each forward is a sign of progress.
+    batches: the same number on every rank; a sample of weight 0 does not count. Each forward is progress for the
+    watchdog.
     """
     counts = torch.zeros(len(forwards), 2, dtype=torch.float64)
     total = torch.zeros(1, dtype=torch.float64)
@@ -29,13 +30,12 @@ def accuracies(
             with workers.autocast():
                 logits = forward(moved.images)
             counts[index] += correct(logits.float(), moved.targets, moved.weight).cpu()
-    counts, total = workers.sum(counts).cpu(), workers.sum(total).cpu()
-    shares = (100.0 * counts / total).tolist()
+    shares = (100.0 * workers.sum(counts) / workers.sum(total)).tolist()
     return {name: (row[0], row[1]) for name, row in zip(forwards, shares, strict=True)}
 
 
 def correct(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    """[2] float64: weighted number of images whose label is first, and among the first five.
+    """Returns the weighted number of images whose label comes first, and among the first five, [2] float64.
 
     logits: [B, classes]. targets: [B]. weight: [B].
     """

@@ -120,11 +120,18 @@ class Gradients:
 
         self._hooks += [tensor.register_hook(scaled(owner)) for _, tensor, owner in self.parameters if owner]
 
-    def fill(self, modules: Collection[str] | None = None) -> None:
-        """Gives a zero to parameters without a gradient: to all, or to those of these modules and of every forward."""
+    def fill(self, modules: Collection[str] | None = None) -> list[tuple[str, Tensor]]:
+        """Gives zeros to parameters without a gradient: to all, or to those of these modules and of every forward.
+
+        Returns all gradients that there are then, each with its skippable module.
+        """
+        found = []
         for _, parameter, owner in self.parameters:
             if parameter.grad is None and (modules is None or not owner or owner in modules):
                 parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                found.append((owner, parameter.grad))
+        return found
 
     def close(self) -> None:
         """Removes every hook and mark from the module."""

@@ -101,8 +101,9 @@ def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> TrainingResu
             losses, counts, facts, times = _step(trainer, stream, step, setup.seeds)
             facts |= {"epoch": round(step / setup.steps_per_epoch, 4), "lr": rate_of(optimizer)}
             if plan.watch and plan.watch_every and (step + 1) % plan.watch_every == 0:
-                facts |= _measure(trainer, plan.watch)
-            meter.add(step, losses, partial(_facts, task, step, config.accumulate, workers.world, facts), counts, times)
+                workers.watchdog.phase("measure")
+                facts |= trainer.measure(plan.watch)
+            meter.add(step, losses, facts | _labels(task, step, config.accumulate, workers.world), counts, times)
             if saver:
                 workers.watchdog.note(step, "save")
                 saver.step_done(step + 1, facts, meter.flush)
@@ -112,14 +113,10 @@ def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> TrainingResu
         averages = trainer.averaged_weights() if config.ema else {}
         trainer.close()
         task.module.load_state_dict(averages, strict=False)
-    _check_weights(task, stage)
-    images, seconds = (steps - first) * config.batch_size, round(time.monotonic() - began, 3)
-    return {"steps": steps, "seconds": seconds, "images": images}
-
-
-def _check_weights(task: Task, stage: str) -> None:
     if not all(bool(torch.isfinite(parameter).all()) for parameter in task.module.parameters()):
         raise UserError(f"The last step of stage {stage} made weights infinite: lower its train.lr.")
+    images, seconds = (steps - first) * config.batch_size, round(time.monotonic() - began, 3)
+    return {"steps": steps, "seconds": seconds, "images": images}
 
 
 def _steps(
@@ -176,19 +173,14 @@ def _step(
     return losses, counts, verdict.facts, {"data_wait_s": wait, "step_time_s": time.monotonic() - start}
 
 
-def _measure(trainer: Trainer, watch: Watch) -> dict[str, float]:
-    trainer.workers.watchdog.phase("measure")
-    return trainer.measure(watch)
-
-
-def _facts(task: Task, step: int, accumulate: int, world: int, fixed: dict[str, Any]) -> dict[str, Any]:
-    """What a line of metrics says beside losses and times: what is given, and labels of all ranks and micro-steps."""
+def _labels(task: Task, step: int, accumulate: int, world: int) -> dict[str, Any]:
+    """What a line of metrics says about all ranks and micro-steps: their number, and the task's labels of each."""
     labels: dict[str, list[Any]] = {}
     for rank in range(world):
         for micro in range(accumulate):
             for name, value in task.labels(StepContext(step, micro, rank, world)).items():
                 labels.setdefault(name, []).append(value)
-    return {**fixed, "world": world, "accumulate": accumulate, **labels}
+    return {"world": world, "accumulate": accumulate, **labels}
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -19,7 +19,7 @@ Decays = Callable[[str, Parameter], bool]
 
 
 def decays_matrix(name: str, parameter: Parameter) -> bool:
-    """Whether a parameter is decayed: matrices are; vectors, class and position embedding are not."""
+    """Whether weight decay applies to a parameter: to matrices, not to vectors, class and position embedding."""
     return parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed"))
 
 
@@ -30,7 +30,7 @@ def build_optimizer(
     skippable: tuple[str, ...] = (),
     rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Optimizer:
-    """The optimizer over all trained parameters, with two groups per skippable module: with and without weight decay.
+    """Returns the optimizer, with two parameter groups per skippable module: with and without weight decay.
 
     skippable: names of the modules that a step may skip. A group's key `module` names its module, "" for parameters of
     none of them. rates: learning rate factors by module, 1 by default; timm's schedule applies a group's `lr_scale`.
@@ -55,7 +55,7 @@ def build_optimizer(
 
 
 def rate_of(optimizer: Optimizer) -> float:
-    """The current learning rate of the groups with factor 1, or of the first group if there is none."""
+    """Returns the learning rate of the groups with factor 1, or of the first group if there is none."""
     groups = optimizer.param_groups
     return next((group["lr"] for group in groups if group["lr_scale"] == 1), groups[0]["lr"])
 
@@ -71,7 +71,7 @@ class StepMask:
         """Modules that the next step updates; None for all."""
         self.skip_all = False
         """Whether the next step updates nothing."""
-        self._kept: list[tuple[Parameter, torch.Tensor]] = []
+        self._kept: list[tuple[Parameter, Tensor]] = []
         self._hooks = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -97,13 +97,13 @@ class StepMask:
         self._kept = []
 
     def close(self) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()
 
 
-def materialise(optimizer: Optimizer, group: dict[str, Any], parameter: Parameter) -> None:
-    """Makes the state that the optimizer would make at the parameter's first step, so that checkpoints have it."""
+def materialise(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
+    """Creates the state that the optimizer would create at the parameter's first step, so that checkpoints have it."""
     state = optimizer.state[parameter]
     if state:
         return
@@ -118,7 +118,7 @@ def materialise(optimizer: Optimizer, group: dict[str, Any], parameter: Paramete
 
 
 def build_schedule(optimizer: Optimizer, train: TrainConfig, steps: int, steps_per_epoch: float) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine to min_lr at the last step; `step_update(step)` sets the rate."""
+    """Returns a linear warm-up and a cosine to min_lr at the last step; `step_update(step)` sets the learning rate."""
     warmup = min(round(train.warmup_epochs * steps_per_epoch), steps // 2)
     return CosineLRScheduler(
         optimizer,
@@ -131,6 +131,6 @@ def build_schedule(optimizer: Optimizer, train: TrainConfig, steps: int, steps_p
 
 
 def planned_steps(train: TrainConfig, steps_per_epoch: float) -> int:
-    """Optimizer steps of the run: its epochs, cut off at max_steps."""
+    """Returns the optimizer steps of the run: its epochs, but at most max_steps."""
     steps = max(1, round(train.epochs * steps_per_epoch))
     return min(steps, train.max_steps) if train.max_steps else steps

@@ -1,8 +1,8 @@
-"""Ranks that run with another recipe, code, packages or shards are refused at start, and named.
+"""Refuses ranks that start with another recipe, code, packages or shards, and names the difference.
 
-Ranks which differ would train something else together, or wait for each other for ever: gloo adds float32 to int32
-without an error. What is compared is a flat dictionary of plain values. First a hash of it travels, in tensors whose
-type and shape never change; only where hashes differ the values follow, as JSON in bytes.
+Such ranks would train something else together, or wait for each other forever: gloo adds float32 to int32 without an
+error. Ranks compare a flat dictionary of plain values. They first exchange its hash, in tensors whose type and shape
+never change; only if hashes differ do they exchange the values, as JSON in bytes.
 """
 
 import hashlib
@@ -20,47 +20,49 @@ from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
 
 PATIENCE = timedelta(minutes=5)
-"""How long a rank waits here for one that has joined, and reads the manifest of a remote root."""
+"""How long a rank waits for the facts of a rank that has joined and may still read the manifest of a remote root."""
 COMPARED_S = 240.0
-"""Seconds after which the watchdog says for whom it waits, before that."""
+"""Seconds after which the watchdog names the rank that is waited for, before PATIENCE ends."""
 
 PER_RANK = frozenset(
     {
-        *(
-            "data.root",
-            "ancestry.weights",
-            "model.rows.weights",
-            "finetune.weights",
-        ),  # lie anywhere; fingerprints compare
-        "finetune.costs",  # likewise
-        *("data.threads", "data.cache", "data.cache_bytes", "data.timeout_s", "data.retries"),  # speed, disks, network
-        *("engine.threads", "engine.device"),  # cores; auto and cuda can be the same, and the device itself is compared
-        "debug",  # how a rank's own errors are shown
+        "data.root",  # inputs may be anywhere; fingerprints are compared
+        "ancestry.weights",
+        "model.rows.weights",
+        "finetune.weights",
+        "finetune.costs",
+        "data.threads",  # speed, disks, network
+        "data.cache",
+        "data.cache_bytes",
+        "data.timeout_s",
+        "data.retries",
+        "engine.threads",  # cores
+        "engine.device",  # auto and cuda can be the same; the device itself is compared
+        "debug",  # how a rank shows its own errors
     }
 )
-"""Settings that may differ between ranks. No other may, even if it may differ between runs: ranks that write, measure,
-check or reduce at other steps wait for each other for ever. Rows have no number here."""
+"""Settings that may differ between ranks, without the numbers of rows. Others may not, even if they may differ between
+runs: ranks that write, measure, check or reduce in different steps wait for each other forever."""
 
 REFUSAL = "refusal"
-"""Fact of a rank that refuses its own recipe or inputs: the sentence that says why."""
+"""Key under which a rank that refuses its own recipe or inputs gives its reason, a sentence."""
 SHOWN = 3
-"""Differences that the sentence spells out."""
+"""Differences that the message spells out."""
 LONGEST = 120
 """Characters of a value that it shows."""
 
 
 def facts_of(settings: Mapping[str, Any], launch: Launch) -> dict[str, Any]:
-    """What flat settings and launch say and all ranks must share, by dotted key."""
+    """Returns what all ranks must share of flat settings and launch, by dotted key."""
     facts = {key: value for key, value in settings.items() if re.sub(r"\.\d+\.", ".", key) not in PER_RANK}
-    for name in ("world", "deepspeed", "zero_stage", "precision"):
-        facts[f"launch.{name}"] = getattr(launch, name)
+    facts |= {f"launch.{name}": getattr(launch, name) for name in ("world", "deepspeed", "zero_stage", "precision")}
     return facts | {"launch.file": dict(launch.file)}
 
 
 def check_equal(facts: Mapping[str, Any], workers: Workers) -> None:
-    """UserError on all ranks where one has other facts than rank 0; called by all of them.
+    """Raises UserError on all ranks if one has other facts than rank 0. Every rank calls it.
 
-    facts: plain values (what JSON has) by key.
+    facts: plain values (as in JSON) by key.
     """
     if workers.world == 1:
         return
@@ -75,11 +77,11 @@ def check_equal(facts: Mapping[str, Any], workers: Workers) -> None:
         texts = _gather(text.ljust(longest), workers.world, group)
     finally:
         torch.distributed.destroy_process_group(group)
-    raise UserError(_sentence([json.loads(other) for other in texts]))
+    raise UserError(_message([json.loads(other) for other in texts]))
 
 
 def _gather(message: bytes, world: int, group: Any) -> list[bytes]:
-    """Every rank's message; all are of one length."""
+    """Every rank's message; all have one length."""
     mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
     rows = [torch.empty_like(mine) for _ in range(world)]
     torch.distributed.all_gather(rows, mine, group=group)
@@ -87,7 +89,7 @@ def _gather(message: bytes, world: int, group: Any) -> list[bytes]:
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """`key: 'theirs' there, 'ours' here` for each key in which two ranks differ; 1, 1.0 and true differ."""
+    """Returns `key: 'theirs' there, 'ours' here` for each key in which two ranks differ; 1, 1.0 and true differ."""
 
     def shown(facts: Mapping[str, Any], key: str) -> str:
         text = repr(facts[key]) if key in facts else "nothing"
@@ -100,18 +102,16 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     return [f"{key}: {shown(theirs, key)} there, {shown(ours, key)} here" for key in keys]
 
 
-def _sentence(facts: list[dict[str, Any]]) -> str:
+def _message(facts: list[dict[str, Any]]) -> str:
+    """Why ranks that differ cannot start."""
     for rank, theirs in enumerate(facts):
         if REFUSAL in theirs:
             return f"Rank {rank} cannot start as the others do: {theirs[REFUSAL]}"
     found = {rank: differences(facts[0], theirs) for rank, theirs in enumerate(facts)}
-    ranks = [rank for rank, differing in found.items() if differing]
-    if not ranks:
-        return "Hashes of what ranks run with differ, but not what they were taken of: start again, and report it."
-    first = found[ranks[0]]
-    more = f" (and {len(first) - SHOWN} more)" if len(first) > SHOWN else ""
-    others = f"; {listed(ranks[1:])} too" if len(ranks) > 1 else ""
+    first, *others = [rank for rank, differing in found.items() if differing]
+    more = f" (and {len(found[first]) - SHOWN} more)" if len(found[first]) > SHOWN else ""
+    too = f"; {listed(others)} too" if others else ""
     return (
-        f"Rank {ranks[0]} differs from rank 0 in {'; '.join(first[:SHOWN])}{more}{others}: start every rank with the "
+        f"Rank {first} differs from rank 0 in {'; '.join(found[first][:SHOWN])}{more}{too}: start every rank with the "
         "same recipe, launch file, code, packages and shards."
     )

@@ -1,4 +1,4 @@
-"""When a stage is saved, and from where it goes on."""
+"""When a stage is saved, and from where it resumes."""
 
 import logging
 import time
@@ -10,8 +10,7 @@ from typing import Any
 from lgp_dist.config.run_config import CheckpointConfig
 from lgp_dist.engine.checkpointer import Checkpointer
 from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
-from lgp_dist.engine.checkpoints.manifest import TrainState
-from lgp_dist.engine.checkpoints.settings import check_settings
+from lgp_dist.engine.checkpoints.manifest import TrainState, check_settings
 from lgp_dist.engine.step_filter import NotFinite
 from lgp_dist.engine.trainer import Trainer
 from lgp_dist.engine.watch.signals import Preemption
@@ -30,13 +29,13 @@ class SaverConfig:
     seed: int
     """The recipe's."""
     settings: Mapping[str, Any]
-    """What the stage depends on, by dotted key; a checkpoint of others is refused."""
+    """What the stage depends on, by dotted key. A checkpoint with other settings is refused."""
     versions: Mapping[str, str]
     """Noted in every checkpoint."""
     data_state: Callable[[int], Mapping[str, Any]]
-    """Where the training stream stands after so many steps."""
+    """Returns the state of the training stream after this many steps."""
     data_restore: Callable[[Mapping[str, Any], int], None]
-    """Makes the stream go on at such a state, from a step on."""
+    """Makes the stream continue from a state, at a step."""
     resume: str = "auto"
     """auto, latest, never or a path."""
     allow: tuple[str, ...] = ()
@@ -44,12 +43,13 @@ class SaverConfig:
 
 
 class Saver:
-    """One stage's checkpoints: whether one is due, and what it says beside weights and optimizer state."""
+    """The checkpoints of one stage: whether one is due, and what it holds besides weights and optimizer state."""
 
     def __init__(self, config: SaverConfig, trainer: Trainer, stage: str, steps: int, preemption: Preemption):
         self.config, self.trainer, self.preemption = config, trainer, preemption
         workers = trainer.workers
         self.rolled = 0
+        """How often the stage went back to a checkpoint."""
         self.checkpointer = Checkpointer(CheckpointDir(config.folder), workers, trainer.fragments(), config.checkpoint)
         self.state = TrainState(
             stage=stage,
@@ -64,60 +64,55 @@ class Saver:
         )
 
     def restore(self, resume: str = "") -> int:
-        """Loads what is asked for, by the recipe if not here; the step to begin with.
+        """Loads the checkpoint that `resume`, or else the recipe, asks for. Returns the step to begin with.
 
-        UserError where it is not there or does not fit.
+        Raises UserError if it does not exist or does not fit.
         """
-
-        def check(state: TrainState) -> None:
-            check_settings(state, self.state, self.config.allow)
-
-        found = self.checkpointer.restore(resume or self.config.resume, self.state.stage, check)
+        mine, resume = self.state, resume or self.config.resume
+        found = self.checkpointer.restore(
+            resume, mine.stage, lambda state: check_settings(state, mine, self.config.allow)
+        )
         if found is None:
-            none = (
-                "--resume never"
-                if self.config.resume == "never"
-                else f"no checkpoint in {self.checkpointer.checkpoint_dir.folder}"
-            )
-            log.info("%s: begins at step 0 of %d (%s)", self.state.stage, self.state.steps, none)
+            why = "--resume never" if resume == "never" else f"no checkpoint in {self.config.folder}"
+            log.info("%s: begins at step 0 of %d (%s)", mine.stage, mine.steps, why)
             return 0
         self.config.data_restore(found.data, found.step)
         if found.guard:
             self.trainer.step_filter.load_state_dict(dict(found.guard))
         if self.trainer.scaler is not None and found.loss_scale is not None:
             self.trainer.scaler.value, self.trainer.scaler.good = found.loss_scale, found.good_steps
-        self.state = replace(self.state, best=found.best)
-        log.info("%s: goes on from step %d of %d", self.state.stage, found.step, self.state.steps)
-        if found.world != self.state.world or found.engine != self.state.engine:
-            was, now = (f"{state.world} rank(s) of {state.engine}" for state in (found, self.state))
-            log.info("%s: was saved by %s, goes on with %s", self.state.stage, was, now)
+        self.state = replace(mine, best=found.best)
+        log.info("%s: resumes from step %d of %d", mine.stage, found.step, mine.steps)
+        if (found.world, found.engine) != (mine.world, mine.engine):
+            was, now = (f"{state.world} rank(s) of {state.engine}" for state in (found, mine))
+            log.info("%s: was saved by %s, resumes with %s", mine.stage, was, now)
         return found.step
 
     def roll_back(self, problem: NotFinite) -> int:
-        """The step of the newest checkpoint, loaded again, for another try.
+        """Loads the newest checkpoint again, for another try. Returns its step.
 
-        The data goes on behind the bad step, so that what made it is not met again; paths are those of their steps.
-        NotFinite, which says how to meet the step again, where faults.rollback allows none.
+        The data continues after the bad step, so that the cause does not recur; each step keeps its paths. Raises
+        NotFinite, which says how to reproduce the step, if faults.rollback allows no further try.
         """
         self.checkpointer.wait()
-        checkpoint_dir, allowed = self.checkpointer.checkpoint_dir, self.trainer.step_filter.faults.rollback
-        newest = int(self.trainer.workers.highest([max(checkpoint_dir.steps(), default=0)])[0])
+        checkpoints, allowed = self.checkpointer.checkpoint_dir, self.trainer.step_filter.faults.rollback
+        newest = int(self.trainer.workers.highest([max(checkpoints.steps(), default=0)])[0])
         if self.rolled >= allowed or not newest:
-            start = f" with --resume {checkpoint_dir.final(newest)}" if newest else ""
-            raise NotFinite(f"{problem} The same command{start} meets this step again.", problem.step) from problem
+            start = f" with --resume {checkpoints.final(newest)}" if newest else ""
+            raise NotFinite(f"{problem} The same command{start} reproduces this step.", problem.step) from problem
         self.rolled += 1
         if self.trainer.workers.is_main:
             log.warning("%s Going back to the last checkpoint, %d of %d times.", problem, self.rolled, allowed)
-        behind = self.config.data_state(problem.step + 1)
+        after = self.config.data_state(problem.step + 1)
         step = self.restore("latest")
-        self.config.data_restore(behind, step)
+        self.config.data_restore(after, step)
         return step
 
     def step_done(self, step: int, facts: Mapping[str, Any], flush: Callable[[], None]) -> None:
-        """At the end of a step, which is the step-th: settles or begins a save. Preempted once it is safe to end.
+        """Settles the save in progress, and begins one that is due. Raises Preempted once it is safe to leave.
 
-        facts: of the step; accuracies of paths, if they were measured, as top1/KEY. flush: brings all metrics to
-        their file.
+        step: number of steps done. facts: of the step, with accuracies of paths as top1/KEY if they were measured.
+        flush: writes all metrics to their file.
         """
         saves, best = self.checkpointer, self.state.best
         asked, worst = self.trainer.workers.highest([self.preemption.asked, saves.status])
@@ -151,5 +146,5 @@ class Saver:
         )
 
     def close(self) -> None:
-        """Waits for the save that is under way."""
+        """Waits for the save in progress."""
         self.checkpointer.wait()

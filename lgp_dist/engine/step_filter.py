@@ -1,8 +1,9 @@
-"""Decides before each optimizer step, the same on every rank, whether it is applied: not where numbers went bad.
+"""Decides before each optimizer step, the same on every rank, whether its numbers are good enough to apply it.
 
-Bad is a loss or a gradient that is not finite, or a loss far above those of the steps before it. What every rank needs
-for the decision travels in one all-reduce of a small vector: each draw's loss in a place of its own, and the squared
-norm of each skippable module's gradient. `optim.StepMask` then skips the step; the data goes on as if it were taken.
+A step is bad if a loss or a gradient is not finite, or if its loss is far above those of the steps before (a spike).
+All ranks decide from the same numbers, which one all-reduce of a small vector collects: the loss of each draw (each
+rank's micro-step) and the squared norm of each skippable module's gradient. `optim.StepMask` then skips a bad step; the
+data goes on as if it were taken.
 """
 
 import logging
@@ -24,16 +25,18 @@ from lgp_dist.protocols import StepContext, Task
 log = logging.getLogger("lgp")
 
 Describe = Callable[[int, int, int], str]
-"""(step, micro-step, rank) to shards and keys of that batch's samples, on any rank."""
+"""(step, micro-step, rank) to the shards and keys of that batch's samples, on any rank."""
 
-REMEMBERED, FEWEST, NAMED = 100, 20, 3
-"""Good steps whose median a spike is compared with; how many it takes; draws or modules that a sentence names."""
+REMEMBERED, FEWEST = 100, 20
+"""A spike is compared with the median loss of the last REMEMBERED good steps, once there are FEWEST of them."""
+NAMED = 3
+"""Draws or modules that a message names."""
 LARGEST = torch.finfo(torch.float32).max
 """Squared norm of gradients above which DeepSpeed's is infinite."""
 
 
 class NotFinite(UserError):
-    """A bad step after as many on end as may be left out; nothing of it was applied. `step` is its number."""
+    """More consecutive bad steps than `faults.skip_steps` allows. `step` is the last of them, which was not applied."""
 
     def __init__(self, sentence: str, step: int):
         super().__init__(sentence)
@@ -42,14 +45,14 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """What becomes of a step."""
+    """Whether a step is applied."""
 
     reason: str = ""
-    """Why it is left out: loss, gradient, spike, or overflow, which fp16's loss scale makes and mends; empty if not."""
+    """Why it is skipped: loss, gradient, spike, or overflow of fp16's loss scale, which recovers; empty if applied."""
     overflow: bool = False
-    """Whether a gradient was not finite, in which case a loss scale halves."""
+    """Whether a gradient was not finite. A loss scale then halves."""
     stop: NotFinite | None = field(default=None, compare=False)
-    """To be raised when the step has been left out, so that the engine is ready for another."""
+    """To be raised after the step was skipped, when the engine is ready for another."""
 
     @property
     def skipped(self) -> bool:
@@ -80,26 +83,26 @@ class StepFilter:
         self.good: deque[float] = deque(maxlen=REMEMBERED)
         """Losses of the last good steps."""
         self.skipped = 0
-        """Bad steps on end."""
+        """Consecutive bad steps so far."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next verdict depends on, as JSON can hold it."""
+        """Returns what later verdicts depend on, as JSON values."""
         return {"good": list(self.good), "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Continues from a state."""
         self.good, self.skipped = deque(state["good"], REMEMBERED), state["skipped"]
 
     def judge(
         self, step: int, losses: Sequence[Tensor], gradients: Iterable[tuple[str, Tensor]], scaled: bool
     ) -> StepVerdict:
-        """The verdict on a step; waits for the device.
+        """Returns the verdict on a step. Waits for the device.
 
-        losses: this rank's, one per micro-step. gradients: as reduced, or this rank's share of them, each with its
-        module. scaled: whether a loss scale above 1 may be why a gradient is not finite.
+        losses: this rank's, one per micro-step. gradients: reduced, or this rank's part of them, each with its
+        skippable module ("" if it has none). scaled: whether fp16's loss scale may have made a gradient infinite.
         """
         table, squares = self._collect(losses, gradients)
-        overflow = not sum(squares) <= LARGEST  # with nan too
+        overflow = not sum(squares) <= LARGEST  # true for nan too
         reason = self._reason(table, overflow, scaled)
         if reason in ("loss", "gradient", "spike"):
             return StepVerdict(reason, overflow, self._fault(step, self._explain(step, reason, table, squares)))
@@ -111,7 +114,7 @@ class StepFilter:
     def _collect(
         self, losses: Sequence[Tensor], gradients: Iterable[tuple[str, Tensor]]
     ) -> tuple[list[float], list[float]]:
-        """Losses of all draws, those of a rank together, and squared norms of all modules, from all ranks."""
+        """Losses of all draws, rank by rank, and squared gradient norms of all modules, over all ranks."""
         modules, tensors = zip(*gradients, strict=True)
         device = tensors[0].device
         squares = torch.stack(torch._foreach_norm(tensors)).square()
@@ -135,7 +138,7 @@ class StepFilter:
         allowed = self.faults.skip_steps
         if self.skipped <= allowed:
             if self.workers.is_main:
-                log.warning("%s: step %d left out, %d of %d on end: %s", self.stage, step, self.skipped, allowed, what)
+                log.warning("%s: step %d skipped, %d of %d in a row: %s", self.stage, step, self.skipped, allowed, what)
             return None
         before = f", nor of the {allowed} before it" if allowed else ""
         return NotFinite(
@@ -145,34 +148,35 @@ class StepFilter:
         )
 
     def _explain(self, step: int, reason: str, table: list[float], squares: list[float]) -> str:
-        draws = [divmod(place, self.accumulate) for place in range(len(table))]
-        used = [self.task.used(self._context(step, *draw)) | {""} for draw in draws]
+        """What is bad, and on which draws: those with the loss, or those that may have made the gradient."""
+        draws = [
+            StepContext(step, place % self.accumulate, place // self.accumulate, self.workers.world)
+            for place in range(len(table))
+        ]
         if reason == "loss":
             bad = [place for place, loss in enumerate(table) if not math.isfinite(loss)]
             what = f"the loss is {table[bad[0]]}"
         elif reason == "gradient":
-            bad_modules = {
+            used = [self.task.used(draw) | {""} for draw in draws]
+            modules = {
                 module for module, square in zip(self.modules, squares, strict=True) if not math.isfinite(square)
             }
-            bad = [place for place, mine in enumerate(used) if bad_modules <= mine]
-            bad = bad or [place for place, mine in enumerate(used) if bad_modules & mine] or list(range(len(table)))
-            what = f"the gradient of {_named(bad_modules)} is not finite, with losses that are,"
+            bad = [place for place, mine in enumerate(used) if modules <= mine]
+            bad = bad or [place for place, mine in enumerate(used) if modules & mine] or list(range(len(table)))
+            what = f"the gradient of {_named(modules)} is not finite, with losses that are,"
         else:
             bad = [max(range(len(table)), key=table.__getitem__)]
             normal = f"{self.faults.spike:g} times the median {median(self.good):.6g} of {len(self.good)} good steps"
             what = f"the loss {fmean(table):.6g} is more than {normal}, with {table[bad[0]]:.6g}"
         join = " or " if reason == "gradient" else " and "
-        shown = join.join(self._draw(step, *draws[place]) for place in bad[:NAMED])
+        shown = join.join(self._draw(draws[place]) for place in bad[:NAMED])
         return f"{what} on {shown}" + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
 
-    def _draw(self, step: int, rank: int, micro: int) -> str:
-        words = [f"rank {rank}"] + [f"micro-step {micro}"] * (self.accumulate > 1)
-        words += [f"{name} {value}" for name, value in self.task.labels(self._context(step, rank, micro)).items()]
-        keys = self.describe(step, micro, rank)
+    def _draw(self, draw: StepContext) -> str:
+        words = [f"rank {draw.rank}"] + [f"micro-step {draw.micro_step}"] * (self.accumulate > 1)
+        words += [f"{name} {value}" for name, value in self.task.labels(draw).items()]
+        keys = self.describe(draw.step, draw.micro_step, draw.rank)
         return ", ".join(words) + (f" ({keys})" if keys else "")
-
-    def _context(self, step: int, rank: int, micro: int) -> StepContext:
-        return StepContext(step, micro, rank, self.workers.world)
 
 
 def _named(modules: set[str]) -> str:

@@ -1,8 +1,7 @@
-"""Trackers of accelerate: others' code, on others' disks and servers, which cannot end a run."""
+"""accelerate's trackers: other people's code, on other disks and servers, which must not end a run."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,13 +10,13 @@ log = logging.getLogger("lgp")
 
 
 class Tracking:
-    """Gives lines to the trackers, and counts those that they do not take."""
+    """Passes lines to the trackers, and counts those that they do not take."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.lost = accelerator, 0
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Numbers of finished steps, by name; `step` is one."""
+        """Passes the numbers of finished steps, by name. Each line has a `step`."""
         for line in lines:
             try:
                 tracked = {name: value for name, value in line.items() if isinstance(value, float)}
@@ -25,13 +24,12 @@ class Tracking:
             except Exception as error:  # noqa: BLE001  whatever a tracker raises
                 self.lost += 1
                 if self.lost == 1:
-                    log.warning("A tracker cannot take a line (%r): the run goes on and counts lost lines", error)
+                    log.warning("A tracker cannot take a line (%r): the run continues, lines are lost", error)
 
-
-@contextmanager
-def harmless(what: str) -> Iterator[None]:
-    """An exception inside is named in the log."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  whatever a tracker raises
-        log.warning("%s did not end well (%r)", what, error)
+    def close(self) -> None:
+        """Ends the trackers."""
+        for tracker in self.accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # noqa: BLE001  whatever a tracker raises
+                log.warning("Tracker %s did not end well (%r)", tracker.name, error)

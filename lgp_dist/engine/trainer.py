@@ -26,16 +26,16 @@ from lgp_dist.engine.gradients import Contract, Gradients
 from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.optim import EMA, StepMask
 from lgp_dist.engine.step_filter import StepFilter, StepVerdict
-from lgp_dist.engine.trackers import harmless
+from lgp_dist.engine.trackers import Tracking
 from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import StepContext, Task
 
 Watch = Callable[[nn.Module], dict[str, float]]
-"""Measures the wrapped module while it trains: as many forwards on every rank."""
+"""Measures the wrapped module while it trains, with the same number of forwards on every rank."""
 
 
 def contract_of(launch: Launch, engine: EngineConfig) -> Contract:
-    """How this engine is kept exact (engine/gradients.py)."""
+    """Returns the contract that keeps this engine exact (engine/gradients.py)."""
     if not launch.deepspeed:
         return "gates" if launch.world > 1 else "none"
     if launch.zero_stage == 3:
@@ -43,8 +43,11 @@ def contract_of(launch: Launch, engine: EngineConfig) -> Contract:
     return "none" if launch.zero_stage == 0 or engine.reduction == "union" else "chain"
 
 
-def prepare_module(module: nn.Module, workers: Workers) -> None:
-    """Makes a task's module compute as `engine` says: recomputed activations, compiled blocks, autocast."""
+def prepare_module(module: Any, workers: Workers) -> None:
+    """Makes a task's module compute as the recipe's `engine` says: recomputed activations, compiled blocks, autocast.
+
+    module: with a method `set_grad_checkpointing`, as timm's models have it.
+    """
     engine = workers.engine
     recompute = engine.activation_checkpointing
     module.set_grad_checkpointing(recompute == "on" or recompute == "auto" and workers.launch.zero_stage == 3)
@@ -52,11 +55,11 @@ def prepare_module(module: nn.Module, workers: Workers) -> None:
         if engine.compile and isinstance(block, Block):
             block.compile(backend=engine.compile, dynamic=False)
     if engine.precision != "fp32":
-        # Within the module, since DeepSpeed's engine switches off an autocast around its own forward.
+        # Inside the module, since DeepSpeed's engine switches off an autocast around its own forward.
         module.forward = workers.autocast()(module.forward)
 
 
-def restore_module(module: nn.Module) -> None:
+def restore_module(module: Any) -> None:
     """Undoes `prepare_module`."""
     for block in module.modules():
         block._compiled_call_impl = None
@@ -65,13 +68,13 @@ def restore_module(module: nn.Module) -> None:
 
 
 class LossScale:
-    """fp16's factor of the loss: the rule of torch's GradScaler, which itself cannot be used with ZeRO's partitions."""
+    """fp16's loss scale by the rule of torch's GradScaler, which cannot see an overflow in another rank's partition."""
 
     def __init__(self, start: float):
         self.value, self.good = start, 0
 
     def update(self, overflow: bool) -> None:
-        """Halves after a step whose gradients were not finite; doubles after 2,000 consecutive steps that were."""
+        """Halves the scale after an overflow; doubles it after 2,000 consecutive steps without one."""
         self.good = 0 if overflow else self.good + 1
         if overflow:
             self.value /= 2
@@ -95,13 +98,16 @@ class Trainer:
     ):
         self.workers, self.task, self.optimizer, self.train, self.rules = workers, task, optimizer, train, rules
         launch, engine = workers.launch, workers.engine
-        self.deepspeed, self.stage = launch.deepspeed, launch.zero_stage
-        self.union = engine.reduction == "union"
+        self.deepspeed, self.stage, self.union = launch.deepspeed, launch.zero_stage, engine.reduction == "union"
+        self.partitioned = self.deepspeed and self.stage > 0
         self.gradients = Gradients(task.module, task.structure, contract_of(launch, engine))
         self.factors: dict[str, float] = {}
         if rules.average == "users":
             self.gradients.weigh(self.factors)
-        self.divergence_check = self._divergence_check() if engine.audit and workers.world > 1 else None
+        self.divergence_check = None
+        if engine.audit and workers.world > 1:
+            ordered = self.deepspeed and self.stage in (1, 2) and not self.union
+            self.divergence_check = DivergenceCheck(task.module, task.structure, workers, gradients=ordered)
         self.step_mask = StepMask(optimizer)
         self.step_filter = step_filter or StepFilter(task, workers, train.accumulate)
         self.losses: list[Tensor] = []
@@ -109,11 +115,12 @@ class Trainer:
         self.schedule: list[frozenset[str]] = []
         prepare_module(task.module, workers)
         self.accelerator = self._accelerator(trackers, log_dir)
+        self.tracking = Tracking(self.accelerator)
         self.module: Any = self._wrapped(task.module)
         self._open = contextlib.ExitStack()
 
     def _wrapped(self, module: nn.Module) -> nn.Module:
-        """DeepSpeed's engine, or DDP; one process without DeepSpeed has the module itself, under a launcher too."""
+        """DeepSpeed's engine, DDP, or the module itself for one process without DeepSpeed."""
         if self.deepspeed:
             return self.accelerator.prepare(module, self.optimizer)[0]
         return self.accelerator.prepare(module) if self.workers.world > 1 else module.to(self.workers.device)
@@ -122,15 +129,11 @@ class Trainer:
         AcceleratorState._reset_state()  # each stage has a DeepSpeed configuration of its own; the group stays
         plugin, workers = None, self.workers
         if self.deepspeed:
-            # The launch file's fields have been read and checked; accelerate refuses them beside a configuration.
+            # The launch file's fields were read and checked; accelerate refuses them together with a configuration.
             os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-            per_rank = self.train.batch_size // (workers.world * self.train.accumulate)
-            launch = workers.launch
-            plugin = DeepSpeedPlugin(
-                hf_ds_config=deepspeed_config(
-                    self.stage, workers.world, workers.engine, self.train, per_rank, launch.file
-                )
-            )
+            per_rank, file = self.train.batch_size // (workers.world * self.train.accumulate), workers.launch.file
+            config = deepspeed_config(self.stage, workers.world, workers.engine, self.train, per_rank, file)
+            plugin = DeepSpeedPlugin(hf_ds_config=config)
         return Accelerator(
             cpu=not self.deepspeed and workers.device.type == "cpu",
             mixed_precision="no",
@@ -139,14 +142,8 @@ class Trainer:
             project_dir=str(log_dir),
         )
 
-    def _divergence_check(self) -> DivergenceCheck:
-        ordered = self.deepspeed and self.stage in (1, 2)
-        return DivergenceCheck(
-            self.task.module, self.task.structure, self.workers, gradients=ordered and not self.union
-        )
-
     def begin(self, step: int) -> None:
-        """Takes in the step's schedule: what all ranks and micro-steps will use."""
+        """Begins a step: computes which modules each rank and micro-step will use."""
         workers, count = self.workers, self.train.accumulate
         contexts = [StepContext(step, m, rank, workers.world) for m in range(count) for rank in range(workers.world)]
         self.schedule = [self.task.used(context) for context in contexts]
@@ -157,19 +154,19 @@ class Trainer:
         if self.rules.average == "users":
             uses = {name: sum(name in used for used in self.schedule) for name in union}
             self.factors.update({name: len(contexts) / number for name, number in uses.items()})
-        if self.scaler is not None and self.deepspeed and self.stage:
+        if self.scaler is not None and self.partitioned:
             self.module.optimizer.override_loss_scale(self.scaler.value)
         if self.union:
             self.module.set_gradient_accumulation_boundary(True)
             self._open.enter_context(self.module.coalesce_grad_reduction())
 
     def context(self, step: int, micro: int) -> StepContext:
-        """Of this rank's micro-step."""
+        """Returns the context of this rank's micro-step."""
         return StepContext(step, micro, self.workers.rank, self.workers.world)
 
     @contextlib.contextmanager
     def micro_step(self, step: int, micro: int) -> Iterator[StepContext]:
-        """Around forward and backward of a micro-step; gives its context."""
+        """A context for forward and backward of a micro-step; yields its StepContext."""
         context = self.context(step, micro)
         self.gradients.used = self.task.used(context)
         last = micro + 1 == self.train.accumulate
@@ -184,12 +181,12 @@ class Trainer:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-step's loss, divided by the number of micro-steps."""
         self.losses.append(loss.detach())
+        if self.scaler is not None and not self.partitioned:  # ZeRO-1 to 3 scale the loss themselves
+            loss = loss * self.scaler.value
         if self.deepspeed:
-            scaled = loss if self.scaler is None or self.stage else loss * self.scaler.value
-            self.module.backward(scaled)
+            self.module.backward(loss)
         else:
-            scale = 1.0 if self.scaler is None else self.scaler.value
-            (loss * scale / self.train.accumulate).backward()
+            (loss / self.train.accumulate).backward()
 
     def finish(self, step: int) -> StepVerdict:
         """Checks, clips and steps, or skips the step; NotFinite after more bad steps than the step filter allows."""
@@ -198,15 +195,14 @@ class Trainer:
             self._open.close()
         if self.divergence_check is not None:
             self.divergence_check.check(step, self.schedule)
-        partitioned = self.deepspeed and self.stage
-        gradients = reduced_gradients(self.module) if partitioned else self._whole_gradients()
+        gradients = reduced_gradients(self.module) if self.partitioned else self._whole_gradients()
         scaled = self.scaler is not None and self.scaler.value > 1
         verdict = self.step_filter.judge(step, self.losses, gradients, scaled)
         self.step_mask.skip_all = verdict.skipped
-        if partitioned and verdict.skipped:
+        if self.partitioned and verdict.skipped:
             drop_gradients(self.module)
         self._step()
-        if partitioned:
+        if self.partitioned:
             forget_gradients(self.module)
         if self.scaler is not None:
             self.scaler.update(verdict.overflow)
@@ -219,8 +215,7 @@ class Trainer:
 
     def _whole_gradients(self) -> list[tuple[str, Tensor]]:
         """Every gradient with its skippable module, where ranks hold them whole, without fp16's loss scale."""
-        self.gradients.fill()
-        found = [(module, parameter.grad) for _, parameter, module in self.gradients.parameters]
+        found = self.gradients.fill()
         if self.scaler is not None:
             torch._foreach_div_([gradient for _, gradient in found], self.scaler.value)
         return found
@@ -236,12 +231,12 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def fragments(self) -> Fragments:
-        """What this rank holds of weights and optimizer state."""
-        engine = self.module if self.deepspeed and self.stage else None
+        """Returns what this rank holds of weights and optimizer state."""
+        engine = self.module if self.partitioned else None
         return Fragments(self.task.module, self.optimizer, engine, self.workers.rank, self.workers.world)
 
     def measure(self, watch: Watch) -> dict[str, float]:
-        """What `watch` measures of the module in eval mode."""
+        """Returns what `watch` measures of the module in eval mode."""
         self.module.eval()
         measured = watch(self.module)
         self.module.train()
@@ -257,10 +252,8 @@ class Trainer:
         return {name: self.workers.sum(average) for name, average in whole.items()}
 
     def close(self) -> None:
-        """Ends trackers and engine and leaves a plain module, whole on every rank; the processes stay together."""
-        for tracker in self.accelerator.trackers:
-            with harmless(f"Tracker {tracker.name}"):
-                tracker.finish()
+        """Ends trackers and engine, and leaves a plain module with whole weights. The process group stays."""
+        self.tracking.close()
         if self.deepspeed and self.stage == 3:
             make_whole(self.task.module)
         self.accelerator.free_memory()

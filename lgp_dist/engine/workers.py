@@ -1,7 +1,6 @@
-"""Processes and device of a run: how they are started, agree and end."""
+"""The processes of a run and the device of each: how they join, agree and leave."""
 
 import atexit
-import contextlib
 import gc
 import json
 import logging
@@ -26,27 +25,27 @@ from lgp_dist.engine.watch.watchdog import Watchdog, longest
 from lgp_dist.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others where no watchdog runs."""
+"""How long a rank waits for other ranks without a watchdog."""
 LATER = timedelta(minutes=5)
-"""How much longer it waits than the watchdog, which says for whom."""
+"""How much longer it waits than the watchdog, which names the rank that is waited for."""
 FUSED = use_fused_attn(), use_fused_attn(experimental=True)
-"""timm's choice, by its environment variables."""
+"""timm's own choice, from its environment variables."""
 
 
-def autocast(device_type: str, precision: Precision) -> contextlib.AbstractContextManager:
-    """bf16 or fp16 computation; nothing for fp32.
+def autocast(device_type: str, precision: Precision) -> torch.autocast:
+    """Returns a context of bf16 or fp16 computation; it changes nothing for fp32.
 
-    Without a cache of cast weights: a forward uses each of them once, and a cache would keep what ZeRO-3 releases.
+    It does not cache cast weights: a forward uses each weight once, and a cache would keep what ZeRO-3 releases.
     """
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device_type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def choose_attention(device_type: str, precision: Precision) -> None:
-    """How models that timm builds from now on compute attention: by torch's fused kernel, as timm's environment says.
+    """Makes models that timm builds from now on use torch's fused attention as timm's environment variables say.
 
-    But in bf16 on a CPU, where the kernel's backward is slow, by products and a softmax: forward and backward of 17
-    tokens take a tenth of the time, of 197 a third.
+    Not in 16 bits on a CPU, where the fused kernel's backward is slow: plain products and a softmax take a tenth of its
+    time for forward and backward of 17 tokens, a third for 197 tokens.
     """
     fused, experimental = FUSED
     set_fused_attn(fused and (device_type != "cpu" or precision == "fp32"), experimental)
@@ -54,7 +53,7 @@ def choose_attention(device_type: str, precision: Precision) -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes of this run and the device of this one."""
+    """The processes of this run, and the device of this process."""
 
     launch: Launch
     engine: EngineConfig
@@ -62,15 +61,15 @@ class Workers:
     world: int
     device: torch.device
     host: Any = None
-    """Group of all ranks for what lies in this machine's memory; None for one process."""
+    """Group of all ranks for tensors in host memory (gloo); None for one process."""
     watchdog: Watchdog = field(default_factory=Watchdog.off)
-    """Takes note of where this rank is."""
+    """Notes where this rank is."""
 
     @classmethod
     def start(cls, engine: EngineConfig, timeout_s: float = 0.0) -> "Workers":
-        """Joins the other ranks; UserError where launch, recipe and machine do not fit together.
+        """Joins the other ranks. Raises UserError if launch, recipe and machine do not fit together.
 
-        timeout_s: the watchdog's, behind which waits for other ranks end; 0 for none.
+        timeout_s: the watchdog's; waits for other ranks end some time after it. 0 without a watchdog.
         """
         launch = Launch.from_environment(os.environ)
         device_type = check_launch(launch, engine, torch.cuda.device_count())
@@ -89,36 +88,36 @@ class Workers:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the one that writes."""
+        """Whether this is rank 0, which writes the files of a run."""
         return self.rank == 0
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """`autocast` on this process's device, at the recipe's precision."""
+    def autocast(self) -> torch.autocast:
+        """`autocast` on this process's device in the recipe's precision."""
         return autocast(self.device.type, self.engine.precision)
 
     def agree(self, value: int) -> int:
-        """Rank 0's value, on every rank: decisions about files are made once."""
+        """Returns rank 0's value on every rank, so that decisions about files are made once."""
         return int(self.sum(torch.tensor([int(value) if self.is_main else 0])).item())
 
     def highest(self, values: Sequence[float]) -> list[float]:
-        """The highest of each value over ranks, on every rank, without waiting for the device. Exact to 2^53."""
+        """Returns the maximum of each value over ranks, without waiting for the device. Exact up to 2^53."""
         ends = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX, group=self.host)
         return ends.tolist()
 
     def equal(self, value: int) -> bool:
-        """Whether it is the same on every rank. Exact to 2^53."""
+        """Whether a value is the same on every rank. Exact up to 2^53."""
         high, low = self.highest([value, -value])
         return high == -low
 
     def table(self, values: Sequence[int]) -> list[list[int]]:
-        """The values of each rank, as many on all of them, on every rank."""
+        """Returns the values of all ranks, of which each has the same number."""
         mine = torch.tensor(values)
-        rows = [torch.empty_like(mine) for _ in range(self.world)]
+        rows = [mine.clone() for _ in range(self.world)]
         if self.world > 1:
             torch.distributed.all_gather(rows, mine, group=self.host)
-        return [row.tolist() for row in rows] if self.world > 1 else [mine.tolist()]
+        return [row.tolist() for row in rows]
 
     @property
     def first_of_node(self) -> int:
@@ -158,27 +157,27 @@ class Workers:
         PartialState().wait_for_everyone()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks, on every rank."""
+        """Returns the sum over ranks, on this process's device."""
         values = values.to(self.device, copy=True)
         if self.world > 1:
             torch.distributed.all_reduce(values)
         return values
 
     def close(self) -> None:
-        """Leaves the group."""
+        """Leaves the process group."""
         if torch.distributed.is_initialized():
             PartialState().destroy_process_group()
 
 
 def check_backend(name: str) -> None:
-    """UserError where torch.compile has no such backend."""
+    """Raises UserError if torch.compile has no such backend."""
     known = torch.compiler.list_backends(exclude_tags=())
     if name and name not in known:
         raise UserError(f"engine.compile names {name!r}, which torch.compile does not have: choose {', '.join(known)}.")
 
 
 def _join(launch: Launch, device_type: str, patience: timedelta) -> PartialState:
-    """The state of the group of processes: of DeepSpeed, of torch's DistributedDataParallel, or of one process."""
+    """Joins the process group, as DeepSpeed, torch's DistributedDataParallel or a single process needs it."""
     options = {"backend": "gloo" if device_type == "cpu" else "nccl", "timeout": patience}
     _start_again(launch, options)
     if launch.deepspeed:
@@ -187,10 +186,10 @@ def _join(launch: Launch, device_type: str, patience: timedelta) -> PartialState
 
 
 def _start_again(launch: Launch, options: dict[str, Any]) -> None:
-    """Joins ranks of one node that their launcher starts again, apart from those of before.
+    """Keeps ranks that a launcher has restarted on one node apart from those before the restart.
 
-    The launcher keeps its store, where new ranks would find the addresses of the old ones (pytorch#135712). Launchers
-    of several nodes count starts each for itself, so that the count cannot tell starts apart there.
+    The launcher keeps its store, in which new ranks would find the addresses of the old ones (pytorch#135712). On
+    several nodes each launcher counts its own restarts, so the count cannot tell starts apart there.
     """
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if count != "0" and launch.world == launch.local_world > 1:
@@ -200,7 +199,7 @@ def _start_again(launch: Launch, options: dict[str, Any]) -> None:
 
 
 def check_trackers(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names, where accelerate knows them all and what they need is installed."""
+    """Returns the names. Raises UserError unless accelerate knows them all and they are installed."""
     known = sorted(str(name) for name in LoggerType.list() if name != "all")
     installed = {str(name) for name in get_available_trackers()}
     for name in names:
@@ -214,17 +213,17 @@ def check_trackers(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _quiet() -> None:
-    """Keeps DeepSpeed's and accelerate's notes off the terminal; their warnings of errors stay."""
+    """Hides what DeepSpeed and accelerate log below errors."""
     for name in ("DeepSpeed", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @cache
 def _keep_imports() -> None:
-    """Once in a process: what exists now, which imports made, is not searched for garbage again before the end.
+    """Excludes everything that imports have created from garbage collection, once per process.
 
-    A full search of it takes a quarter of a second, on each rank at a time of its own, while the others wait.
+    A full collection of it takes a quarter of a second, on each rank at another time, while the others wait.
     """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # Triton's modules say what they leak otherwise
+    atexit.register(gc.unfreeze)  # otherwise Triton's modules report leaks

@@ -157,15 +157,15 @@ def test_zero2_mixes_gradients_without_a_word(results: dict[Trial, tuple[Path, i
     [
         (
             replace(SILENT, audit=True),
-            r"Ranks went apart in step 0: event \d+ is \S+ on rank 1 and \S+ on rank 0",
+            r"Ranks diverged in step 0: event \d+ is \S+ on rank 1 and \S+ on rank 0",
         ),
         (
             Trial("zero1", 2, broken="schedule"),
-            "Ranks went apart in step 0: rank 1 has another schedule of paths than rank 0",
+            "Ranks diverged in step 0: rank 1 has another schedule of paths than rank 0",
         ),
         (
             Trial("zero0", 2, broken="weights"),
-            "After step 0 rank 1 has other weights than rank 0, first in head.rows.1.head.bias",
+            "After step 0, rank 1 has other weights than rank 0, first in head.rows.1.head.bias",
         ),
     ],
     ids=["order", "schedule", "weights"],

@@ -100,7 +100,7 @@ def test_a_run_survives_preemption_and_a_killed_rank(finished: Path, tmp_path: P
     os.kill(rank(mark, 1), signal.SIGKILL)
     error = second.communicate(timeout=LIMIT_S)[1]
     assert second.returncode == 0, error[-6000:]
-    assert error.count("finetune: goes on from step") == 2 and f"goes on from step {left.step} of" in error
+    assert error.count("finetune: resumes from step") == 2 and f"resumes from step {left.step} of" in error
     assert read_run_status(place / "run") == RunStatus("complete", "finetune")
 
     file = "run/finetune/pool.safetensors"

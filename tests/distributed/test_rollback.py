@@ -107,7 +107,7 @@ def test_stops_where_it_may_not_go_back(runs: Path, trial: Trial, stop: tuple[st
     assert not (folder / "end.safetensors").exists()
     assert [line["step"] for line in metrics(folder)] == list(range(first))
     start = f" with --resume {folder}/checkpoints/job/step-{newest:08d}" if newest else ""
-    assert one.endswith(f" The same command{start} meets this step again.")
+    assert one.endswith(f" The same command{start} reproduces this step.")
     if newest:
         again = runs / f"{number(trial)}-{name}-again"
         told = (again / "error-0.txt").read_text()

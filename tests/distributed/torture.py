@@ -68,7 +68,7 @@ IN_STEPS = ("data", "forward", "backward", "step", "save")
 """Phases that have the watchdog's own time, from the second step of a life on; all else has ten times as long."""
 ALONE_S = 120.0
 """For a rank whose peer was killed to leave by itself, in addition to the watchdog's time; an idle one needs 15 s."""
-GOES_ON, BEGINS = "finetune: goes on from step ", "finetune: begins at step "
+GOES_ON, BEGINS = "finetune: resumes from step ", "finetune: begins at step "
 """What rank 0 says of its start."""
 METRICS_LINE = 500
 """Bytes of a line of metrics.jsonl, or fewer: a full disk shall meet checkpoints, not the file of all lines."""

@@ -12,8 +12,7 @@ from run_helpers import SMALL, Lgp, call_main, has
 
 from lgp_dist.config.flat import depends_on, flatten, stage_settings
 from lgp_dist.config.run_config import RunConfig
-from lgp_dist.engine.checkpoints.manifest import TrainState, read_manifest
-from lgp_dist.engine.checkpoints.settings import check_settings
+from lgp_dist.engine.checkpoints.manifest import TrainState, check_settings, read_manifest
 from lgp_dist.errors import UserError
 from lgp_dist.recipes import tiny
 from lgp_dist.run.checks import check_config
@@ -182,9 +181,9 @@ def test_command(lgp: Lgp, place: Path, option: str, key: str, was: str, now: st
     has(lgp(STAGE, *SMALL, option, "--allow-change", key + "x").sentence, f"'{key}x'", f"take {key}")
     assert sorted((place / "run" / "checkpoints" / STAGE).rglob("*")) == checkpoints
     result = lgp(STAGE, *SMALL, option, "--allow-change", key)
-    assert result.status == 0 and "goes on from step 1" in result.err, result.err
+    assert result.status == 0 and "resumes from step 1" in result.err, result.err
 
 
 def test_command_with_other_threads_and_logging(lgp: Lgp, place: Path) -> None:
     result = lgp(STAGE, *SMALL, "--data.threads=1", "--finetune.train.log-every=1", "--checkpoint.keep=7")
-    assert result.status == 0 and "goes on from step 1" in result.err, result.err
+    assert result.status == 0 and "resumes from step 1" in result.err, result.err

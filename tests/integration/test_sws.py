@@ -81,7 +81,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(place: Path, lgp: Lgp) -> No
         killed_after_a_checkpoint(stage, *SWS, *steps, "--checkpoint.every=2")
     assert lgp("finetune", *SWS, *steps).status == 0
     log = Path("run/log.txt").read_text()
-    assert all(f"{stage}: goes on from step " in log for stage in ("distil", "finetune"))
+    assert all(f"{stage}: resumes from step " in log for stage in ("distil", "finetune"))
     for file, weights in zip(files, expected, strict=True):
         found = load_file(f"run/{file}")
         assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in found)

@@ -13,8 +13,7 @@ from checkpoint_helpers import FailingDisk, Toy, equal, state
 from safetensors.torch import load_file
 
 from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
-from lgp_dist.engine.checkpoints.manifest import read_manifest
-from lgp_dist.engine.checkpoints.settings import check_settings
+from lgp_dist.engine.checkpoints.manifest import check_settings, read_manifest
 from lgp_dist.engine.checkpoints.tensor_slices import consolidate
 from lgp_dist.errors import UserError
 
@@ -226,7 +225,7 @@ def test_damaged_newest_is_named_and_the_one_before_taken(
     assert any("step-00000002" in record.message for record in caplog.records)
     assert (folder / ".aside" / "step-00000002").is_dir(), "set aside, not lost"
     (folder / "step-00000001" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="No checkpoint in .* is whole"):
+    with pytest.raises(UserError, match="No checkpoint in .* is complete"):
         Toy(folder).restore()
     assert (folder / "step-00000001").is_dir(), "nothing is begun over it"
 

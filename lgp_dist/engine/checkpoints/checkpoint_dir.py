@@ -1,4 +1,4 @@
-"""The checkpoints of one stage: which there are, which is taken, which are kept."""
+"""The checkpoints of one stage: which exist, which is resumed from, and which are kept."""
 
 import logging
 import shutil
@@ -11,26 +11,27 @@ from lgp_dist.errors import UserError
 
 log = logging.getLogger("lgp")
 
-AGAIN = "--resume never begins the stage again and sets them aside"
-
 
 @dataclass(frozen=True)
 class CheckpointDir:
-    """A folder of checkpoints. One process may change it at a time."""
+    """A folder of checkpoints. Only one process may change it at a time."""
 
     folder: Path
     disk: Disk = Disk()
 
     def final(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Returns the folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
 
     def partial(self, step: int) -> Path:
-        """Where it is written."""
+        """Returns the folder in which that checkpoint is written."""
         return self.folder / f".step-{step:08d}.partial"
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint that has its name, newest first. UserError where the folder cannot be read."""
+        """Returns the steps that have a checkpoint under its final name, newest first.
+
+        Raises UserError if the folder cannot be read.
+        """
         try:
             names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
         except OSError as error:
@@ -39,10 +40,10 @@ class CheckpointDir:
         return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
     def find(self, resume: str, stage: str) -> Manifest | None:
-        """The newest whole checkpoint, or None to begin; damaged newer ones are named. Changes nothing.
+        """Returns the newest complete checkpoint, or None to begin anew. Logs damaged newer ones. Changes nothing.
 
-        resume: auto; latest, which asks for a checkpoint of any stage of this run; never; or the path of a checkpoint,
-        which counts for its own stage alone. UserError where what is asked for is not there, or none is whole.
+        resume: auto; latest, which requires a checkpoint of any stage of this run; never; or the path of a checkpoint,
+        which applies to its own stage alone. Raises UserError if the requested one does not exist, or none is complete.
         """
         if resume not in ("auto", "latest", "never"):
             named = read_manifest(Path(resume))
@@ -57,21 +58,23 @@ class CheckpointDir:
             try:
                 manifest = read_manifest(self.final(step))
                 manifest.check_files()
+                return manifest
             except Unreadable:
                 raise
             except UserError as error:
                 damaged.append(str(error))
                 log.warning("%s", error)
-            else:
-                return manifest
         if damaged:
-            raise UserError(f"No checkpoint in {self.folder} is whole, though {AGAIN}. The newest: {damaged[0]}")
+            raise UserError(
+                f"No checkpoint in {self.folder} is complete, though --resume never begins the stage again and sets "
+                f"them aside. The newest: {damaged[0]}"
+            )
         if resume == "latest" and not any(self.folder.parent.glob("*/step-*")):
             raise UserError(f"There is no checkpoint in {self.folder.parent}: take --resume auto to begin there.")
         return None
 
     def begin(self, step: int) -> None:
-        """Makes room for a run that goes on from a step: what is newer is set aside, what is unfinished removed."""
+        """Prepares for a run that resumes from a step: sets newer checkpoints aside, removes unfinished ones."""
         for newer in self.steps():
             if newer > step:
                 self.set_aside(self.final(newer))
@@ -88,16 +91,17 @@ class CheckpointDir:
         log.warning("%s was set aside as %s", path, target)
 
     def publish(self, step: int, manifest: Manifest) -> None:
-        """Gives a checkpoint whose parts are all written its manifest and its name."""
+        """Gives its manifest and final name to a checkpoint whose files are all written."""
         partial = self.partial(step)
         self.disk.write_text(partial / MANIFEST, manifest.text())
         read_manifest(partial)
         self.disk.rename(partial, self.final(step))
 
     def prune(self, keep: int) -> None:
-        """Removes all but the newest `keep` complete checkpoints and the one with the best score.
+        """Removes all complete checkpoints except the newest `keep` and the one with the best score.
 
-        One that lacks a part, or has a cut one, neither counts nor goes. A checkpoint loses its name before its files.
+        A checkpoint with a missing or truncated file is neither counted nor removed. A checkpoint loses its name before
+        its files.
         """
         scores: dict[int, float | None] = {}
         for step in self.steps():
@@ -108,9 +112,9 @@ class CheckpointDir:
             except UserError:
                 continue
         kept = set(sorted(scores, reverse=True)[: max(keep, 1)])
-        measured = {step: score for step, score in scores.items() if score is not None}
+        measured = [(score, step) for step, score in scores.items() if score is not None]
         if measured:
-            kept.add(max(measured, key=lambda step: (measured[step], step)))
+            kept.add(max(measured)[1])
         for step in scores.keys() - kept:
             trash = self.folder / f".step-{step:08d}.removed"
             self.disk.rename(self.final(step), trash)

@@ -1,4 +1,4 @@
-"""The file system as checkpoints use it: every change passes here, so that tests can cut, fail and record each."""
+"""The file system as checkpoints use it. Tests replace it to truncate, fail and record every change."""
 
 import os
 import shutil
@@ -12,29 +12,29 @@ from lgp_dist.files import flush
 
 
 class Disk:
-    """Changes that survive a loss of power once they return. All raise OSError, or SafetensorError for tensors."""
+    """Changes that survive a power cut once they return. All raise OSError, or SafetensorError for tensors."""
 
     def make(self, folder: Path) -> None:
-        """Makes a folder and those above it."""
+        """Creates a folder and its parents."""
         folder.mkdir(parents=True, exist_ok=True)
 
     def write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """A new safetensors file."""
+        """Writes a new safetensors file."""
         save_file(dict(tensors), path)
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it unreadable for others
         flush(path)
 
     def write_text(self, path: Path, text: str) -> None:
-        """A new text file."""
+        """Writes a new text file."""
         path.write_text(text)
         flush(path)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Gives a folder another name on the same file system, at once or not at all."""
+        """Renames a folder within its file system, completely or not at all."""
         flush(old)
         os.rename(old, new)
         flush(new.parent)
 
     def remove(self, folder: Path) -> None:
-        """Removes a folder and what it holds."""
+        """Removes a folder with its content."""
         shutil.rmtree(folder)

@@ -1,7 +1,7 @@
-"""Parts of parameters by name: what some ranks write, another number of ranks or another engine can read.
+"""Slices of parameters by name: what some ranks write, another number of ranks or another engine can read.
 
 A rank writes slices, each some consecutive elements of a flattened parameter's weight or optimizer state. A reader asks
-for the elements that its own engine holds, and gets them from whatever files have them.
+for the elements that its own engine holds, and gets them from whichever files have them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,12 +20,12 @@ from lgp_dist.engine.checkpoints.manifest import ADVICE, Manifest
 from lgp_dist.errors import UserError
 
 WEIGHT = "weight"
-"""The kind of a slice of a weight."""
+"""The kind of a slice of a weight; other kinds are the optimizer's names."""
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A view of [n] consecutive elements of a flattened parameter or its optimizer state, fp32."""
+    """A view of consecutive elements of a flattened parameter or its optimizer state."""
 
     parameter: str
     kind: str
@@ -33,6 +33,7 @@ class TensorSlice:
     start: int
     """Of the first element in the flattened parameter."""
     values: Tensor
+    """[n] fp32."""
 
     @property
     def name(self) -> str:
@@ -47,6 +48,7 @@ class SliceReader:
         self.manifest = manifest
         self._stack = ExitStack()
         self._places: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        """(parameter, kind) to the start, length, file and name of its slices."""
 
     def __enter__(self) -> "SliceReader":
         for name in self.manifest.files:
@@ -55,33 +57,34 @@ class SliceReader:
                 self._add(self._stack.enter_context(safe_open(path, framework="pt")))
             except (SafetensorError, OSError, ValueError) as error:
                 self._stack.close()
-                raise UserError(f"{path} is no part of a checkpoint ({error}): {ADVICE}.") from error
+                raise UserError(f"{path} is not a file of a checkpoint ({error}): {ADVICE}.") from error
         for places in self._places.values():
             places.sort(key=lambda place: place[0])
         return self
 
     def _add(self, file: Any) -> None:
-        """Notes what a file holds; ValueError for a tensor that is no slice."""
+        """Notes what a file holds. ValueError for a tensor that is not a slice."""
         for key in file.keys():  # noqa: SIM118  not a mapping
             kind, rest = key.split("/", 1)
             parameter, start = rest.rsplit("@", 1)
             (length,) = file.get_slice(key).get_shape()
             if not start.isdecimal():
-                raise ValueError(f"tensor {key!r} begins nowhere")
+                raise ValueError(f"tensor {key!r} has no start")
             self._places.setdefault((parameter, kind), []).append((int(start), length, file, key))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
 
     def fill(self, wanted: TensorSlice) -> None:
-        """Copies a slice's elements into it; UserError where the checkpoint lacks some of them."""
+        """Copies a slice's elements into it. Raises UserError if the checkpoint lacks some of them."""
         at, end = wanted.start, wanted.start + wanted.values.numel()
         for start, length, file, key in self._places.get((wanted.parameter, wanted.kind), ()):
-            if start <= at < start + length and at < end:
-                upto = min(end, start + length)
-                part = file.get_slice(key)[at - start : upto - start]
-                wanted.values[at - wanted.start : upto - wanted.start].copy_(part)
-                at = upto
+            if start <= at < min(end, start + length):
+                stop = min(end, start + length)
+                wanted.values[at - wanted.start : stop - wanted.start].copy_(
+                    file.get_slice(key)[at - start : stop - start]
+                )
+                at = stop
         if at < end:
             raise UserError(
                 f"{self.manifest.folder} holds no {wanted.kind} of {wanted.parameter} from element {at} on: "
@@ -90,22 +93,22 @@ class SliceReader:
 
 
 def check_shapes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """UserError unless the checkpoint has these parameters."""
+    """Raises UserError unless the checkpoint has exactly these parameters."""
+
+    def shown(shape: tuple[int, ...] | None) -> str:
+        return "not at all" if shape is None else f"as {list(shape)}"
+
     for name in sorted(shapes.keys() | manifest.shapes.keys()):
         theirs, ours = manifest.shapes.get(name), shapes.get(name)
         if theirs != ours:
             raise UserError(
-                f"{manifest.folder} has {name} {_shown(theirs)}, and this recipe {_shown(ours)}: "
+                f"{manifest.folder} has {name} {shown(theirs)}, and this recipe {shown(ours)}: "
                 "resume with the recipe that it was made with."
             )
 
 
-def _shown(shape: tuple[int, ...] | None) -> str:
-    return "not at all" if shape is None else f"as {list(shape)}"
-
-
 def consolidate(manifest: Manifest) -> dict[str, Tensor]:
-    """All weights, whole, by name. UserError where files are damaged or incomplete."""
+    """Returns all weights, whole, by name. Raises UserError if files are damaged or incomplete."""
     manifest.check_files()
     needed = sum(4 * prod(shape) for shape in manifest.shapes.values())
     held = sum(size for size, _ in manifest.files.values())
@@ -119,11 +122,10 @@ def consolidate(manifest: Manifest) -> dict[str, Tensor]:
 
 
 def same(path: Path, slices: Iterable[TensorSlice]) -> bool:
-    """Whether a file holds these slices bit for bit."""
+    """Whether a file holds exactly these slices, bit for bit."""
+    wanted = {one.name: one.values for one in slices}
     with safe_open(path, framework="pt") as file:
-        found = set(file.keys())
-        wanted = {one.name: one.values for one in slices}
-        return found == wanted.keys() and all(
+        return set(file.keys()) == wanted.keys() and all(
             torch.equal(file.get_tensor(name).view(torch.int32), values.view(torch.int32))
             for name, values in wanted.items()
         )

@@ -1,7 +1,7 @@
-"""Signs of life: a small file per rank that says where it is, and who of them holds up the others.
+"""Heartbeats: a small file per rank that says where it is, and from all of them who holds up the others.
 
-Clocks of machines differ, so that times of two ranks are never compared: a rank tells how old its own note is, and
-whether another lives shows in its counter, watched for a while.
+Clocks of machines differ, so times of two ranks are never compared: a rank reports the age of its own note, and whether
+another rank lives shows in its counter, watched for a while by the reader's clock.
 """
 
 import json
@@ -16,25 +16,25 @@ from pathlib import Path
 from lgp_dist.files import write_json
 
 COMMUNICATION = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
-"""Folders of code whose call is a wait for other ranks."""
+"""Folders of code in which a call waits for other ranks."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself."""
+    """What a rank reports about itself."""
 
     rank: int
     host: str
     pid: int
     life: str
-    """Drawn at start: tells this process from an earlier one of the same pid."""
+    """Random, drawn at start: tells this process from an earlier one with the same pid."""
     beat: int
     """Counts the beats."""
     stage: str
     notes: int
-    """Notes taken in this run: its place among phases, as all ranks take the same ones."""
+    """Notes taken in this run. All ranks take the same notes, so this is a rank's place in the run."""
     step: int | None
-    """The last of this stage; None before the first."""
+    """The last step of this stage; None before the first."""
     phase: str
     path: str
     age_s: float
@@ -46,7 +46,7 @@ class Beat:
 
     @property
     def name(self) -> str:
-        """For a sentence."""
+        """For a message."""
         return f"Rank {self.rank} ({self.host}, pid {self.pid})"
 
     @property
@@ -62,42 +62,41 @@ class Beat:
 
 
 def main_thread() -> tuple[bool, str]:
-    """Whether the main thread waits for other ranks, and where it is."""
+    """Returns whether the main thread waits for other ranks, and where it is."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return False, "ended"
     file = os.sep.join(frame.f_code.co_filename.split(os.sep)[-2:])
     where, depth = f"{file}:{frame.f_lineno} {frame.f_code.co_name}", 0
-    while frame is not None and depth < 4:  # a wrapper or two lie between c10d's function and its logger
+    while frame is not None and depth < 4:  # a wrapper or two stand between c10d's function and its logger
         if any(folder in frame.f_code.co_filename for folder in COMMUNICATION):
             return True, where
         frame, depth = frame.f_back, depth + 1
     return False, where
 
 
-def file_of(folder: Path, rank: int) -> Path:
-    """Where a rank's beats are."""
+def _file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.json"
 
 
 def write_beat(folder: Path, beat: Beat) -> None:
-    """Replaces the rank's file; UserError where it cannot be written."""
-    write_json(file_of(folder, beat.rank), asdict(beat))
+    """Replaces the rank's file. Raises UserError if it cannot be written."""
+    write_json(_file(folder, beat.rank), asdict(beat))
 
 
 def read_beats(folder: Path, world: int) -> dict[int, Beat]:
-    """The newest beat of every rank that has a file which can be read."""
+    """Returns the newest beat of every rank whose file can be read."""
     found = {}
     for rank in range(world):
         try:
-            found[rank] = Beat(**json.loads(file_of(folder, rank).read_text()))
+            found[rank] = Beat(**json.loads(_file(folder, rank).read_text()))
         except (OSError, ValueError, TypeError):
             continue
     return found
 
 
 class Pulse:
-    """Which counters move, by this rank's own clock."""
+    """Which ranks' counters move, by this rank's own clock."""
 
     def __init__(self, world: int, now: float):
         self.world = world
@@ -113,24 +112,25 @@ class Pulse:
                 self._moved[rank] = (mark, now)
 
     def silent(self, now: float, span: float) -> list[int]:
-        """Ranks whose counter has stood still for so many seconds."""
+        """Returns the ranks whose counter has not moved for this many seconds."""
         return [rank for rank in range(self.world) if now - self._moved[rank][1] >= span]
 
 
 @dataclass(frozen=True)
 class Suspects:
-    """Who holds up the others."""
+    """Who holds up the others, and why they are suspected."""
 
     ranks: tuple[int, ...]
-    """Empty where none stands out."""
+    """Empty if no rank stands out."""
     reason: str
+    """silent, busy, apart, behind or together."""
 
 
 def judge(beats: Mapping[int, Beat], silent: Sequence[int]) -> Suspects:
-    """The ranks to blame: those without signs of life; else those that alone do not wait; else those out of place.
+    """Finds who holds up the others: silent ranks, else ranks that alone do not wait, else ranks at another place.
 
-    A rank that waits for others and is further than they are has left out what they wait in. Where nobody is seen to
-    wait (a device's queue does that out of sight), who is behind holds up the others.
+    If all wait, the rare place is to blame, and of equally rare ones the furthest: it left out the call in which the
+    others wait. If none is seen to wait (a GPU's queue hides that), the ranks that are behind hold up the others.
     """
     if silent:
         return Suspects(tuple(silent), "silent")
@@ -148,25 +148,25 @@ def judge(beats: Mapping[int, Beat], silent: Sequence[int]) -> Suspects:
 
 
 def listed(ranks: Sequence[int]) -> str:
-    """`rank 1` or `ranks 0, 2`."""
+    """Returns `rank 1` or `ranks 0, 2`."""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def sentence(verdict: Suspects, pulse: Pulse, limit_s: float) -> str:
-    """What a person reads: who, for how long, where, and who waits."""
+def sentence(suspects: Suspects, pulse: Pulse, limit_s: float) -> str:
+    """Returns the message: which ranks, for how long, where, and who waits for them."""
     beats = pulse.beats
-    others = [rank for rank in range(pulse.world) if rank not in verdict.ranks]
-    if not verdict.ranks:
+    others = [rank for rank in range(pulse.world) if rank not in suspects.ranks]
+    if not suspects.ranks:
         rank, beat = min(beats.items())
         who = f"{beat.name} has" if pulse.world == 1 else f"All {pulse.world} ranks have"
         return f"{who} made no progress for {limit_s:g} s: {beat}, rank {rank} at {beat.where}."
     held = ""
     if others:
-        them = "it" if len(verdict.ranks) == 1 else "them"
+        them = "it" if len(suspects.ranks) == 1 else "them"
         held = f"; {listed(others)} wait{'s' * (len(others) == 1)} for {them}"
-        if verdict.reason != "behind" and len({beats[rank].notes for rank in others}) == 1:
+        if suspects.reason != "behind" and len({beats[rank].notes for rank in others}) == 1:
             held += f" in {beats[others[0]].moment}"
-    return "; ".join(_charge(rank, beats.get(rank), verdict.reason) for rank in verdict.ranks) + held + "."
+    return "; ".join(_charge(rank, beats.get(rank), suspects.reason) for rank in suspects.ranks) + held + "."
 
 
 def _charge(rank: int, beat: Beat | None, reason: str) -> str:

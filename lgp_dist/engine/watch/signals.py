@@ -1,6 +1,6 @@
 """A request to leave, by SIGTERM or SIGUSR1, becomes a flag: the loop finishes its step, saves and ends.
 
-Handlers only take a note. Signals reach ranks at different times, so that when to leave is for ranks to agree on.
+Handlers only set the flag. Signals reach ranks at different times, so ranks agree on the step after which they leave.
 """
 
 import signal
@@ -13,24 +13,24 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers and launchers send before they kill."""
 
 UNANSWERED = "Asked to leave before this, by "
-"""Begins the note on an exception that ended a loop which had been asked to leave."""
+"""Start of the note on an exception that ended a loop which had been asked to leave."""
 
 
 def asked_before(failure: BaseException) -> bool:
-    """Whether the loop that this failure ended had been asked to leave, which nobody answers any more."""
+    """Whether the loop that this failure ended had been asked to leave."""
     return any(note.startswith(UNANSWERED) for note in getattr(failure, "__notes__", ()))
 
 
 class Preemption:
-    """While it is open, the signals set `asked`, once and for all; afterwards handlers are as they were.
+    """A context in which the signals set `asked`; afterwards handlers are as they were.
 
-    To be opened in the main thread; ValueError elsewhere. A rank within a call of C takes note when that returns.
-    An exception that leaves it says whether it was asked, for `asked_before`: the request has had no effect.
+    It must be opened in the main thread (else ValueError). A rank inside a C call takes note when the call returns. An
+    exception that leaves the context after a request gets a note for `asked_before`: nobody answers the request.
     """
 
     def __init__(self) -> None:
         self.name = ""
-        """The first signal that came, e.g. SIGUSR1; empty before."""
+        """The first signal that came, such as SIGUSR1."""
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -44,7 +44,7 @@ class Preemption:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: object) -> None:
-        for number, handler in self._before.items():  # notes those that have come and wait for their handler
+        for number, handler in self._before.items():  # also notes signals that wait for their handler
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
         if self.asked and failure is not None and not isinstance(failure, Preempted):

@@ -1,12 +1,13 @@
-"""A watchdog in every rank: ends a run in which nothing moves any more, and says who holds it up.
+"""A watchdog in every rank: ends a run that makes no progress, and names the ranks that hold up the others.
 
-    FOLDER/rank-N.json          where rank N is (engine/heartbeat.py)
-    FOLDER/hang.json            who hangs: the sentence, the ranks and where every rank was
+    FOLDER/rank-N.json          where rank N is (heartbeat.py)
+    FOLDER/hang.json            who hangs: the message, the ranks, and where every rank was
     FOLDER/stacks-rank-N.txt    what every thread of rank N was doing
 
-A rank whose own note has grown old reads what all ranks say. While one of them still makes progress it goes on waiting.
-The first to judge writes `hang.json`; the others see it, write their stacks and end too. A rank that cannot run Python
-(stopped, or in a call that keeps the lock) is judged by the others, which wait for it; the launcher ends it.
+The main thread notes where it is; a thread writes that as a heartbeat. Once the last note is older than half the limit,
+the thread watches all heartbeats; once it is as old as the limit and no rank makes progress any more, it judges. The
+first to judge writes `hang.json`; the others see it, write their stacks and exit too. A rank that cannot run Python
+(stopped, or in a call that keeps the lock) is judged by the others, and its launcher ends it.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from lgp_dist.engine.watch.heartbeat import (
     Beat,
@@ -41,41 +42,41 @@ log = logging.getLogger("lgp")
 Item = TypeVar("Item")
 
 BEATS = 20
-"""Beats within the timeout."""
+"""Heartbeats within the timeout."""
 SHORTEST_S = 0.5
-"""Least seconds between two beats."""
+"""Least seconds between two heartbeats."""
 STILL = 4
-"""Beats that a counter stands still before its rank counts as silent."""
+"""Heartbeats for which a counter must not move until its rank counts as silent."""
 PATIENCE = 10.0
-"""How much longer the timeout is outside of steps and until a second one begins: indexes are read, engines made,
-kernels compiled, paths measured, artifacts written."""
+"""Factor of the timeout outside of steps and until a training's second step, while indexes are read, engines built,
+kernels compiled, paths measured and artifacts written."""
 MOST_S = 3600.0
-"""What this makes of a timeout at most, seconds, unless the timeout itself is longer."""
+"""Most seconds that PATIENCE makes of a timeout, unless the timeout itself is longer."""
 LAST_WORDS_S = 2.0
-"""Seconds for log and terminal, which may hang themselves, before the process ends."""
+"""Seconds for log and terminal, which may hang themselves, before the process exits."""
 
 
 def longest(timeout_s: float) -> float:
-    """Seconds without progress after which the watchdog ends a run outside of steps."""
+    """Returns the seconds without progress after which the watchdog ends a run outside of steps."""
     return max(timeout_s, min(timeout_s * PATIENCE, MOST_S))
 
 
 @dataclass(frozen=True)
 class Note:
-    """Where a rank is. A new one, though equal, is a sign of progress."""
+    """Where a rank is. A new one, even an equal one, is a sign of progress."""
 
     stage: str
     step: int | None
     phase: str
     path: str
-    number: int
+    notes: int
     """Notes before it."""
 
 
 class Watchdog:
-    """Watches over one rank while it is open.
+    """Watches one rank while it is open, as a context.
 
-    The folder lies where all ranks see it. Every rank opens one and takes the same notes. A timeout of 0 turns it off.
+    All ranks see its folder. Every rank opens one and takes the same notes. A timeout of 0 turns it off.
     """
 
     def __init__(self, folder: Path, rank: int, world: int, timeout_s: float):
@@ -91,42 +92,42 @@ class Watchdog:
 
     @classmethod
     def off(cls) -> "Watchdog":
-        """One that watches nothing."""
+        """Returns a watchdog that watches nothing."""
         return cls(Path(), 0, 1, 0.0)
 
     @classmethod
     def launched(cls, folder: Path, timeout_s: float) -> "Watchdog":
-        """That of this process as its launcher has numbered it, before it has joined the others."""
+        """Returns the watchdog for this rank, which the launcher's environment names before the ranks join."""
         return cls(folder, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), timeout_s)
 
     def note(self, step: int, phase: str, path: str | None = None) -> None:
-        """A step is here; path: None for that of before. Costs no I/O."""
+        """Notes a phase of a step. path: None keeps the last one. Does no I/O."""
         if self._first is None:
             self._first = step
         elif step != self._first:
             self._limit = self.timeout_s
         path = self._note.path if path is None else path
-        self._note = Note(self._note.stage, step, phase, path, self._note.number + 1)
+        self._note = Note(self._note.stage, step, phase, path, self._note.notes + 1)
 
     def begin(self, stage: str) -> None:
-        """A stage begins."""
+        """Notes the beginning of a stage."""
         self._note = replace(self._note, stage=stage, step=None, path="")
         self.phase("begin")
 
     def phase(self, phase: str, at_most_s: float = math.inf) -> None:
-        """Something outside of steps, or long, begins on every rank. Step and path stay those of the last step.
+        """Notes a phase outside of steps, or a long one, on every rank. Step and path stay those of the last step.
 
-        at_most_s: after which it has failed anyhow, if that is earlier.
+        at_most_s: seconds after which the phase has failed in any case.
         """
         self._first, self._limit = None, min(longest(self.timeout_s), at_most_s)
-        self._note = replace(self._note, phase=phase, number=self._note.number + 1)
+        self._note = replace(self._note, phase=phase, notes=self._note.notes + 1)
 
     def alive(self) -> None:
-        """Progress within a phase, which other ranks need not make."""
+        """Notes progress within a phase. Other ranks need not do the same."""
         self._note = replace(self._note)
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, of which each that comes is progress within a phase."""
+        """Yields the items and notes progress for each."""
         for item in items:
             self.alive()
             yield item
@@ -153,13 +154,14 @@ class Watchdog:
                     (self.folder / name).unlink(missing_ok=True)
 
     def _watch(self) -> None:
+        """The thread: beats until the end, and judges when nothing moves."""
         note, pulse, noted, since, now, last = None, None, 0.0, 0.0, 0.0, time.monotonic()
         while not self._stop.wait(self.interval):
             limit = self._limit
-            if self._open():
-                # In a thread of C: it also writes where a call keeps Python's lock and this thread stands still.
-                faulthandler.dump_traceback_later(limit, file=self._stacks)
-            # `now` does not count the time in which this process was stopped: a suspended job does not grow old.
+            if stacks := self._open():
+                # A thread in C, which writes stacks even if a call keeps Python's lock and this thread stands still.
+                faulthandler.dump_traceback_later(limit, file=stacks)
+            # `now` leaves out the time in which this process was stopped: a suspended job does not grow old.
             now, last = now + min(time.monotonic() - last, 2 * self.interval), time.monotonic()
             if note is not self._note:
                 note, noted = self._note, now
@@ -177,22 +179,19 @@ class Watchdog:
                 if all(rank in silent or other.age_s >= limit / 2 for rank, other in pulse.beats.items()):
                     self._end(self._accuse(pulse, silent, limit))
 
-    def _open(self) -> bool:
-        """Whether the folder is there and takes stacks; made at the first beat, so that what is refused at once leaves
-        nothing."""
+    def _open(self) -> TextIO | None:
+        """The file for stacks, if it can be written. Created at the first beat: a refused run leaves nothing."""
         if self._stacks is None:
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._stacks = (self.folder / f"stacks-rank-{self.rank}.txt").open("w")
-        return self._stacks is not None
+        return self._stacks
 
     def _beat(self, note: Note, age_s: float) -> Beat:
         waits, where = main_thread()
         self._beats += 1
-        beat = Beat(
-            *(self.rank, self._host, os.getpid(), self._life, self._beats),
-            *(note.stage, note.number, note.step, note.phase, note.path, round(age_s, 3), waits, where),
-        )
+        age: dict[str, Any] = {**vars(note), "age_s": round(age_s, 3), "waits": waits, "where": where}
+        beat = Beat(self.rank, self._host, os.getpid(), self._life, self._beats, **age)
         try:
             write_beat(self.folder, beat)
         except UserError as error:
@@ -209,12 +208,13 @@ class Watchdog:
             return False
 
     def _accuse(self, pulse: Pulse, silent: list[int], limit: float) -> str:
-        verdict = judge(pulse.beats, silent)
-        text = sentence(verdict, pulse, limit)
+        """The message about the ranks that hold up the others, which `hang.json` records."""
+        suspects = judge(pulse.beats, silent)
+        text = sentence(suspects, pulse, limit)
         record = {
             "sentence": text,
-            "ranks": verdict.ranks,
-            "reason": verdict.reason,
+            "ranks": suspects.ranks,
+            "reason": suspects.reason,
             "told_by": self.rank,
             "beats": [asdict(beat) for beat in pulse.beats.values()],
             "lives": [beat.life for beat in pulse.beats.values()],
@@ -224,7 +224,7 @@ class Watchdog:
         return text
 
     def _end(self, text: str) -> None:
-        """Stacks, last words, and the end of the process, whatever its other threads hold."""
+        """Writes stacks and the message, and ends the process, whatever its other threads hold."""
         faulthandler.cancel_dump_traceback_later()
         if self._stacks is not None:
             with contextlib.suppress(OSError):
@@ -233,9 +233,8 @@ class Watchdog:
             speaker = threading.Thread(target=_say, args=(text,), daemon=True)
             speaker.start()
             speaker.join(LAST_WORDS_S)
-        time.sleep(
-            2 * self.interval
-        )  # the others write their stacks before connections close or the launcher ends them
+        # The others write their stacks before connections close or the launcher ends them.
+        time.sleep(2 * self.interval)
         os._exit(HUNG)
 
 
