@@ -243,10 +243,10 @@ class Trainer:
         return measured
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The moving average of every weight by its name, whole on every rank."""
+        """Returns the moving average of every weight by name, whole on every rank."""
         fragments = self.fragments()
         whole = {name: torch.zeros(shape, device=self.workers.device) for name, shape in fragments.shapes.items()}
-        for part in fragments.written():  # each element lies on one rank
+        for part in fragments.written():  # every element is on one rank
             if part.kind == EMA:
                 whole[part.parameter].view(-1)[part.start : part.start + part.values.numel()] = part.values
         return {name: self.workers.sum(average) for name, average in whole.items()}

@@ -179,13 +179,13 @@ def check_backend(name: str) -> None:
 def _join(launch: Launch, device_type: str, patience: timedelta) -> PartialState:
     """Joins the process group, as DeepSpeed, torch's DistributedDataParallel or a single process needs it."""
     options = {"backend": "gloo" if device_type == "cpu" else "nccl", "timeout": patience}
-    _start_again(launch, options)
+    _separate_restarts(launch, options)
     if launch.deepspeed:
         return PartialState(**options)
     return PartialState(cpu=device_type == "cpu", **(options if launch.world > 1 else {}))
 
 
-def _start_again(launch: Launch, options: dict[str, Any]) -> None:
+def _separate_restarts(launch: Launch, options: dict[str, Any]) -> None:
     """Keeps ranks that a launcher has restarted on one node apart from those before the restart.
 
     The launcher keeps its store, in which new ranks would find the addresses of the old ones (pytorch#135712). On
@@ -194,22 +194,19 @@ def _start_again(launch: Launch, options: dict[str, Any]) -> None:
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if count != "0" and launch.world == launch.local_world > 1:
         store, rank, world = next(torch.distributed.rendezvous("env://"))
-        fresh = torch.distributed.PrefixStore(f"start-{count}", store)
-        torch.distributed.init_process_group(store=fresh, rank=rank, world_size=world, **options)
+        store = torch.distributed.PrefixStore(f"start-{count}", store)
+        torch.distributed.init_process_group(store=store, rank=rank, world_size=world, **options)
 
 
-def check_trackers(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names. Raises UserError unless accelerate knows them all and they are installed."""
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raises UserError unless accelerate knows all these trackers and they are installed."""
     known = sorted(str(name) for name in LoggerType.list() if name != "all")
     installed = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in known:
             raise UserError(f"trackers names {name!r}, which accelerate does not know: choose from {', '.join(known)}.")
         if name not in installed:
-            raise UserError(
-                f"trackers names {name!r}, which is not installed: run `pip install {name}`, or leave it out."
-            )
-    return names
+            raise UserError(f"trackers names {name!r}, which is not installed: `pip install {name}`, or leave it out.")
 
 
 def _quiet() -> None:

@@ -17,7 +17,7 @@ from accelerate.commands.launch import launch_command_parser
 from run_helpers import LIMIT_S, Lgp
 
 from lgp_dist.engine.launch.check import Demand, check_file
-from lgp_dist.engine.launch.file import DEEPSPEED, REFUSED, TOP, read_launch_file, schema_problems
+from lgp_dist.engine.launch.file import DEEPSPEED, REFUSED, TOP, check_settings, read_launch_file
 from lgp_dist.engine.launch.plan import Given, plan
 
 ROOT = Path(__file__).parents[2]
@@ -60,11 +60,15 @@ def test_schema_knows_what_accelerate_knows() -> None:
 SCHEMA: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "nested typo": (
         {"deepspeed_config": {"zero_stage": 1, "deepspeed_multinode_laucher": "standard"}},
-        ("deepspeed_config.deepspeed_multinode_laucher", "without effect", "write deepspeed_multinode_launcher"),
+        (
+            "deepspeed_config.deepspeed_multinode_laucher",
+            "without effect",
+            "write deepspeed_config.deepspeed_multinode_launcher",
+        ),
     ),
     "typo": ({"num_proceses": 2}, ("num_proceses", "write num_processes")),
-    "not nested": ({"zero_stage": 2}, ("zero_stage", "move it below deepspeed_config")),
-    "too nested": ({"deepspeed_config": {"gpu_ids": "0"}}, ("deepspeed_config.gpu_ids", "move it to the top")),
+    "not nested": ({"zero_stage": 2}, ("zero_stage", "write deepspeed_config.zero_stage")),
+    "too nested": ({"deepspeed_config": {"gpu_ids": "0"}}, ("deepspeed_config.gpu_ids", "write gpu_ids")),
     "stage": ({"deepspeed_config": {"zero_stage": 4}}, ("zero_stage to 4", "0 or 1 or 2 or 3")),
     "stage text": ({"deepspeed_config": {"zero_stage": "2"}}, ("zero_stage to '2'",)),
     "stage bool": ({"deepspeed_config": {"zero_stage": True}}, ("zero_stage to True",)),
@@ -75,7 +79,7 @@ SCHEMA: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gpu number": ({"gpu_ids": 0}, ("gpu_ids to 0", "a text in quotes")),
     "bool text": ({"use_cpu": "false"}, ("use_cpu to 'false'", "true or false")),
     "precision": ({"mixed_precision": False}, ("mixed_precision", 'write "no"')),
-    "port": ({"main_process_port": 70000}, ("70000", "from 0 to 65535")),
+    "port": ({"main_process_port": 70000}, ("70000", "0 to 65535")),
     "processes": ({"num_processes": 0}, ("num_processes to 0", "1 or more")),
     "null": ({"num_machines": None}, ("num_machines to None", "1 or more")),
     "fsdp": ({"fsdp_config": {"fsdp_version": 2}}, ("fsdp_config", "leave it out")),
@@ -88,14 +92,14 @@ def test_schema(tmp_path: Path, name: str) -> None:
     """Each mistake is one sentence that names file, key and value; without it there is none."""
     change, words = SCHEMA[name]
     path = write(tmp_path, {**CPU, **change})
-    (sentence,) = schema_problems(path, read_launch_file(path))
+    ((sentence,), _) = check_settings(path, read_launch_file(path), {})
     assert all(word in sentence for word in (str(path), *words)), sentence
     assert sentence.endswith(".") and "\n" not in sentence
     good = write(tmp_path, {**CPU, "fsdp_config": {}, "downcast_bf16": "no", "tpu_env": [], "tpu_use_sudo": False})
-    assert schema_problems(good, read_launch_file(good)) == []
+    assert check_settings(good, read_launch_file(good), {})[0] == []
     for key in ("distributed_type", "num_processes"):
         short = write(tmp_path, {name: value for name, value in CPU.items() if name != key})
-        (sentence,) = schema_problems(short, read_launch_file(short))
+        ((sentence,), _) = check_settings(short, read_launch_file(short), {})
         assert f"has no {key}" in sentence
 
 

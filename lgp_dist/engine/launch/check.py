@@ -13,7 +13,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from lgp_dist.config.run_config import EngineConfig, TrainConfig
 from lgp_dist.engine.deepspeed_config import deepspeed_config
 from lgp_dist.engine.launch.environment import Launch, check_launch
-from lgp_dist.engine.launch.file import option_problems, read_launch_file, schema_problems, valid_settings
+from lgp_dist.engine.launch.file import check_settings, read_launch_file
 from lgp_dist.engine.launch.machine import addresses, free_bytes, is_loopback, port_free, shm_bytes
 from lgp_dist.engine.launch.plan import Given, Node, plan
 from lgp_dist.errors import UserError
@@ -61,10 +61,9 @@ def check_file(path: Path, given: Given, demand: Demand, *, here: bool = True) -
     here: this machine is one of the nodes, so its ports, GPUs, memory and disk are checked too.
     """
     stored = read_launch_file(path)
-    if problems := option_problems(given.settings()):
-        return Report(path, problems=problems)
-    settings = {"num_machines": 1, "main_process_port": PORT} | valid_settings(stored) | given.settings()
-    problems = [*schema_problems(path, stored), *_traps(path, settings)]
+    problems, valid = check_settings(path, stored, given.settings())
+    settings = {"num_machines": 1, "main_process_port": PORT} | valid
+    problems += _traps(path, settings)
     if settings["num_machines"] > 1:
         problems += _several_nodes(path, settings, stored)
     if here:

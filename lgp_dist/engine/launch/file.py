@@ -46,9 +46,9 @@ DEEPSPEED: dict[str, Rule] = {
     "zero_stage": (0, 1, 2, 3),
     "gradient_accumulation_steps": int,
     "gradient_clipping": float,
-    "offload_optimizer_device": ("none", "cpu", "nvme"),
+    "offload_optimizer_device": str,
     "offload_optimizer_nvme_path": str,
-    "offload_param_device": ("none", "cpu", "nvme"),
+    "offload_param_device": str,
     "offload_param_nvme_path": str,
     "zero3_init_flag": bool,
     "zero3_save_16bit_model": bool,
@@ -59,8 +59,16 @@ REFUSED = {field.name for field in fields(ClusterConfig)} | {"fp16", "dynamo_bac
 REFUSED -= {*TOP, "deepspeed_config"}
 """Other keys that accelerate reads: engines that this project does not have, and what its recipes decide."""
 
-NULL = {"main_process_ip", "main_process_port", "gpu_ids", "same_network", "rdzv_backend", "mixed_precision"}
-"""Top-level keys for which accelerate takes null as missing; in `deepspeed_config` it does so for every key."""
+NULL = {
+    "main_process_ip",
+    "main_process_port",
+    "gpu_ids",
+    "same_network",
+    "rdzv_backend",
+    "mixed_precision",
+    *DEEPSPEED,
+}
+"""Keys for which accelerate takes null as missing."""
 
 UNUSED: tuple[Any, ...] = (None, False, {}, [], "", "no", "NO")
 """Values that `accelerate config` writes for a key that is not used."""
@@ -96,64 +104,51 @@ def _duplicates(node: yaml.Node | None, prefix: str = "") -> Iterator[str]:
         yield from _duplicates(value, f"{prefix}{key.value}.")
 
 
-def schema_problems(path: Path, stored: Mapping[str, Any]) -> list[str]:
-    """Returns a sentence for each key that is missing, unknown, not supported here, or has a wrong value."""
-    found = [
-        f"{path} has no {key}, without which accelerate does not start: add it."
-        for key in ("distributed_type", "num_processes")
-        if key not in stored
+def check_settings(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Returns a sentence for each wrong key or value, and the valid settings of both levels and the command line.
+
+    given: options of the command line, which override settings of the file.
+    """
+    keys = ("distributed_type", "num_processes")
+    problems = [
+        f"{path} has no {key}, without which accelerate does not start: add it." for key in keys if key not in stored
     ]
-    section = stored.get("deepspeed_config") or {}
+    valid: dict[str, Any] = {}
+    top = {key: value for key, value in stored.items() if key != "deepspeed_config"}
+    section = stored.get("deepspeed_config", {})
     if not isinstance(section, dict):
-        found.append(f"{path} has deepspeed_config {section!r}: write its settings below it as `name: value`.")
+        if section is not None:
+            problems.append(f"{path} has deepspeed_config {section!r}: write its settings below it as `name: value`.")
         section = {}
-    for key, value in stored.items():
-        found += _problem(path, "", key, value, TOP) if key != "deepspeed_config" else []
-    for key, value in section.items():
-        found += _problem(path, "deepspeed_config.", key, value, DEEPSPEED)
-    return found
+    for prefix, level, rules in (("", top, TOP), ("deepspeed_config.", section, DEEPSPEED)):
+        for key, value in level.items():
+            name = f"{prefix}{key}"
+            if key not in rules:
+                problems += _unknown(path, name, key, value)
+            elif _holds(rules[key], value):
+                valid[key] = value
+            elif value is not None or key not in NULL:
+                problems.append(f"{path} sets {name} to {value!r}, but it must be {_wanted(rules[key], value)}.")
+    for key, value in given.items():
+        rule = (TOP | DEEPSPEED)[key]
+        if _holds(rule, value):
+            valid[key] = value
+        else:
+            problems.append(f"--{key} is {value!r}, but it must be {_wanted(rule, value)}.")
+    return problems, valid
 
 
-def option_problems(given: Mapping[str, Any]) -> list[str]:
-    """Returns a sentence for each option of a command line with a value that its key in a file could not have."""
-    rules = {**TOP, **DEEPSPEED}
-    return [
-        f"--{key} is {value!r}, but it must be {_wanted(rules[key])}."
-        for key, value in given.items()
-        if not _holds(rules[key], value)
-    ]
-
-
-def valid_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of both levels that have a valid value, in one dictionary."""
-    section = stored.get("deepspeed_config")
-    levels = [(TOP, stored), (DEEPSPEED, section if isinstance(section, dict) else {})]
-    return {
-        key: value
-        for rules, level in levels
-        for key, value in level.items()
-        if key in rules and _holds(rules[key], value)
-    }
-
-
-def _problem(path: Path, prefix: str, key: str, value: Any, rules: Mapping[str, Rule]) -> Iterator[str]:
-    """The sentence about one key, if anything is wrong with it."""
-    if key in rules:
-        missing = value is None and (prefix or key in NULL)
-        if not missing and not _holds(rules[key], value):
-            yield f"{path} sets {prefix}{key} to {value!r}, but it must be {_wanted(rules[key])}{_hint(key, value)}."
-    elif key in REFUSED and not prefix:
+def _unknown(path: Path, name: str, key: Any, value: Any) -> Iterator[str]:
+    """The sentence about a key that launches of this project may not have at its place."""
+    if name in REFUSED:
         if value not in UNUSED:
-            yield f"{path} sets {key}, which this project does not support or leaves to the recipe: leave it out."
-    elif key in DEEPSPEED:
-        yield f"{path} sets {key}, which has no effect there: move it below deepspeed_config."
-    elif key in TOP:
-        yield f"{path} sets {prefix}{key}, which has no effect there: move it to the top level."
-    else:
-        near = difflib.get_close_matches(str(key), [*rules, "deepspeed_config"], n=1, cutoff=0.4)
-        advice = f"write {near[0]} if that is meant, or leave it out" if near else "leave it out"
-        effect = "takes without effect" if prefix else "does not know"
-        yield f"{path} sets {prefix}{key}, which accelerate {effect}: {advice}."
+            yield f"{path} sets {name}, which this project does not support or leaves to the recipe: leave it out."
+        return
+    places = {**{known: f"deepspeed_config.{known}" for known in DEEPSPEED}, **{known: known for known in TOP}}
+    near = difflib.get_close_matches(str(key), places, n=1, cutoff=0.4)
+    advice = f"write {places[near[0]]} if that is meant, or leave it out" if near else "leave it out"
+    effect = "does not know" if name == key else "takes without effect"
+    yield f"{path} sets {name}, which accelerate {effect}: {advice}."
 
 
 def _holds(rule: Rule, value: Any) -> bool:
@@ -163,21 +158,11 @@ def _holds(rule: Rule, value: Any) -> bool:
     return type(value) is type(rule[0]) and value in rule
 
 
-def _wanted(rule: Rule) -> str:
-    """A rule in words."""
+def _wanted(rule: Rule, value: Any) -> str:
+    """A rule in words, for a person who wrote this value."""
     if isinstance(rule, range):
-        return (
-            f"a whole number, {rule[0]} or more"
-            if len(rule) > 65536
-            else f"a whole number from {rule[0]} to {rule[-1]}"
-        )
+        return f"a whole number, {rule[0]} " + (f"to {rule[-1]}" if len(rule) < MANY - 1 else "or more")
     if isinstance(rule, tuple):
-        return " or ".join(json.dumps(choice) for choice in rule)
+        hint = '; YAML reads no without quotes as false: write "no"' if value is False and "no" in rule else ""
+        return " or ".join(map(json.dumps, rule)) + hint
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}[rule]
-
-
-def _hint(key: str, value: Any) -> str:
-    """What to say about a value that YAML reads as something else."""
-    if key in ("mixed_precision", "distributed_type") and value is False:
-        return '; YAML reads no without quotes as false: write "no", or leave it out'
-    return ""
