@@ -113,7 +113,7 @@ def materialise(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) 
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
     elif group.get("momentum"):
         state["momentum_buffer"] = torch.zeros_like(parameter)
-    if group[EMA]:
+    if group.get(EMA):
         state[EMA] = parameter.detach().clone()
 
 
