@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -76,6 +76,19 @@ class TrainingResult(TypedDict):
     """Images trained in these seconds."""
 
 
+class StepResult(NamedTuple):
+    """What one rank knows about an optimizer step."""
+
+    losses: list[dict[str, Tensor]]
+    """Of each micro-step."""
+    counts: Counter[str]
+    """Facts of its batches."""
+    facts: dict[str, Any]
+    """What the step filter says about it."""
+    data_wait_s: float
+    step_time_s: float
+
+
 def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> TrainingResult:
     """Trains `plan.task.module` in place; afterwards every rank holds the same whole weights.
 
@@ -98,12 +111,13 @@ def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> TrainingResu
 
         def one_step(step: int, stream: Iterator[Batch], meter: StepMeter) -> None:
             schedule.step_update(step)
-            losses, counts, facts, times = _step(trainer, stream, step, setup.seeds)
-            facts |= {"epoch": round(step / setup.steps_per_epoch, 4), "lr": rate_of(optimizer)}
+            result = _step(trainer, stream, step, setup.seeds)
+            facts = result.facts | {"epoch": round(step / setup.steps_per_epoch, 4), "lr": rate_of(optimizer)}
             if plan.watch and plan.watch_every and (step + 1) % plan.watch_every == 0:
                 workers.watchdog.phase("measure")
                 facts |= trainer.measure(plan.watch)
-            meter.add(step, losses, facts | _labels(task, step, config.accumulate, workers.world), counts, times)
+            labels = _labels(task, step, config.accumulate, workers.world)
+            meter.add(step, result.losses, facts | labels, result.counts, result.data_wait_s, result.step_time_s)
             if saver:
                 workers.watchdog.note(step, "save")
                 saver.step_done(step + 1, facts, meter.flush)
@@ -146,10 +160,8 @@ def _steps(
             meter.close()
 
 
-def _step(
-    trainer: Trainer, stream: Iterator[Batch], step: int, seeds: Seeds | None
-) -> tuple[list[dict[str, Tensor]], Counter[str], dict[str, Any], dict[str, float]]:
-    """One optimizer step: losses of its micro-steps, counts of its batches, the step filter's facts, and seconds."""
+def _step(trainer: Trainer, stream: Iterator[Batch], step: int, seeds: Seeds | None) -> StepResult:
+    """One optimizer step."""
     losses, counts, wait, start = [], Counter[str](), 0.0, time.monotonic()
     watchdog = trainer.workers.watchdog
     trainer.begin(step)
@@ -170,7 +182,7 @@ def _step(
         losses.append({name: part.detach() for name, part in parts.items()})
     watchdog.note(step, "step", path)
     verdict = trainer.finish(step)
-    return losses, counts, verdict.facts, {"data_wait_s": wait, "step_time_s": time.monotonic() - start}
+    return StepResult(losses, counts, verdict.facts, wait, time.monotonic() - start)
 
 
 def _labels(task: Task, step: int, accumulate: int, world: int) -> dict[str, Any]:

@@ -53,14 +53,15 @@ class StepMeter:
         losses: Sequence[Mapping[str, Tensor]],
         facts: Mapping[str, Any],
         counts: Mapping[str, int],
-        times: Mapping[str, float],
+        data_wait_s: float,
+        step_time_s: float,
     ) -> None:
-        """Takes an optimizer step: losses of its micro-steps, facts of its line, counts of this rank, seconds."""
+        """Takes an optimizer step: losses of its micro-steps, facts of its line, counts and seconds of this rank."""
         self.counts.append(dict(counts))
         self.losses.append({name: torch.stack([micro[name] for micro in losses]).mean() for name in losses[0]})
-        speed = self.trainer.train.batch_size / max(times["step_time_s"], 1e-9)
-        rounded = {name: round(value, 6) for name, value in times.items()}
-        self.lines.append({"step": step, **facts, "images_per_s": round(speed, 2), **rounded})
+        speed = round(self.trainer.train.batch_size / max(step_time_s, 1e-9), 2)
+        times = {"data_wait_s": round(data_wait_s, 6), "step_time_s": round(step_time_s, 6)}
+        self.lines.append({"step": step, **facts, "images_per_s": speed, **times})
         self.bar.update(1)
         if len(self.lines) >= self.every or step + 1 == self.steps:
             self.flush()

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lgp_dist.config.run_config import CheckpointConfig
 from lgp_dist.engine.checkpointer import Checkpointer
 from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
 from lgp_dist.engine.checkpoints.manifest import TrainState, check_settings
-from lgp_dist.engine.step_filter import NotFinite
+from lgp_dist.engine.step_filter import FilterState, NotFinite
 from lgp_dist.engine.trainer import Trainer
 from lgp_dist.engine.watch.signals import Preemption
 from lgp_dist.errors import Preempted
@@ -78,7 +78,7 @@ class Saver:
             return 0
         self.config.data_restore(found.data, found.step)
         if found.guard:
-            self.trainer.step_filter.load_state_dict(dict(found.guard))
+            self.trainer.step_filter.load_state_dict(cast(FilterState, found.guard))
         if self.trainer.scaler is not None and found.loss_scale is not None:
             self.trainer.scaler.value, self.trainer.scaler.good = found.loss_scale, found.good_steps
         self.state = replace(mine, best=found.best)

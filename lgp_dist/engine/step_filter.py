@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ NAMED = 3
 """Draws or modules that a message names."""
 LARGEST = torch.finfo(torch.float32).max
 """Squared norm of gradients above which DeepSpeed's is infinite."""
+
+
+class FilterState(TypedDict):
+    """What later verdicts depend on, as JSON values."""
+
+    good: list[float]
+    """Losses of the last good steps."""
+    skipped: int
+    """Consecutive bad steps so far."""
 
 
 class NotFinite(UserError):
@@ -81,15 +90,13 @@ class StepFilter:
         self.accumulate, self.modules = accumulate, ("", *task.structure.skippable_modules)
         self.places = {module: place for place, module in enumerate(self.modules)}
         self.good: deque[float] = deque(maxlen=REMEMBERED)
-        """Losses of the last good steps."""
         self.skipped = 0
-        """Consecutive bad steps so far."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what later verdicts depend on, as JSON values."""
+    def state_dict(self) -> FilterState:
+        """Returns what later verdicts depend on."""
         return {"good": list(self.good), "skipped": self.skipped}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: FilterState) -> None:
         """Continues from a state."""
         self.good, self.skipped = deque(state["good"], REMEMBERED), state["skipped"]
 

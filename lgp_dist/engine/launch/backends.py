@@ -2,13 +2,24 @@
 
 import json
 import sys
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 
-def backends() -> dict[str, Any]:
-    """Returns the CUDA version that torch was built for (or None), the names of its GPUs, NCCL's version, and gloo."""
+class Backends(TypedDict):
+    """What torch has on a machine."""
+
+    cuda: str | None
+    """The version that torch was built for."""
+    devices: list[str]
+    """Names of the GPUs that torch sees."""
+    nccl: str | None
+    gloo: bool
+
+
+def backends() -> Backends:
+    """Returns what torch has here."""
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     return {

@@ -104,7 +104,7 @@ class Pulse:
         self._moved: dict[int, tuple[object, float]] = {rank: (None, now) for rank in range(world)}
 
     def see(self, beats: Mapping[int, Beat], now: float) -> None:
-        """Takes in what the files say."""
+        """Adds heartbeats that were read."""
         self.beats |= beats
         for rank, beat in beats.items():
             mark = (beat.life, beat.beat)
