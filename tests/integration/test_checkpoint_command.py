@@ -137,7 +137,7 @@ def test_verify_and_show_what_is_whole(lgp: Lgp, here: Path) -> None:
         ("nowhere", "holds no checkpoint"),
         ("runs", "holds no checkpoint"),
         ("run/checkpoints/finetune/step-00000009", "is not a checkpoint"),
-        ("step-00000001", "is damaged (it is no manifest of a checkpoint)"),
+        ("step-00000001", "is damaged (it is not a checkpoint's manifest)"),
     ],
 )
 def test_missing_and_foreign_folders(lgp: Lgp, here: Path, command: str, path: str, piece: str) -> None:
