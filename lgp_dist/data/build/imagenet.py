@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lgp_dist.data.build.source import Item, Source, clean_key, items_of, optional, want_folder
-from lgp_dist.data.shards.tar import Member, TarError, Window, walk
+from lgp_dist.data.shards.tar import Member, TarError, walk
 from lgp_dist.errors import UserError
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -47,11 +47,8 @@ def official(root: Path) -> Source:
 def _members(path: Path, start: int = 0, end: int | None = None) -> Iterator[Member]:
     """Files of a tar, or of a tar within it; UserError where it is damaged."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield from walk(Window(handle), start, os.fstat(handle).st_size if end is None else end)
-        finally:
-            os.close(handle)
+        with path.open("rb") as tar:
+            yield from walk(tar, start, os.fstat(tar.fileno()).st_size if end is None else end)
     except (OSError, TarError) as error:
         raise UserError(f"{path} cannot be read as a tar ({error}): copy the file again.") from error
 

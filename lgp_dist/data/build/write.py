@@ -1,7 +1,6 @@
 """Writes one shard, and reads it back."""
 
 import io
-import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -44,11 +43,8 @@ def _content(item: Item, short_side: int, quality: int) -> bytes:
     """The bytes of an image in the shard."""
     where = f"{item.path}, image {item.key}" if item.offset else item.path
     try:
-        handle = os.open(item.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            content = read_at(handle, item.offset, item.size)
-        finally:
-            os.close(handle)
+        with open(item.path, "rb") as file:
+            content = read_at(file, item.offset, item.size)
     except OSError as error:
         raise UserError(f"{where}, cannot be read ({error.strerror}): copy it again.") from error
     if len(content) != item.size:

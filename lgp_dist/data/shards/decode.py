@@ -13,7 +13,6 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from lgp_dist.data.shards.tar import read_at
 from lgp_dist.errors import UserError
 
 MAX_PIXELS = 80_000_000
@@ -88,7 +87,7 @@ class ShardFiles:
         """`size` bytes from `offset` of shard number `shard`; LostBytes if the file has fewer or is missing."""
         try:
             file = self._open(shard)  # held here, so that it stays open while another thread closes older ones
-            content = read_at(file.number, offset, size)
+            content = _pread(file.number, offset, size)
         except OSError as error:
             raise LostBytes(
                 f"Shard {self.paths[shard]} cannot be read ({error.strerror}): copy the file again.",
@@ -126,6 +125,14 @@ class ShardFiles:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
+
+
+def _pread(handle: int, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset`, fewer at the end of the file. Does not move the file position, unlike `read_at`."""
+    content = os.pread(handle, size, offset)
+    while len(content) < size and (more := os.pread(handle, size - len(content), offset + len(content))):
+        content += more
+    return content
 
 
 def decode_image(content: bytes, channels: int, where: str) -> Image.Image:

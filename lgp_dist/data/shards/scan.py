@@ -5,12 +5,13 @@ import os
 import re
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 from lgp_dist.data.shards.sizes import HEAD, dimensions
-from lgp_dist.data.shards.tar import TarError, Window, read_at, walk
+from lgp_dist.data.shards.tar import Member, TarError, read_at, walk
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 JSON_LABELS = ("label", "cls")
@@ -43,16 +44,6 @@ class Sample:
     """CRC-32 of the image's bytes; -1 where unknown."""
 
 
-@dataclass(slots=True)
-class _Files:
-    """The files of one key."""
-
-    images: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Offset, size, width and height."""
-    labels: list[bytes] = field(default_factory=list)
-    objects: list[bytes] = field(default_factory=list)
-
-
 @dataclass(frozen=True, slots=True)
 class Flaw:
     """Something wrong in a shard."""
@@ -69,87 +60,76 @@ def scan_shard(path: Path) -> tuple[list[Sample], list[Flaw]]:
     Reads headers, labels and the first bytes of images. A label may be any whole number; the caller checks its range.
     At a damaged header the scan ends: what follows cannot be told from garbage.
     """
-    groups: list[tuple[str, _Files]] = []
+    groups: list[tuple[str, dict[str, list[Member]]]] = []  # key, and its files by extension
     flaws: list[Flaw] = []
+    results: list[Sample | Flaw] = []
     seen: set[str] = set()
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            window = Window(handle)
-            for member in walk(window, 0, os.fstat(handle).st_size):
-                match = _NAME.fullmatch(member.name)
-                if not match or _META.match(member.name):
-                    continue
-                key, extension = match[1], match[2].lower()
-                if not groups or groups[-1][0] != key:
-                    if key in seen:
-                        flaws.append(_duplicate(path, key))
-                    seen.add(key)
-                    groups.append((key, _Files()))
-                _add(groups[-1][1], extension, window, member.offset, member.size)
-        finally:
-            os.close(handle)
-    except TarError as error:
-        flaws.append(Flaw("", f"Shard {path} is damaged or cut off ({error}): copy the file again."))
+        with path.open("rb") as tar:
+            try:
+                for member in walk(tar, 0, os.fstat(tar.fileno()).st_size):
+                    match = _NAME.fullmatch(member.name)
+                    if not match or _META.match(member.name):
+                        continue
+                    key, extension = match[1], match[2].lower()
+                    if not groups or groups[-1][0] != key:
+                        if key in seen:
+                            flaws.append(_duplicate(path, key))
+                        seen.add(key)
+                        groups.append((key, {}))
+                    groups[-1][1].setdefault(extension, []).append(member)
+            except TarError as error:
+                flaws.append(Flaw("", f"Shard {path} is damaged or cut off ({error}): copy the file again."))
+            results = [_sample(path, tar, key, files) for key, files in groups]
     except OSError as error:
         flaws.append(Flaw("", f"Shard {path} cannot be read ({error.strerror}): copy the file again."))
-    results = [_sample(path, key, files) for key, files in groups]
     flaws += [result for result in results if isinstance(result, Flaw)]
     return [result for result in results if isinstance(result, Sample)], flaws
 
 
 def hash_shard(path: Path, samples: Iterable[Sample]) -> tuple[str, list[Sample]]:
     """sha256 of the whole tar, 64 hex digits, and the samples with their checksums, in one pass; raises OSError."""
-    digest, found, position = sha256(), [], 0
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    digest, found = sha256(), []
+    with path.open("rb") as tar:
         for sample in samples:
-            digest.update(read_at(handle, position, sample.offset - position))
-            content = read_at(handle, sample.offset, sample.size)
+            digest.update(tar.read(sample.offset - tar.tell()))
+            content = tar.read(sample.size)
             digest.update(content)
             found.append(replace(sample, crc=zlib.crc32(content)))
-            position = sample.offset + sample.size
-        while chunk := os.pread(handle, 1 << 20, position):
+        while chunk := tar.read(1 << 20):
             digest.update(chunk)
-            position += len(chunk)
-    finally:
-        os.close(handle)
     return digest.hexdigest(), found
 
 
-def _add(files: _Files, extension: str, window: Window, offset: int, size: int) -> None:
-    """Notes a file of a sample."""
-    if extension in IMAGE_EXTENSIONS:
-        width, height = dimensions(window.read(offset, min(size, HEAD)))
-        if not width and HEAD < size <= MAX_IMAGE:
-            width, height = dimensions(window.read(offset, size))
-        files.images.append((offset, size, width, height))
-    elif extension == "cls":
-        files.labels.append(window.read(offset, min(size, 64)))
-    elif extension == "json" and size <= MAX_JSON:
-        files.objects.append(window.read(offset, size))
-
-
-def _sample(path: Path, key: str, files: _Files) -> Sample | Flaw:
-    """The sample, or what it lacks."""
+def _sample(path: Path, tar: BinaryIO, key: str, files: dict[str, list[Member]]) -> Sample | Flaw:
+    """The sample of a key, or what it lacks."""
+    images = [member for extension in IMAGE_EXTENSIONS for member in files.get(extension, [])]
+    labels, objects = files.get("cls", []), [member for member in files.get("json", []) if member.size <= MAX_JSON]
     start, end = f"Shard {path}, sample {shown_key(key)}", "build or copy the shard again."
-    if not files.images:
+    if not images:
         return Flaw(key, f"{start}, has no image (.{', .'.join(IMAGE_EXTENSIONS)}): {end}")
-    if len(files.images) > 1 or len(files.labels) > 1 or (len(files.objects) > 1 and not files.labels):
+    if len(images) > 1 or len(labels) > 1 or (len(objects) > 1 and not labels):
         return _duplicate(path, key)
-    text = files.labels[0].decode("utf-8", "replace").strip() if files.labels else _json_label(files.objects)
+    text = None
+    if labels:
+        text = read_at(tar, labels[0].offset, min(labels[0].size, 64)).decode("utf-8", "replace").strip()
+    elif objects:
+        text = _json_label(read_at(tar, objects[0].offset, objects[0].size))
     if text is None:
         return Flaw(key, f"{start}, has no label (.cls, or a .json with {' or '.join(JSON_LABELS)}): {end}")
     if not re.fullmatch(r"-?[0-9]{1,18}", text):
         return Flaw(key, f"{start}, has the label {shown_key(text[:40])!r}, which is no whole number: {end}")
-    offset, size, width, height = files.images[0]
-    return Sample(key, offset, size, int(text), width, height)
+    image = images[0]
+    width, height = dimensions(read_at(tar, image.offset, min(image.size, HEAD)))
+    if not width and HEAD < image.size <= MAX_IMAGE:
+        width, height = dimensions(read_at(tar, image.offset, image.size))
+    return Sample(key, image.offset, image.size, int(text), width, height)
 
 
-def _json_label(objects: list[bytes]) -> str | None:
+def _json_label(content: bytes) -> str | None:
     """The label that a .json holds, as text, or None."""
     try:
-        found = json.loads(objects[0]) if objects else None
+        found = json.loads(content)
     except (ValueError, RecursionError):
         return None
     values = [found[name] for name in JSON_LABELS if name in found] if isinstance(found, dict) else []

@@ -4,16 +4,14 @@ Python's tarfile silently stops at a bad header after the first, follows any siz
 checks each header's checksum, stays inside the file, always moves forward, and allows only zeros after the end mark.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import BinaryIO, TypedDict
 
 BLOCK = 512
 MAX_EXTENSION = 1 << 20
 """Largest long name or extended header that is read."""
-_WINDOW = 1 << 13
 _REGULAR = frozenset(map(ord, ("\0", "0", "7")))
 _NO_DATA = frozenset(b"123456")
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]{1,200})=")
@@ -30,8 +28,6 @@ class Member:
 
     name: str
     """As stored, with surrogates for bytes that are not UTF-8."""
-    start: int
-    """Byte of the tar where its header begins, that of a long name included."""
     offset: int
     """First byte of its content."""
     size: int
@@ -45,44 +41,25 @@ class _Extended(TypedDict, total=False):
     size: int
 
 
-class Window:
-    """Serves small reads near each other with few system calls. Does not move the file position."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle, self._from, self._bytes = handle, 0, b""
-
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`, fewer at the end of the file; raises OSError."""
-        first = offset - self._from
-        if first >= 0 and first + size <= len(self._bytes):
-            return self._bytes[first : first + size]
-        if size >= _WINDOW:
-            return read_at(self._handle, offset, size)
-        self._from, self._bytes = offset, read_at(self._handle, offset, _WINDOW)
-        return self._bytes[:size]
-
-
-def read_at(handle: int, offset: int, size: int) -> bytes:
+def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
     """`size` bytes from `offset`, fewer at the end of the file; raises OSError."""
-    content = os.pread(handle, size, offset)
-    while len(content) < size and (more := os.pread(handle, size - len(content), offset + len(content))):
-        content += more
-    return content
+    file.seek(offset)
+    return file.read(size)
 
 
-def walk(window: Window, start: int, end: int) -> Iterator[Member]:
+def walk(file: BinaryIO, start: int, end: int) -> Iterator[Member]:
     """Regular files of the tar that fills bytes start .. end of a file, in order; raises TarError where it is wrong."""
-    position, first = start, start
+    position = start
     extended = _Extended()
     while position + BLOCK <= end:
-        header = window.read(position, BLOCK)
+        header = read_at(file, position, BLOCK)
         if header == _ZEROS:
-            _check_tail(window, position, end)
+            _check_tail(file, position, end)
             return
         size, name = _parse(header, position)
         kind, offset = header[156], position + BLOCK
         if kind in b"xgLKS":
-            content = _extension(window, kind, offset, size, end)
+            content = _extension(file, kind, offset, size, end)
             position = offset + _padded(size)
             extended = extended | _extended(kind, content, offset)
             continue
@@ -95,8 +72,8 @@ def walk(window: Window, start: int, end: int) -> Iterator[Member]:
             position = offset
         name = extended.get("path", name)
         if kind in _REGULAR and not name.endswith("/"):
-            yield Member(name, first, offset, size)
-        first, extended = position, _Extended()
+            yield Member(name, offset, size)
+        extended = _Extended()
     raise TarError(f"it is cut off at byte {end}, before its end mark")
 
 
@@ -127,13 +104,13 @@ def _number(field: bytes, position: int) -> int:
     return int(digits, 8)
 
 
-def _extension(window: Window, kind: int, offset: int, size: int, end: int) -> bytes:
+def _extension(file: BinaryIO, kind: int, offset: int, size: int, end: int) -> bytes:
     """Content of a long name or of an extended header."""
     if kind == ord("S"):
         raise TarError(f"it has a sparse file at byte {offset - BLOCK}")
     if size > MAX_EXTENSION or offset + size > end:
         raise TarError(f"the extended header at byte {offset - BLOCK} says that it has {size} bytes")
-    return window.read(offset, size)
+    return read_at(file, offset, size)
 
 
 def _extended(kind: int, content: bytes, offset: int) -> "_Extended":
@@ -162,10 +139,10 @@ def _extended(kind: int, content: bytes, offset: int) -> "_Extended":
     return found
 
 
-def _check_tail(window: Window, position: int, end: int) -> None:
+def _check_tail(file: BinaryIO, position: int, end: int) -> None:
     """Raises TarError if anything but zeros follows the end mark."""
     while position < end:
-        chunk = window.read(position, min(end - position, 1 << 20))
+        chunk = read_at(file, position, min(end - position, 1 << 20))
         if not chunk or chunk.strip(b"\0"):
             raise TarError(f"something follows its end mark at byte {position}")
         position += len(chunk)
