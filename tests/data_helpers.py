@@ -1,4 +1,4 @@
-"""What the tests of data share: keys of samples, generated photographs, JPEGs."""
+"""Shared by the tests of data: keys of samples, generated photographs, JPEGs."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""A local web server that misbehaves in a named way: http://127.0.0.1:PORT/FAULT/FILE. all-FAULT hurts all files."""
+"""A local web server with faults by name: http://127.0.0.1:PORT/FAULT/FILE. FAULT affects tars, all-FAULT all files."""
 
 import contextlib
 import io
@@ -45,7 +45,7 @@ class FaultServer:
 
 @contextlib.contextmanager
 def serve(folder: Path, *, hub: bool = False) -> Iterator[FaultServer]:
-    """The server, in threads of this process, until the end of the block. hub: speaks as the hub of data sets does."""
+    """The server, in threads of this process, until the end of the block. hub: Hugging Face's interface."""
     facts = FaultServer(folder)
 
     class Handler(_Hub if hub else _Handler):
@@ -94,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().end_headers()
 
     def say(self, status: int, content: bytes, length: int | None = -1, kind: str = "application/x-tar") -> None:
-        """One answer. length: what the header says; -1 for the truth, None for no header."""
+        """One answer. length: of the header; -1 for the true one, None for no header."""
         self.send_response(status)
         self.send_header("Content-Type", kind)
         if length is not None:
@@ -103,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def good(self, content: bytes, start: int, send: int | None = None) -> None:
-        """A right answer to a request from byte `start` on, of which only `send` bytes go out."""
+        """A correct answer to a request from byte `start` on, of which only `send` bytes are sent."""
         end = len(content) if send is None else min(len(content), start + send)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.say(503, b"busy") if count <= 2 else self.good(content, start)
 
     def do_cut(self, content: bytes, start: int, count: int) -> None:
-        """Ends after half of the file, each time, and knows no ranges."""
+        """Always ends after half of the file, and knows no ranges."""
         self.good(content, 0, len(content) // 2)
 
     def do_cut_once(self, content: bytes, start: int, count: int) -> None:
@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server_facts.over.wait()
 
     def do_stall_first(self, content: bytes, start: int, count: int) -> None:
-        """Not even headers."""
+        """Sends not even headers."""
         self.server_facts.over.wait()
 
     def do_drip(self, content: bytes, start: int, count: int) -> None:
@@ -195,13 +195,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.say(200, PAGE.ljust(len(content)), kind="text/html")
 
     def do_no_range(self, content: bytes, start: int, count: int) -> None:
-        """As `cut_once`, but always from the beginning."""
+        """As `cut_once`, but always from the first byte."""
         self.good(content, 0, len(content) // 2 if count == 1 else None)
         if count == 1:
             self.server_facts.arrives(len(content) // 2)
 
     def do_other_range(self, content: bytes, start: int, count: int) -> None:
-        """Answers the second request with another range than it was asked for."""
+        """Answers the second request with another range than the requested one."""
         if count == 2:
             self.good(content, max(start - 7, 1))
         else:
@@ -214,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Hub(_Handler):
-    """As much of the hub's interface as reading the files of the data set me/set takes."""
+    """The part of the hub's interface that reading the files of data set me/set needs."""
 
     def do_GET(self) -> None:
         files = {path.name: path for path in self.server_facts.folder.iterdir()}

@@ -20,7 +20,7 @@ def quiet(line: str) -> None:
 
 
 def image(number: int, form: str = "JPEG", size: tuple[int, int] = (20, 16)) -> bytes:
-    """An image of its own for each number; size is width and height."""
+    """A different image for each number; size is width and height."""
     generator = np.random.default_rng(number)
     pixels = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size)
     buffer = io.BytesIO()
@@ -41,7 +41,7 @@ def tar_of(members: list[tuple[str, bytes]]) -> bytes:
 
 @dataclass(frozen=True)
 class Made:
-    """A data set as it was made, the truth for what is read back."""
+    """A data set as it was made: the truth for the shards."""
 
     root: Path
     """For --source."""
@@ -67,7 +67,7 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def imagefolder(root: Path) -> Made:
-    """Class folders, with names that are hard to keep: dots, spaces, letters beyond ASCII, a folder in a class."""
+    """Class folders with awkward names: dots, spaces, letters beyond ASCII, a folder within a class."""
     splits: dict[str, dict[str, tuple[int, bytes]]] = {"train": {}, "validation": {}}
     for split, folder, count in (("train", "train", 12), ("validation", "val", 5)):
         for n in range(count):
@@ -84,7 +84,7 @@ def imagefolder(root: Path) -> Made:
 
 
 def imagenet(root: Path) -> Made:
-    """The official tars, with a devkit whose numbers of classes are not the labels."""
+    """The official tars, with a devkit whose class numbers differ from the labels."""
     from scipy.io import savemat
 
     train, validation = train_images(), validation_images()
@@ -194,4 +194,4 @@ def idx_files(source: Path, train: int = 200, test: int = 40) -> None:
 
 
 LAYOUTS = {made.__name__: made for made in (imagefolder, imagenet, kaggle, parquet, webdataset)}
-"""Name on the command line -> what makes a small data set of that layout."""
+"""Name on the command line -> function that makes a small data set of that layout."""

@@ -1,4 +1,4 @@
-"""Stages on shards that a web server holds: the same artifacts as from a folder, and one sentence where it fails."""
+"""Stages on shards of a web server: the same artifacts as from a folder, and one sentence for each failure."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path, place: Path) -> Iterator[FaultServer]:
-    """Serves what were the shards of the current folder, which has none any more."""
+    """Serves the shards of the current folder, which are moved away from it."""
     shutil.move(place / "shards", tmp_path / "served")
     with serve(tmp_path / "served") as facts:
         yield facts
@@ -103,7 +103,7 @@ def test_setting_out_of_range(lgp: Lgp, place: Path, key: str, value: str) -> No
 
 
 def test_index_that_is_missing_or_does_not_belong(server: FaultServer) -> None:
-    """It is fetched anew at the next start, whatever the cache held."""
+    """The next start fetches it again, whatever the cache holds."""
     index = server.folder / "index-train.npz"
     good = index.read_bytes()
     data = data_of(server, "fine")
@@ -122,7 +122,7 @@ def test_index_that_is_missing_or_does_not_belong(server: FaultServer) -> None:
     assert server.count(TRAIN) == 0, "no shard is fetched before one of its samples is read"
 
 
-def test_small_files_lie_beside_each_other(server: FaultServer) -> None:
+def test_small_files_lie_in_one_folder(server: FaultServer) -> None:
     (server.folder / "_info.json").write_text('{"splits": {}}')
     root = open_root(data_of(server, "fine"))
     assert isinstance(root, RemoteRoot)
@@ -132,7 +132,7 @@ def test_small_files_lie_beside_each_other(server: FaultServer) -> None:
 
 
 def test_new_version_of_the_shards_is_another_folder(server: FaultServer) -> None:
-    """Shards lie under their hash: only what has changed is fetched again, and nothing stale is read."""
+    """Shards are stored by hash: only changed ones are fetched again, and nothing stale is read."""
     first = open_split(data_of(server, "fine"), "train")
     first.files.read(0, 0, 10)
     manifest = json.loads((server.folder / "manifest.json").read_text())

@@ -34,7 +34,7 @@ FILL = torch.tensor([124.0, 116.0, 104.0])
 
 
 def test_keys_and_uniforms() -> None:
-    """Other purposes, seeds, epochs and samples have other numbers, which are uniform and not correlated."""
+    """Another purpose, seed, epoch or sample gives other numbers; they are uniform and uncorrelated."""
     epochs, samples = np.arange(4).repeat(25_000), np.tile(np.arange(25_000), 4)
     keys = sample_keys("a", 0, epochs, samples)
     assert len(set(keys.tolist())) == 100_000
@@ -58,7 +58,7 @@ def test_first_numbers_of_splitmix() -> None:
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 4.0])
 def test_betas_against_numpy(alpha: float) -> None:
-    """Kolmogorov's distance to as many of numpy's numbers: p < 1e-4 at 2.2 sqrt(2 / n)."""
+    """Kolmogorov-Smirnov distance to equally many numbers of NumPy: p < 1e-4 at 2.2 sqrt(2 / n)."""
     found, truth = np.sort(betas(keys_for(40_000), alpha)), np.sort(np.random.default_rng(0).beta(alpha, alpha, 40_000))
     grid = np.linspace(0, 1, 501)
     distance = abs(np.searchsorted(found, grid) - np.searchsorted(truth, grid)).max() / 40_000
@@ -77,7 +77,7 @@ def test_device_normals() -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_quality_of_crops_is_that_of_pillow(interpolation: str) -> None:
-    """Decode and random crop of photographs: within 1 level of Pillow's in the middle, median PSNR above 60 dB."""
+    """Decoded and randomly cropped photographs: the median error to Pillow is 1 level, the median PSNR above 60 dB."""
     crop = Crop(224, (0.08, 1.0), 0.875, interpolation)
     resample = vision.InterpolationMode(interpolation)
     noise, middles = [], []
@@ -104,7 +104,7 @@ def test_every_kind_of_jpeg_is_read_as_pillow_does(mode: str, channels: int) -> 
 
 
 def test_random_boxes_are_those_of_torchvision() -> None:
-    """Area, ratio and place have torchvision's distribution: means of 4,000 boxes agree to five standard errors."""
+    """Area, ratio and place have torchvision's distribution: means of 4,000 boxes agree within five standard errors."""
     size, scale = (300, 200), (0.2, 0.9)
     ours = np.array([random_box(*size, scale, draws) for draws in uniforms(keys_for(4000), DRAWS).tolist()], float)
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def test_evaluation_is_that_of_timm(width: int, height: int, pct: float, interpo
     assert ((found - truth).abs().amax((1, 2)) <= 1.01 / 255 / torch.tensor(std)).all()
 
 
-# What happens on the device
+# Augmentation on the device
 
 
 def test_normalisation_against_numpy() -> None:
@@ -174,7 +174,7 @@ TIMM = {
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_operations_are_those_of_timm(name: str, channels: int) -> None:
-    """To 1 level; what resamples to 2 in 99 of 100 pixels (Pillow rounds its coefficients)."""
+    """Within 1 level; operations that resample, within 2 in 99 % of the pixels (Pillow rounds its coefficients)."""
     call, level = TIMM[name]
     images = [photograph(seed, 48, 48).convert("L" if channels == 1 else "RGB") for seed in range(3)]
     pixels = torch.from_numpy(np.stack([np.array(image).reshape(48, 48, channels) for image in images])).permute(
@@ -191,7 +191,7 @@ def test_operations_are_those_of_timm(name: str, channels: int) -> None:
 
 
 def test_levels_are_those_of_timm() -> None:
-    """For whole magnitudes and both rules; a sign that timm draws is given here."""
+    """For whole magnitudes and both rules; the sign, which timm draws, is an argument here."""
     functions = {
         "rotate": timm_ops._rotate_level_to_arg,
         "shear_x": timm_ops._shear_level_to_arg,
@@ -225,7 +225,7 @@ def test_timm_has_the_same_operations() -> None:
 
 
 def test_each_of_equal_images_has_its_own_augmentation() -> None:
-    """torchvision's v2 gives 1 distinct result of 16 here. And each depends on its own key alone."""
+    """Each of 16 equal images has its own result (torchvision's v2 gives all the same), which its key alone decides."""
     data = DataConfig(augment=AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.25), image_size=32)
     one = torch.from_numpy(np.array(photograph(5, 32, 32))).permute(2, 0, 1)
     keys, pixels = keys_for(64), Pixels(data, CPU)
@@ -238,7 +238,7 @@ def test_each_of_equal_images_has_its_own_augmentation() -> None:
 
 
 def test_share_of_operations() -> None:
-    """Each of the 15 comes in about 1/30 of the layers; half of the layers do nothing: 5 standard errors of 8,000."""
+    """Half of the layers apply nothing, 1/30 each of the 15 operations: within 5 standard errors of 8,000."""
     counts: dict[str, int] = {}
     images = torch.zeros(4000, 1, 3, 3, dtype=torch.uint8)
 
@@ -266,7 +266,7 @@ def test_names_of_policies(text: str, expected: RandAugment) -> None:
 
 
 def test_colour_jitter_against_torchvision() -> None:
-    """The same factors in the same order; brightness stays in range."""
+    """Equal to torchvision with the same factors in the same order; brightness stays in range."""
     keys = keys_for(6)
     images = torch.from_numpy(np.stack([np.array(photograph(seed, 40, 40)) for seed in range(6)])).permute(0, 3, 1, 2)
     found = colour_jitter(images.clone(), 0.4, keys)
@@ -279,7 +279,7 @@ def test_colour_jitter_against_torchvision() -> None:
 
 
 def test_erasing_is_that_of_timm() -> None:
-    """Share of images and area as timm's, noise inside, nothing outside."""
+    """Share of erased images and their area as in timm; noise inside, no change outside."""
     data = DataConfig(
         image_size=32, channels=1, mean=(0.5,), std=(0.5,), augment=AugmentConfig(hflip=0, random_erase=0.25)
     )
@@ -333,8 +333,8 @@ def test_smoothing_alone() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mixup_mixes_images_and_labels_alike(smoothing: float) -> None:
-    """Each with its neighbour, by its own share; the targets of equal shares are timm's."""
+def test_mixup_mixes_images_and_labels_by_the_same_share(smoothing: float) -> None:
+    """Each image mixes with its neighbour by its own share; for equal shares, targets are timm's."""
     images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 1, 0])
     out, targets = Mixer(TrainConfig(mixup=0.8, label_smoothing=smoothing), 4)(images.clone(), labels, keys_for(6))
     partner = [1, 0, 3, 2, 5, 4]
@@ -349,7 +349,7 @@ def test_mixup_mixes_images_and_labels_alike(smoothing: float) -> None:
 
 
 def test_cutmix_label_share_is_the_share_of_pixels() -> None:
-    """Images of one value: the mean says how much is left. The area's mean is that of timm's boxes."""
+    """On constant images the mean shows how much is left. The mean area is that of timm's boxes."""
     count = 2000
     images = torch.zeros(count, 1, 16, 16)
     images[1::2] = 1
@@ -363,7 +363,7 @@ def test_cutmix_label_share_is_the_share_of_pixels() -> None:
 
 
 def test_both_are_drawn_as_often() -> None:
-    """Mixed images have values between, cut ones do not."""
+    """Mixup gives intermediate values, CutMix does not."""
     images = torch.zeros(2000, 1, 8, 8)
     images[1::2] = 1
     out, _ = Mixer(TrainConfig(mixup=0.8, cutmix=1.0), 2)(images, torch.arange(2000) % 2, keys_for(2000))
@@ -382,7 +382,7 @@ def test_mixing_depends_on_key_and_neighbour_only() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_augmentation_of_every_recipe_can_be_made(name: str) -> None:
-    """A batch of finite numbers, as large as the recipe's."""
+    """A batch of the recipe's size, with finite numbers."""
     data = RECIPES[name]().data
     images = torch.randint(0, 256, (8, data.channels, data.image_size, data.image_size), dtype=torch.uint8)
     found = Pixels(data, CPU).augment(images, keys_for(8))

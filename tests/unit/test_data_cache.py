@@ -1,4 +1,4 @@
-"""Shards from elsewhere: every fault of a server has one outcome, and what lies in the cache is always whole."""
+"""Remote shards: every fault of a server has one outcome, and the cache holds only whole shards."""
 
 import fcntl
 import hashlib
@@ -100,7 +100,7 @@ def whole(folder: Path) -> set[str]:
         ("403", ["may not be read (403)", "right to read"], 1),
         ("503", ["status 503", "after 2 tries"], 2),
         ("cut", ["cut off", "after 2 tries", "data.retries"], 2),
-        ("no-answer", ["cut off", "after 2 tries"], 4),  # aiohttp asks again at once, once
+        ("no-answer", ["cut off", "after 2 tries"], 4),  # aiohttp repeats a request once by itself
         ("stall", ["stalled", "after 2 tries", "data.timeout_s"], 2),
         ("stall-first", ["stalled", "after 2 tries"], 2),
         ("drip", ["stalled", "after 2 tries"], 2),
@@ -117,7 +117,7 @@ def whole(folder: Path) -> set[str]:
 def test_fault_has_one_outcome(
     server: FaultServer, tmp_path: Path, fault: str, pieces: list[str], requests: int
 ) -> None:
-    """Three times: the same sentence after the same requests; and no shard in the cache."""
+    """Three times the same sentence after the same requests, and no shard in the cache."""
 
     def attempt(number: int) -> str:
         policy = QUICK if "stalled" in pieces else PATIENT
@@ -137,7 +137,7 @@ def test_fault_has_one_outcome(
 
 @pytest.mark.parametrize("fault", ["fine", "503-twice", "cut-once", "cut-often", "stall-once", "no-range", "unsaid"])
 def test_fault_that_passes(server: FaultServer, tmp_path: Path, fault: str) -> None:
-    """A try that came further does not count against data.retries: `cut-often` needs three."""
+    """A try that brought new bytes does not count against data.retries: `cut-often` needs three."""
     server.cache = tmp_path
     policy = STALLS if fault == "stall-once" else replace(PATIENT, retries=2 if fault == "503-twice" else 1)
     cache = cache_of(server.root(fault), tmp_path, policy=policy)
@@ -170,7 +170,7 @@ def test_no_server(tmp_path: Path) -> None:
 
 
 def test_part_of_another_file_is_dropped(server: FaultServer, tmp_path: Path) -> None:
-    """What an earlier process left need not be of this shard: the hash tells, and the shard is fetched anew."""
+    """An earlier process may have left bytes of another shard: the hash shows it, and the shard is fetched again."""
     cache = cache_of(server.root("fine"), tmp_path)
     part = tmp_path / "shards" / f"{ENTRIES[0].sha256}.{SIZE}.part"
     for left in (SIZE - 1000, SIZE, SIZE + 1000):
@@ -211,7 +211,7 @@ print(cache.path(json.loads(entry)[0]), cache.bytes)
 
 
 def child(root: str, folder: Path, name: str = NAMES[0], limit: str = "", **variables: str) -> subprocess.Popen[str]:
-    """A process that asks for a shard. limit: of the shell, such as `ulimit -f 100`."""
+    """A process that requests a shard. limit: of the shell, such as `ulimit -f 100`."""
     entry = json.dumps([name, 1, SIZE, ENTRIES[0].sha256 if name == NAMES[0] else "0" * 64])
     command = [
         "bash",
@@ -250,12 +250,12 @@ def test_killed_process_leaves_no_lock_and_nothing_half_written(server: FaultSer
     with open(tmp_path / "locks" / ENTRIES[0].sha256) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert cache_of(server.root("fine"), tmp_path).path(NAMES[0]).read_bytes() == content_of(0)
-    assert server.asked[-1][2] == begun, "the next process goes on where the killed one was"
+    assert server.asked[-1][2] == begun, "the next process continues where the killed one stopped"
     assert whole(tmp_path) == {NAMES[0]} and not part.exists()
 
 
 def test_full_disk(server: FaultServer, tmp_path: Path) -> None:
-    """A limit on the size of files stands for it; what has come is continued when there is room."""
+    """Simulated by a limit on file sizes; when there is room again, the transfer continues."""
     process = child(server.root("fine"), tmp_path, limit="ulimit -f 100")
     said = process.communicate(timeout=LIMIT_S)[1].splitlines()[-1]
     assert "UserError" in said and str(tmp_path) in said and "cannot be written to" in said and "data.cache" in said
@@ -263,16 +263,16 @@ def test_full_disk(server: FaultServer, tmp_path: Path) -> None:
     assert cache_of(server.root("fine"), tmp_path).path(NAMES[0]).read_bytes() == content_of(0)
 
 
-# What is kept
+# Eviction
 
 
 def aged(cache: ShardCache, *numbers: int) -> None:
-    """Makes these shards look as asked for long ago, the first the longest."""
+    """Makes these shards look requested long ago, the first one longest ago."""
     for place, number in enumerate(numbers):
         os.utime(cache.folder / "shards" / ENTRIES[number].sha256, (1000 + place, 1000 + place))
 
 
-def test_what_was_not_asked_for_the_longest_goes_first(server: FaultServer, tmp_path: Path) -> None:
+def test_least_recently_requested_goes_first(server: FaultServer, tmp_path: Path) -> None:
     cache = cache_of(server.root("fine"), tmp_path, shards=3)
     for number in range(3):
         cache.path(NAMES[number])
@@ -286,7 +286,7 @@ def test_what_was_not_asked_for_the_longest_goes_first(server: FaultServer, tmp_
 
 
 def test_open_shard_stays(server: FaultServer, tmp_path: Path) -> None:
-    """Whoever has it open: the lock is seen across caches of one folder, as it is across processes."""
+    """Whoever has it open: two caches of one folder see each other's locks, as two processes do."""
     cache, other = (cache_of(server.root("fine"), tmp_path, shards=2) for _ in range(2))
     handle = cache.open(NAMES[0])
     cache.path(NAMES[1])
@@ -340,7 +340,7 @@ def test_prefetch_in_the_known_order(server: FaultServer, tmp_path: Path) -> Non
 
 
 def test_prefetch_waits_for_room(server: FaultServer, tmp_path: Path) -> None:
-    """It never throws out what it fetched before and is still wanted; the next announcement lets it go on."""
+    """It never removes shards of its announcement; the next announcement lets it continue."""
     cache = cache_of(server.root("fine"), tmp_path, shards=2)
     cache.prefetch(NAMES[:4])
     eventually(lambda: whole(tmp_path) == set(NAMES[:2]), "as many as have room")
@@ -348,7 +348,7 @@ def test_prefetch_waits_for_room(server: FaultServer, tmp_path: Path) -> None:
     assert whole(tmp_path) == set(NAMES[:2]) and len(server.asked) == 2
     cache.prefetch(NAMES[1:3])
     eventually(lambda: whole(tmp_path) == set(NAMES[1:3]), "what is announced now")
-    assert cache.path(NAMES[4]).read_bytes() == content_of(4), "what is asked for is fetched in any case"
+    assert cache.path(NAMES[4]).read_bytes() == content_of(4), "a requested shard is always fetched"
     cache.prefetch(())
 
 
@@ -372,7 +372,7 @@ def test_local_roots_are_not_copied(folder: Path, tmp_path: Path) -> None:
 
 
 def test_other_file_systems_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsspec's store in memory stands for s3, gs and hf, which are read by the same calls."""
+    """fsspec's memory store represents s3, gs and hf, which are read by the same calls."""
     monkeypatch.setattr(transfer, "PIECE", 70_000)
     store = fsspec.filesystem("memory")
     store.pipe({f"/place/{name}": content_of(number) for number, name in enumerate(NAMES[:2])})
@@ -391,7 +391,7 @@ def test_other_file_systems_are_read_in_pieces(tmp_path: Path, monkeypatch: pyte
 
 
 def test_hub(folder: Path, tmp_path: Path) -> None:
-    """Through huggingface_hub, which reads HF_ENDPOINT when it is imported: in a process of its own."""
+    """In its own process, since huggingface_hub reads HF_ENDPOINT when it is imported."""
     with serve(folder, hub=True) as hub:
         at = f"http://127.0.0.1:{hub.port}"
         for name, piece in ((NAMES[0], str(SIZE)), ("other.tar", "hf://datasets/me/set/d/other.tar does not exist")):

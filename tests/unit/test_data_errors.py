@@ -1,4 +1,4 @@
-"""Every bad input has one sentence that names file, key and value and says what to do."""
+"""Every bad input gives one sentence that names file, key and value and says what to do."""
 
 import dataclasses
 import io
@@ -35,7 +35,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def samples(count: int, **changed: bytes) -> list[tuple[str, bytes]]:
-    """Samples s0, s1, ... of two classes, some with another image."""
+    """Samples s0, s1, ... of two classes, some with replaced images."""
     members = []
     for number in range(count):
         members += [(f"s{number}.png", changed.get(f"s{number}", png())), (f"s{number}.cls", b"%d" % (number % 2))]

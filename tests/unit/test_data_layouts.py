@@ -31,7 +31,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def refused(layout: str, root: Path, out: Path, **options: int) -> str:
-    """The sentence of a build that fails; nothing is left but what resumes it."""
+    """The sentence of a build that fails; it leaves only what a resume needs."""
     with pytest.raises(UserError) as caught:
         build_shards(layout, root, out, BuildOptions(**{"workers": 1, **options}), quiet)
     assert not out.exists() and "\n" not in str(caught.value) and str(caught.value).endswith(".")
@@ -95,7 +95,7 @@ build.build_shards(sys.argv[4], sys.argv[1], sys.argv[2], build.BuildOptions(per
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "shard"), [("parquet", 1), ("imagefolder", 4), ("imagenet", 7)])
 def test_kill_in_the_middle_and_resume(layout: str, shard: int, tmp_path: Path) -> None:
-    """A shard that is written but not yet named when kill -9 comes; then the same command goes on."""
+    """kill -9 comes when a shard is written but not yet renamed; the same command then continues."""
     made = LAYOUTS[layout](tmp_path / "source")
     out, options = tmp_path / "out", BuildOptions(per_shard=2, workers=1)
     call = [sys.executable, "-c", KILLED, str(made.root), str(out), str(shard), layout]
@@ -117,7 +117,7 @@ def test_kill_in_the_middle_and_resume(layout: str, shard: int, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_kill_at_random_times(tmp_path: Path) -> None:
-    """The command itself, killed wherever it is, until it is through."""
+    """The command itself, killed at any point until it completes."""
     made = imagefolder(tmp_path / "source")
     for n in range(60):
         (made.root / "train" / "ant" / f"more{n}.jpg").write_bytes(image(n, size=(400, 300)))

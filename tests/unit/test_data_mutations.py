@@ -1,4 +1,4 @@
-"""Mutated tars: no crash, no hang, and every sample that a reader would lose or get changed is named.
+"""Mutated tars: no crash, no hang, and every sample that a reader would lose or read changed is named.
 
 What a reader would get is asked of others: Python's tarfile as webdataset uses it (from the start, in order), and the
 bytes at the places of the index, as our own reader takes them.
@@ -101,7 +101,7 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
 
 
 def by_tarfile(content: bytes) -> dict[str, tuple[bytes, bytes]]:
-    """Whole samples that a reader gets who takes files as they come and stops, without a word, where tarfile does."""
+    """Whole samples for a reader that takes files in order and silently stops where tarfile does."""
     groups: list[tuple[str, dict[str, bytes]]] = []
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r|") as tar:
@@ -119,7 +119,7 @@ def by_tarfile(content: bytes) -> dict[str, tuple[bytes, bytes]]:
 
 
 def changed_for_readers(case: Case, content: bytes) -> set[str]:
-    """Keys of samples that tarfile does not deliver as they were, or that are not at the index's places."""
+    """Keys of samples that tarfile reads changed or not at all, or that are not where the index has them."""
     read = by_tarfile(content)
     lost = {key for key, parts in case.truth.items() if read.get(key) != parts}
     for i, key in enumerate(case.index.keys.tolist()):
@@ -130,7 +130,7 @@ def changed_for_readers(case: Case, content: bytes) -> set[str]:
 
 
 def check(case: Case, seed: int) -> tuple[set[str], list[Problem]]:
-    """Verifies one mutated shard; returns what readers would lose and the problems found."""
+    """Verifies one mutated shard; returns the samples that readers would lose and the problems found."""
     content = mutate(case.content, random.Random(seed))
     case.path.write_bytes(content)
     problems = verify_shards(case.root)
@@ -194,7 +194,7 @@ def read_for_training(case: Case, seed: int) -> int:
 
 
 def test_training_takes_no_changed_image(case: Case) -> None:
-    """Bytes that still decode, as another sample's do, are no exception."""
+    """This holds for bytes that still decode, such as another sample's."""
     try:
         assert sum(read_for_training(case, seed) for seed in range(400)) > 100
     finally:
@@ -252,7 +252,7 @@ def test_many_mutated_tars_without_manifest(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["header zeroed", "two tars in one", "cut after a sample", "no end mark"])
 def test_silent_ends_are_refused_without_manifest(case: Case, kind: str, tmp_path: Path) -> None:
-    """tarfile, and so webdataset, stops here without a word."""
+    """tarfile, and so webdataset, silently stops here."""
     start = case.starts["s05"][0]
     whole = case.content
     content = {
@@ -283,7 +283,7 @@ def test_without_an_index_the_shard_is_named_and_counted(case: Case, tmp_path: P
     [(b"0", 2**60), (b"0", -1), (b"x", 2**40), (b"L", 2**40), (b"S", 512), (b"g", 2**40), (b"5", 2**60)],
 )
 def test_traps_end_at_once(kind: bytes, size: int, tmp_path: Path) -> None:
-    """Sizes that have tarfile loop or fill the memory, a sparse file, a directory with a size."""
+    """Sizes that make tarfile loop or fill the memory, a sparse file, a directory with a size."""
     header = bytearray(tar_of([("s.jpg", image(1))])[:512])
     header[124:136] = b"\x80" + size.to_bytes(11, "big") if size >= 0 else b"\xff" * 12
     header[156:157] = kind
@@ -322,7 +322,7 @@ def test_names_of_all_kinds_agree_with_tarfile(form: int, tmp_path: Path) -> Non
 @pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar command")
 @pytest.mark.parametrize("form", ["v7", "oldgnu", "gnu", "ustar", "posix"])
 def test_tars_of_the_tar_command(form: str, tmp_path: Path) -> None:
-    """As people make them: a folder with sub-folders, names over 100 bytes where the format can hold them."""
+    """Tars as people make them: sub-folders, and names over 100 bytes where the format allows them."""
     long = "n" * (60 if form == "v7" else 120)
     names = ["a", "sub.d/b", *([] if form in ("v7", "ustar") else [f"{long}/{long}/c"]), f"sub.d/{long[:90]}"]
     for number, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""The order of samples and the position that is its whole state: brute force over small sets, and at full size."""
+"""The order of samples, whose whole state is the position: brute force on small sets, and at full size."""
 
 import dataclasses
 from pathlib import Path
@@ -29,11 +29,11 @@ DATA = DataConfig(
 )
 UNEVEN = (5, 1, 0, 9, 3, 7)
 IMAGENET = (1252,) * 143 + (1251,) * 881
-"""timm's 1,024 shards of 1,281,167 images, to a few images."""
+"""timm's 1,024 shards of 1,281,167 images, give or take a few."""
 
 
 def uneven() -> ShardIndex:
-    """25 images of the sample, as if they lay in six shards, one of them empty; every read goes to the true shard."""
+    """25 images of the sample as six shards, one of them empty; every read goes to the true shard."""
     index = open_split(DATA, "train")
     numbers = np.arange(0, 10_000, 400)
     arrays = {name: getattr(index, name)[numbers] for name in ("offset", "size", "label", "keys", "crc")}
@@ -51,7 +51,7 @@ def uneven() -> ShardIndex:
 
 
 def in_turn(parts: list, turn: int) -> list:
-    """The global batch from those of the ranks: each rank in turn gives `turn` samples."""
+    """The global batch from those of the ranks, which take turns with `turn` samples each."""
     return [item for start in range(0, len(parts[0]), turn) for part in parts for item in part[start : start + turn]]
 
 
@@ -68,7 +68,7 @@ def test_every_epoch_is_a_permutation(sizes: tuple[int, ...], window: int) -> No
 
 
 def test_positions_in_any_order_and_number_give_the_same() -> None:
-    """Also long after and before what was asked last: nothing but the position counts."""
+    """Also far after and before the last request: only the position matters."""
     order = SampleOrder(tuple(range(1, 40)), 0, 4)
     whole = order.samples(np.arange(5 * order.n))
     asked = np.random.default_rng(0).integers(0, 5 * order.n, 400)
@@ -78,7 +78,7 @@ def test_positions_in_any_order_and_number_give_the_same() -> None:
 
 
 def test_windowed_order_never_changes() -> None:
-    """Pinned, as the order of one window is: another would make resumed runs and published seeds wrong."""
+    """Pinned, like the order of one window: another order would invalidate resumed runs and published seeds."""
     found = SampleOrder((3, 4, 2, 3), 0, 2).samples(np.arange(24)).tolist()
     assert found == [9, 4, 10, 3, 11, 5, 2, 6, 1, 8, 0, 7, 10, 5, 11, 4, 9, 6, 3, 0, 8, 1, 7, 2]
 
@@ -89,7 +89,7 @@ def test_few_shards_are_one_permutation() -> None:
 
 
 def test_windows_bound_what_is_read() -> None:
-    """Any 4,096 consecutive positions touch at most about twice the window's shards, and all lanes run at once."""
+    """Any 4,096 consecutive positions touch at most about twice the window's shards, and all lanes."""
     order = SampleOrder(IMAGENET, 0, 256)
     shard = np.repeat(np.arange(len(IMAGENET)), IMAGENET)
     for start in (0, 100_000, 320_000, order.n - 2000, 2 * order.n + 5):
@@ -98,7 +98,7 @@ def test_windows_bound_what_is_read() -> None:
 
 
 def test_a_rank_stays_on_few_shards() -> None:
-    """With 8 ranks, each reads an eighth of the lanes: in an epoch its shards are about an eighth, not all."""
+    """With 8 ranks, each reads an eighth of the lanes, and so about an eighth of the shards in an epoch."""
     order = SampleOrder((50,) * 512, 0, 128)
     shard = np.repeat(np.arange(512), 50)
     read = [set(shard[order.samples(np.arange(rank, order.n, 8))].tolist()) for rank in range(8)]
@@ -114,7 +114,7 @@ def test_shuffle_quality(window: int, least: float, most: float) -> None:
 
 
 def test_neighbours_are_not_of_one_shard() -> None:
-    """Two samples next to each other share a shard no more often than two of a window would by chance, twice over."""
+    """Consecutive samples share a shard at most twice as often as two random samples of a window."""
     order = SampleOrder(IMAGENET, 0, 256)
     shard = np.repeat(np.arange(len(IMAGENET)), IMAGENET)[order.samples(np.arange(200_000))]
     assert (shard[1:] == shard[:-1]).mean() < 2 / 256
@@ -123,7 +123,7 @@ def test_neighbours_are_not_of_one_shard() -> None:
 @pytest.mark.parametrize("world", range(1, 17))
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
 def test_positions_over_ranks(world: int, mixup: float) -> None:
-    """Over 1 to 16 ranks: the same global sequence without a gap, and as many on every rank."""
+    """For 1 to 16 ranks: the same global sequence without a gap, and equally many samples on every rank."""
     index, turn = uneven(), 2 if mixup else 1
     for accumulate in (1, 2):
         size = world * accumulate * turn
@@ -186,7 +186,7 @@ def resumed(stream: TrainStream, state: StreamState) -> TrainStream:
 
 
 def test_resume_at_every_position_and_world() -> None:
-    """The state after any number of steps goes on with what would have come, on other ranks and batch sizes too."""
+    """From the state after any number of steps, any world and batch size continues the same sequence."""
     index, steps = uneven(), 9
     samples = SampleOrder(UNEVEN, 5, DATA.window).samples(np.arange(200))
     for batch in (1, 4, 6):

@@ -47,7 +47,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def foreign_shards(root: Path) -> dict[str, np.ndarray]:
-    """Two training shards and a validation shard, named and filled as others do; returns pixels by key."""
+    """Two training shards and a validation shard as other tools write them; returns pixels by key."""
     root.mkdir()
     pixels = {}
     generator = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""Numbers, text and contact sheet of shards, and the commands around them."""
+"""Numbers, text and contact sheet of shards, and the commands that use them."""
 
 import io
 import json

@@ -47,7 +47,7 @@ def part(count: int, split: str = "test") -> ShardIndex:
 
 
 def turns(parts: list, turn: int) -> list:
-    """The global batch from those of the ranks: each rank in turn gives `turn` samples."""
+    """The global batch from those of the ranks, which take turns with `turn` samples each."""
     return [item for start in range(0, len(parts[0]), turn) for part in parts for item in part[start : start + turn]]
 
 
@@ -72,13 +72,13 @@ def test_order_is_a_permutation_that_seed_and_epoch_change(n: int) -> None:
 
 
 def test_order_never_changes() -> None:
-    """Pinned: another order would make resumed runs and published seeds wrong."""
+    """Pinned: another order would invalidate resumed runs and published seeds."""
     assert position_to_sample(0, 0, 12).tolist() == [0, 8, 11, 1, 6, 10, 7, 3, 4, 2, 5, 9]
     assert position_to_sample(7, 3, 12).tolist() == [7, 3, 1, 8, 5, 9, 2, 6, 0, 11, 4, 10]
 
 
 def test_order_is_uniform() -> None:
-    """Each sample comes to each place about equally often: chi square of 36 cells, 25 free; 60 is p < 1e-4."""
+    """Each sample reaches each place about equally often: chi-squared with 25 degrees of freedom; 60 is p < 1e-4."""
     counts = np.zeros((6, 6))
     for epoch in range(3000):
         counts[np.arange(6), position_to_sample(5, epoch, 6)] += 1
@@ -94,7 +94,7 @@ def test_global_sequence_is_the_same_for_ranks_and_micro_steps(world: int, accum
 
 
 def test_samples_are_named_on_any_rank() -> None:
-    """Those that a rank's batch begins with, and how many more; from a later origin too."""
+    """The first samples of a rank's batch, and the number of others; from a later origin too."""
     train = TrainConfig(batch_size=32, accumulate=2, mixup=0.8)
     streams = [TrainStream(part(100), DATA, train, 3, rank, 2, origin=64) for rank in (0, 1)]
     for rank, stream in enumerate(streams):
@@ -233,7 +233,7 @@ def test_open_split_takes_manifest_and_index() -> None:
 
 
 def broken(folder: Path, samples: list[int], count: int = 24) -> ShardIndex:
-    """The first `count` training images as two shards, some of them no images any more."""
+    """The first `count` training images as two shards, some of them damaged."""
     index = open_split(DATA, "train")
     content = [index.files.read(int(index.shard[i]), int(index.offset[i]), int(index.size[i])) for i in range(count)]
     content = [b"x" * len(image) if i in samples else image for i, image in enumerate(content)]
@@ -260,7 +260,7 @@ def train_on(index: ShardIndex, max_bad: int, threads: int = 0, rank: int = 0, w
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_bad_samples_are_replaced_in_place(tmp_path: Path, threads: int, caplog: pytest.LogCaptureFixture) -> None:
-    """All other positions keep their pixels; a bad one has the label of the next good sample of its shard."""
+    """All other positions keep their pixels; a bad one gets image and label of the next good sample of its shard."""
     (tmp_path / "good").mkdir()
     good, bad = broken(tmp_path / "good", []), broken(tmp_path, [3, 4, 11, 20])
     stands_in = {3: 5, 4: 5, 11: 0, 20: 21}
@@ -311,7 +311,7 @@ def test_a_thousand_bad_samples_are_named(tmp_path: Path, caplog: pytest.LogCapt
 @pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("limit", [0, 1, 3])
 def test_more_bad_samples_than_allowed_stop_the_run(tmp_path: Path, threads: int, limit: int) -> None:
-    """At the same step with any number of threads, with the sentence of the sample that was one too many."""
+    """At the same step with any number of threads; the sentence names the sample that was one too many."""
     index = broken(tmp_path, [3, 4, 11, 20])
     order = position_to_sample(0, 0, 24).tolist()
     places = sorted(order.index(sample) for sample in (3, 4, 11, 20))
@@ -328,7 +328,7 @@ def test_more_bad_samples_than_allowed_stop_the_run(tmp_path: Path, threads: int
 
 
 def test_limit_holds_for_all_ranks_together(tmp_path: Path) -> None:
-    """Counts that are summed over ranks stop each of them, in one epoch; the next epoch begins at 0."""
+    """Counts summed over ranks stop every rank; each epoch counts from 0."""
     stream = train_on(broken(tmp_path, [3]), 3, rank=1, world=2)
     lines = [{"step": step, "bad_samples": count} for step, count in enumerate([1, 0, 2, 0, 3, 0, 0, 0, 1, 2])]
     stream.check_bad(lines)
@@ -341,7 +341,7 @@ def test_limit_holds_for_all_ranks_together(tmp_path: Path) -> None:
 def test_shard_lost_while_a_run_reads_it(
     tmp_path: Path, how: str, threads: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its samples are replaced by those of the next shard, counted and named; without a limit the run stops."""
+    """Samples of the next shard replace its samples, which are counted and named; with max_bad 0 the run stops."""
     index = broken(tmp_path, [])
     lost = tmp_path / index.shards[0]
     if how == "vanished":
@@ -390,7 +390,7 @@ def test_bad_samples_of_clean_batches_are_replaced(tmp_path: Path) -> None:
 
 
 def test_threads_may_share_open_files(tmp_path: Path) -> None:
-    """More shards than stay open, read by 8 threads at once: every byte is right."""
+    """8 threads read more shards than stay open: every byte is right."""
     paths = [tmp_path / f"{number}" for number in range(3 * OPEN_FILES)]
     for number, path in enumerate(paths):
         path.write_bytes(b"%05d" % number * 2000)
@@ -405,7 +405,7 @@ def test_threads_may_share_open_files(tmp_path: Path) -> None:
 
 
 def test_threads_end_with_the_batches() -> None:
-    """Also where somebody stops in the middle."""
+    """Also where the reader stops in the middle."""
     before = threading.active_count()
     data = dataclasses.replace(DATA, threads=4)
     batches = TrainStream(part(50), data, TrainConfig(batch_size=10), 0, 0, 1).batches(0, 100)
@@ -416,7 +416,7 @@ def test_threads_end_with_the_batches() -> None:
 
 
 def test_batches_are_not_overwritten() -> None:
-    """What was given stays, though buffers are used again."""
+    """A batch keeps its values when later ones are read."""
     for data in (DATA, dataclasses.replace(DATA, threads=2, augment=AugmentConfig(hflip=0.0))):
         given = [(batch.images, batch.images.clone()) for batch in evaluation_batches(part(50), data, 6, 0, 1)]
         stream = TrainStream(part(50), data, TrainConfig(batch_size=6), 0, 0, 1)

@@ -1,4 +1,4 @@
-"""Shards from strangers: keys of every shape have one outcome, names lead nowhere, bombs stay small."""
+"""Shards from strangers: every kind of key has one outcome, names touch no files, bombs take little memory."""
 
 import gzip
 import io
@@ -55,7 +55,7 @@ KEYS: dict[str, tuple[list[tuple[str, bytes]], list[tuple[str, int, bytes]] | st
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_keys_have_one_outcome(tmp_path: Path, kind: str) -> None:
-    """Never fewer samples than the tar has without a word."""
+    """A sample of the tar is never silently left out."""
     members, expected = KEYS[kind]
     (tmp_path / SHARD).write_bytes(tar_of(members))
     if isinstance(expected, str):
@@ -81,7 +81,7 @@ NAMES = [
 
 
 def test_names_of_members_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A member's name is a key and no path: indexed, verified, read and named in sentences, it touches no file."""
+    """A member's name is a key, not a path: indexing, verifying, reading and naming it touch no file."""
     root = tmp_path / "a" / "b"
     root.mkdir(parents=True)
     monkeypatch.chdir(root)
@@ -101,7 +101,7 @@ def test_names_of_members_lead_nowhere(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
 def test_members_that_are_no_files_are_no_samples(tmp_path: Path, kind: bytes) -> None:
-    """A link to /etc/passwd, a device or a pipe in place of the image: the sample has none, and is named."""
+    """A link to /etc/passwd, a device or a pipe is no image: the sample that has nothing else is named."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in (("a.jpg", A), ("a.cls", LABEL), ("b.cls", OTHER)):
@@ -117,7 +117,7 @@ def test_members_that_are_no_files_are_no_samples(tmp_path: Path, kind: bytes) -
 
 
 def test_shard_that_vanishes_or_empties_between_steps_is_named(tmp_path: Path) -> None:
-    """Where no bad sample is allowed the run stops there; within data.max_bad they count (test_data_stream.py)."""
+    """With data.max_bad 0 the run stops there; within a limit they are counted (test_data_stream.py)."""
     for number in range(2):
         members = [(f"s{number}{n}.{p}", c) for n in range(6) for p, c in (("jpg", image(n)), ("cls", LABEL))]
         (tmp_path / f"x-train-{number:04d}.tar").write_bytes(tar_of(members))
@@ -150,7 +150,7 @@ def png_bomb(side: int) -> bytes:
 
 
 def jpeg_bomb() -> bytes:
-    """A JPEG whose header says 65,500 x 65,500."""
+    """A JPEG whose header claims 65,500 x 65,500 pixels."""
     content = bytearray(A)
     frame = content.index(b"\xff\xc0")
     content[frame + 5 : frame + 9] = (65_500).to_bytes(2, "big") * 2
@@ -184,7 +184,7 @@ print(json.dumps({"rise": peak() - before, "found": found}))
 
 @pytest.mark.slow
 def test_bombs_stay_small(tmp_path: Path) -> None:
-    """Compressed and empty tars and images of hundreds of megapixels are refused, with less than 200 MB of memory."""
+    """Compressed tars, empty tars and images of hundreds of megapixels are refused within 200 MB of memory."""
     (tmp_path / "good.jpg").write_bytes(A)
     for side in (9_000, 13_000, 20_000):
         (tmp_path / f"{side}.png").write_bytes(png_bomb(side))
@@ -211,7 +211,7 @@ def test_bombs_stay_small(tmp_path: Path) -> None:
 
 
 def test_a_great_many_tiny_members(tmp_path: Path) -> None:
-    """Many small members are read in full, each of them; LGP_MEMBERS=1000000 makes a shard of 1 GB."""
+    """Each of many small members is read; LGP_MEMBERS=1000000 makes a shard of 1 GB."""
     count = int(os.environ.get("LGP_MEMBERS", "20000"))
     header = np.frombuffer(tar_of([("s0000000.cls", b"1")])[:512], dtype=np.uint8)
     blocks = np.zeros((count, 2, 512), dtype=np.uint8)
