@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 from footprint import Footprint, grown, summary
-from torture import RECIPE, Campaign, Life, Report, checkpoints
+from torture import PATIENCE_S, RECIPE, Campaign, Life, Report, checkpoints
 from torture import Options as Torture
 
 from lgp_dist.engine.checkpoints.manifest import read_manifest
@@ -71,7 +71,7 @@ def main() -> int:
         life = Life(place, options.engine, place / "out.log", ("finetune", *RECIPE, *LIMITS))
         series = watch(life, options.seconds)
         life.send(signal.SIGTERM)
-        ended = life.wait(120)
+        ended = life.wait(PATIENCE_S)
         log, left = (place / "out.log").read_text(), checkpoints(place)
         problems = [f"rank {rank}: {what}" for rank, one in enumerate(series) for what in grown(one)]
         if not ended or life.statuses != [PREEMPTED] * 2:
