@@ -8,6 +8,8 @@ from run_helpers import SMALL, Lgp
 
 from lgp_dist.run.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # runs of whole stages
+
 
 @pytest.mark.parametrize("stage", ["distil", "finetune"])
 def test_targets_are_rounded_and_labels_are_not(finished_place: Path, lgp: Lgp, stage: str) -> None:

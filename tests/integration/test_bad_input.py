@@ -349,6 +349,7 @@ def launched(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_bad_images_of_all_ranks_count(finished_place: Path) -> None:
     """Two on each rank: neither alone has more than three, together they have; metrics count those of both."""
     break_images("train", position_to_sample(0, 0, 64)[[0, 1, 2, 11]].tolist())
@@ -360,6 +361,7 @@ def test_bad_images_of_all_ranks_count(finished_place: Path) -> None:
     assert done.returncode != 0 and "4 images of epoch 0 are bad, and data.max_bad allows 3" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [range(64), range(1, 8, 2)], ids=["both ranks fail", "rank 1 fails"])
 def test_launch_ends_when_an_image_is_broken(finished_place: Path, mark: str, positions: range) -> None:
     """With batch 8, the odd positions are those of rank 1 in the first step."""

@@ -78,6 +78,7 @@ def whole_weights(checkpoint: Path) -> dict[str, Tensor]:
     return {name: found[f"weight/{name}@0"].view(shape) for name, shape in shapes.items()}
 
 
+@pytest.mark.slow
 def test_weights_of_a_checkpoint_are_evaluated_and_exported(lgp: Lgp, here: Path) -> None:
     """Taken out, taken over by finetune, measured and exported: all as the checkpoint's own tensors say."""
     assert lgp("checkpoint", "consolidate", FIRST, "--out", "weights.safetensors").status == 0

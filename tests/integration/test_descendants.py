@@ -21,6 +21,8 @@ from lgp_dist.models.descendant import load_descendant
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.stitched import PathSpace
 
+pytestmark = pytest.mark.slow  # runs of whole stages
+
 TINY = PathSpace((32, 96), 6, image_size=28, patch_size=7, channels=1, num_classes=10)
 LIMITS = ["--max-params", "0.5M", "--max-flops", "2G", "--max-latency-ms", "1e6", "--device", "cpu", "--batch", "1"]
 

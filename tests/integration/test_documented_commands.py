@@ -27,6 +27,8 @@ from lgp_dist.models.build import ancestry_vit
 from lgp_dist.recipes import RECIPES, tiny
 from lgp_dist.run.tensors import save_tensors
 
+pytestmark = pytest.mark.slow  # runs of whole stages
+
 STAGE = rf"({'|'.join(STAGES)})"
 RECIPE = r"(tiny|tiny_paper|sws_tiny|snnet_tiny)"
 LIKE = {"pool12": "tiny_paper", "snnet_deit": "snnet_tiny", "sws_base": "sws_tiny"}

@@ -20,6 +20,8 @@ from lgp_dist.engine.trackers import Tracking
 from lgp_dist.run.log import end_log, open_log
 from lgp_dist.run.metrics import MetricsFile, read_metrics
 
+pytestmark = pytest.mark.slow  # runs of whole stages
+
 ROOT = Path(__file__).parents[2]
 LARGE = 32 << 20
 """Bytes that a file may have in a limited process: all artifacts, but not logs that are longer already."""

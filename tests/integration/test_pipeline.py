@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from lgp_dist.config.flat import STAGES
 from lgp_dist.models.descendant import load_descendant
 
+pytestmark = pytest.mark.slow  # runs of whole stages
+
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 SHORT = ["--distil.train.max-steps", str(STEPS), "--finetune.train.max-steps", str(STEPS), "--evaluate.no-before"]

@@ -16,6 +16,8 @@ from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import open_split
 from lgp_dist.errors import UserError
 
+pytestmark = pytest.mark.slow  # web servers that stall
+
 TRAIN, TEST = "fashion-mnist-train-0000.tar", "fashion-mnist-test-00.tar"
 
 

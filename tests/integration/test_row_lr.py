@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 from run_helpers import SMALL, Lgp
 from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow  # runs of whole stages
 
 
 def tuned(lgp: Lgp, *arguments: str) -> tuple[dict, list[dict]]:

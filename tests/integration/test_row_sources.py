@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from lgp_dist.config.flat import STAGES
 from lgp_dist.models.vit import build_vit
 
+pytestmark = pytest.mark.slow  # runs of whole stages
+
 TINY_INPUT = {"image_size": 28, "patch_size": 7, "channels": 1, "num_classes": 10}
 LEAST = ("--pool.stitch-init=least_squares", "--pool.samples=16")
 

@@ -15,6 +15,8 @@ from scipy import stats
 
 from lgp_dist.config.flat import STAGES
 
+pytestmark = pytest.mark.slow  # runs of whole stages
+
 ROOT = Path(__file__).parents[2]
 OPTIONS = [option for option in SMALL[1:] if not option.startswith(("--run-dir", "--evaluate"))]
 STUDY = ("study", "stitch_init", "tiny", "--variants", "random", "--seeds", "0", "1", "--jobs", "2", "--out", "out")

@@ -18,6 +18,8 @@ from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.space import space_of
 from lgp_dist.recipes import sws_tiny
 
+pytestmark = pytest.mark.slow  # runs of whole stages
+
 ROOT = Path(__file__).parents[2]
 SWS = ("sws_tiny", *(option for option in SMALL[1:] if option not in PLAIN))
 """`sws_tiny` on what the fixture `place` holds: each stage takes about a second."""

@@ -20,6 +20,8 @@ from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny
 from lgp_dist.run.metrics import read_lines, read_metrics
 
+pytestmark = pytest.mark.slow  # runs of whole stages
+
 HUB = "timm/test_vit.r160_in1k"
 ANCHOR = (
     *("--data.image-size=32", "--model.patch-size=16", "--data.channels=3", "--data.num-classes=1000"),
