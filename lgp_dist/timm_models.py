@@ -1,8 +1,6 @@
-"""Makes stitched descendants known to timm: `import lgp_dist.timm_models`, then
+"""Makes stitched descendants known to timm. Import it before `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
-timm.create_model("local-dir:FOLDER", pretrained=True)
-
-Rows alone are timm's plain ViTs and need no import.
+Rows alone are timm's plain ViTs and do not need it.
 """
 
 from typing import Any
@@ -24,7 +22,7 @@ def _build(
     img_size: int | tuple[int, int],
     global_pool: str = "token",
 ) -> StitchedViT:
-    """A descendant with random weights; input and pooling are as it was made, the number of classes is free."""
+    """A descendant with random weights. The input and pooling are fixed, the number of classes is free."""
     size = img_size if isinstance(img_size, int) else img_size[0]
     if (in_chans, size, global_pool) != (space["channels"], space["image_size"], "token"):
         raise ValueError(
@@ -36,5 +34,5 @@ def _build(
 
 @register_model
 def lgp_descendant(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A stitched path; what it is made of comes from the config.json of its folder."""
+    """A stitched path, described by the config.json of its folder."""
     return build_model_with_cfg(_build, "lgp_descendant", pretrained, **kwargs)

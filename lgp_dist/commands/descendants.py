@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from lgp_dist.commands.finished import FinishedRun
 from lgp_dist.config.budget import Budget
@@ -17,12 +16,13 @@ from lgp_dist.paths.space import heads_of, space_of
 from lgp_dist.report.choice import choice_figure
 from lgp_dist.report.plots import save_figure
 from lgp_dist.report.rows import amount
+from lgp_dist.run.path_rows import PathRow, read_rows
 from lgp_dist.run.provenance import environment
 from lgp_dist.stages import export
 from lgp_dist.stages.context import Context
 
 
-def choose_of_run(run: FinishedRun, budget: Budget, *, plot: bool) -> dict[str, Any]:
+def choose_of_run(run: FinishedRun, budget: Budget, *, plot: bool) -> PathRow:
     """The row of the best path of a run within a budget, with its latency, as paths.json and `with_latencies` have it.
 
     Latencies are measured for all paths where a limit or a plot needs them, else for the choice alone, and kept in
@@ -30,9 +30,9 @@ def choose_of_run(run: FinishedRun, budget: Budget, *, plot: bool) -> dict[str, 
     """
     space, heads = space_of(run.config), heads_of(run.config)
     file = LatencyFile(run.root / NAME, run.evaluated.record["inputs"]["finetune"])
-    rows = json.loads((run.evaluated.folder / "paths.json").read_text())
+    rows = read_rows(run.evaluated.folder / "paths.json")
 
-    def timed(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def timed(some: list[PathRow]) -> list[PathRow]:
         return with_path_latencies(some, space, heads, budget, file)
 
     if plot or budget.max_latency_ms:
@@ -43,14 +43,14 @@ def choose_of_run(run: FinishedRun, budget: Budget, *, plot: bool) -> dict[str, 
     return chosen if "latency_ms" in chosen else timed([chosen])[0]
 
 
-def choice_text(run: Path, row: dict[str, Any], *, plot: bool) -> str:
+def choice_text(run: Path, row: PathRow, *, plot: bool) -> str:
     """What a person is told of the choice."""
     lines = [
         f"{row['key']}: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %",
         f"  weighs  {amount(row['params'])} parameters",
         f"  costs   {amount(row['flops'])} multiply-adds an image",
-        f"  takes   {row['latency_ms']:.3f} ms (median; a tenth of the measurements below {row['latency_low_ms']:.3f}, "
-        f"a tenth above {row['latency_high_ms']:.3f})",
+        f"  takes   {row['latency_ms']:.3f} ms (median; 10 % of the measurements are below "
+        f"{row['latency_low_ms']:.3f}, 10 % above {row['latency_high_ms']:.3f})",
         f"          on {row['latency_on']}",
     ]
     if plot:

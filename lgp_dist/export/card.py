@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from lgp_dist.export.formats import Int8Accuracy, Verification
+from lgp_dist.run.path_rows import PathRow
+
 LOADING = {
     "timm": (
         "timm",
@@ -19,7 +22,7 @@ from transformers import AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained("{folder}")""",
     ),
     "torch": (
-        "torch and safetensors alone",
+        "torch and safetensors",
         """\
 import sys
 
@@ -41,16 +44,16 @@ model = torch.export.load("{folder}/model.pt2").module()""",
 import onnxruntime
 
 session = onnxruntime.InferenceSession("{folder}/model.onnx")
-(logits,) = session.run(["logits"], {{"images": images}})  # numpy, float32, any batch""",
+(logits,) = session.run(["logits"], {{"images": images}})  # NumPy float32, any batch size""",
     ),
 }
-"""Format -> heading and code."""
+"""Format to heading and code."""
 
 
-def model_card(config: dict[str, Any], facts: dict[str, Any], origin: dict[str, str], verdict: dict[str, Any]) -> str:
+def model_card(config: dict[str, Any], facts: PathRow, origin: dict[str, str], verdict: Verification) -> str:
     """The card as Markdown.
 
-    config: of config.json. facts, origin: of `folder.Exported`. verdict: of verify.json.
+    config: of config.json. facts, origin: as in `folder.Exported`. verdict: of verify.json.
     """
     shape, data = config["lgp"]["shape"], config["pretrained_cfg"]
     size = f"{shape['channels']} x {shape['image_size']} x {shape['image_size']}"
@@ -60,10 +63,10 @@ def model_card(config: dict[str, Any], facts: dict[str, Any], origin: dict[str, 
             f"{part['depth']} of width {part['width']} with {part['heads']} head(s)" for part in shape["segments"]
         ),
         "parameters": f"{facts['params']:,}",
-        "FLOPs (multiply-adds of an image)": f"{facts['flops']:,}",
+        "FLOPs (multiply-adds per image)": f"{facts['flops']:,}",
         "top-1, top-5": f"{facts['top1']:.2f} %, {facts['top5']:.2f} %",
-        "latency": f"{facts['latency_ms']:.3f} ms (median; a tenth of the measurements below "
-        f"{facts['latency_low_ms']:.3f}, a tenth above {facts['latency_high_ms']:.3f})",
+        "latency": f"{facts['latency_ms']:.3f} ms (median; 10 % of the measurements are below "
+        f"{facts['latency_low_ms']:.3f}, 10 % above {facts['latency_high_ms']:.3f})",
         "measured on": facts["latency_on"],
         "input": f"{size}, mean {list(data['mean'])}, std {list(data['std'])}, {data['interpolation']}, "
         f"crop_pct {data['crop_pct']}",
@@ -74,7 +77,7 @@ def model_card(config: dict[str, Any], facts: dict[str, Any], origin: dict[str, 
     return f"""\
 # Descendant {facts["key"]}
 
-Cut out of a learngene pool by `lgp_dist`.
+One path of a learngene pool, extracted by `lgp_dist`.
 
 | | |
 |---|---|
@@ -82,12 +85,13 @@ Cut out of a learngene pool by `lgp_dist`.
 
 ## Loading
 
-All of these work without a network. Images are normalised with the mean and std above.
+No network is needed. Images are normalised with the mean and std above.
 
 {_loading(config, verdict)}
-## Checked
+## Checks
 
-Largest difference of a logit from the path in its pool, on {verdict["images"]} real images (`verify.json`):
+Largest difference between a logit of the file and of the path in its pool, on {verdict["images"]} real images
+(`verify.json`):
 
 | file | largest difference | bound |
 |---|---|---|
@@ -95,8 +99,8 @@ Largest difference of a logit from the path in its pool, on {verdict["images"]} 
 """
 
 
-def _loading(config: dict[str, Any], verdict: dict[str, Any]) -> str:
-    """A piece of code for every way in that the folder has."""
+def _loading(config: dict[str, Any], verdict: Verification) -> str:
+    """Code for every format of the folder."""
     plain = config["architecture"] != "lgp_descendant"
     there = {name for name in LOADING if name in verdict["formats"]} | ({"transformers"} if plain else set())
     line = "" if plain else "import lgp_dist.timm_models  # makes stitched paths known to timm\n"
@@ -107,15 +111,20 @@ def _loading(config: dict[str, Any], verdict: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _checked(verdict: dict[str, Any]) -> str:
+def _checked(verdict: Verification) -> str:
     lines = []
     for found in verdict["formats"].values():
-        bound = "accuracy is compared" if found["bound"] is None else f"{found['bound']:g}"
+        bound = "none; see accuracy" if found["bound"] is None else f"{found['bound']:g}"
         lines.append(f"| `{found['file']}` | {found['largest_difference']:.3g} | {bound} |")
     if "int8" in verdict:
-        int8 = verdict["int8"]
-        lines.append(
-            f"\nint8: top-1 {int8['top1']:.2f} % where the path has {int8['top1_path']:.2f} %, "
-            f"{int8['loss']:.2f} points lost, on {int8['images']} images."
-        )
+        lines.append(f"\n{int8_words(verdict['int8'])}.")
     return "\n".join(lines)
+
+
+def int8_words(int8: Int8Accuracy) -> str:
+    """The accuracy of the int8 model and of the path."""
+    change = "lost" if int8["loss"] >= 0 else "gained"
+    return (
+        f"int8: top-1 {int8['top1']:.2f} %, the path {int8['top1_path']:.2f} %: {abs(int8['loss']):.2f} points "
+        f"{change} on {int8['images']} images"
+    )

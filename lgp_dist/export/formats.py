@@ -1,4 +1,4 @@
-"""The files that a descendant is written as, and how each is run again."""
+"""The file formats of an exported descendant: how each is written, and how it is loaded again."""
 
 import importlib
 import importlib.util
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import timm
 import torch
@@ -24,7 +24,35 @@ Runner = Callable[[Tensor], Tensor]
 """[B, C, H, W] images to [B, classes] logits."""
 
 CODE = "modeling_descendant.py"
-"""The plain-torch model's file."""
+"""The file of the model in plain torch."""
+
+
+class CheckedFile(TypedDict):
+    """How far a file's logits are from the path's."""
+
+    file: str
+    largest_difference: float
+    bound: float | None
+
+
+class Int8Accuracy(TypedDict):
+    """Top-1 in percent of the int8 model and the path on the same images."""
+
+    images: int
+    top1_path: float
+    top1: float
+    loss: float
+    """Points; negative if int8 is better."""
+
+
+class Verification(TypedDict):
+    """verify.json."""
+
+    images: int
+    formats: dict[str, CheckedFile]
+    left_out: str
+    """A sentence on formats that were not written; empty if there are none."""
+    int8: NotRequired[Int8Accuracy]
 
 
 @dataclass(frozen=True)
@@ -34,12 +62,11 @@ class FileFormat:
     file: str
     """Its name in the folder."""
     bound: float | None
-    """Largest difference of a logit from the model in memory that an export may have; None where only its accuracy is
-    compared."""
+    """Largest difference of a logit from the path that is allowed; None if only the accuracy is compared."""
     write: Callable[[nn.Module, Tensor, Path], None]
-    """(model on the CPU in eval mode, two images, folder) writes the file."""
+    """Writes the file: (model on the CPU in eval mode, two images, folder)."""
     open: Callable[[Path], Runner]
-    """The folder's model."""
+    """Loads the folder's model."""
 
 
 def _write_code(model: nn.Module, images: Tensor, folder: Path) -> None:
@@ -52,9 +79,9 @@ def _write_pt2(model: nn.Module, images: Tensor, folder: Path) -> None:
 
 
 def _write_onnx(model: nn.Module, images: Tensor, folder: Path) -> None:
-    """Through TorchScript: onnxruntime's quantisation refuses what the newer exporter writes (its shape inference)."""
+    """Through TorchScript: onnxruntime cannot quantise the newer exporter's file (its shape inference fails)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's age, and of constants that the tracer finds
+        warnings.simplefilter("ignore")  # on the exporter's age and on traced constants
         torch.onnx.export(
             model,
             (images,),
@@ -69,7 +96,7 @@ def _write_onnx(model: nn.Module, images: Tensor, folder: Path) -> None:
 def _write_int8(model: nn.Module, images: Tensor, folder: Path) -> None:
     root = logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)  # it advises a preparation that only convolutions need
+    root.setLevel(logging.ERROR)  # it recommends a preparation that only convolutions need
     try:
         quantise = _extra("onnxruntime.quantization").quantize_dynamic
         quantise(folder / "model.onnx", folder / "model.int8.onnx", op_types_to_quantize=["MatMul", "Gemm"])
@@ -94,7 +121,7 @@ def _open_onnx(path: Path) -> Runner:
 
 
 def _nothing(*_: Any) -> None:
-    """model.safetensors is there already."""
+    """`write_folder` has written model.safetensors."""
 
 
 FORMATS = {
@@ -104,18 +131,19 @@ FORMATS = {
     "onnx": FileFormat("model.onnx", 1e-4, _write_onnx, lambda folder: _open_onnx(folder / "model.onnx")),
     "int8": FileFormat("model.int8.onnx", None, _write_int8, lambda folder: _open_onnx(folder / "model.int8.onnx")),
 }
-"""By name; the first two are always written."""
+"""Formats by name; the first two are always written."""
 
 
 def _extra(module: str) -> ModuleType:
-    """A module of the extra `onnx`, which `wanted` has found."""
+    """A module of the extra `onnx`, which `wanted` has checked for."""
     return importlib.import_module(module)
 
 
 def wanted(formats: tuple[Format, ...]) -> tuple[list[str], str]:
-    """Names of the formats to write, and a sentence on those that are left out, empty where none is.
+    """Names of the formats to write, and a sentence on those that are left out, empty if there are none.
 
-    They are those that always are and those asked for, less what is not installed. UserError for int8 without onnx.
+    timm, torch and the formats asked for, without those that need packages that are not installed. UserError for int8
+    without onnx.
     """
     if "int8" in formats and "onnx" not in formats:
         raise UserError("The formats have int8 without onnx, which it is made from: add onnx, or leave out int8.")
@@ -125,5 +153,5 @@ def wanted(formats: tuple[Format, ...]) -> tuple[list[str], str]:
         return asked, ""
     left_out = " and ".join(FORMATS[name].file for name in asked if name in ("onnx", "int8"))
     advice = "`pip install 'lgp_dist[onnx]'` and export again"
-    sentence = f"{left_out} left out, since {' and '.join(missing)} is not installed: {advice}."
+    sentence = f"{left_out} left out because {' and '.join(missing)} is not installed: {advice}."
     return [name for name in asked if name not in ("onnx", "int8")], sentence

@@ -1,4 +1,4 @@
-"""Latency of a model on this machine, and the file that keeps what was measured."""
+"""Latency of a model on this machine, and the file that keeps the measurements."""
 
 import hashlib
 import json
@@ -18,25 +18,26 @@ from lgp_dist.errors import UserError
 from lgp_dist.files import write_json
 from lgp_dist.models.descendant import empty_descendant
 from lgp_dist.paths.path import Space
+from lgp_dist.run.path_rows import PathRow
 from lgp_dist.run.provenance import processor
 
 NAME = "latency.json"
 """The file in a run directory."""
 
 REPEATS, WARM_UP = 50, 10
-"""Measurements that count, and those before them that do not."""
+"""Measurements that count, and those before them that do not count."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class LatencySetup:
-    """Where and how a latency is measured; figures of two places are not compared."""
+    """Where and how a latency is measured; latencies of different setups are not compared."""
 
     device: str
     """cpu or cuda."""
     batch: int
-    """Images of a forward."""
+    """Images per forward."""
     dtype: str
     """Of weights and images: fp32, bf16 or fp16."""
     machine: str
@@ -48,7 +49,7 @@ class LatencySetup:
 
     @classmethod
     def here(cls, budget: Budget) -> "LatencySetup":
-        """This machine, with the device, batch and dtype of a budget; UserError where there is no such device."""
+        """This machine with the device, batch and dtype of a budget; UserError if it has no such device."""
         if budget.device == "cuda" and not torch.cuda.is_available():
             raise UserError("The budget's device is cuda, but torch finds no GPU on this machine: choose cpu.")
         chip = torch.cuda.get_device_name() if budget.device == "cuda" else processor()
@@ -58,7 +59,7 @@ class LatencySetup:
 
     @property
     def words(self) -> str:
-        """In one line."""
+        """One line of text."""
         threads = f", {self.threads} thread(s)" if self.device == "cpu" else ""
         return f"{self.device}, batch {self.batch}, {self.dtype}{threads}, torch {self.torch}, {self.machine}"
 
@@ -69,19 +70,19 @@ class Latency:
 
     median_ms: float
     low_ms: float
-    """A tenth of the measurements are below."""
+    """10 % of the measurements are below."""
     high_ms: float
-    """A tenth of the measurements are above."""
+    """10 % of the measurements are above."""
     repeats: int
-    """Measurements, after the warm-up."""
+    """Number of measurements after the warm-up."""
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, image: tuple[int, int, int], place: LatencySetup, repeats: int = REPEATS) -> Latency:
+def measure(model: nn.Module, image: tuple[int, int, int], setup: LatencySetup, repeats: int = REPEATS) -> Latency:
     """Times forwards of zeros [batch, *image] one by one. image: channels, height, width. Moves the model to the
-    place's device and dtype."""
-    device, dtype = torch.device(place.device), DTYPES[place.dtype]
-    model, images = model.to(device, dtype).eval(), torch.zeros(place.batch, *image, device=device, dtype=dtype)
+    setup's device and dtype."""
+    device, dtype = torch.device(setup.device), DTYPES[setup.dtype]
+    model, images = model.to(device, dtype).eval(), torch.zeros(setup.batch, *image, device=device, dtype=dtype)
     times = []
     for _ in range(WARM_UP + repeats):
         start = time.perf_counter()
@@ -91,25 +92,25 @@ def measure(model: nn.Module, image: tuple[int, int, int], place: LatencySetup, 
         times.append(1000 * (time.perf_counter() - start))
     kept = sorted(times[WARM_UP:])
     tenths = statistics.quantiles(kept, n=10, method="inclusive")
-    return Latency(*(round(value, 5) for value in (statistics.median(kept), tenths[0], tenths[-1])), repeats)
+    return Latency(round(statistics.median(kept), 5), round(tenths[0], 5), round(tenths[-1], 5), repeats)
 
 
 @dataclass(frozen=True)
 class LatencyFile:
-    """Latencies of the paths of one run, measured once for each place."""
+    """Latencies of a run's paths, measured once for each setup."""
 
     path: Path
     """RUN/latency.json."""
     of: str
-    """What the models' shape depends on, such as the id of the trained pool; figures of another are dropped."""
+    """Id of what the models come from, such as the trained pool; latencies of another are discarded."""
 
-    def latency(self, key: str, place: LatencySetup, measured: Callable[[], Latency]) -> Latency:
-        """What the file has of a path at a place; else what is measured, which it then keeps."""
+    def latency(self, key: str, setup: LatencySetup, measured: Callable[[str], Latency]) -> Latency:
+        """The path's latency in the file, or else the measured one, which the file then keeps."""
         kept = self._read()
-        name = hashlib.sha256(json.dumps(asdict(place), sort_keys=True).encode()).hexdigest()[:12]
-        entry = kept["places"].setdefault(name, {"place": asdict(place), "paths": {}})
+        name = hashlib.sha256(json.dumps(asdict(setup), sort_keys=True).encode()).hexdigest()[:12]
+        entry = kept["places"].setdefault(name, {"place": asdict(setup), "paths": {}})
         if key not in entry["paths"]:
-            entry["paths"][key] = asdict(measured())
+            entry["paths"][key] = asdict(measured(key))
             write_json(self.path, kept)
         return Latency(**entry["paths"][key])
 
@@ -121,31 +122,39 @@ class LatencyFile:
         except FileNotFoundError:
             return empty
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.path} is damaged ({error}): remove it, and latencies are measured again.") from None
+            raise UserError(f"{self.path} is damaged ({error}): remove it to measure latencies again.") from None
 
 
 def with_latencies(
-    rows: Iterable[dict[str, Any]],
+    rows: Iterable[PathRow],
     build: Callable[[str], nn.Module],
     image: tuple[int, int, int],
     budget: Budget,
     file: LatencyFile,
-) -> list[dict[str, Any]]:
-    """The rows with latency_ms, latency_low_ms, latency_high_ms and latency_on for a budget's device, batch, dtype.
+) -> list[PathRow]:
+    """The rows with their latencies on the budget's device, with its batch and dtype.
 
-    build: a path's key to a model of its shape; weights do not matter. image: channels, height, width.
+    build: a path's key to a model of its shape; the weights do not matter. image: channels, height, width.
     """
-    place, timed = LatencySetup.here(budget), []
+    setup = LatencySetup.here(budget)
+    timed: list[PathRow] = []
     for row in rows:
-        found = file.latency(row["key"], place, lambda key=row["key"]: measure(build(key), image, place))
-        spread = {"latency_low_ms": found.low_ms, "latency_high_ms": found.high_ms, "latency_on": place.words}
-        timed.append({**row, "latency_ms": found.median_ms, **spread})
+        found = file.latency(row["key"], setup, lambda key: measure(build(key), image, setup))
+        timed.append(
+            {
+                **row,
+                "latency_ms": found.median_ms,
+                "latency_low_ms": found.low_ms,
+                "latency_high_ms": found.high_ms,
+                "latency_on": setup.words,
+            }
+        )
     return timed
 
 
 def with_path_latencies(
-    rows: Iterable[dict[str, Any]], space: Space, heads: tuple[int, ...], budget: Budget, file: LatencyFile
-) -> list[dict[str, Any]]:
-    """`with_latencies` of paths of a pool. heads: attention heads of each row."""
+    rows: Iterable[PathRow], space: Space, heads: tuple[int, ...], budget: Budget, file: LatencyFile
+) -> list[PathRow]:
+    """`with_latencies` for paths of a pool. heads: attention heads of each row."""
     image = (space.channels, space.image_size, space.image_size)
     return with_latencies(rows, lambda key: empty_descendant(space, heads, space.by_key(key)), image, budget, file)

@@ -1,11 +1,11 @@
-"""A descendant in plain torch: this file, config.json and model.safetensors are all that it needs.
+"""A descendant in plain torch. It needs this file, config.json and model.safetensors.
 
     from modeling_descendant import load
 
     model = load("FOLDER")
     logits = model(images)  # [B, C, H, W] float32, normalised with mean and std of pretrained_cfg in config.json
 
-Needs torch and safetensors, nothing else, and no network.
+Needs torch and safetensors, and no network.
 """
 
 import json
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -64,26 +64,26 @@ class Block(nn.Module):
 
 
 class Stem(nn.Module):
-    """Patches, class token, positions."""
+    """Patch embedding, class token, position embedding."""
 
     def __init__(self, shape: dict[str, Any], width: int):
         super().__init__()
         patch, count = shape["patch_size"], (shape["image_size"] // shape["patch_size"]) ** 2
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(shape["channels"], width, patch, patch)
+        self.patch_embed = nn.ModuleDict()
+        self.patch_embed["proj"] = nn.Conv2d(shape["channels"], width, patch, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if shape["class_token"] else None
         self.pos_embed = nn.Parameter(torch.zeros(1, count + shape["class_token"], width))
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] to [B, N, D]."""
-        tokens = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        tokens = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         return tokens + self.pos_embed
 
 
 class Head(nn.Module):
-    """Norm before or after pooling, class token or mean of patches, linear classifier."""
+    """Norm before or after pooling, class token or mean over patches, linear classifier."""
 
     def __init__(self, shape: dict[str, Any], width: int):
         super().__init__()
@@ -100,10 +100,10 @@ class Head(nn.Module):
 
 
 class PlainDescendant(nn.Module):
-    """Stem, blocks, and for a stitched path a linear layer into the blocks of another width; then the head."""
+    """Stem, blocks and head; a stitched path has a linear layer into blocks of another width."""
 
     def __init__(self, shape: dict[str, Any]):
-        """shape: what config.json holds under lgp.shape."""
+        """shape: lgp.shape of config.json."""
         super().__init__()
         segments = [(part["width"], part["heads"], part["depth"]) for part in shape["segments"]]
         rows = [nn.Sequential(*(Block(width, heads) for _ in range(depth))) for width, heads, depth in segments]
@@ -118,7 +118,7 @@ class PlainDescendant(nn.Module):
 
 
 def renamed(name: str) -> str:
-    """A tensor's name here, from its name in the file: plain ViTs are stored under timm's names."""
+    """A tensor's name in this model, from its name in the file, where plain ViTs have timm's names."""
     first = name.split(".")[0]
     if first in ("patch_embed", "cls_token", "pos_embed"):
         return f"stem.{name}"

@@ -26,7 +26,7 @@ Plan = tuple[tuple[Path, ...], ...]
 """The paths of a step, indexed by micro-step, then rank."""
 
 KEPT = 4
-"""Plans that a sampler remembers."""
+"""Plans that a sampler caches: every rank's path in every micro-step is asked for."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class PathSampler:
         found = self._recent.get((step, world))
         if found is None:
             found = tuple(tuple(self.paths[index] for index in row) for row in self.schedule(step, world))
-            for old in list(self._recent)[: max(0, len(self._recent) - KEPT + 1)]:
-                self._recent.pop(old, None)
+            if len(self._recent) >= KEPT:
+                self._recent.clear()
             self._recent[step, world] = found
         return found
 

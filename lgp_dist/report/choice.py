@@ -1,4 +1,4 @@
-"""The figure of a choice within a budget."""
+"""The figure of `lgp descend --plot`: the chosen path among all, and the limits."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,42 +6,28 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lgp_dist.report.plots import FAINT, INK, STYLE, draw_accuracy, new_panels
-from lgp_dist.report.rows import Row, flops_unit
+from lgp_dist.report.plots import DOMINATED, FRONT, STYLE, draw_accuracy, new_panels
+from lgp_dist.run.path_rows import PathRow, number_of
 
 CHOSEN = "#D00000"
 """Colour of the ring around the choice, and of the limits."""
 
 
-def choice_figure(rows: Sequence[Row], chosen: Row, limits: Mapping[str, float]) -> Figure:
+def choice_figure(rows: Sequence[PathRow], chosen: PathRow, limits: Mapping[str, float]) -> Figure:
     """Top-1 (percent) of every path against parameters, FLOPs and latency, with the choice and the limits marked.
 
-    rows: with latency_ms. limits: field to its largest value, of the fields that have one.
+    rows: with latency_ms. limits: of fields.
     """
-    divisor, letter = flops_unit(rows)
-    panels = {
-        "params": (1e6, "Parameters (M)"),
-        "flops": (divisor, f"FLOPs ({letter} multiply-adds)"),
-        "latency_ms": (1.0, "Latency (ms)"),
-    }
+    ring = {"color": CHOSEN, "marker": "o", "ls": "", "mfc": "none", "mew": 1.6}
     with matplotlib.rc_context(STYLE):
-        handles = [
-            Line2D(
-                [], [], color=CHOSEN, marker="o", ls="", ms=9, mfc="none", mew=1.6, label=f"Chosen: {chosen['key']}"
-            ),
-            Line2D([], [], color=INK, lw=1.2, alpha=0.75, label="Pareto front"),
-            Line2D([], [], color=FAINT, marker="o", ls="", ms=6, mfc="white", mew=1.3, label="Dominated"),
-        ]
+        handles = [Line2D([], [], ms=9, label=f"Chosen: {chosen['key']}", **ring), FRONT, DOMINATED]
         handles += [Line2D([], [], color=CHOSEN, ls="--", lw=1.1, label="Limit")] if limits else []
-        figure, axes = new_panels(3, 3.6, handles, gap=0.09, sharey=True)
         title = f"The most accurate of {len(rows)} paths within the limits"
-        figure.suptitle(title, x=0.066, y=0.97, ha="left", va="top", fontsize=11.5, fontweight="bold", color=INK)
-        for panel, (field, (unit, label)) in zip(axes, panels.items(), strict=True):
-            draw_accuracy(panel, rows, [], field, unit)
-            at = chosen[field] / unit
-            panel.plot(at, chosen["top1"], marker="o", ms=13, mfc="none", mec=CHOSEN, mew=1.6, ls="", zorder=7)
+        figure, axes = new_panels(title, 3, 3.6, handles, gap=0.09, sharey=True)
+        for panel, field in zip(axes, ("params", "flops", "latency_ms"), strict=True):
+            unit = draw_accuracy(panel, rows, [], field)
+            panel.plot(number_of(chosen, field) / unit, chosen["top1"], ms=13, zorder=7, **ring)
             if field in limits:
                 panel.axvline(limits[field] / unit, color=CHOSEN, ls="--", lw=1.1, zorder=2)
-            panel.set_xlabel(label)
         axes[0].set_ylabel("Top-1 accuracy (%)")
     return figure

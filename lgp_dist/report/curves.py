@@ -37,8 +37,10 @@ class Curves:
             column.extend([math.nan] * (len(self.steps) - len(column)))
         last = {step: place for place, step in enumerate(self.steps)}
         places = [last[step] for step in sorted(last)]
-        columns = {name: array("d", [column[place] for place in places]) for name, column in self.columns.items()}
-        return Curves(array("q", sorted(last)), columns)
+        kept = Curves(array("q", sorted(last)))
+        for name, column in self.columns.items():
+            kept.columns[name] = array("d", [column[place] for place in places])
+        return kept
 
 
 def curves_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curves]:

@@ -1,15 +1,14 @@
 """Stage descend: the best path within a budget, as a standalone model."""
 
-import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from lgp_dist.export.choice import choose
 from lgp_dist.export.latency import NAME, LatencyFile, with_path_latencies
 from lgp_dist.files import write_json
 from lgp_dist.models.descendant import descendant_from_path
+from lgp_dist.run.path_rows import PathRow, read_rows
 from lgp_dist.run.tensors import save_tensors
 from lgp_dist.stages.context import Context
 
@@ -20,10 +19,10 @@ def run(context: Context) -> None:
     """Writes descend/descendant.json and descend/model.safetensors."""
     began = time.monotonic()
     evaluated, tuned = context.require("evaluate"), context.require("finetune")
-    rows = json.loads((evaluated.folder / "paths.json").read_text())
+    rows = read_rows(evaluated.folder / "paths.json")
     budget = context.config.budget
 
-    def fill(folder: Path) -> dict[str, Any]:
+    def fill(folder: Path) -> PathRow:
         timed, space, heads = rows, context.space, context.heads
         if budget.max_latency_ms:
             watched, file = context.workers.watchdog.over(rows), LatencyFile(context.run.root / NAME, tuned.id)

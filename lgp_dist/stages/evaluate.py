@@ -8,6 +8,7 @@ from typing import Any
 
 from lgp_dist.files import write_json
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.run.path_rows import PathRow
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")
@@ -31,11 +32,11 @@ def run(context: Context) -> None:
     context.write("evaluate", [pooled, tuned], fill, time.monotonic() - began)
 
 
-def path_rows(context: Context, pool: LearngenePool) -> list[dict[str, Any]]:
-    """The fields of paths.json for every path, or those of `finetune.only`, cheapest first."""
+def path_rows(context: Context, pool: LearngenePool) -> list[PathRow]:
+    """A row for every path, or those of `finetune.only`, cheapest first."""
     chosen = context.space.chosen(context.config.finetune.only)
     measured = context.accuracies({path.key: partial(pool, path=path) for path in chosen})
-    rows = []
+    rows: list[PathRow] = []
     for path in chosen:
         top1, top5 = measured[path.key]
         rows.append({**context.space.describe(path), "top1": round(top1, 4), "top5": round(top5, 4)})

@@ -1,6 +1,5 @@
 """Stage export: a descendant as a folder that loads anywhere, written only if every format equals its path."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from lgp_dist.export.latency import NAME, LatencyFile, with_path_latencies
 from lgp_dist.models.descendant import descendant_from_path, timm_config
 from lgp_dist.protocols import Batch
 from lgp_dist.run.artifacts import Artifact
+from lgp_dist.run.path_rows import read_rows
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")
@@ -35,7 +35,7 @@ def fill(context: Context, tuned: Artifact, evaluated: Artifact, key: str, folde
     """Writes a path of the run as a descendant's folder. Returns its row of paths.json and the largest difference
     between logits of the path and of the weights read back."""
     path, data, settings = context.space.by_key(key), context.config.data, context.config.export
-    rows = json.loads((evaluated.folder / "paths.json").read_text())
+    rows = read_rows(evaluated.folder / "paths.json")
     facts = next((row for row in rows if row["key"] == key), None)
     if facts is None:
         raise UserError(f"{evaluated.folder / 'paths.json'} has no path {key!r}: export one that was evaluated.")

@@ -1,6 +1,5 @@
 """What the trials of a study measured: read from their artifacts, and summarised by variant."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +7,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from lgp_dist.report.rows import Row, row_alone
+from lgp_dist.report.rows import row_alone
 from lgp_dist.run.metrics import read_lines, read_metrics
+from lgp_dist.run.path_rows import PathRow, read_rows
 from lgp_dist.study.runner import STARTS
 from lgp_dist.study.settings import arguments
 from lgp_dist.study.statistics import Estimate, difference, estimate
@@ -69,8 +69,8 @@ def trial_record(trial: Trial, out: Path) -> dict[str, Any]:
         "step_ms": 1000 * median(step_s) if step_s else None,
         "r2": artifacts["pool"].facts.get("r2", {}) if "pool" in artifacts else {},
         "curve": curve,
-        "before": json.loads((evaluated / "before.json").read_text()) if trial.config.evaluate.before else [],
-        "rows": json.loads((evaluated / "paths.json").read_text()),
+        "before": read_rows(evaluated / "before.json") if trial.config.evaluate.before else [],
+        "rows": read_rows(evaluated / "paths.json"),
     }
 
 
@@ -109,7 +109,7 @@ def measures(record: Record) -> dict[str, float]:
     return {name: value for name in MEASURES if (value := found[name]) is not None}
 
 
-def _top1(row: Row | None) -> float | None:
+def _top1(row: PathRow | None) -> float | None:
     return None if row is None else row["top1"]
 
 
@@ -200,13 +200,13 @@ def layer_fits(records: Sequence[Record]) -> dict[str, dict[int, Estimate]]:
     return {variant: {layer: estimate(fits) for layer, fits in each.items()} for variant, each in values.items()}
 
 
-def mean_rows(records: Sequence[Record], variant: str) -> list[Row]:
+def mean_rows(records: Sequence[Record], variant: str) -> list[PathRow]:
     """A variant's evaluated paths with top-1 averaged over its seeds."""
     top1: dict[str, list[float]] = {}
     for record in of_variant(records, variant):
         for row in record["rows"]:
             top1.setdefault(row["key"], []).append(row["top1"])
-    first = of_variant(records, variant)[0]["rows"]
+    first: list[PathRow] = of_variant(records, variant)[0]["rows"]
     return [{**row, "top1": fmean(top1[row["key"]])} for row in first]
 
 

@@ -94,7 +94,7 @@ def _start(
 ) -> RunningTrial | None:
     """Starts a trial; None if it must wait for another's stages, or another process still runs it."""
     donor, stages = donor_of(trial, trials)
-    if donor in unfinished and not trial.has(stages[-1]) and not donor.has(stages[-1]):
+    if donor is not None and donor in unfinished and not trial.has(stages[-1]) and not donor.has(stages[-1]):
         return None
     trial.folder.mkdir(parents=True, exist_ok=True)
     lock = (trial.folder / "study.lock").open("ab")

@@ -1,6 +1,7 @@
 """Configurations by dotted keys: differences from the recipe, changes, and the options of a command line."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from lgp_dist.config.flat import flatten, unflatten
 from lgp_dist.config.run_config import RunConfig
@@ -15,9 +16,13 @@ def changed_values(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in now.items() if value != own[key]}
 
 
-def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """The configuration with these values under dotted keys; keys that it does not have are ignored."""
+def with_values(
+    config: RunConfig, values: Mapping[str, Any], missing: Literal["raise", "ignore"] = "raise"
+) -> RunConfig:
+    """The configuration with these values under dotted keys. missing: what happens with keys that it does not have."""
     own = flatten(config)
+    if missing == "raise" and values.keys() - own.keys():
+        raise KeyError(f"{config.recipe} has no {sorted(values.keys() - own.keys())}")
     return unflatten(own | {key: value for key, value in values.items() if key in own}, config)
 
 

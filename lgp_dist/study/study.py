@@ -83,10 +83,13 @@ def publish(question: Question, trials: Sequence[Trial], out: Path) -> str:
     )
     write_atomic(out / "table.md", (text + "\n").encode())
     curves = {name: mean_curve(records, name) for name in found}
-    means = {name: each.means for name, each in found.items()}
+    means = {
+        name: {measure: (value.mean, value.half or 0.0) for measure, value in each.means.items()}
+        for name, each in found.items()
+    }
     save_figure(variants_figure(means, curves, title=question.asks), out / "variants")
     systems = [
-        System(name, mean_rows(records, name), 1e12 * each["cost"].mean if "cost" in each else None)
+        System.of_paths(name, mean_rows(records, name), 1e12 * each["cost"][0] if "cost" in each else None)
         for name, each in means.items()
     ]
     save_figure(compare_figure(systems, title=question.asks), out / "paths")

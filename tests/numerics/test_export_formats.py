@@ -275,7 +275,7 @@ def test_without_the_extra_one_sentence_says_what_is_left_out(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     names, sentence = wanted(("pt2", "onnx", "int8"))
     assert names == ["timm", "torch", "pt2"]
-    assert "model.onnx and model.int8.onnx left out, since onnxruntime is not installed" in sentence
+    assert "model.onnx and model.int8.onnx left out because onnxruntime is not installed" in sentence
     assert "pip install 'lgp_dist[onnx]'" in sentence
     assert wanted(("pt2",)) == (["timm", "torch", "pt2"], "")
     with pytest.raises(UserError, match="int8 without onnx"):

@@ -12,7 +12,7 @@ from run_helpers import SMALL, Lgp
 from lgp_dist.paths.ledger import build_ledger, under_drawn
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.stitched import PathSpace
-from lgp_dist.report.draw_table import draws_section
+from lgp_dist.report.html import draws_section
 from lgp_dist.stages.finetune import draws_of
 
 SPACE = PathSpace((32, 96), 6, 28, 7, 1, 10)

@@ -12,7 +12,7 @@ import pytest
 
 from lgp_dist.errors import UserError
 from lgp_dist.report.curves import Curves, curves_of
-from lgp_dist.report.html import render_report
+from lgp_dist.report.html import Report, render_report
 from lgp_dist.report.plots import figure_svg, loss_figure, pareto_figure, report_figures, save_figure
 from lgp_dist.report.rows import FIELDS, kind_label, kind_of, kinds, pareto_front
 from lgp_dist.report.tables import paths_table, write_paths_csv, write_paths_json
@@ -41,15 +41,15 @@ def rows():
 def metrics():
     return [
         {"stage": stage, "step": step, "loss": 7 / (1 + step), "cls": 5 / (1 + step), "pred": 2 / (1 + step)}
-        | {"lr": 1e-3, "path": "r0.0-5", "images_per_s": 900.0, "data_wait_s": 0.01, "step_time_s": 0.5}
+        | {"lr": 1e-3, "path": ["r0.0-5"], "images_per_s": 900.0, "data_wait_s": 0.01, "step_time_s": 0.5}
+        | {"accumulate": 1, "world": 1, "bad_samples": 0, "cache_bytes": 7, "top1/r0.0-5": 10.0}
         for stage in ("distil", "finetune")
         for step in range(0, 60, 2)
     ]
 
 
-def page(rows, metrics=(), figures=None, **changes):
-    given = {"config": {}, "environment": {}, "artifacts": [], "descendant": None, "figures": figures or {}} | changes
-    return render_report(**{"title": "A run", "rows": rows, "curves": curves_of(metrics)} | given)
+def page(rows, metrics=(), title="A run", **more):
+    return render_report(Report(title, rows, curves=curves_of(metrics), **more))
 
 
 class Balance(HTMLParser):
@@ -186,7 +186,7 @@ def test_figures_of_almost_nothing(rows, metrics, count):
     assert "<svg" in figure_svg(loss_figure(curves_of(bad)["s"], "s"))
 
 
-def test_loss_parts_are_told_from_speeds_and_rates(metrics):
+def test_loss_parts_are_told_from_other_numbers(metrics):
     labels = [curve.get_label() for curve in loss_figure(curves_of(metrics)["distil"], "distil").axes[1].get_lines()]
     assert [label for label in labels if not label.startswith("_")] == ["cls", "pred"]
 
@@ -211,14 +211,16 @@ def test_page_is_well_formed_and_needs_nothing_from_outside(rows, metrics):
     text = page(
         rows,
         metrics,
-        figures,
+        figures=figures,
         before=[{**row, "top1": 1.0} for row in rows],
         config={"seed": 0, "distil.lr": 5e-4, "distil.crop": (0.1, 1.0)},
         environment={"python": "3.11", "gpu": {"name": "none"}},
         artifacts=[
-            {"stage": "distil", "id": "d1", "created": 0, "seconds": 4000, "command": "lgp distil", "commit": "abc"}
+            {"stage": "distil", "id": "d1", "seconds": 4000, "command": "lgp distil", "commit": "abc"}
+            | {"created": "1970-01-01T00:00:00Z"}
         ],
-        descendant={"key": "r0.0-3+r1.4-5", "params": 17_020_000, "file": "out/model.safetensors"},
+        descendant=rows[2],
+        export_folder="out",
     )
     seen = Balance(text)
     assert all(address.startswith(("#", "data:")) for address in seen.addresses)
@@ -227,7 +229,7 @@ def test_page_is_well_formed_and_needs_nothing_from_outside(rows, metrics):
     assert {address[1:] for address in seen.addresses if address[0] == "#"} <= set(seen.ids)
     assert not re.search(r"@import|url\((?!#)", text)
     assert set(re.findall(r"https?://[^\"' ]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    for part in ("79.50 %", "1970-01-01", "1 h 6 min", "load_file", "distil.lr", "gpu.name", "+71.00", "chosen"):
+    for part in ("79.50 %", "1970-01-01", "1 h 6 min", "local-dir:out", "distil.lr", "gpu.name", "+71.00", "chosen"):
         assert part in text
 
 
@@ -241,13 +243,14 @@ def test_page_escapes_whatever_it_is_given(rows):
     text = page(
         [row],
         [line],
-        figures,
-        title=HOSTILE,
+        HOSTILE,
+        figures=figures,
         before=[row],
         config=bad,
         environment=bad,
-        artifacts=[dict.fromkeys(("stage", "id", "created", "seconds", "command", "extra"), HOSTILE)],
-        descendant={"key": HOSTILE, "load": HOSTILE, "params": HOSTILE},
+        artifacts=[dict.fromkeys(("stage", "id", "created", "command", "extra"), HOSTILE) | {"seconds": 1.0}],
+        descendant=row,
+        export_folder=HOSTILE,
     )
     assert Balance(text).tags.count("script") == 1
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
@@ -256,5 +259,5 @@ def test_page_escapes_whatever_it_is_given(rows):
 def test_page_of_nothing_says_so():
     text = page([])
     Balance(text)
-    for sentence in ("No path has been evaluated", "No descendant", "No training", "No artifact"):
+    for sentence in ("No path has been evaluated", "No descendant", "No training", "No stage is complete"):
         assert sentence in text

@@ -11,7 +11,6 @@ from lgp_dist.errors import UserError
 from lgp_dist.report.compare import System, compare_figure, compare_table, read_snnet, variants_figure
 from lgp_dist.report.plots import figure_svg
 from lgp_dist.run.text_table import markdown_table
-from lgp_dist.study.statistics import estimate
 
 PUBLISHED = [
     {"cfg_id": 0, "flops": 1258411200, "params": 5717416, "acc1": 70.56400227203369},
@@ -65,7 +64,7 @@ def test_table_and_figure_hold_every_system() -> None:
     rows = [{"key": k, "params": p, "flops": f, "stitch": s, "top1": t} for k, p, f, s, t in
             (("a", 1e6, 1e9, None, 60.0), ("b", 2e6, 2e9, 0, 55.0), ("c", 3e6, 3e9, None, 80.0))]  # fmt: skip
     bare = [{name: row[name] for name in ("key", "params", "flops", "top1")} for row in rows]
-    both = [System("pool", rows, 2.5e15), System("one|two", bare, None)]
+    both = [System.of_paths("pool", rows, 2.5e15), System("one|two", bare, None)]
     lines = [[cell.strip() for cell in line.split(" | ")] for line in compare_table(both).splitlines()]
     assert lines[2] == ["| pool", "3", "1.00 M to 3.00 M", "1.00 G to 3.00 G", "60.00", "80.00", "65.00", "80.00", "2",
                         "2.5e+15 |"]  # fmt: skip
@@ -76,7 +75,7 @@ def test_table_and_figure_hold_every_system() -> None:
 
 
 def test_variants_have_a_panel_of_curves_if_there_are_any() -> None:
-    found = {name: {"mean": estimate([70.0, 72.0]), "wide": estimate([80.0])} for name in ("one", "two")}
+    found = {name: {"mean": (71.0, 12.7), "wide": (80.0, 0.0)} for name in ("one", "two")}
     (means,) = variants_figure(found, {"one": {}, "two": {}}, title="?").axes
     points = {line.get_ydata()[0] for line in means.lines if line.get_marker() in "os"}
     assert points == {71.0, 80.0}

@@ -112,7 +112,10 @@ def test_systems_are_recipes_with_the_same_changes() -> None:
     one, two = (variant.change(base) for variant in question.variants)
     assert one == base
     assert (two.recipe, two.seed, two.data.root, two.model) == ("pool18", 3, "there", RECIPES["pool18"]().model)
-    assert with_values(two, {"model.rows.1.heads": 6, "model.rows.7.heads": 1, "no.such": 1}).model.rows[1].heads == 6
+    values = {"model.rows.1.heads": 6, "model.rows.7.heads": 1, "no.such": 1}
+    assert with_values(two, values, missing="ignore").model.rows[1].heads == 6
+    with pytest.raises(KeyError, match="no.such"):
+        with_values(two, values)
 
 
 @pytest.mark.parametrize(("seeds", "variants", "pieces"), [
