@@ -306,7 +306,7 @@ def _whole(weights: Sequence[int | Fraction]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16)
 def _guaranteed(weights: tuple[int, ...], rows: tuple[int, ...], slots: int) -> tuple[int, ...]:
-    """Weights with which each of `rows` is expected at least once in so many slots; others keep their proportions."""
+    """Weights with which each of `rows` is expected at least once in this many slots; others keep their proportions."""
     # A row expected less than once is raised to exactly one slot. That leaves fewer slots to the others, which may
     # push another row below one, so it repeats until no row is raised.
     if slots < len(rows):
@@ -323,7 +323,7 @@ def _guaranteed(weights: tuple[int, ...], rows: tuple[int, ...], slots: int) -> 
 
 @lru_cache(maxsize=16)
 def _without(weights: tuple[int, ...], rows: tuple[int, ...], slots: int) -> tuple[int, ...]:
-    """What remains of these weights once each of `rows` has one of the slots."""
+    """What remains of these weights after each of `rows` has one of the slots."""
     total = sum(weights)
     left = [weight * slots - (total if index in rows else 0) for index, weight in enumerate(weights)]
     return _whole(left) if any(left) else weights

@@ -41,8 +41,8 @@ def systematic_sample(weights: Sequence[int], count: int, *key: int | str, toget
     """`count` items in random order; item i comes count * weights[i] / sum(weights) times, rounded up or down.
 
     On average every position holds item i with its share of the weights.
-    together: the first so many items stay neighbours, so at least one of them comes if they are expected once or more
-    in total.
+    together: the first `together` items stay neighbours, so at least one of them comes if in total they are expected
+    once or more.
     """
     # Systematic sampling: items lie end to end on a line in random order, each as long as its expected count, and
     # points at distance 1 from a random offset pick them. Lengths are multiplied by `total` to stay whole numbers.
@@ -72,7 +72,7 @@ class PathGroups:
         """The paths of each rank after `rounds` rounds; in a round each rank gets one group, all from one bucket.
 
         Buckets come as often as their weights say, and so do the groups within a bucket.
-        first: groups that stay neighbours in the sample, where there is one bucket.
+        first: groups that stay neighbours in the sample, if there is one bucket.
         """
         weights = [sum(self.weights[group] for group in bucket) for bucket in self.cost_buckets]
         drawn = systematic_sample(weights, rounds, "bands", *key)

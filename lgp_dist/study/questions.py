@@ -1,10 +1,11 @@
 """The questions of `lgp study`: each compares variants, and a variant sets values of a run's configuration."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lgp_dist.config.run_config import RunConfig
+from lgp_dist.errors import UserError, nearest
 from lgp_dist.recipes import RECIPES
 from lgp_dist.study.settings import changed_values, with_values
 
@@ -52,6 +53,17 @@ class Question:
         names = [variant.name for variant in self.variants]
         if self.reference not in names or len(set(names)) != len(names):
             raise ValueError(f"question {self.name} needs variants of different names, one of them {self.reference!r}")
+
+
+def with_variants(question: Question, names: Sequence[str]) -> Question:
+    """The question with its reference and these variants only, all if none is named; UserError for an unknown name."""
+    known = [variant.name for variant in question.variants]
+    for name in names:
+        if name not in known:
+            advice = nearest(name, known, f"choose from {', '.join(known)}")
+            raise UserError(f"--variants names {name!r}, which study {question.name} does not have: {advice}.")
+    kept = [each for each in question.variants if not names or each.name in (question.reference, *names)]
+    return replace(question, variants=tuple(kept))
 
 
 def rate(factor: float) -> Values:

@@ -242,7 +242,7 @@ def test_an_export_that_differs_leaves_nothing(tmp_path: File) -> None:
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "kept").write_text("before")
     settings = ExportConfig(images=4, formats=())
-    with pytest.raises(UserError, match=r"model.safetensors of r0.0-3 differs from its path by .*e-0\d, above 0"):
+    with pytest.raises(UserError, match=r"model.safetensors of r0.0-3 differs from its path by .*e-0\d, more than 0"):
         replace_folder(
             tmp_path / "export", lambda folder: write_folder(folder, exported, settings, batches, other.forward)
         )
