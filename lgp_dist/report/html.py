@@ -24,7 +24,7 @@ model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 
 
 @dataclass(frozen=True)
-class Report:
+class RunReport:
     """What the report shows. A section whose data is missing says so or is left out."""
 
     title: str
@@ -46,7 +46,7 @@ class Report:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
-def render_report(report: Report) -> str:
+def render_report(report: RunReport) -> str:
     """The whole report as HTML. All data is escaped except the figures, which must be our own."""
     sections = [
         ("headline", "Headline", _headline(report.rows, report.before)),
@@ -132,7 +132,7 @@ def _changes(rows: Sequence[PathRow], before: Sequence[PathRow]) -> dict[str, fl
     return {row["key"]: row["top1"] - old[row["key"]] for row in rows if row["key"] in old}
 
 
-def _paths(report: Report) -> str:
+def _paths(report: RunReport) -> str:
     """The table of all paths, cheapest first, with the Pareto front tinted."""
     rows = report.rows
     if not rows:

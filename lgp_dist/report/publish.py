@@ -7,7 +7,7 @@ from typing import Any
 
 from lgp_dist.files import write_atomic
 from lgp_dist.report.curves import curves_of
-from lgp_dist.report.html import Report, render_report
+from lgp_dist.report.html import RunReport, render_report
 from lgp_dist.report.plots import figure_svg, report_figures, save_figure
 from lgp_dist.report.tables import paths_table, write_paths_csv, write_paths_json
 from lgp_dist.run.artifacts import Artifact
@@ -41,7 +41,7 @@ def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence
     figures = report_figures(rows, curves, title=f"Pool {recipe}: {len(rows)} paths", before=before)
     if "pareto" in figures:
         save_figure(figures["pareto"], root / "pareto")
-    report = Report(
+    report = RunReport(
         title=f"lgp_dist: {recipe}",
         rows=rows,
         before=before,

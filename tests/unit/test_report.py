@@ -12,7 +12,7 @@ import pytest
 
 from lgp_dist.errors import UserError
 from lgp_dist.report.curves import Curves, curves_of
-from lgp_dist.report.html import Report, render_report
+from lgp_dist.report.html import RunReport, render_report
 from lgp_dist.report.plots import figure_svg, loss_figure, pareto_figure, report_figures, save_figure
 from lgp_dist.report.rows import FIELDS, kind_label, kind_of, kinds, pareto_front
 from lgp_dist.report.tables import paths_table, write_paths_csv, write_paths_json
@@ -49,7 +49,7 @@ def metrics():
 
 
 def page(rows, metrics=(), title="A run", **more):
-    return render_report(Report(title, rows, curves=curves_of(metrics), **more))
+    return render_report(RunReport(title, rows, curves=curves_of(metrics), **more))
 
 
 class Balance(HTMLParser):
