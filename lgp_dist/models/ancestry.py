@@ -21,14 +21,14 @@ class Ancestry(nn.Module):
     """A pretrained model that is never trained: always in eval mode, without gradients."""
 
     def __init__(self, vit: nn.Module):
-        """vit: a plain ViT; any classifier of images where only its logits are asked for."""
+        """vit: a plain ViT, or any image classifier if only its logits are used."""
         super().__init__()
         self.vit = vit.requires_grad_(False)
-        self.own: dict[str, Any] | None = None
+        self.autocast: dict[str, Any] | None = None
         self.train(False)
 
     def train(self, mode: bool = True) -> "Ancestry":
-        """Stays in eval mode, whatever its surroundings do."""
+        """Stays in eval mode, whatever the mode."""
         return super().train(False)
 
     @property
@@ -37,14 +37,14 @@ class Ancestry(nn.Module):
         return len(self.vit.blocks)
 
     def prepare(self, precision: Precision, backend: str = "") -> "Ancestry":
-        """Forwards in this precision from now on, whatever surrounds them: the same bits as under autocast of it, if
-        not compiled, for less.
+        """Makes forwards compute in this precision, whatever autocast surrounds them.
 
-        Weights that autocast would cast in every forward are cast once. backend: torch.compile's, for every block of a
-        plain ViT; empty for none. On a GPU inductor makes the whole model a CUDA graph too, for logits alone.
+        The weights that autocast would cast in every forward are cast once. Results have the same bits as under
+        autocast, unless blocks are compiled. backend: of torch.compile, for every block of a plain ViT; empty for none.
+        On a GPU, inductor also makes the model a CUDA graph, which serves forwards for logits alone.
         """
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        self.own = {"dtype": dtype, "enabled": dtype is not None, "cache_enabled": False}
+        self.autocast = {"dtype": dtype, "enabled": dtype is not None, "cache_enabled": False}
         if dtype:
             for module in self.vit.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -58,19 +58,20 @@ class Ancestry(nn.Module):
     def forward(
         self, images: Tensor, blocks: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
-        """Logits [B, classes], and block and attention outputs [B, N, D] at the named blocks (from 0).
+        """Logits [B, classes], and block and attention outputs [B, N, D] of the named blocks (from 0).
 
-        Where no autocast surrounds it they are float32, whatever they were computed in.
+        They are float32 if no autocast surrounds the call.
         """
         kind = images.device.type
-        with torch.autocast(kind, **self.own) if self.own else nullcontext():
+        with torch.autocast(kind, **self.autocast) if self.autocast else nullcontext():
             if blocks:
                 with torch.no_grad():
                     logits, *taps = forward_with_taps(self.vit, images, blocks)
             else:
                 with torch.inference_mode():
                     logits, taps = self.vit(images), ({}, {})
-                logits = logits.clone()  # a tensor that backward may keep, not the graph's memory
+                # The next replay overwrites a CUDA graph's outputs, and autograd cannot save inference tensors.
+                logits = logits.clone()
         if not torch.is_autocast_enabled(kind):
             logits, *taps = logits.float(), *({at: tokens.float() for at, tokens in part.items()} for part in taps)
         return logits, *taps
@@ -81,8 +82,8 @@ def timm_model(
 ) -> nn.Module:
     """timm's model of that name for the run's input, with random weights.
 
-    key: of the settings that name it. plain: whether it must be a plain ViT; then a UserError is raised where timm has
-    no such ViT, or its patch size is another.
+    key: the setting's, for messages. plain: whether it must be a plain ViT. UserError where timm has no such model, or
+    it is not plain or its patch size differs.
     """
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
@@ -90,7 +91,7 @@ def timm_model(
     shape = {"in_chans": channels, "num_classes": num_classes}
     try:
         model = timm.create_model(name, img_size=image_size, **shape)
-    except TypeError:  # it takes images of any size
+    except TypeError:  # a model for images of any size
         model = None if plain else timm.create_model(name, **shape)
     if plain and not (is_plain(model) and model.patch_embed.patch_size == (patch_size, patch_size)):
         raise UserError(
@@ -101,9 +102,9 @@ def timm_model(
 
 
 def hub_weights(model: nn.Module, key: str = "ancestry") -> Path:
-    """timm's pretrained weights of a model from the hub, as a local safetensors file; no other format is read.
+    """Path of timm's pretrained weights of a model, fetched from the hub: a safetensors file, never a pickle.
 
-    key: of the settings that name it. Raises UserError where timm has none or the hub cannot be reached.
+    key: the setting's, for messages. UserError where timm has none or the hub cannot be reached.
     """
     name = model.pretrained_cfg.get("architecture", "the model")
     source = model.pretrained_cfg.get("hf_hub_id")
@@ -120,7 +121,7 @@ def hub_weights(model: nn.Module, key: str = "ancestry") -> Path:
 def check_normalisation(
     model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], what: str = "ancestry"
 ) -> None:
-    """UserError where pretrained weights expect images normalised otherwise than the run does."""
+    """UserError where pretrained weights expect images of another mean or std than the run's."""
     wanted = (tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"]))
     if wanted != (tuple(mean), tuple(std)):
         raise UserError(
@@ -130,7 +131,10 @@ def check_normalisation(
 
 
 def is_plain(vit: object) -> bool:
-    """Whether blocks can be tapped and tokens compared: timm's ViT and blocks, one class token, no registers."""
+    """Whether it is timm's plain ViT with timm's blocks, one class token and no registers.
+
+    Only the blocks of such a model can be read, and only its tokens can be compared with a row's.
+    """
     return (
         type(vit) is VisionTransformer
         and all(type(block) is Block for block in vit.blocks)
@@ -146,7 +150,10 @@ def load_weights(
     what: str = "ancestry",
     settings: str = "ancestry.model, width, depth, heads and data.num_classes",
 ) -> None:
-    """Loads tensors strictly; UserError naming the first that does not fit, and the settings that decide."""
+    """Loads tensors strictly; UserError with the first that does not fit and the settings that decide.
+
+    source, what, settings: for the message.
+    """
     wanted = module.state_dict()
     for name in sorted(wanted.keys() | state.keys()):
         ours = tuple(wanted[name].shape) if name in wanted else "no such tensor"

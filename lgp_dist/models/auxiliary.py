@@ -1,4 +1,4 @@
-"""The smaller ViTs that are distilled from the ancestry, each with its transformations."""
+"""Auxiliary models: the smaller ViTs that are distilled from the ancestry, each with its transformations."""
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from lgp_dist.paths.stitched import PathSpace
 
 
 class AuxiliaryViT(nn.Module):
-    """Student and transformations in one module with one forward, since both are trained."""
+    """A student and its transformations: one module with one forward, since both are trained."""
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class AuxiliaryViT(nn.Module):
         number: int = 0,
         distilled: bool = True,
     ):
-        """number: of the row in its pool. distilled: whether it learns from the ancestry, or from labels alone."""
+        """number: the row's in its pool. distilled: whether the ancestry teaches it; otherwise labels alone do."""
         super().__init__()
         self.vit, self.bank = vit, bank
         self.levels, self.target_norm = levels, target_norm
@@ -43,14 +43,14 @@ class AuxiliaryViT(nn.Module):
 
 
 class AuxiliaryRows(nn.Module):
-    """Rows that are trained in one run, which shares the ancestry's forward pass."""
+    """Rows that are trained in one run and share the ancestry's forward."""
 
     def __init__(self, rows: list[AuxiliaryViT]):
         super().__init__()
         self.rows = nn.ModuleList(rows)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks that are not distilled compute their forward again in backward."""
+        """Whether blocks without a target recompute their activations in backward."""
         for row in self.rows:
             row.vit.set_grad_checkpointing(enable)
 
@@ -68,9 +68,9 @@ def build_rows(
     ancestry_depth: int = 0,
     ancestry_width: int = 0,
 ) -> list[AuxiliaryViT]:
-    """Auxiliary models of every row with random weights, narrow to wide.
+    """The auxiliary models of all rows with random weights, narrow to wide.
 
-    ancestry_*: of a plain ViT; rows with levels need them.
+    ancestry_*: depth and width of a plain ViT; rows with levels need them.
     """
     built = []
     for index, row in enumerate(rows):

@@ -20,10 +20,10 @@ from lgp_dist.paths.stitched import PathSpace
 
 
 class StitchedViT(nn.Module):
-    """A stitched path: stem and first blocks of one row, a stitch layer, blocks and head of the next."""
+    """A stitched path: stem and first blocks of one row, a stitch layer, last blocks and head of the next."""
 
     def __init__(self, space: PathSpace, heads: tuple[int, ...], path: Path):
-        """A descendant with random weights; heads: attention heads of each row."""
+        """With random weights. heads: attention heads of each row."""
         super().__init__()
         low, high = path.segments
         self.stem, low_blocks, _ = split_vit(row_vit(space, low.row, heads))
@@ -36,11 +36,11 @@ class StitchedViT(nn.Module):
         self.grad_checkpointing = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks compute their forward again in backward, as timm's models name it."""
+        """Whether blocks recompute their activations in backward, under timm's name."""
         self.grad_checkpointing = enable
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] images to [B, N, D] tokens, after the final norm if there is one, as timm's models name it."""
+        """[B, C, H, W] images to [B, N, D] tokens after the final norm, if there is one; under timm's name."""
         tokens = self._tokens(images)
         return self.head.norm(tokens) if self.has_norm else tokens
 
@@ -83,7 +83,7 @@ def descendant_state(pool: LearngenePool, path: Path) -> dict[str, Tensor]:
 
 
 def shape_of(model: VisionTransformer | StitchedViT) -> dict[str, Any]:
-    """What a plain-torch copy of the model needs to know beside its tensors; read from the model itself."""
+    """What `export/modeling_descendant.py` needs to build the model again, read from the model itself."""
     stitched = isinstance(model, StitchedViT)
     stem, head = (model.stem, model.head) if stitched else (model, model)
     rows = [model.low, model.high] if stitched else [model.blocks]
@@ -103,7 +103,7 @@ def shape_of(model: VisionTransformer | StitchedViT) -> dict[str, Any]:
 
 
 def vit_arguments(model: VisionTransformer) -> dict[str, Any]:
-    """Arguments of timm's plain ViT that build the model again."""
+    """Arguments with which timm builds the model again."""
     shape = shape_of(model)
     (row,) = shape["segments"]
     same = {
@@ -126,8 +126,8 @@ def exported_config(
 ) -> dict[str, Any]:
     """config.json of an exported model, in timm's local-dir layout with a full pretrained_cfg.
 
-    arguments: what builds it again, of timm's plain ViT or of `lgp_descendant`. about: goes under `lgp`.
-    classes: names of the labels, where they are known.
+    arguments: those with which timm's plain ViT or `lgp_descendant` builds it again. about: what is stored under `lgp`.
+    classes: names of the labels, if they are known.
     """
     shape, plain = shape_of(model), isinstance(model, VisionTransformer)
     size = (shape["channels"], shape["image_size"], shape["image_size"])
@@ -165,8 +165,8 @@ def timm_config(
 ) -> dict[str, Any]:
     """config.json of an exported path.
 
-    A row alone is a plain ViT: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it; a stitched path
-    needs `import lgp_dist.timm_models` before.
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it; a stitched path needs
+    `import lgp_dist.timm_models` first.
     """
     with torch.device("meta"):
         model = empty_descendant(space, heads, path)

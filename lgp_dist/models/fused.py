@@ -1,8 +1,8 @@
-"""A stitch and timm's block on the fused operations. Weights stay where timm has them, under timm's names.
+"""A stitch and timm's block on fused operations; weights stay in timm's modules, under timm's names.
 
-A stitch hands on its tokens with their standardised rows (mean 0, variance 1), and the block that it enters folds its
-own norm's gamma and beta into its own QKV projection: neither reads the other's parameters. Gradients pass from one to
-the other through the tokens alone, in one piece.
+A stitch layer and the norm of the block behind it are one operation, but two units of the pool, and under ZeRO-3 a unit
+cannot read another's parameters. The stitch therefore returns its tokens with their standardised rows (mean 0, variance
+1), and the block folds its norm's gamma and beta into its QKV projection. Only the tokens carry a gradient.
 """
 
 import torch
@@ -16,13 +16,13 @@ from lgp_dist.ops import dispatch
 
 
 def stitch(layer: nn.Linear, tokens: Tensor, eps: float, ops: Ops) -> tuple[Tensor, ...]:
-    """[B, N, narrow] to [B, N, wide], and without gradient its standardised rows, of the same shape, their means and
-    1 / std [B N]. eps: of the norms that blocks have."""
+    """[B, N, narrow] to tokens [B, N, wide] and, without gradient, their standardised rows of the same shape, and the
+    rows' means and 1 / std [B N]. eps: of the blocks' norms."""
     return dispatch.stitch_rows(tokens, layer.weight, layer.bias, eps, ops)
 
 
 def fused_block(block: Block, ops: Ops, tokens: Tensor, *rows: Tensor) -> Tensor:
-    """timm's `Block.forward` of [B, N, D]. rows: what `stitch` handed on beside the tokens, if it comes before."""
+    """timm's `Block.forward` of [B, N, D]. rows: what `stitch` returned next to the tokens, if it comes before."""
     if rows:
         tokens, standard = dispatch.entered(tokens, *rows)
         attention = attend(block.attn, F.linear(standard, *folded(block)))
@@ -34,17 +34,17 @@ def fused_block(block: Block, ops: Ops, tokens: Tensor, *rows: Tensor) -> Tensor
 
 
 def folded(block: Block) -> tuple[Tensor, Tensor]:
-    """QKV's weight [3 D, D] and bias [3 D] for rows to which norm1's gamma and beta have not been applied."""
+    """QKV's weight [3 D, D] and bias [3 D] for standardised rows z, from (z gamma + beta) W^T + b."""
     norm, qkv = block.norm1, block.attn.qkv
     with torch.autocast(qkv.weight.device.type, enabled=False):
         return qkv.weight * norm.weight, qkv.bias + (qkv.weight * norm.bias).sum(1)
 
 
 def attend(attention: Attention, qkv: Tensor) -> Tensor:
-    """What timm's `Attention.forward`, as `build_vit` sets it, does after its QKV projection: [B, N, 3 D] to [B, N, D].
+    """timm's `Attention.forward`, as `build_vit` sets it, after its QKV projection: [B, N, 3 D] to [B, N, D].
 
-    Written out, since timm's takes no other weights, and swapping them in for a call changes a module's order of
-    parameters on one rank alone.
+    timm's takes no other weights, and swapping them in for a call would change the order of a module's parameters on
+    one rank alone.
     """
     query, key, value = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=attention.num_heads)
     mixed = F.scaled_dot_product_attention(query, key, value)

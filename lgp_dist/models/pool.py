@@ -1,8 +1,9 @@
 """The learngene pool: rows of instances, joined by stitch layers.
 
-Units stand in one order for every path: stem, blocks of the narrow row, stitches, blocks of the next row, ..., head.
-Each is called once in every forward, and one that is not on the path passes the tokens through. The pool never draws
-a path and never remembers one.
+A forward calls all units in one order, whatever the path: stem, blocks of the narrow row, stitch layers, blocks of the
+next row, ..., head. A unit that is not on the path returns its tokens unchanged. So ranks on different paths run the
+same sequence of modules, which ZeRO-3 and DistributedDataParallel need. The path is an argument; the pool never draws
+one and keeps none.
 """
 
 from collections.abc import Callable
@@ -21,16 +22,16 @@ from lgp_dist.ops.dispatch import resolved
 from lgp_dist.paths.path import Path, Space
 
 Tokens = Tensor | tuple[Tensor, ...]
-"""[B, N, D]; after a fused stitch, with what else it computed of them, until a block takes it all."""
+"""[B, N, D]; after a fused stitch a tuple with what `fused.stitch` returns next to them, until a block takes it."""
 
 
 def recomputed(function: Callable[..., Tokens], *arguments: Tensor | nn.Module) -> Tokens:
-    """The function's result; in backward it is computed again in place of having kept what it computed on the way."""
+    """The function's result, whose activations are computed again in backward."""
     return checkpoint(function, *arguments, use_reentrant=False) if torch.is_grad_enabled() else function(*arguments)
 
 
 class StemUnit(nn.Module):
-    """Patch, class and position embedding of every row; the path's first row embeds."""
+    """Patch, class and position embeddings of all rows; those of the path's first row are used."""
 
     def __init__(self, stems: list[VisionTransformer]):
         super().__init__()
@@ -54,7 +55,7 @@ class BlockUnit(nn.Module):
         return path.has_block(self.row, self.index)
 
     def forward(self, tokens: Tensor, path: Path, *rows: Tensor) -> Tokens:
-        """[B, N, D] to the same shape; all unchanged where the path does not run this block."""
+        """[B, N, D] to the same shape; unchanged if the path does not run this block."""
         if not self.runs(path):
             return (tokens, *rows) if rows else tokens
         return recomputed(self.block, tokens, *rows) if self.checkpointed else self.block(tokens, *rows)
@@ -69,11 +70,11 @@ class StitchUnit(nn.Module):
         self.fused: Callable[[Tensor], Tokens] | None = None
 
     def runs(self, path: Path) -> bool:
-        """Whether the path crosses here."""
+        """Whether the path uses this layer."""
         return path.stitch == self.index
 
     def forward(self, tokens: Tensor, path: Path, *rows: Tensor) -> Tokens:
-        """[B, N, narrow] to [B, N, wide]; all unchanged where the path does not cross here."""
+        """[B, N, narrow] to [B, N, wide]; unchanged if the path does not use this layer."""
         if not self.runs(path):
             return (tokens, *rows) if rows else tokens
         function = self.fused or self.layer
@@ -81,7 +82,7 @@ class StitchUnit(nn.Module):
 
 
 class HeadUnit(nn.Module):
-    """Final norm and classifier of every row; the path's last row classifies."""
+    """Final norms and classifiers of all rows; those of the path's last row are used."""
 
     def __init__(self, space: Space, heads: list[VisionTransformer]):
         super().__init__()
@@ -96,7 +97,7 @@ class LearngenePool(nn.Module):
     """Rows, stitch layers and the order in which a forward calls them."""
 
     def __init__(self, space: Space, rows: list[VisionTransformer]):
-        """rows: timm ViTs from narrow to wide; they are used up, and the pool owns their tensors."""
+        """rows: timm ViTs from narrow to wide; the pool takes their tensors, and they cannot be used afterwards."""
         super().__init__()
         self.space = space
         self.stem, self.units = StemUnit([]), nn.ModuleDict()
@@ -113,12 +114,12 @@ class LearngenePool(nn.Module):
         self.head = HeadUnit(space, heads)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether every unit but the head computes its forward again in backward, as timm's models name it."""
+        """Whether every unit but the head recomputes its activations in backward, under timm's name."""
         for unit in (self.stem, *self.units.values()):
             unit.checkpointed = enable
 
     def set_ops(self, ops: Ops) -> None:
-        """How stitches and blocks are computed; `reference` is how they begin: stitch layers and timm's blocks."""
+        """Chooses how stitch layers and blocks are computed; a new pool has `reference`, timm's own forwards."""
         ops = resolved(ops, next(self.parameters()).device)
         for unit in self.units.values():
             if isinstance(unit, StitchUnit):
@@ -179,7 +180,7 @@ class LearngenePool(nn.Module):
         return (logits, tokens) if features else logits
 
     def row_state(self, row: int) -> dict[str, Tensor]:
-        """The state dict of one row under timm's names, as a stock VisionTransformer loads it strictly."""
+        """The state dict of one row, as a stock VisionTransformer loads it strictly."""
         state = dict(self.stem.rows[row].state_dict())
         for index in range(self.space.depths[row]):
             block = self.units[f"row{row}_block{index}"].block.state_dict()
@@ -189,14 +190,19 @@ class LearngenePool(nn.Module):
 
 def row_vit(space: Space, row: int, heads: tuple[int, ...], drop_path: float = 0.0) -> VisionTransformer:
     """A timm ViT of one row's shape."""
+    return space_vit(space, space.widths[row], space.depths[row], heads[row], drop_path)
+
+
+def space_vit(space: Space, width: int, depth: int, heads: int, drop_path: float) -> VisionTransformer:
+    """A timm ViT for a space's input and classes."""
     return build_vit(
         image_size=space.image_size,
         patch_size=space.patch_size,
         channels=space.channels,
         num_classes=space.num_classes,
-        width=space.widths[row],
-        depth=space.depths[row],
-        heads=heads[row],
+        width=width,
+        depth=depth,
+        heads=heads,
         drop_path=drop_path,
         class_token=space.class_token,
     )

@@ -1,4 +1,4 @@
-"""What rows that are not distilled begin with: pretrained anchors, or the ancestry's last blocks."""
+"""Initial weights of rows: pretrained anchors, the ancestry's last blocks, or a selection of its weights."""
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -11,9 +11,9 @@ TAIL = 3
 
 
 def check_row(vit: VisionTransformer, stock: VisionTransformer, name: str, key: str) -> None:
-    """UserError where timm's model is no row of this shape; its weights would load with other heads, unseen.
+    """UserError where timm's model differs from a row in width, heads or blocks.
 
-    vit: the row. name: timm's, of `stock`. key: of the row's settings.
+    Weights would load in spite of other heads. vit: the row. name: timm's for `stock`. key: the row's, for messages.
     """
     ours, theirs = _shape(vit), _shape(stock)
     if ours != theirs:

@@ -1,4 +1,4 @@
-"""How well stitch layers carry tokens from row to row: R^2 on images that they were not started from."""
+"""How well stitch layers map tokens from row to row: R^2 on images that their initialisation has not seen."""
 
 from collections.abc import Iterable
 
@@ -11,11 +11,11 @@ from lgp_dist.models.vit import embed
 
 @torch.no_grad()
 def stitch_fits(pool: LearngenePool, images: Iterable[Tensor]) -> dict[str, float]:
-    """R^2 of every stitched path by its key: its stitch's output against what the wide row alone feeds the same block.
+    """R^2 of every stitched path by its key: the stitch layer's output against the wide row's own input to that block.
 
-    1 - squared error / squared distance of the wide row's tokens from their mean token, over all images and tokens: 1
-    is perfect, 0 no better than a constant. pool: in eval mode, with the operations of `reference`.
-    images: [B, C, H, W].
+    R^2 = 1 - squared error / squared distance of the wide row's tokens from their mean token, over all images and
+    tokens: 1 is perfect, 0 no better than a constant. pool: in eval mode, with the operations of `reference`. images:
+    [B, C, H, W].
     """
     stitched = [path for path in pool.space.paths if path.stitch is not None]
     if not stitched:
@@ -43,7 +43,7 @@ def stitch_fits(pool: LearngenePool, images: Iterable[Tensor]) -> dict[str, floa
 
 
 def _entries(pool: LearngenePool, row: int, images: Tensor) -> list[Tensor]:
-    """Of a row alone, what each block is fed and, last, what its last block gives: [B, N, D] each."""
+    """The inputs of each block of a row alone and, last, the output of its last block: [B, N, D] each."""
     tokens = [embed(pool.stem.rows[row], images)]
     for index in range(pool.space.depth):
         tokens.append(pool.units[f"row{row}_block{index}"].block(tokens[-1]))

@@ -1,4 +1,4 @@
-"""Starts of all stitch layers of a pool, from what distillation learned or from the rows' own features."""
+"""Initial weights of a pool's stitch layers, from the transformations of distillation or the rows' own features."""
 
 from collections.abc import Iterable
 
@@ -20,14 +20,14 @@ Starts = dict[int, Affine]
 
 
 def nearest_level(levels: tuple[Level, ...], block: float) -> int:
-    """Index of the level whose auxiliary block is nearest; the earlier one of two."""
+    """Index of the level whose auxiliary block is nearest; ties go to the earlier one."""
     return min(range(len(levels)), key=lambda index: (abs(levels[index].auxiliary - block), index))
 
 
 def transformation_starts(
     init: StitchInit, space: PathSpace, rows: list[AuxiliaryViT], means: dict[int, Tensor]
 ) -> Starts:
-    """Starts from W or V of the narrow row (METHOD, section 4).
+    """Initial weights from W or V of the narrow row (docs/method.md, "Stitch layers start from").
 
     means: the ancestry's mean token [D] by block, for `transformation_pinv`.
     UserError where the narrow row learned no transformation to the wide row's width.
@@ -73,9 +73,10 @@ def ancestry_means(ancestry: Ancestry, levels: Iterable[Level], images: Iterable
 
 @torch.no_grad()
 def least_squares_starts(space: PathSpace, rows: list[AuxiliaryViT], images: Iterable[Tensor], ridge: float) -> Starts:
-    """Ridge least squares for every (j, k), from the narrow row's block j to what the wide row's block k is fed.
+    """Ridge regression for every (j, k), from the output of the narrow row's block j to the input of the wide row's k.
 
-    Solutions of pairs that share a layer are averaged. Rows must be in eval mode. images: [B, C, H, W] each.
+    Solutions of pairs that share a layer are averaged, since no single one is exact for all of them. Rows must be in
+    eval mode. images: [B, C, H, W] each.
     """
     stitched = [path for path in space.paths if path.stitch is not None]
     problems = {path: LeastSquares(*space.stitch_widths[path.stitch]) for path in stitched}
@@ -92,7 +93,7 @@ def least_squares_starts(space: PathSpace, rows: list[AuxiliaryViT], images: Ite
 
 
 def _shifted(outputs: dict[int, Tensor]) -> dict[int, Tensor]:
-    """What each block after the first is fed: the output of the one before."""
+    """The inputs of all blocks but the first: the output of the block before."""
     return {block + 1: output for block, output in outputs.items()}
 
 

@@ -1,8 +1,8 @@
 """Stage-wise weight sharing (SWS, arXiv 2404.16897): an auxiliary net whose stages share weights, and its expansion.
 
-The auxiliary net holds one block for each stage, its learngene layer, and runs it as often as the stage has layers.
-A model of any depth copies learngene layers whole, in the order of their stages (`depths.layers_per_stage`), and all
-that stands around the blocks; then it owns its weights.
+The auxiliary net has one block for each stage, its learngene layer, and runs it once for each of the stage's layers. A
+model of any depth copies learngene layers in the order of their stages (`depths.layers_per_stage`), and everything
+around the blocks; from then on it owns its weights.
 """
 
 import torch
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from lgp_dist.config.run_config import DistilConfig, RowConfig
 from lgp_dist.errors import UserError
 from lgp_dist.models.auxiliary import AuxiliaryRows, AuxiliaryViT
-from lgp_dist.models.pool import LearngenePool, row_vit
+from lgp_dist.models.pool import LearngenePool, row_vit, space_vit
 from lgp_dist.models.transformation import TransformationBank
-from lgp_dist.models.vit import build_vit
 from lgp_dist.paths.depths import DepthSpace, layer_sources
 
 
@@ -28,27 +27,17 @@ class Stage(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] to the same shape."""
         for _ in range(self.layers):
-            torch.clear_autocast_cache()  # each layer casts the weights for itself: their gradients add up in fp32
+            torch.clear_autocast_cache()  # each layer casts the weights itself, so that gradients add up in fp32
             tokens = self.block(tokens)
         return tokens
 
 
 def stage_vit(space: DepthSpace, heads: int, drop_path: float = 0.0) -> VisionTransformer:
-    """The auxiliary net with random weights: a plain ViT without class token whose blocks are stages.
+    """The auxiliary net with random weights: a plain ViT without class token, whose blocks are stages.
 
-    drop_path: largest stochastic-depth rate; it grows from stage to stage and is the same for all layers of one.
+    drop_path: largest stochastic-depth rate; it grows from stage to stage, and is equal for the layers of a stage.
     """
-    vit = build_vit(
-        image_size=space.image_size,
-        patch_size=space.patch_size,
-        channels=space.channels,
-        num_classes=space.num_classes,
-        width=space.width,
-        depth=len(space.stages),
-        heads=heads,
-        drop_path=drop_path,
-        class_token=space.class_token,
-    )
+    vit = space_vit(space, space.width, len(space.stages), heads, drop_path)
     vit.blocks = nn.Sequential(*(Stage(*pair) for pair in zip(vit.blocks, space.stages, strict=True)))
     return vit
 
@@ -64,15 +53,15 @@ def auxiliary_net(space: DepthSpace, row: RowConfig, distil: DistilConfig) -> Au
 def expand(space: DepthSpace, auxiliary: VisionTransformer, heads: tuple[int, ...]) -> LearngenePool:
     """A pool of models of all depths with copies of the auxiliary net's weights.
 
-    heads: of each model. UserError where they are not the auxiliary net's: the copied qkv weights would load all the
-    same, and be cut into other heads.
+    heads: of each model. UserError where they differ from the auxiliary net's: copied qkv weights would load anyway,
+    and be split into other heads.
     """
     learnt = auxiliary.blocks[0].block.attn.num_heads
     for path, count in zip(space.paths, heads, strict=True):
         if count != learnt:
             raise UserError(
                 f"{path.key} has {count} attention heads, but the auxiliary net learnt its layers with {learnt}, and "
-                f"copied weights would be cut into other heads: set model.rows.0.heads to {learnt}."
+                f"copied weights would be split into other heads: set model.rows.0.heads to {learnt}."
             )
     rows = []
     for path in space.paths:

@@ -1,4 +1,4 @@
-"""Learnable linear maps between the ancestry's width and an auxiliary model's, and the levels they live at."""
+"""Transformations: trained linear maps between the ancestry's width and an auxiliary model's, for each level."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from lgp_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Level:
-    """A pair of blocks (from 0) whose outputs are matched."""
+    """A pair of blocks, counted from 0, whose outputs are matched."""
 
     ancestry: int
     auxiliary: int
@@ -21,7 +21,8 @@ class Level:
 def levels_of(policy: Levels, ancestry_depth: int, auxiliary_depth: int) -> tuple[Level, ...]:
     """The levels of a policy: none, the last block, or the last block of each third (`dense`).
 
-    With 12 and 6 blocks, dense gives blocks 4, 8, 12 of the ancestry and 2, 4, 6 of the auxiliary model (from 1).
+    With 12 and 6 blocks, dense pairs blocks 4, 8 and 12 of the ancestry with 2, 4 and 6 of the auxiliary model, counted
+    from 1. UserError where there are too few blocks.
     """
     count = {"none": 0, "last": 1, "dense": 3}[policy]
     if min(ancestry_depth, auxiliary_depth) < count:
@@ -36,15 +37,15 @@ def levels_of(policy: Levels, ancestry_depth: int, auxiliary_depth: int) -> tupl
 
 
 def normalised(tokens: Tensor, norm: str) -> Tensor:
-    """[B, N, D] tokens, each with mean 0 and variance 1 (`layer`), or as they are (`none`)."""
+    """[B, N, D] tokens, each normalised to mean 0 and variance 1 (`layer`), or unchanged (`none`)."""
     return F.layer_norm(tokens, tokens.shape[-1:]) if norm == "layer" else tokens
 
 
 class TransformationBank(nn.Module):
-    """For each level: W and M from the ancestry's width to the auxiliary's, V back; the identity where widths match.
+    """For each level: W and M from the ancestry's width to the auxiliary's, and V back; identities if widths are equal.
 
-    Row convention: `tokens @ W + b`. W and M are the paper's equations 4 and 5; V is trained beside them, because the
-    stitch needs the map from narrow to wide and W's transpose is that only for orthonormal columns.
+    Row convention: `tokens @ W + b`. W and M are those of the paper's equations 4 and 5. V is trained for the stitch
+    layer, which maps from narrow to wide: W's transpose does so only if W has orthonormal columns.
     """
 
     def __init__(self, ancestry_width: int, auxiliary_width: int, levels: int, *, inverse: bool):
@@ -64,16 +65,17 @@ class TransformationBank(nn.Module):
 
 
 Taps = tuple[dict[int, Tensor], dict[int, Tensor]]
-"""Block outputs and attention outputs [B, N, D] by block index."""
+"""Block outputs and attention outputs, [B, N, D] by block index."""
 
 
 def forward_pairs(
     bank: TransformationBank, levels: tuple[Level, ...], target_norm: str, ancestry: Taps, auxiliary: Taps
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """(target, prediction) pairs per level, each [B, N, D], to be compared by mean squared error.
+    """(target, prediction) pairs of each level, [B, N, D] each, to be compared by mean squared error.
 
-    block: normalised(B_anc W) against B_aux; attention: normalised(A_anc M) against A_aux; inverse:
-    normalised(B_anc) against B_aux V. Normalising after the map keeps W and M from shrinking the target to nothing.
+    block (equation 4): LN(B_anc W) and B_aux. attention (equation 5): LN(A_anc M) and A_aux. inverse: LN(B_anc) and
+    B_aux V. Without LN, W and M could shrink the loss to zero by shrinking the target; target_norm `none` leaves it
+    out, as the paper's formulas do.
     """
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"block": [], "attention": [], "inverse": []}
     for index, level in enumerate(levels):

@@ -27,7 +27,7 @@ def build_vit(
 ) -> VisionTransformer:
     """A plain ViT with MLP ratio 4 and qkv bias: timm's class with DeiT's settings.
 
-    class_token: without it, the mean of all tokens is normed and classified.
+    class_token: without it, the mean of all tokens is normalised and classified.
     """
     vit = VisionTransformer(
         img_size=image_size,
@@ -45,8 +45,11 @@ def build_vit(
 
 
 class PatchProduct(nn.Conv2d):
-    """A patch embedding's convolution, [B, C, H, W] to [B, D, H / p, W / p]: in bf16 and fp16 as one product of all
-    patches. Its output is channels-last, of which timm's PatchEmbed makes tokens without a copy."""
+    """A patch embedding's convolution, [B, C, H, W] to [B, D, H / p, W / p].
+
+    In bf16 and fp16 it is one product of all patches. The output is then channels-last, which timm's PatchEmbed turns
+    into tokens without a copy.
+    """
 
     def forward(self, images: Tensor) -> Tensor:
         """H and W must be multiples of p, which timm's PatchEmbed sees to."""
@@ -57,7 +60,7 @@ class PatchProduct(nn.Conv2d):
 
 
 def with_patch_product(vit: VisionTransformer) -> VisionTransformer:
-    """Puts a `PatchProduct` in the place of a ViT's patch projection, around the same tensors."""
+    """Replaces a ViT's patch projection by a `PatchProduct` of the same tensors."""
     old = vit.patch_embed.proj
     new = skip_init(
         PatchProduct, old.in_channels, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None
@@ -68,10 +71,10 @@ def with_patch_product(vit: VisionTransformer) -> VisionTransformer:
 
 
 def split_vit(vit: VisionTransformer) -> tuple[VisionTransformer, list[Block], VisionTransformer]:
-    """Takes a ViT apart into stem, blocks and head; the three share its tensors and use it up.
+    """Takes a ViT apart into stem, blocks and head, which own its tensors; the ViT cannot be used afterwards.
 
-    Stem and head are timm's ViTs without the other's modules, so that embedding and pooling stay timm's code, and the
-    names in their state dicts stay timm's names.
+    Stem and head are timm's ViTs without each other's modules, so that embedding and pooling stay timm's code, and
+    names in state dicts stay timm's.
     """
     blocks = list(vit.blocks)
     stem, head = vit, build_vit_like(vit)

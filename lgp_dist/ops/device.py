@@ -1,4 +1,4 @@
-"""Where a kernel runs: on which device and dtypes, in Triton's interpreter, or not at all."""
+"""Where kernels run: on which devices and dtypes, in Triton's interpreter, or not at all."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -15,9 +15,9 @@ else:
 
 HALF = (torch.bfloat16, torch.float16)
 TILE = 64
-"""Rows and most columns of a GEMM's tile."""
+"""Rows of a GEMM's tile, and the most columns."""
 PROGRAMS = 264
-"""Of a backward kernel: fixed, so that the order of its sums does not depend on the card."""
+"""Programs of a backward kernel: a fixed number, so that the order of its sums does not depend on the card."""
 
 
 def interpreted() -> bool:
@@ -31,7 +31,7 @@ def _capable(index: int) -> bool:
 
 
 def runs(rows: Tensor) -> bool:
-    """Whether kernels take these rows: bf16 or fp16 on an NVIDIA GPU from Ampere on; interpreted, float32 too."""
+    """Whether kernels run on these rows: bf16 or fp16 on an NVIDIA GPU from Ampere on; interpreted, also float32."""
     if kernels is None:
         return False
     if interpreted():
@@ -45,12 +45,12 @@ def power(number: int) -> int:
 
 
 def tiles(narrow: int, wide: int) -> tuple[int, int] | None:
-    """Columns of a tile of W and of a chunk of X for these widths; None where the kernel does not take them."""
+    """Columns of a tile of W and of a chunk of X for these widths; None where the kernel does not support them."""
     chunk, columns = power(narrow) if narrow == 3 * power(narrow) else narrow, min(TILE, power(wide))
     fits = narrow in (chunk, 3 * chunk) and chunk == power(chunk) and 16 <= chunk <= 128 and columns >= 16
     return (columns, chunk) if fits else None
 
 
 def launch(kernel: Any, programs: int) -> Any:
-    """The kernel on so many programs, seen by torch.compile; torch before 2.13 wraps no interpreted kernel."""
+    """The kernel with a grid of `programs`, visible to torch.compile; torch before 2.13 wraps no interpreted kernel."""
     return (kernel if interpreted() else wrap_triton(kernel))[(programs,)]

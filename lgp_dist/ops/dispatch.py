@@ -1,4 +1,4 @@
-"""Which way a fused operation is computed, by argument; autocast; tokens of any leading shape."""
+"""The fused operations on tokens of any leading shape, under autocast; an argument chooses how they are computed."""
 
 from collections.abc import Callable
 from functools import cache
@@ -14,11 +14,11 @@ from lgp_dist.ops.norm_residual import norm_residual as fused_norm_residual
 from lgp_dist.ops.stitch_norm import stitch_norm as fused_stitch_norm
 
 FASTER: frozenset[str] = frozenset()
-"""Cards, by the name that torch gives them, on which benchmarks/ shows every fused operation ahead of torch.compile."""
+"""Names of GPUs, as torch has them, on which benchmarks/ shows every fused operation faster than torch.compile."""
 
 
 def resolved(mode: Ops, device: torch.device) -> Ops:
-    """What `auto` means on a device; other modes are themselves."""
+    """The mode on a device: `auto` becomes fused or reference; other modes stay."""
     if mode != "auto":
         return mode
     return "fused" if device.type == "cuda" and torch.cuda.get_device_name(device) in FASTER else "reference"
@@ -36,16 +36,16 @@ def stitch_norm(
 
 def _fused_stitch(x: Tensor, weight: Tensor, bias: Tensor, *norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = autocast_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):  # nothing inside may be cast again
+    with torch.autocast(x.device.type, enabled=False):  # everything inside is cast already
         rows = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
         y, z, mean, rstd = fused_stitch_norm(rows, weight.to(dtype).contiguous(), bias, *norm)
     return y.view(*x.shape[:-1], -1), z.view(*x.shape[:-1], -1), mean, rstd
 
 
 def stitch_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mode: Ops = "auto") -> tuple[Tensor, ...]:
-    """y [..., N] of `stitch_norm`, and without gradient its rows standardised [..., N], their means and 1 / std [M].
+    """y [..., N] of `stitch_norm` and, without gradient, its standardised rows [..., N], their means and 1 / std [M].
 
-    What y is used for as rows takes them from `entered`, perhaps in another module.
+    A user of the rows, perhaps in another module, gets them with their gradient from `entered`.
     """
     mode = resolved(mode, x.device)
     if mode != "fused":
@@ -55,18 +55,22 @@ def stitch_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mode: Ops =
 
 
 class Entered(torch.autograd.Function):
-    """The identity on y and its standardised rows, which computes the gradient of both as one."""
+    """The identity on y and its standardised rows, whose backward returns one gradient for both.
+
+    The rows z were computed from y elsewhere and without gradient. Their gradient belongs to y: it passes through the
+    norm's backward here and is added to y's own.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-        """y and z: [..., N], passed through. mean, rstd: [M]."""
+        """Returns y and z [..., N]. mean, rstd: [M]."""
         ctx.save_for_backward(y, mean, rstd)
         ctx.set_materialize_grads(False)
         return y.view_as(y), z.view_as(z)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        """The gradient of y, in one pass."""
+        """The gradient of y from those of y and z, in one pass."""
         y, mean, rstd = ctx.saved_tensors
         if dz is None:
             return dy, None, None, None
@@ -75,7 +79,7 @@ class Entered(torch.autograd.Function):
 
 
 def entered(y: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """y and its standardised rows z [..., N], both with gradient, of what `stitch_rows` gave."""
+    """y and its standardised rows z [..., N], both with gradient, from the results of `stitch_rows`."""
     return Entered.apply(y, z, mean, rstd)
 
 
@@ -93,7 +97,7 @@ def norm_residual(
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What a product of x is computed in: autocast's dtype where one surrounds it, else its own."""
+    """The dtype in which a product of x is computed: autocast's if it is on, else x's own."""
     kind = x.device.type
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
     return torch.get_autocast_dtype(kind) if cast else x.dtype

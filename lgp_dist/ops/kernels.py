@@ -1,7 +1,7 @@
-"""Triton kernels of `stitch_norm` and `norm_residual`. Rows are tokens; statistics are float32, of the rounded rows.
+"""Triton kernels of `stitch_norm` and `norm_residual`. Rows are tokens; statistics are float32, of rounded rows.
 
 Shapes: X [M, K], W [N, K], B, G, BETA [N], Y, Z, DY, DZ, DT [M, N], MEAN, RSTD [M], SUMS [3, P, N]; all contiguous.
-DeiT's widths are 3 * 2^k and tiles are 2^k, so a GEMM's row of X is one or three chunks and the columns are a loop.
+DeiT's widths are 3 * 2^k and tiles are 2^k, so a row of X is one or three chunks, and the columns of W are a loop.
 """
 
 import os
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-"""Whether kernels run on the CPU in Triton's interpreter, which is decided before this module is imported."""
+"""Whether kernels run on the CPU in Triton's interpreter; Triton decides that at import."""
 
 _UP = tl.constexpr(INTERPRETED)
 
@@ -25,7 +25,7 @@ def _dot(a, b, acc):
 
 @triton.jit
 def _rounded(x, dtype: tl.constexpr):
-    """float32 to a dtype, to the nearest, ties to even. The interpreter truncates to bf16, so it gets a bias first."""
+    """float32 rounded to a dtype, ties to even. The interpreter truncates to bf16, so half a unit is added first."""
     if _UP and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)

@@ -1,4 +1,4 @@
-"""Residual add and LayerNorm in one pass, both ways: y = residual + branch, z = LN(y)."""
+"""Residual add and LayerNorm in one pass, forward and backward: y = residual + branch, z = LN(y)."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from lgp_dist.ops.device import PROGRAMS, kernels, launch
 ROWS = 4
 """Rows of a tile."""
 OPTIONS = {"num_warps": 8, "num_stages": 2}
-"""Of both kernels."""
+"""Compiler options of both kernels."""
 
 
 @triton_op("lgp::norm_residual", mutates_args=())
@@ -28,7 +28,7 @@ def norm_residual(
     y, z = torch.empty_like(branch, dtype=wide), torch.empty_like(branch)
     mean = torch.empty(rows, dtype=torch.float32, device=branch.device)
     rstd = torch.empty_like(mean)
-    affine = (mean, mean) if gamma is None else (gamma, beta)  # what is not read may be anything
+    affine = (mean, mean) if gamma is None else (gamma, beta)  # not read by the kernel
     launch(kernels.norm_residual_forward, -(-rows // ROWS))(
         branch, residual, *affine, y, z, mean, rstd, rows, eps,
         N=width, NP=1 << (width - 1).bit_length(), BM=ROWS, AFFINE=gamma is not None, **OPTIONS,
@@ -48,8 +48,9 @@ def normalised(rows: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: flo
 def norm_backward(
     dy: Tensor | None, dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """From the gradients of y and z [M, N] that of what y was made of, [M, N], and the sums [3, N] of gamma's, of
-    beta's (zero without gamma) and of the first, in float32 or wider. One tensor: outputs may not alias each other."""
+    """From the gradients of y and z [M, N]: the gradient of y through both, [M, N], and, in float32 or wider, the sums
+    [3, N] for gamma, beta (both zero without gamma) and a bias added to y. The sums are one tensor, since an
+    operation's outputs may not alias each other."""
     if not device.runs(dz):
         return _norm_backward(dy, dz, y, gamma, mean, rstd)
     rows, width = y.shape
@@ -88,7 +89,7 @@ def _norm_backward(
 def backward_sums(
     dy: Tensor | None, dz: Tensor | None, y: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """`norm_backward`, where either gradient may be missing; None where both are."""
+    """`norm_backward` where one of the gradients may be missing; None where both are."""
     if dz is None and dy is None:
         return None
     if dz is None:

@@ -1,4 +1,4 @@
-"""What the fused operations compute, in plain torch: the definition of correct, in any floating dtype."""
+"""The definitions of the fused operations in plain torch, in any floating dtype."""
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +8,16 @@ from torch import Tensor
 def stitch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """y [..., N] = x [..., K] @ weight [N, K].T + bias [N], and its rows normalised, z [..., N].
+    """y [..., N] = x [..., K] @ weight [N, K].T + bias [N], and z = LN(y) [..., N].
 
-    gamma, beta: [N]; None for rows of mean 0 and variance 1.
+    gamma, beta: [N]; None for standardised rows, of mean 0 and variance 1.
     """
     y = F.linear(x, weight, bias)
     return y, F.layer_norm(y, y.shape[-1:], gamma, beta, eps)
 
 
 def stitch_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y of `stitch_norm`, and without gradient z of it without gamma and beta, and y's means and 1 / std [M]."""
+    """y of `stitch_norm` and, without gradient, its standardised rows, and its means and 1 / std [M]."""
     y = F.linear(x, weight, bias)
     wide = y.detach().to(torch.promote_types(y.dtype, torch.float32))
     z, mean, rstd = torch.native_layer_norm(wide, y.shape[-1:], None, None, eps)
@@ -27,6 +27,6 @@ def stitch_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
 def norm_residual(
     branch: Tensor, residual: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """y [..., N] = residual + branch, and its rows normalised, z [..., N], in the branch's dtype. gamma, beta: [N]."""
+    """y [..., N] = residual + branch, and z = LN(y) [..., N] in the branch's dtype. gamma, beta: [N]."""
     y = residual + branch
     return y, F.layer_norm(y, y.shape[-1:], gamma, beta, eps).to(branch.dtype)

@@ -1,4 +1,4 @@
-"""The stitch with the norm of the block that it enters, in one kernel: y = x W^T + b, z = LN(y)."""
+"""The stitch layer with the norm of the block behind it, in one kernel: y = x W^T + b, z = LN(y)."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from lgp_dist.ops.norm_residual import backward_sums, normalised
 def stitch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [M, K], weight [N, K] of x's dtype, bias [N] to y and z [M, N] in x's dtype, mean and 1 / std of y [M]."""
+    """x [M, K], weight [N, K] of x's dtype and bias [N] to y and z [M, N] in x's dtype, mean and 1 / std of y [M]."""
     rows, (wide, narrow) = x.shape[0], weight.shape
     fits = tiles(narrow, wide)
     if fits is None or not device.runs(x):
@@ -28,7 +28,7 @@ def stitch_norm(
     z = torch.empty_like(y)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    affine = (bias, bias) if gamma is None else (gamma, beta)  # what is not read may be anything
+    affine = (bias, bias) if gamma is None else (gamma, beta)  # not read by the kernel
     launch(kernels.stitch_norm_forward, -(-rows // TILE))(
         x, weight, bias, *affine, y, z, mean, rstd, rows, eps,
         K=narrow, N=wide, BM=TILE, BN=columns, BK=chunk, AFFINE=gamma is not None, **options(narrow),
@@ -37,7 +37,7 @@ def stitch_norm(
 
 
 def options(narrow: int) -> dict[str, int]:
-    """Warps and stages of the kernel for x of this width, chosen by what fits the shared memory without spills."""
+    """Warps and stages of the kernel for x of this width: what fits into shared memory without spills."""
     return {"num_warps": 4, "num_stages": 3 if narrow <= 192 else 2}
 
 

@@ -1,4 +1,4 @@
-"""Plain supervised training: how an ancestry is made where none can be loaded."""
+"""Supervised training of one model: of the ancestry if its source is `train`, and of descendants on other data."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from lgp_dist.tasks.losses import cross_entropy
 
 
 class ClassifyTask:
-    """Cross-entropy of one model."""
+    """Cross-entropy of one model to the labels."""
 
     def __init__(self, module: nn.Module):
         self.module, self.structure = module, ModuleStructure()
@@ -20,13 +20,13 @@ class ClassifyTask:
         return frozenset()
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """loss and cls, which are the same."""
+        """loss and cls, which are equal."""
         loss = cross_entropy(module(batch.images), batch.targets)
         return {"loss": loss, "cls": loss.detach()}
 
     def labels(self, context: StepContext) -> dict[str, Any]:
-        """Nothing beside the losses."""
+        """No labels."""
         return {}
 
     def to(self, device: torch.device) -> None:
-        """Nothing beside the module."""
+        """Does nothing: there is only the module."""

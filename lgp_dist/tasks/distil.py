@@ -1,4 +1,4 @@
-"""Training of auxiliary models: distilled from one forward of the ancestry (METHOD, section 2), or by labels alone."""
+"""Training of auxiliary models: distilled from one forward of the ancestry (docs/method.md), or by labels alone."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ from lgp_dist.tasks.losses import cross_entropy, mean_squared_error, soft_cross_
 
 
 def distil_task(config: RunConfig, rows: Iterable[AuxiliaryViT], ancestry: Ancestry | None) -> "DistilTask":
-    """The task of stage distil: the rows that it trains, and the ancestry, prepared, if one of them is distilled."""
+    """The task of stage distil: the rows that it trains and, if it distils one, the ancestry, now prepared."""
     trained = [row for row in rows if config.model.rows[row.number].trains]
     teacher = None
     if ancestry is not None and any(row.distilled for row in trained):
@@ -24,11 +24,11 @@ def distil_task(config: RunConfig, rows: Iterable[AuxiliaryViT], ancestry: Ances
 
 
 class DistilTask:
-    """L = alpha CE + (1 - alpha) (L_att + L_blk + L_pred) for each row, plus the error of V; CE alone for rows that are
-    not distilled."""
+    """For each row L = alpha CE + (1 - alpha) (L_att + L_blk + L_pred) (the paper's equations 6 and 8), plus the error
+    of V; for a row that is not distilled CE alone."""
 
     def __init__(self, module: AuxiliaryRows, ancestry: Ancestry | None, config: DistilConfig):
-        """ancestry: None where no row is distilled."""
+        """ancestry: None if no row is distilled."""
         self.module, self.ancestry, self.config = module, ancestry, config
         self.structure = ModuleStructure()
         self.blocks = frozenset(level.ancestry for row in module.rows for level in row.levels)
@@ -38,8 +38,8 @@ class DistilTask:
         return frozenset()
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """loss (sum over rows) and, per row r, row{r}/cls, where it is distilled pred, where it has levels block,
-        attention and inverse."""
+        """loss, the sum over rows; of each row r its terms row{r}/cls and, if it is distilled, pred, and with levels
+        block, attention and inverse."""
         ancestry_logits, blocks, attentions = None, {}, {}
         if self.ancestry is not None:
             ancestry_logits, blocks, attentions = self.ancestry(batch.images, self.blocks)
@@ -55,7 +55,7 @@ class DistilTask:
         return {"loss": total, **named}
 
     def labels(self, context: StepContext) -> dict[str, Any]:
-        """Nothing beside the losses."""
+        """No labels."""
         return {}
 
     def to(self, device: torch.device) -> None:
@@ -67,11 +67,11 @@ class DistilTask:
 def row_losses(
     output: dict[str, Any], ancestry_logits: Tensor, targets: Tensor, config: DistilConfig
 ) -> dict[str, Tensor | float]:
-    """One row's loss and its named parts.
+    """One row's loss and its terms.
 
-    output: what `AuxiliaryViT.forward` gives. ancestry_logits: [B, classes]. targets: [B] or [B, classes].
+    output: of `AuxiliaryViT.forward`. ancestry_logits: [B, classes]. targets: [B] or [B, classes].
     """
-    logits = output["logits"].float()  # once, so that both losses' gradients add up in float32
+    logits = output["logits"].float()  # cast once, so that the gradients of both losses add up in float32
     parts = {
         "cls": cross_entropy(logits, targets),
         "pred": soft_cross_entropy(ancestry_logits, logits, config.tau, config.loss_scale),

@@ -1,4 +1,4 @@
-"""Training of the pool, each rank on its own path (METHOD, section 5)."""
+"""Training of the pool, each rank on its own path (docs/method.md)."""
 
 from typing import Any
 
@@ -15,18 +15,18 @@ from lgp_dist.protocols import Batch, ModuleStructure, StepContext
 from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 
 Outputs = tuple[Tensor, Tensor | None]
-"""Logits [B, classes] and, where features are taught, tokens before the final norm [B, N, D]."""
+"""Logits [B, classes] and, with `finetune.feature_weight`, tokens before the final norm [B, N, D]."""
 
 
 def finetune_task(
     config: RunConfig, pool: LearngenePool, ancestry: Ancestry | None, sampler: PathSampler
 ) -> "FinetuneTask":
-    """The task of stage finetune. ancestry: prepared; None where it does not teach."""
+    """The task of stage finetune. ancestry: prepared; None if it does not teach."""
     return FinetuneTask(pool, ancestry, sampler, config.finetune, config.distil.target_norm)
 
 
 class FinetuneTask:
-    """Cross-entropy to the labels and to a teacher's outputs on the path that this rank draws.
+    """Cross-entropy to the labels and to a teacher's logits on the path that this rank draws (equations 7 and 3).
 
     The teacher is the ancestry. With `finetune.lead_weight`, it teaches the lead path alone, which teaches the other
     paths of its group: the micro-steps that take the same images on one rank.
@@ -57,7 +57,8 @@ class FinetuneTask:
         return self._modules[self.path(context)]
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """loss, cls and, with a teacher, pred and, with `finetune.feature_weight`, feature; 0 on paths without one."""
+        """loss and its terms: cls; with a teacher pred, and with `finetune.feature_weight` feature; the last two are 0
+        on paths that it does not teach."""
         config, path = self.config, self.path(context)
         leads = config.lead_weight > 0 and self._position(context) == 0
         logits, tokens = self._outputs(module, batch.images, path)
@@ -80,14 +81,14 @@ class FinetuneTask:
         return context.micro_step % self.config.paths_per_batch
 
     def _outputs(self, module: nn.Module, images: Tensor, path: Path) -> Outputs:
-        """What the path gives, in float32: cast once, so that the gradients of both losses add up in float32."""
+        """The path's outputs in float32, cast once, so that the gradients of both losses add up in float32."""
         if not self.config.feature_weight:
             return module(images, path).float(), None
         logits, tokens = module(images, path, True)
         return logits.float(), tokens.float()
 
     def _taught_losses(self, logits: Tensor, tokens: Tensor | None, teacher: Outputs | None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy to a teacher's logits, and mean squared error to its tokens where widths match; 0 without."""
+        """Cross-entropy to a teacher's logits, and mean squared error to its tokens if shapes are equal; 0 without."""
         target, features = teacher or (None, None)
         zero = logits.new_zeros(())
         if target is None:
@@ -98,7 +99,7 @@ class FinetuneTask:
             pred = soft_cross_entropy(target, logits, self.config.tau, self.config.loss_scale)
         if tokens is None:
             return pred, zero
-        # ZeRO-3 waits for a gradient of each of the module's outputs, so tokens without a teacher learn themselves.
+        # ZeRO-3 waits for a gradient of each output, so tokens without a teacher get one of zero from themselves.
         alike = features is not None and tokens.shape == features.shape
         return pred, nn.functional.mse_loss(tokens, features if alike else tokens.detach())
 

@@ -14,7 +14,6 @@ from lgp_dist.bench.common import interval, spread
 from lgp_dist.bench.loaders import data as bench
 from lgp_dist.bench.loaders import loaders as loader_module
 from lgp_dist.bench.loaders.photos import VARIANTS, make_photographs
-from lgp_dist.bench.loaders.readers import WAYS
 from lgp_dist.data.shards.verify import verify_shards
 
 
@@ -72,25 +71,24 @@ def test_a_process_of_its_own(photographs: Path) -> None:
 def test_objects(lgp: Lgp, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fields, ratio, share of the decoder's rate; measured in this process, to be quick."""
     monkeypatch.setattr(bench, "_run", loader_module.measure)
-    loaders = ("webdataset", "decoder", "lgp", "webdataset-index", "lgp-index")
+    loaders = ("webdataset", "decoder", "lgp")
     asked = ("--loaders", ",".join(loaders), "--repeats", "1", "--batch", "8", "--json")
     rows = json.loads(lgp("bench", "data", "--folder", photographs, *asked).out)
     assert [(row["data"], row["loader"]) for row in rows[:-1]] == [
         (variant, loader) for variant in VARIANTS for loader in loaders
     ]
     for row in rows[:-1]:
-        name = "webdataset-index" if row["loader"].endswith("index") else "webdataset"
-        base = next(r for r in rows if (r["data"], r["loader"]) == (row["data"], name))
+        base = next(r for r in rows if (r["data"], r["loader"]) == (row["data"], "webdataset"))
         ratio = row["images_per_cpu_second"] / base["images_per_cpu_second"]
         assert row["ratio"] == pytest.approx(ratio, rel=0.02)
         assert row["spread"] == 0 and row["images"] == 20 and row["commit"] and row["machine"]["cores"]
         assert (row["share_of_decoder"] is not None) == (row["loader"] == "lgp")
     assert rows[-1]["data"] == "shuffle" and 250 <= rows[-1]["distinct_shards"] <= rows[-1]["distinct_shards_at_most"]
     table = bench.data_table(rows).splitlines()
-    assert len(table) == 12 and "1024 shards (window 256)" in table[-1]
+    assert len(table) == 8 and "1024 shards (window 256)" in table[-1]
 
 
-@pytest.mark.parametrize("loader", ["webdataset", "webdataset+simplejpeg", "timm", "decoder", "lgp", *WAYS])
+@pytest.mark.parametrize("loader", ["webdataset", "webdataset+simplejpeg", "timm", "decoder", "lgp"])
 def test_every_loader_reads_every_image(photographs: Path, loader: str) -> None:
     """timm's reader rounds up to whole batches."""
     found = loader_module.measure(loader, photographs / "s256", 1, 10)

@@ -18,8 +18,8 @@ from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.errors import UserError
 from lgp_dist.run.text_table import objects_table
 
-BASE, INDEX_BASE = "webdataset", "webdataset-index"
-"""The loaders that others are divided by: those of images, and those of bytes that are not decoded."""
+BASE = "webdataset"
+"""The loader that others are divided by."""
 NEEDS = {
     "webdataset": "webdataset",
     "webdataset+simplejpeg": "webdataset",
@@ -29,11 +29,6 @@ NEEDS = {
     "lgp": "simplejpeg",
     "decoder-nvimgcodec": "nvidia.nvimgcodec",
     "lgp-nvimgcodec": "nvidia.nvimgcodec",
-    "webdataset-index": "webdataset",
-    "tarfile-index": "tarfile",
-    "lgp-index": "numpy",
-    "lgp-index-build": "numpy",
-    "lgp-index-build-hash": "numpy",
 }
 """Loaders, in the order of their turns -> the module that each needs."""
 BOUNDS = {"lgp": "decoder", "lgp-nvimgcodec": "decoder-nvimgcodec"}
@@ -67,8 +62,7 @@ def bench_data(
     images_per_cpu_second: median over `repeats` rounds in which the loaders take turns; CPU seconds are those of the
     process and its workers without imports. spread: (fastest - slowest) / median. ratio: to webdataset's canonical
     pipeline in the same rounds. share_of_decoder: share of the rate of the decoder alone with the same crops; null for
-    other loaders. Loaders with -index in their names read bytes in one thread and decode nothing; their ratio is to
-    webdataset's tar iterators.
+    other loaders.
 
     folder: of the photographs; they are made if `photos` names folders. photos, loaders: separated by commas; no loader
     for all that are installed. UserError for options that are out of range or name nothing.
@@ -85,7 +79,7 @@ def bench_data(
         rates = _rates(folder / variant, chosen, threads, batch, repeats, progress)
         middle = {loader: median(values) for loader, values in rates.items()}
         for loader in chosen:
-            base = middle.get(INDEX_BASE if "-index" in loader else BASE)
+            base = middle.get(BASE)
             rows.append(
                 {
                     "loader": loader,

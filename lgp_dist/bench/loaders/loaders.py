@@ -1,8 +1,7 @@
 """One loader, one pass over shards of photographs, in a process of its own: images, CPU seconds, seconds.
 
 Run as `python -m lgp_dist.bench.loaders.loaders LOADER FOLDER THREADS BATCH`; prints one JSON object. Every loader
-gives random crops of 224 x 224, bilinear, and flips; those that give uint8 leave normalisation to the device. The
-readers of `readers` give bytes alone.
+gives random crops of 224 x 224, bilinear, and flips; those that give uint8 leave normalisation to the device.
 """
 
 import gc
@@ -25,7 +24,6 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lgp_dist.bench.loaders.readers import WAYS, reader
 from lgp_dist.config.run_config import DataConfig
 from lgp_dist.data.augment.crops import DRAWS, Crop
 from lgp_dist.data.augment.keyed_random import sample_keys, uniforms
@@ -71,7 +69,10 @@ def _same(value: Any) -> Any:
 
 
 def webdataset(folder: Path, threads: int, batch: int, turbo: bool = False) -> Iterable[Any]:
-    """The pipeline of webdataset's README: Pillow, torchvision's transforms, worker processes."""
+    """The pipeline of webdataset's README: Pillow, torchvision's transforms, worker processes.
+
+    turbo: with FFCV's way of decoding, libjpeg-turbo, and uint8.
+    """
     stages = [
         wds.SimpleShardList(_shards(folder)),
         wds.shuffle(100),
@@ -86,11 +87,6 @@ def webdataset(folder: Path, threads: int, batch: int, turbo: bool = False) -> I
         stages += [wds.decode("pil"), wds.to_tuple("jpg", "cls"), wds.map_tuple(_pil, _same)]
     pipeline = wds.DataPipeline(*stages, wds.batched(batch, partial=True))
     return DataLoader(pipeline, batch_size=None, num_workers=threads)
-
-
-def webdataset_turbo(folder: Path, threads: int, batch: int) -> Iterable[Any]:
-    """The same pipeline with FFCV's way of decoding: libjpeg-turbo, uint8."""
-    return webdataset(folder, threads, batch, turbo=True)
 
 
 def timm_loader(folder: Path, threads: int, batch: int) -> Iterable[Any]:
@@ -137,15 +133,11 @@ def dali(folder: Path, threads: int, batch: int) -> Iterable[Any]:
 
 
 def lgp(folder: Path, threads: int, batch: int, decoder: str = "simplejpeg") -> Iterator[tuple[torch.Tensor, Any]]:
-    """This project's loader, uint8: what a training stream reads before it augments on the device."""
+    """This project's loader, uint8: what a training stream reads before it augments on the device. decoder: as
+    data.decoder."""
     data, index = config(folder, threads, decoder), _index(folder)
     for loaded in Loader(index, data, torch.device("cpu")).load(_plans(index, data, batch)):
         yield loaded.images, index.label[loaded.samples]
-
-
-def lgp_regions(folder: Path, threads: int, batch: int) -> Iterator[tuple[torch.Tensor, Any]]:
-    """The same loader with the extra nvimgcodec."""
-    return lgp(folder, threads, batch, "nvimgcodec")
 
 
 def decoder_alone(folder: Path, threads: int, batch: int, decoder: str = "simplejpeg") -> Callable[[], int]:
@@ -172,25 +164,15 @@ def decoder_alone(folder: Path, threads: int, batch: int, decoder: str = "simple
     return run
 
 
-def decoder_alone_regions(folder: Path, threads: int, batch: int) -> Callable[[], int]:
-    """The same decoder with the extra nvimgcodec."""
-    return decoder_alone(folder, threads, batch, "nvimgcodec")
-
-
-def _reader(name: str, folder: Path, threads: int, batch: int) -> Callable[[], int]:
-    return reader(name, folder)
-
-
 LOADERS: dict[str, Callable[[Path, int, int], Any]] = {
     "webdataset": webdataset,
-    "webdataset+simplejpeg": webdataset_turbo,
+    "webdataset+simplejpeg": partial(webdataset, turbo=True),
     "timm": timm_loader,
     "dali": dali,
     "decoder": decoder_alone,
     "lgp": lgp,
-    "decoder-nvimgcodec": decoder_alone_regions,
-    "lgp-nvimgcodec": lgp_regions,
-    **{name: partial(_reader, name) for name in WAYS},
+    "decoder-nvimgcodec": partial(decoder_alone, decoder="nvimgcodec"),
+    "lgp-nvimgcodec": partial(lgp, decoder="nvimgcodec"),
 }
 """What is measured; `decoder` and `decoder-nvimgcodec` are upper bounds of the loaders after them."""
 
