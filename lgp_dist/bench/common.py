@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lgp_dist.config.run_config import RunConfig
+from lgp_dist.config.run_config import RunConfig, TrainConfig
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_json
@@ -42,9 +42,9 @@ def finetune_models(config: RunConfig, workers: Workers) -> tuple[LearngenePool,
     return pool, ancestry
 
 
-def random_batch(config: RunConfig, count: int, device: torch.device) -> Batch:
-    """`count` random images with random labels."""
-    data = config.data
+def micro_batch(config: RunConfig, train: TrainConfig, count: int, device: torch.device) -> Batch:
+    """`count` random images with random labels; for 0 as many as a micro-step on one rank has."""
+    data, count = config.data, count or max(1, train.batch_size // train.accumulate)
     images = torch.randn(count, data.channels, data.image_size, data.image_size)
     return Batch(images, torch.randint(data.num_classes, (count,)), torch.ones(count)).to(device)
 

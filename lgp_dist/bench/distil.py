@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.common import facts, interleaved, of_rounds, one_process, random_batch, spread
+from lgp_dist.bench.common import facts, interleaved, micro_batch, of_rounds, one_process, spread
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.trainer import prepare_module
@@ -33,8 +33,7 @@ def bench_distil(config: RunConfig, batch: int = 0, repeats: int = 5) -> list[di
     rows = [index for index, row in enumerate(config.model.rows) if row.trains]
     if not rows:
         raise UserError("model.rows has no row that stage distil trains: choose a recipe with a source such as distil.")
-    train = config.distil.train
-    data = random_batch(config, batch or max(1, train.batch_size // train.accumulate), workers.device)
+    data = micro_batch(config, config.distil.train, batch, workers.device)
     together = _step(config, workers, rows, data)
     alone = [_step(config, workers, [row], data) for row in rows]
     calls = {"together": together, "apart": lambda: [step() for step in alone]}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.common import facts, finetune_models, join, leave, random_batch, spread, wait
+from lgp_dist.bench.common import facts, finetune_models, join, leave, micro_batch, spread, wait
 from lgp_dist.bench.sampler import with_policy
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.comm_stats import CommStats, Gathered, peak_bytes, reset_peak
@@ -73,9 +73,8 @@ class EngineSteps:
         optimizer = build_optimizer(pool, self.train, skippable=pool.skippable_modules)
         self.trainer = Trainer(workers, self.task, optimizer, self.train, config.finetune.gradients)
         self.traffic = CommStats(self.trainer.module)
-        self.batch = random_batch(
-            config, self.train.batch_size // (workers.world * self.train.accumulate), workers.device
-        )
+        images = self.train.batch_size // (workers.world * self.train.accumulate)
+        self.batch = micro_batch(config, self.train, images, workers.device)
 
     def step(self, step: int) -> None:
         """One optimizer step."""

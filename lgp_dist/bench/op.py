@@ -42,15 +42,14 @@ class Case:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=draw, device=device)
 
-        gamma, beta, dtype = 1 + 0.1 * normal(self.wide), 0.1 * normal(self.wide), DTYPES[self.dtype]
         if self.op == "stitch_norm":
             weight, bias = normal(self.wide, self.narrow) * self.narrow**-0.5, 0.2 * normal(self.wide)
             bias[5] += 8
-            made = [normal(self.rows, self.narrow).to(dtype), weight.to(dtype), bias.to(dtype), gamma, beta]
+            made = [normal(self.rows, self.narrow), weight, bias]
         else:
-            made = [normal(self.rows, self.wide).to(dtype) for _ in range(2)] + [gamma, beta]
-        norm = [tensor.to(dtype) for tensor in made[-2:]]  # as eager and compiled need them
-        return [tensor.requires_grad_() for tensor in [*made[:-2], *norm]]
+            gamma, beta = 1 + 0.1 * normal(self.wide), 0.1 * normal(self.wide)
+            made = [normal(self.rows, self.wide), normal(self.rows, self.wide), gamma, beta]
+        return [tensor.to(DTYPES[self.dtype]).requires_grad_() for tensor in made]
 
     def flops(self) -> dict[str, float]:
         """Of the matrix products: forward, backward."""

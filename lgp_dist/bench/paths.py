@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn.functional import cross_entropy
 
 from lgp_dist.bench.baseline_ratios import as_rows
-from lgp_dist.bench.common import facts, finetune_models, interleaved, one_process, random_batch, spread
+from lgp_dist.bench.common import facts, finetune_models, interleaved, micro_batch, one_process, spread
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.trainer import prepare_module
 from lgp_dist.errors import UserError
@@ -30,8 +30,7 @@ def bench_paths(config: RunConfig, out: Path, batch: int = 0, repeats: int = 5) 
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name a file in it.")
     workers = one_process(config, batch, repeats)
-    train, space = config.finetune.train, space_of(config)
-    data = random_batch(config, batch or max(1, train.batch_size // train.accumulate), workers.device)
+    space, data = space_of(config), micro_batch(config, config.finetune.train, batch, workers.device)
     pool, ancestry = finetune_models(config, workers)
     prepare_module(pool, workers)
 

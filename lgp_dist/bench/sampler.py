@@ -168,23 +168,9 @@ def _interval(found: Sequence[int], slots: int, tied: int, wide: float) -> tuple
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-COLUMNS = {
-    "recipe": "recipe",
-    "policy": "policy",
-    "ranks": "ranks",
-    "micro_steps": "micro",
-    "steps": "steps",
-    "efficiency": "efficiency",
-    "efficiency_with_ancestry": "+ ancestry",
-    "efficiency_micro_step": "each micro",
-    "coverage": "coverage",
-    "blocks": "blocks",
-    "share_min": "least share",
-    "share_max": "most",
-}
-"""Fields of the text table and their headings."""
-
-
 def sampler_table(rows: Sequence[dict[str, Any]]) -> str:
     """The objects of `bench_sampler` as text."""
-    return objects_table(rows, [(heading, itemgetter(name)) for name, heading in COLUMNS.items()])
+    headings = {"micro_steps": "micro", "efficiency_with_ancestry": "+ ancestry", "efficiency_micro_step": "each micro"}
+    names = ("recipe", "policy", "ranks", "micro_steps", "steps", "efficiency", "efficiency_with_ancestry")
+    names += ("efficiency_micro_step", "coverage", "blocks", "share_min", "share_max")
+    return objects_table(rows, [(headings.get(name, name), itemgetter(name)) for name in names])

@@ -15,9 +15,9 @@ from lgp_dist.bench.common import (
     ceilings,
     facts,
     interleaved,
+    micro_batch,
     one_process,
     random_ancestry,
-    random_batch,
     random_pool,
     spread,
 )
@@ -59,8 +59,7 @@ def bench_step(config: RunConfig, batch: int = 0, repeats: int = 5, compiled: bo
     if it is empty. Raises ArithmeticError where a way's logits differ from eager ones.
     """
     workers = one_process(config, batch, repeats)
-    train = config.finetune.train
-    bench, rows = _Bench(config, workers, batch or max(1, train.batch_size // train.accumulate)), []
+    bench, rows = _Bench(config, workers, batch), []
     for precision in PRECISIONS:
         choose_attention(workers.device.type, precision)
         peak, _ = ceilings(workers.device, DTYPES[precision])
@@ -90,7 +89,7 @@ class _Bench:
         self.config, self.workers, self.space = config, workers, space_of(config)
         self.backend = config.engine.compile or "inductor"
         torch.manual_seed(config.seed)
-        self.data = random_batch(config, batch, workers.device)
+        self.data = micro_batch(config, config.finetune.train, batch, workers.device)
 
     def changed(self, precision: Precision, ops: Ops = "reference", backend: str = "") -> tuple[RunConfig, Workers]:
         """The recipe and its workers with another precision and way of computing."""

@@ -1,6 +1,6 @@
 """A stitch and timm's block on fused operations; weights stay in timm's modules, under timm's names.
 
-A stitch layer and the norm of the block behind it are one operation, but two units of the pool, and under ZeRO-3 a unit
+A stitch layer and the norm of the next block are one operation, but two units of the pool, and under ZeRO-3 a unit
 cannot read another's parameters. The stitch therefore returns its tokens with their standardised rows (mean 0, variance
 1), and the block folds its norm's gamma and beta into its QKV projection. Only the tokens carry a gradient.
 """

@@ -24,22 +24,9 @@ def resolved(mode: Ops, device: torch.device) -> Ops:
     return "fused" if device.type == "cuda" and torch.cuda.get_device_name(device) in FASTER else "reference"
 
 
-def stitch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, mode: Ops = "auto"
-) -> tuple[Tensor, Tensor]:
+def stitch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mode: Ops = "auto") -> tuple[Tensor, Tensor]:
     """`reference.stitch_norm` of x [..., K]: y and z [..., N]."""
-    mode = resolved(mode, x.device)
-    if mode != "fused":
-        return _plain("stitch_norm", mode)(x, weight, bias, gamma, beta, eps)
-    return _fused_stitch(x, weight, bias, gamma, beta, eps)[:2]
-
-
-def _fused_stitch(x: Tensor, weight: Tensor, bias: Tensor, *norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = autocast_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):  # everything inside is cast already
-        rows = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
-        y, z, mean, rstd = fused_stitch_norm(rows, weight.to(dtype).contiguous(), bias, *norm)
-    return y.view(*x.shape[:-1], -1), z.view(*x.shape[:-1], -1), mean, rstd
+    return entered(*stitch_rows(x, weight, bias, eps, mode))
 
 
 def stitch_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mode: Ops = "auto") -> tuple[Tensor, ...]:
@@ -50,8 +37,11 @@ def stitch_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mode: Ops =
     mode = resolved(mode, x.device)
     if mode != "fused":
         return _plain("stitch_rows", mode)(x, weight, bias, eps)
-    y, *rows = _fused_stitch(x, weight, bias, None, None, eps)
-    return y, *(part.detach() for part in rows)
+    dtype = autocast_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):  # everything inside is cast already
+        rows = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
+        y, z, mean, rstd = fused_stitch_norm(rows, weight.to(dtype).contiguous(), bias, eps)
+    return y.view(*x.shape[:-1], -1), z.view(*x.shape[:-1], -1), mean, rstd
 
 
 class Entered(torch.autograd.Function):
@@ -84,7 +74,7 @@ def entered(y: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, T
 
 
 def norm_residual(
-    branch: Tensor, residual: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, mode: Ops = "auto"
+    branch: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float, mode: Ops = "auto"
 ) -> tuple[Tensor, Tensor]:
     """`reference.norm_residual` of tokens [..., N]: y and z [..., N]."""
     mode = resolved(mode, branch.device)

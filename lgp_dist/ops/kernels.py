@@ -1,6 +1,6 @@
 """Triton kernels of `stitch_norm` and `norm_residual`. Rows are tokens; statistics are float32, of rounded rows.
 
-Shapes: X [M, K], W [N, K], B, G, BETA [N], Y, Z, DY, DZ, DT [M, N], MEAN, RSTD [M], SUMS [3, P, N]; all contiguous.
+Shapes: X [M, K], W [N, K], B, G, BETA [N], Y, Z, DY, DZ, DT [M, N], MEAN, RSTD [M], SUMS [2, P, N]; all contiguous.
 DeiT's widths are 3 * 2^k and tiles are 2^k, so a row of X is one or three chunks, and the columns of W are a loop.
 """
 
@@ -34,10 +34,10 @@ def _rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def stitch_norm_forward(
-    X, W, B, G, BETA, Y, Z, MEAN, RSTD, M, eps,
-    K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AFFINE: tl.constexpr,
+    X, W, B, Y, Z, MEAN, RSTD, M, eps,
+    K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Y = X W^T + B and Z = (Y - mean) rstd, times G plus BETA with AFFINE. K is BK or 3 BK; N a multiple of BN.
+    """Y = X W^T + B and Z = (Y - mean) rstd. K is BK or 3 BK; N a multiple of BN.
 
     A program has BM rows. X stays on chip; the loop over columns writes Y and merges (mean, M2) by Chan's rule; a
     second loop reads Y back from L2 and writes Z.
@@ -77,17 +77,15 @@ def stitch_norm_forward(
     zp = Z + rm.to(tl.int64)[:, None] * N + rn[None, :]
     for n in range(0, N, BN):
         f = (tl.load(yp + n, mask=mask, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
-        if AFFINE:
-            f = f * tl.load(G + n + rn).to(tl.float32)[None, :] + tl.load(BETA + n + rn).to(tl.float32)[None, :]
         tl.store(zp + n, _rounded(f, Z.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def norm_residual_forward(
     BRANCH, RESIDUAL, G, BETA, Y, Z, MEAN, RSTD, M, eps,
-    N: tl.constexpr, NP: tl.constexpr, BM: tl.constexpr, AFFINE: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Y = RESIDUAL + BRANCH and Z = (Y - mean) rstd, times G plus BETA with AFFINE. NP is the power of 2 from N on."""
+    """Y = RESIDUAL + BRANCH and Z = (Y - mean) rstd G + BETA. NP is the least power of 2 that is N or more."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rn = tl.arange(0, NP)
     inside, columns = rm < M, rn < N
@@ -103,10 +101,8 @@ def norm_residual_forward(
     rstd = 1.0 / tl.sqrt(tl.sum(f * f, 1) * (1.0 / N) + eps)
     tl.store(MEAN + rm, mean, mask=inside)
     tl.store(RSTD + rm, rstd, mask=inside)
-    f = f * rstd[:, None]
-    if AFFINE:
-        f = f * tl.load(G + rn, mask=columns, other=0.0).to(tl.float32)[None, :]
-        f += tl.load(BETA + rn, mask=columns, other=0.0).to(tl.float32)[None, :]
+    f = f * rstd[:, None] * tl.load(G + rn, mask=columns, other=0.0).to(tl.float32)[None, :]
+    f += tl.load(BETA + rn, mask=columns, other=0.0).to(tl.float32)[None, :]
     tl.store(Z + at, _rounded(f, Z.dtype.element_ty), mask=mask)
 
 
@@ -115,16 +111,15 @@ def norm_backward(
     DY, DZ, Y, G, MEAN, RSTD, DT, SUMS, M, P,
     N: tl.constexpr, NP: tl.constexpr, BM: tl.constexpr, HAS_DY: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    """DT = DY + (gradient of the norm at Y) in one pass; program p writes its sums for gamma, beta and bias.
+    """DT = DY + (gradient of the norm at Y) in one pass, and sums of the gradients of gamma and beta.
 
-    Program p has the tiles p, p + P, ...; SUMS [3, P, N] float32, of gamma, beta (both zero without AFFINE) and DT.
+    Program p has the tiles p, p + P, ... and writes its sums into SUMS [2, P, N] float32; they are zero without AFFINE.
     """
     p = tl.program_id(0)
     rn = tl.arange(0, NP)
     columns = rn < N
     sum_g = tl.zeros([NP], tl.float32)
     sum_b = tl.zeros([NP], tl.float32)
-    sum_t = tl.zeros([NP], tl.float32)
     if AFFINE:
         g = tl.load(G + rn, mask=columns, other=0.0).to(tl.float32)
     for tile in range(p, tl.cdiv(M, BM), P):
@@ -147,8 +142,6 @@ def norm_backward(
         if HAS_DY:
             dt += tl.load(DY + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(DT + at, _rounded(dt, DT.dtype.element_ty), mask=mask)
-        sum_t += tl.sum(tl.where(mask, dt, 0.0), 0)
     at = p * N + rn
     tl.store(SUMS + at, sum_g, mask=columns)
     tl.store(SUMS + P * N + at, sum_b, mask=columns)
-    tl.store(SUMS + 2 * P * N + at, sum_t, mask=columns)

@@ -5,15 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def stitch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """y [..., N] = x [..., K] @ weight [N, K].T + bias [N], and z = LN(y) [..., N].
-
-    gamma, beta: [N]; None for standardised rows, of mean 0 and variance 1.
-    """
+def stitch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y [..., N] = x [..., K] @ weight [N, K].T + bias [N], and its rows with mean 0 and variance 1, z [..., N]."""
     y = F.linear(x, weight, bias)
-    return y, F.layer_norm(y, y.shape[-1:], gamma, beta, eps)
+    return y, F.layer_norm(y, y.shape[-1:], eps=eps)
 
 
 def stitch_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -24,9 +19,7 @@ def stitch_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
     return y, z.to(y.dtype), mean.reshape(-1), rstd.reshape(-1)
 
 
-def norm_residual(
-    branch: Tensor, residual: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def norm_residual(branch: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y [..., N] = residual + branch, and z = LN(y) [..., N] in the branch's dtype. gamma, beta: [N]."""
     y = residual + branch
     return y, F.layer_norm(y, y.shape[-1:], gamma, beta, eps).to(branch.dtype)

@@ -1,4 +1,4 @@
-"""The stitch layer with the norm of the block behind it, in one kernel: y = x W^T + b, z = LN(y)."""
+"""The stitch layer and the statistics of the next block's norm in one kernel: y = x W^T + b, z = (y - mean) / std."""
 
 from typing import Any
 
@@ -9,30 +9,27 @@ from torch.library import triton_op
 
 from lgp_dist.ops import device
 from lgp_dist.ops.device import TILE, kernels, launch, tiles
-from lgp_dist.ops.norm_residual import backward_sums, normalised
+from lgp_dist.ops.norm_residual import normalised
 
 
 @triton_op("lgp::stitch_norm", mutates_args=())
-def stitch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [M, K], weight [N, K] of x's dtype and bias [N] to y and z [M, N] in x's dtype, mean and 1 / std of y [M]."""
+def stitch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [M, K], weight [N, K] of x's dtype and bias [N] to y [M, N] in x's dtype and, without gradient, z [M, N] in
+    x's dtype, and mean and 1 / std of y [M]."""
     rows, (wide, narrow) = x.shape[0], weight.shape
     fits = tiles(narrow, wide)
     if fits is None or not device.runs(x):
         y = F.linear(x, weight, bias.to(x.dtype))
-        z, mean, rstd = normalised(y, gamma, beta, eps)
+        z, mean, rstd = normalised(y, None, None, eps)
         return y, z.to(y.dtype), mean, rstd
     columns, chunk = fits
     y = x.new_empty(rows, wide)
     z = torch.empty_like(y)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    affine = (bias, bias) if gamma is None else (gamma, beta)  # not read by the kernel
     launch(kernels.stitch_norm_forward, -(-rows // TILE))(
-        x, weight, bias, *affine, y, z, mean, rstd, rows, eps,
-        K=narrow, N=wide, BM=TILE, BN=columns, BK=chunk, AFFINE=gamma is not None, **options(narrow),
-    )  # fmt: skip
+        x, weight, bias, y, z, mean, rstd, rows, eps, K=narrow, N=wide, BM=TILE, BN=columns, BK=chunk, **options(narrow)
+    )
     return y, z, mean, rstd
 
 
@@ -42,24 +39,21 @@ def options(narrow: int) -> dict[str, int]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, gamma, beta, _ = inputs
-    y, _, mean, rstd = output
-    ctx.save_for_backward(x, weight, gamma, y, mean, rstd)
-    ctx.dtypes = (bias.dtype, None if gamma is None else (gamma.dtype, beta.dtype))
-    ctx.mark_non_differentiable(mean, rstd)
+    x, weight, bias, _ = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = bias.dtype
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, *statistics: None) -> tuple[Tensor | None, ...]:
-    x, weight, gamma, y, mean, rstd = ctx.saved_tensors
-    found = backward_sums(dy, dz, y, gamma, mean, rstd)
-    if found is None:
-        return (None,) * 6
-    (dt, sums), (bias, affine) = found, ctx.dtypes
-    dx = dt @ weight if ctx.needs_input_grad[0] else None
-    dw = dt.t() @ x if ctx.needs_input_grad[1] else None
-    dgamma, dbeta = (None, None) if affine is None else (sums[0].to(affine[0]), sums[1].to(affine[1]))
-    return dx, dw, sums[2].to(bias), dgamma, dbeta, None
+def _backward(ctx: Any, dy: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 4
+    x, weight = ctx.saved_tensors
+    dx = dy @ weight if ctx.needs_input_grad[0] else None
+    dw = dy.t() @ x if ctx.needs_input_grad[1] else None
+    dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
+    return dx, dw, dbias, None
 
 
 stitch_norm.register_autograd(_backward, setup_context=_setup)

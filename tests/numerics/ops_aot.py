@@ -40,17 +40,17 @@ class Build:
         )
 
 
-def stitch(narrow: int, wide: int, affine: bool = False) -> Build:
+def stitch(narrow: int, wide: int) -> Build:
     """The stitch's kernel for bf16 tokens."""
     columns, chunk = tiles(narrow, wide)
-    given = {"K": narrow, "N": wide, "BM": TILE, "BN": columns, "BK": chunk, "AFFINE": affine}
-    types = (HALF, HALF, FULL, FULL, FULL, HALF, HALF, FULL, FULL, "i32", "fp32")
+    given = {"K": narrow, "N": wide, "BM": TILE, "BN": columns, "BK": chunk}
+    types = (HALF, HALF, FULL, HALF, HALF, FULL, FULL, "i32", "fp32")
     return Build("stitch_norm_forward", types, tuple(given.items()), tuple(options(narrow).items()))
 
 
 def residual(width: int) -> Build:
     """The residual's kernel for a bf16 branch and a float32 stream."""
-    given = {"N": width, "NP": 1 << (width - 1).bit_length(), "BM": ROWS, "AFFINE": True}
+    given = {"N": width, "NP": 1 << (width - 1).bit_length(), "BM": ROWS}
     types = (HALF, FULL, FULL, FULL, FULL, HALF, FULL, FULL, "i32", "fp32")
     return Build("norm_residual_forward", types, tuple(given.items()), tuple(OPTIONS.items()))
 
@@ -93,7 +93,6 @@ def _run(tool: str, *arguments: str) -> str:
 
 BUILDS = [
     *(stitch(*widths) for widths in ((192, 768), (192, 384), (384, 768), (32, 96))),
-    stitch(192, 768, affine=True),
     *(residual(width) for width in (192, 768)),
     *(backward(width, affine) for width in (192, 768) for affine in (False, True)),
 ]

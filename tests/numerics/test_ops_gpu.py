@@ -66,14 +66,14 @@ def test_capture_in_a_graph() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        dispatch.stitch_norm(x, weight, bias, None, None, 1e-6, "fused")
+        dispatch.stitch_norm(x, weight, bias, 1e-6, "fused")
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = dispatch.stitch_norm(x, weight, bias, None, None, 1e-6, "fused")
+        found = dispatch.stitch_norm(x, weight, bias, 1e-6, "fused")
     x.copy_(y)
     graph.replay()
-    wanted = dispatch.stitch_norm(y, weight, bias, None, None, 1e-6, "fused")
+    wanted = dispatch.stitch_norm(y, weight, bias, 1e-6, "fused")
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 

@@ -2,12 +2,11 @@
 
 import contextlib
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lgp_dist.engine.comm_stats import CommStats
@@ -68,29 +67,15 @@ class Clock(Watchdog):
         self._phase, self._since, self._sent = phase, now, sent
 
 
-class ShownTask:
-    """A task that hands its wrapped module to `seen` before the first forward."""
+def watch_exchange(task: Task, clock: Clock) -> None:
+    """Lets the clock count the collectives of a task's module, from its first forward on, where the engine has it."""
+    losses = task.losses
 
-    def __init__(self, task: Task, seen: Callable[[Any], None]):
-        self.task, self.module, self.structure = task, task.module, task.structure
-        self.used, self.labels, self.to = task.used, task.labels, task.to
-        self._seen: Callable[[Any], None] | None = seen
+    def watched(module: Any, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        clock.traffic = clock.traffic or CommStats(module)
+        return losses(module, batch, context)
 
-    def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """As the task's."""
-        if self._seen is not None:
-            self._seen(module)
-            self._seen = None
-        return self.task.losses(module, batch, context)
-
-
-def watched(task: Task, clock: Clock, several: bool) -> ShownTask:
-    """The task, whose exchanges the clock counts where there are several ranks."""
-
-    def seen(module: Any) -> None:
-        clock.traffic = CommStats(module) if several else None
-
-    return ShownTask(task, seen)
+    task.losses = watched  # type: ignore[method-assign]
 
 
 def advice(row: dict[str, Any]) -> str:

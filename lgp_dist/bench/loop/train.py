@@ -8,7 +8,7 @@ import torch
 
 from lgp_dist.bench.common import ceilings, facts, join, leave, spread
 from lgp_dist.bench.loop.interleave import Finetuning, InterleavedBatches
-from lgp_dist.bench.loop.phases import PHASES, Clock, advice, watched
+from lgp_dist.bench.loop.phases import PHASES, Clock, advice, watch_exchange
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.comm_stats import peak_bytes, reset_peak
 from lgp_dist.models.build import ancestry_precision
@@ -71,7 +71,10 @@ def bench_train(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24) 
 
     kinds, size = ("quiet", "clock"), (rounds, steps, WARM_UP)
     batches = InterleavedBatches(bench.batches, bench.train.accumulate, kinds, size, bench.wait, begins, ended)
-    bench.run(watched(bench.task(), clock, workers.world > 1), batches, clock)
+    task = bench.task()
+    if workers.world > 1:
+        watch_exchange(task, clock)
+    bench.run(task, batches, clock)
     rows = [_row(bench, quiet[1:], parts[steps:], peak, steps)]
     leave(workers, out, rows)
     return rows
