@@ -4,7 +4,6 @@ The run lies in RUN/specialised/KEY. It links the earlier stages' artifacts, tra
 data, and has an accuracy before and after; its path is exported like any other.
 """
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from lgp_dist.config.run_config import RunConfig
 from lgp_dist.export.choice import choose
 from lgp_dist.paths.space import space_of
 from lgp_dist.run.linked_stages import link_stages
+from lgp_dist.run.path_rows import read_rows
 
 SHARE = 4
 """Stage finetune's epochs and learning rate over those of a path alone, if none are given."""
@@ -24,7 +24,7 @@ def chosen_key(run: FinishedRun, key: str, budget: Budget) -> str:
     """The path to train: the one named, or else the best within the budget; UserError if there is none."""
     if key:
         return space_of(run.config).by_key(key).key
-    return str(choose(json.loads((run.evaluated.folder / "paths.json").read_text()), budget, "--")["key"])
+    return str(choose(read_rows(run.evaluated.folder / "paths.json"), budget, "--")["key"])
 
 
 def specialised(run: FinishedRun, key: str, epochs: float, lr: float) -> RunConfig:
@@ -73,7 +73,7 @@ def link_earlier_stages(run: FinishedRun, config: RunConfig) -> None:
 def gain_text(directory: Path, key: str) -> str:
     """The path's accuracy before and after, and how to export it."""
     files = ("before.json", "paths.json")
-    before, after = (json.loads((directory / "evaluate" / name).read_text())[0]["top1"] for name in files)
+    before, after = (read_rows(directory / "evaluate" / name)[0]["top1"] for name in files)
     return (
         f"{key}: top-1 {before:.2f} % in the pool, {after:.2f} % trained alone\n"
         f"To write it: lgp export {directory} --path {key} --out FOLDER"

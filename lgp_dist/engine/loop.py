@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from lgp_dist.engine.watch.signals import Preemption
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch, StepContext, Task
+from lgp_dist.run.facts import Training
 
 Batches = Callable[[int, int], Iterator[Batch]]
 """(first optimizer step, number of steps) to this rank's batches, micro-step by micro-step."""
@@ -65,17 +66,6 @@ class RunSetup:
     seeds: Seeds | None = None
 
 
-class TrainingResult(TypedDict):
-    """What a stage's artifact records of its training."""
-
-    steps: int
-    """Optimizer steps of the whole run."""
-    seconds: float
-    """Of this process, since it started or resumed the training."""
-    images: int
-    """Images trained in these seconds."""
-
-
 class StepResult(NamedTuple):
     """What one rank knows about an optimizer step."""
 
@@ -89,7 +79,7 @@ class StepResult(NamedTuple):
     step_time_s: float
 
 
-def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> TrainingResult:
+def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> Training:
     """Trains `plan.task.module` in place; afterwards every rank holds the same whole weights.
 
     Raises Preempted once it has saved for a signal.

@@ -14,7 +14,7 @@ from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import TrainStream, evaluation_batches, open_split
 from lgp_dist.engine.evaluate import Forward, accuracies
-from lgp_dist.engine.loop import RunSetup, TrainingPlan, TrainingResult, train
+from lgp_dist.engine.loop import RunSetup, TrainingPlan, train
 from lgp_dist.engine.saver import SaverConfig
 from lgp_dist.engine.step_filter import StepFilter
 from lgp_dist.engine.workers import Workers
@@ -26,10 +26,11 @@ from lgp_dist.paths.space import heads_of, space_of
 from lgp_dist.paths.stratified import draw_index
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.run.artifacts import Artifact, Provenance, RunDirectory
+from lgp_dist.run.facts import Training
 from lgp_dist.run.provenance import Environment
 from lgp_dist.run.tensors import load_tensors
 
-Fill = Callable[[Path], dict[str, Any]]
+Fill = Callable[[Path], Mapping[str, Any]]
 """Writes a stage's files into a folder and returns what the stage measured."""
 
 
@@ -85,7 +86,7 @@ class Context:
             self.run.write(stage, inputs, fill, provenance)
         self.workers.barrier()
 
-    def train(self, stage: str, plan: TrainingPlan, uses: int = 1) -> TrainingResult:
+    def train(self, stage: str, plan: TrainingPlan, uses: int = 1) -> Training:
         """Trains on the training split. uses: micro-steps that each batch serves."""
         data, workers, train_config = self.config.data, self.workers, plan.config
         index = open_split(data, data.train_split)

@@ -3,7 +3,6 @@
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import Parameter
@@ -15,6 +14,7 @@ from lgp_dist.models.ancestry import Ancestry, check_normalisation, hub_weights,
 from lgp_dist.models.build import auxiliary_rows, model_input
 from lgp_dist.models.row_start import check_row, select_weights, take_tail
 from lgp_dist.paths.cost import ancestry_flops, trained_rows_flops, work
+from lgp_dist.run.facts import DistilFacts, RowFacts
 from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context
 from lgp_dist.tasks.distil import distil_task
@@ -36,31 +36,31 @@ def run(context: Context) -> None:
     ancestry = context.load_ancestry(*inputs) if inputs else None
     context.seed("distil")
     module = auxiliary_rows(config, ancestry)
-    facts: dict[str, Any] = {"rows": [start(context, row.number, row.vit, ancestry) for row in module.rows]}
+    facts: DistilFacts = {"rows": [start(context, row.number, row.vit, ancestry) for row in module.rows]}
     task = distil_task(config, module.rows, ancestry)
     if len(task.module.rows):
         training = context.train("distil", TrainingPlan(task, config.distil.train, decays=decays))
         images = training["steps"] * config.distil.train.batch_size
         frozen = ancestry_flops(config) if task.ancestry else 0.0
-        facts["training"] = training | {"flops": work(images, trained_rows_flops(config), frozen)}
+        facts["training"] = {**training, "flops": work(images, trained_rows_flops(config), frozen)}
     module.to(context.workers.device).eval()
     measured = context.accuracies({str(index): row.vit for index, row in enumerate(module.rows)})
     for row, (top1, top5) in zip(facts["rows"], measured.values(), strict=True):
         row |= {"top1": top1, "top5": top5}
         log.info("distil: row of width %d: top-1 %.2f %%, top-5 %.2f %%", row["width"], top1, top5)
 
-    def fill(folder: Path) -> dict[str, Any]:
+    def fill(folder: Path) -> DistilFacts:
         save_tensors(folder / "rows.safetensors", module.state_dict())
         return facts
 
     context.write("distil", inputs, fill, time.monotonic() - began)
 
 
-def start(context: Context, number: int, vit: VisionTransformer, ancestry: Ancestry | None) -> dict[str, Any]:
-    """Gives a row the weights that it begins with where its source has any; what artifact.json says of them."""
+def start(context: Context, number: int, vit: VisionTransformer, ancestry: Ancestry | None) -> RowFacts:
+    """Gives a row the weights that its source has for a start. Every rank calls it."""
     config, key = context.config, f"model.rows.{number}"
     row = config.model.rows[number]
-    facts = {"width": row.width, "source": row.source}
+    facts: RowFacts = {"width": row.width, "source": row.source}
     if row.start == "ancestry":
         select_weights(vit, ancestry.vit, key)
     if row.source == "tail":

@@ -4,10 +4,10 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lgp_dist.files import write_json
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.run.facts import EvaluateFacts
 from lgp_dist.run.path_rows import PathRow
 from lgp_dist.stages.context import Context
 
@@ -23,7 +23,7 @@ def run(context: Context) -> None:
     best = max(rows, key=lambda row: row["top1"])
     log.info("evaluate: %d paths, best %s with top-1 %.2f %%", len(rows), best["key"], best["top1"])
 
-    def fill(folder: Path) -> dict[str, Any]:
+    def fill(folder: Path) -> EvaluateFacts:
         write_json(folder / "paths.json", rows)
         if before is not None:
             write_json(folder / "before.json", before)

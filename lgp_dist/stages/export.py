@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lgp_dist.data.stream import evaluation_batches, open_split
 from lgp_dist.errors import UserError
@@ -14,7 +13,7 @@ from lgp_dist.export.latency import NAME, LatencyFile, with_path_latencies
 from lgp_dist.models.descendant import descendant_from_path, timm_config
 from lgp_dist.protocols import Batch
 from lgp_dist.run.artifacts import Artifact
-from lgp_dist.run.path_rows import read_rows
+from lgp_dist.run.path_rows import PathRow, read_rows
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")
@@ -31,7 +30,7 @@ def run(context: Context) -> None:
     context.write("export", inputs, partial(fill, context, tuned, evaluated, key), time.monotonic() - began)
 
 
-def fill(context: Context, tuned: Artifact, evaluated: Artifact, key: str, folder: Path) -> dict[str, Any]:
+def fill(context: Context, tuned: Artifact, evaluated: Artifact, key: str, folder: Path) -> PathRow:
     """Writes a path of the run as a descendant's folder. Returns its row of paths.json and the largest difference
     between logits of the path and of the weights read back."""
     path, data, settings = context.space.by_key(key), context.config.data, context.config.export

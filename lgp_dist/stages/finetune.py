@@ -4,7 +4,6 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -16,6 +15,7 @@ from lgp_dist.paths.cost import ancestry_forward, work
 from lgp_dist.paths.ledger import Ledger, build_ledger, under_drawn
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.run.artifacts import Artifact
+from lgp_dist.run.facts import FinetuneFacts
 from lgp_dist.run.metrics import read_metrics
 from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context
@@ -51,7 +51,7 @@ def run(context: Context) -> None:
     )
     training = context.train("finetune", plan, uses=config.paths_per_batch)
 
-    def fill(folder: Path) -> dict[str, Any]:
+    def fill(folder: Path) -> FinetuneFacts:
         save_tensors(folder / "pool.safetensors", pool.state_dict())
         ledger = draws_of(context.run.root / "metrics.jsonl", sampler)
         write_json(folder / "ledger.json", ledger)
@@ -59,12 +59,12 @@ def run(context: Context) -> None:
             log.warning("finetune: %d path(s) were drawn less often than expected: %s", len(late), ", ".join(late))
         images, flops = training["steps"] * config.train.batch_size, mean_flops(context, ledger)
         cost = work(images, config.paths_per_batch * flops, ancestry_forward(context.config))
-        return {"training": training | {"flops": cost}, "policy": config.policy, "behind": late}
+        return {"training": {**training, "flops": cost}, "policy": config.policy, "behind": late}
 
     context.write("finetune", inputs.values(), fill, time.monotonic() - began)
 
 
-def take(context: Context, pooled: Artifact, weights: str, folder: Path) -> dict[str, Any]:
+def take(context: Context, pooled: Artifact, weights: str, folder: Path) -> FinetuneFacts:
     """Writes the pool with weights from a file; UserError if they are those of another pool."""
     pool = context.load_pool(pooled)
     load_weights(pool, load_tensors(Path(weights)), weights, "pool", "model and data.num_classes")

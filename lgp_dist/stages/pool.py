@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -19,6 +18,7 @@ from lgp_dist.models.stitch_init import Starts, ancestry_means, least_squares_st
 from lgp_dist.models.sws import expand
 from lgp_dist.paths.depths import DepthSpace
 from lgp_dist.run.artifacts import Artifact
+from lgp_dist.run.facts import PoolFacts
 from lgp_dist.run.tensors import load_tensors, save_tensors
 from lgp_dist.stages.context import Context
 
@@ -34,7 +34,7 @@ def run(context: Context) -> None:
     ancestry = context.load_ancestry(context.require("ancestry")) if context.config.taps_ancestry else None
     context.seed("pool")
 
-    def fill(folder: Path) -> dict[str, Any]:
+    def fill(folder: Path) -> PoolFacts:
         rows = finished_rows(context, ancestry, distilled)
         starts = stitch_starts(context, ancestry, rows)
         pool = put_together(context, [row.vit for row in rows])

@@ -1,6 +1,6 @@
-"""How a run starts and ends: ranks join, compare what they were given and refuse what cannot work; all leave together.
+"""How a run starts and ends: ranks join, compare what they were given, refuse what cannot work, and leave together.
 
-Here a configuration is checked and flattened, and what it names is hashed, once; stages are given the result.
+The configuration is checked and flattened here, and the files that it names are hashed; stages get the result.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lgp_dist.config.flat import STAGES, flatten, stage_settings
 from lgp_dist.config.run_config import RunConfig
@@ -55,44 +56,51 @@ def joined(config: RunConfig, stages: tuple[str, ...], refusal: UserError | None
 
 def agreed(config: RunConfig, stages: tuple[str, ...], workers: Workers, refusal: UserError | None) -> Context:
     """The run that all ranks start; UserError on every rank if one rank's recipe or inputs are refused or differ."""
-    about, files, sources = environment(), dict[str, Path](), dict[str, str]()
+    settings, about = flatten(config), environment()
+    facts = facts_of(settings, workers.launch) | {"stages": list(stages), "device": workers.device.type}
+    facts |= _named("code", code_hashes()) | _named("versions", about["versions"])
     try:
         if refusal:
             raise refusal
         check_trackers(config.trackers)
         manifest = load_manifest(config.data)
-        sources = split_fingerprints(config, manifest)
-        files = source_files(config)
+        splits = split_fingerprints(config, manifest)
     except UserError as error:
-        refusal = error
-    settings = flatten(config)
-    facts = facts_of(settings, workers.launch) | {"stages": list(stages), "device": workers.device.type}
+        raise _refused(error, workers) from None
+    check_equal(facts | _named("sources", splits), workers)
+    # From here on all ranks run the same code, so that they can hash files together.
     try:
-        sources |= hashes_of(files, workers)
-        if refusal:
-            raise refusal
+        files = hashes_of(source_files(config), workers)
     except UserError as error:
-        check_equal(facts | {REFUSAL: str(error)}, workers)
-        raise
-    for name, part in {"code": code_hashes(), "versions": about["versions"], "sources": sources}.items():
-        facts |= {f"{name}.{key}": value for key, value in part.items()}
-    check_equal(facts, workers)
-    run = RunDirectory(Path(config.directory), stage_settings(config) | sources, config.recipe)
+        raise _refused(error, workers) from None
+    check_equal(_named("sources", files), workers)
+    run = RunDirectory(Path(config.directory), stage_settings(config) | splits | files, config.recipe)
     return Context(config, settings, run, workers, manifest, about)
 
 
+def _named(kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{kind}.{name}": value for name, value in facts.items()}
+
+
+def _refused(error: UserError, workers: Workers) -> UserError:
+    """Tells all ranks why this one cannot start: all raise a UserError."""
+    check_equal({REFUSAL: str(error)}, workers)
+    return error
+
+
 def split_fingerprints(config: RunConfig, manifest: ShardManifest) -> dict[str, str]:
-    """Fingerprints of the splits that a run reads; UserError if the manifest does not have them."""
+    """Fingerprints of the splits that a run reads, as `data.SPLIT`; UserError if the manifest lacks one."""
     return {f"data.{split}": manifest.fingerprint(split) for split in (config.data.train_split, config.data.val_split)}
 
 
 def source_files(config: RunConfig) -> dict[str, Path]:
-    """The files that a run reads apart from shards, by the setting that names them."""
-    named = {f"model.rows.{index}.weights": row.weights for index, row in enumerate(config.model.rows)
-             if row.source == "file"}  # fmt: skip
+    """The files that a run reads next to shards, by the setting that names them."""
+    named = {f"finetune.{name}": getattr(config.finetune, name) for name in ("start_weights", "weights", "costs")}
     if config.needs_ancestry and config.ancestry.source == "file":
         named["ancestry.weights"] = config.ancestry.weights
-    named |= {f"finetune.{name}": getattr(config.finetune, name) for name in ("start_weights", "weights", "costs")}
+    for index, row in enumerate(config.model.rows):
+        if row.source == "file":
+            named[f"model.rows.{index}.weights"] = row.weights
     return {setting: Path(name) for setting, name in named.items() if name}
 
 
@@ -103,34 +111,33 @@ def sources(config: RunConfig, manifest: ShardManifest) -> dict[str, str]:
 
 
 def hashes_of(files: Mapping[str, Path], workers: Workers) -> dict[str, str]:
-    """sha256 of files by setting. Every rank calls it; UserError on those that name a file which cannot be read.
+    """sha256 of files by setting. Every rank calls it; UserError on the ranks that name a file which cannot be read.
 
-    The first rank of a node that names a file reads it for the others of its node.
+    Ranks may name different files. The first rank of a node that names a file reads it for its node.
     """
     node = slice(workers.first_of_node, workers.first_of_node + workers.launch.local_world)
     places = {setting: str(path.resolve()) for setting, path in files.items()}
     earlier = {place for named in workers.gather([*places.values()])[node.start : workers.rank] for place in named}
     mine = {place: files[setting] for setting, place in places.items() if place not in earlier}
-    found, problems = dict[str, str](), dict[str, str]()
+    hashes, problems = dict[str, str](), dict[str, str]()
     for place, path in mine.items():
         try:
-            found[place] = fingerprint(path)
+            hashes[place] = fingerprint(path)
         except UserError as error:
             problems[place] = str(error)
-    for hashes, others in workers.gather([found, problems])[node]:
-        found, problems = found | hashes, problems | others
+    for others, failures in workers.gather([hashes, problems])[node]:
+        hashes, problems = hashes | others, problems | failures
     for place in places.values():
         if place in problems:
             raise UserError(problems[place])
-    return {setting: found[place] for setting, place in places.items()}
+    return {setting: hashes[place] for setting, place in places.items()}
 
 
 @contextlib.contextmanager
 def recorded(context: Context, stage: str) -> Iterator[None]:
-    """Log, settings and environment of the block are in the run directory; outcome.json says how it ended. All ranks
-    leave together.
+    """Keeps log, settings and environment in the run directory, and how the block ended in outcome.json.
 
-    stage: what is done when the block ends well.
+    All ranks leave together. stage: the last, which is done if the block ends well.
     """
     run, workers = context.run, context.workers
     if workers.is_main:
@@ -158,14 +165,14 @@ def recorded(context: Context, stage: str) -> Iterator[None]:
 
 
 def _status(error: BaseException) -> RunStatus:
-    """How a start that an exception ends has ended."""
+    """How a run ended that raised an exception."""
     if isinstance(error, Preempted):
         return RunStatus("preempted", error.stage, error.step, str(error))
     return RunStatus("failed", sentence=str(error) or type(error).__name__)
 
 
 def check_stages(config: RunConfig, stages: tuple[str, ...], run: RunDirectory, world: int, images: int) -> None:
-    """UserError if an artifact was made with other settings, or batch or schedule do not fit ranks and images."""
+    """UserError if an artifact was made with other settings, or a batch or schedule does not fit ranks and images."""
     for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
         if not (config.force and stage in stages):
             run.check_settings(stage)
@@ -173,7 +180,7 @@ def check_stages(config: RunConfig, stages: tuple[str, ...], run: RunDirectory, 
 
 
 def check_world(config: RunConfig, stages: tuple[str, ...], world: int, images: int) -> None:
-    """UserError if batch or schedule of a stage do not fit so many ranks and images."""
+    """UserError if the batch or schedule of a stage does not fit the numbers of ranks and images."""
     trains = {"finetune": config.finetune.train}
     if any(row.trains for row in config.model.rows):
         trains["distil"] = config.distil.train

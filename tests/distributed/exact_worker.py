@@ -21,9 +21,10 @@ from lgp_dist.engine import trainer
 from lgp_dist.engine.comm_stats import Gathered
 from lgp_dist.engine.deepspeed_workarounds import gathered
 from lgp_dist.engine.divergence_check import bits
-from lgp_dist.engine.loop import Batches, RunSetup, TrainingPlan, TrainingResult, train
+from lgp_dist.engine.loop import Batches, RunSetup, TrainingPlan, train
 from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import Batch, StepContext
+from lgp_dist.run.facts import Training
 from lgp_dist.tasks.finetune import FinetuneTask
 
 
@@ -70,7 +71,7 @@ def workers_of(trial: Trial, started: Workers) -> Workers:
 
 def train_trial(
     task: Any, batches: Batches, trial: Any, workers: Workers, folder: Path, index: int, **more: Any
-) -> TrainingResult:
+) -> Training:
     """The project's loop on a trial's settings. more: further fields of the plan."""
     plan = TrainingPlan(task, trial.train_config(), trial.finetune_config().gradients, **more)
     return train(plan, RunSetup(f"trial{index}", batches, trial.steps, folder), workers)
