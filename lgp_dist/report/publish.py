@@ -48,7 +48,7 @@ def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence
         curves=curves,
         figures={name: figure_svg(figure) for name, figure in figures.items()},
         ledger=_read(folders["finetune"] / "ledger.json") if "finetune" in folders else None,
-        artifacts=[{name: artifact.record[name] for name in SUMMARY} for artifact in artifacts],
+        artifacts=[{name: made.record.get(name) for name in SUMMARY} for made in artifacts],
         descendant=facts.get("export"),
         export_folder=str(folders.get("export", "")),
         config=config,

@@ -218,7 +218,7 @@ def test_paths_of_all_lengths_appear(policy: str, pool: str) -> None:
 
 @pytest.mark.parametrize("pool", SPACES)
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (4, 2), (8, 8), (64, 1), (100, 3)])
-def test_spread_repeats_none_until_all_are_dealt(pool: str, world: int, accumulate: int) -> None:
+def test_spread_repeats_none_until_all_are_drawn(pool: str, world: int, accumulate: int) -> None:
     """In each step every path comes slots / paths times, rounded down or up."""
     sampler = make("spread", accumulate, pool)
     paths, slots = len(sampler.paths), world * accumulate
