@@ -13,7 +13,6 @@ Beyond the copy, a save in progress costs training one small all-reduce per step
 import logging
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from lgp_dist.config.run_config import CheckpointConfig
 from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
 from lgp_dist.engine.checkpoints.disk import Disk
 from lgp_dist.engine.checkpoints.manifest import Manifest, TrainState, rank_file, read_manifest
-from lgp_dist.engine.checkpoints.tensor_slices import SliceReader, TensorSlice, check_shapes, same
+from lgp_dist.engine.checkpoints.tensor_slices import TensorSlice, check_shapes, open_slices, same
 from lgp_dist.engine.fragments import Fragments
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
@@ -74,8 +73,6 @@ class Checkpointer:
         self.checkpoint_dir, self.workers, self.fragments, self.config = checkpoint_dir, workers, fragments, config
         self._save: _Save | None = None
         self._buffers: dict[str, Tensor] = {}
-        self.stall_s = 0.0
-        """Seconds for which the last save held up training."""
 
     @property
     def busy(self) -> bool:
@@ -89,13 +86,11 @@ class Checkpointer:
 
     def save(self, state: TrainState) -> None:
         """Begins a checkpoint of the engine's present state, once the last save has ended."""
-        began = time.monotonic()
         self.wait()
         steps = self._all_steps()
         slices = [self._copy(one) for one in self.fragments.written()]
         path = self.checkpoint_dir.partial(state.step) / rank_file(self.workers.rank)
         self._save = _Save(state, steps, slices, path, self.checkpoint_dir.disk)
-        self.stall_s = time.monotonic() - began
 
     def settle(self, worst: int) -> None:
         """Ends the save in progress, given the highest status over ranks: publishes or drops it, or lets it run."""
@@ -139,14 +134,12 @@ class Checkpointer:
                 save.problem, status = str(error), FAILED
             else:
                 log.info("checkpoint: step %d in %s", save.state.step, self.checkpoint_dir.final(save.state.step))
-                self._prune()
+                try:
+                    self.checkpoint_dir.prune(self.config.keep)
+                except OSError as error:
+                    folder = self.checkpoint_dir.folder
+                    log.warning("checkpoint: an old one in %s could not be removed (%s)", folder, error)
         return int(self.workers.highest([status])[0])
-
-    def _prune(self) -> None:
-        try:
-            self.checkpoint_dir.prune(self.config.keep)
-        except OSError as error:
-            log.warning("checkpoint: an old one in %s could not be removed (%s)", self.checkpoint_dir.folder, error)
 
     def _drop(self, save: _Save) -> None:
         """Logs why the save failed, on the ranks where it did, and removes what was written."""
@@ -178,9 +171,9 @@ class Checkpointer:
             return None
         problem = ""
         try:
-            with SliceReader(manifest) as reader, torch.no_grad():
+            with open_slices(manifest) as fill, torch.no_grad():
                 for wanted in self.fragments.read():
-                    reader.fill(wanted)
+                    fill(wanted)
             self.fragments.set_steps(manifest.steps)
         except (UserError, OSError, SafetensorError) as error:
             problem = str(error)

@@ -30,12 +30,6 @@ def zero3(parameter: nn.Parameter) -> Zero3Parameter | None:
     return cast(Zero3Parameter, parameter) if hasattr(parameter, "ds_tensor") else None
 
 
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Returns the shape of the whole parameter under every engine."""
-    partitioned = zero3(parameter)
-    return tuple(parameter.shape if partitioned is None else partitioned.ds_shape)
-
-
 def skip_operator_probes() -> None:
     """Makes DeepSpeed use none of its own operators on a CPU.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lgp_dist.engine.checkpoints.tensor_slices import WEIGHT, TensorSlice
-from lgp_dist.engine.deepspeed_workarounds import OptimizerSlice, partitions, whole_shape, zero3
+from lgp_dist.engine.deepspeed_workarounds import OptimizerSlice, partitions, zero3
 from lgp_dist.engine.optim import materialise
 
 
@@ -31,7 +31,7 @@ class Fragments:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all whole parameters."""
-        return {name: whole_shape(parameter) for name, parameter in self.named}
+        return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in self.named}
 
     def written(self) -> list[TensorSlice]:
         """Returns what this rank writes. All ranks together write every element once."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -69,23 +70,16 @@ def check_equal(facts: Mapping[str, Any], workers: Workers) -> None:
     text = json.dumps(facts, sort_keys=True).encode()
     head = hashlib.sha256(text).digest() + len(text).to_bytes(8, "little")
     group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    patient = replace(workers, host=group)
     try:
-        heads = _gather(head, workers.world, group)
+        heads = [bytes(row) for row in patient.table(list(head))]
         if len(set(heads)) == 1:
             return
         longest = max(int.from_bytes(other[32:], "little") for other in heads)
-        texts = _gather(text.ljust(longest), workers.world, group)
+        texts = [bytes(row) for row in patient.table(list(text.ljust(longest)))]
     finally:
         torch.distributed.destroy_process_group(group)
     raise UserError(_message([json.loads(other) for other in texts]))
-
-
-def _gather(message: bytes, world: int, group: Any) -> list[bytes]:
-    """Every rank's message; all have one length."""
-    mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-    rows = [torch.empty_like(mine) for _ in range(world)]
-    torch.distributed.all_gather(rows, mine, group=group)
-    return [row.numpy().tobytes() for row in rows]
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -4,12 +4,12 @@ A rank writes slices, each some consecutive elements of a flattened parameter's 
 for the elements that its own engine holds, and gets them from whichever files have them.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -41,55 +41,43 @@ class TensorSlice:
         return f"{self.kind}/{self.parameter}@{self.start}"
 
 
-class SliceReader:
-    """The files of a checkpoint, open for reading; a context manager."""
+@contextmanager
+def open_slices(manifest: Manifest) -> Iterator[Callable[[TensorSlice], None]]:
+    """A context with the files of a checkpoint open; yields a function that copies a slice's elements into it.
 
-    def __init__(self, manifest: Manifest):
-        self.manifest = manifest
-        self._stack = ExitStack()
-        self._places: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        """(parameter, kind) to the start, length, file and name of its slices."""
+    Both raise UserError: for a file that is not a checkpoint's, and if the checkpoint lacks some of the elements.
+    """
+    places: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}  # to start, length, file and tensor of slices
 
-    def __enter__(self) -> "SliceReader":
-        for name in self.manifest.files:
-            path = self.manifest.folder / name
-            try:
-                self._add(self._stack.enter_context(safe_open(path, framework="pt")))
-            except (SafetensorError, OSError, ValueError) as error:
-                self._stack.close()
-                raise UserError(f"{path} is not a file of a checkpoint ({error}): {ADVICE}.") from error
-        for places in self._places.values():
-            places.sort(key=lambda place: place[0])
-        return self
-
-    def _add(self, file: Any) -> None:
-        """Notes what a file holds. ValueError for a tensor that is not a slice."""
-        for key in file.keys():  # noqa: SIM118  not a mapping
-            kind, rest = key.split("/", 1)
-            parameter, start = rest.rsplit("@", 1)
-            (length,) = file.get_slice(key).get_shape()
-            if not start.isdecimal():
-                raise ValueError(f"tensor {key!r} has no start")
-            self._places.setdefault((parameter, kind), []).append((int(start), length, file, key))
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stack.close()
-
-    def fill(self, wanted: TensorSlice) -> None:
-        """Copies a slice's elements into it. Raises UserError if the checkpoint lacks some of them."""
+    def fill(wanted: TensorSlice) -> None:
         at, end = wanted.start, wanted.start + wanted.values.numel()
-        for start, length, file, key in self._places.get((wanted.parameter, wanted.kind), ()):
+        for start, length, file, key in sorted(places.get((wanted.parameter, wanted.kind), ()), key=itemgetter(0)):
             if start <= at < min(end, start + length):
                 stop = min(end, start + length)
-                wanted.values[at - wanted.start : stop - wanted.start].copy_(
-                    file.get_slice(key)[at - start : stop - start]
-                )
+                found = file.get_slice(key)[at - start : stop - start]
+                wanted.values[at - wanted.start : stop - wanted.start].copy_(found)
                 at = stop
         if at < end:
             raise UserError(
-                f"{self.manifest.folder} holds no {wanted.kind} of {wanted.parameter} from element {at} on: "
+                f"{manifest.folder} holds no {wanted.kind} of {wanted.parameter} from element {at} on: "
                 "resume with the recipe and the optimizer that it was made with."
             )
+
+    with ExitStack() as stack:
+        for name in manifest.files:
+            path = manifest.folder / name
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                for key in file.keys():  # noqa: SIM118  not a mapping
+                    kind, rest = key.split("/", 1)
+                    parameter, start = rest.rsplit("@", 1)
+                    (length,) = file.get_slice(key).get_shape()
+                    if not start.isdecimal():
+                        raise ValueError(f"tensor {key!r} has no start")
+                    places.setdefault((parameter, kind), []).append((int(start), length, file, key))
+            except (SafetensorError, OSError, ValueError) as error:
+                raise UserError(f"{path} is not a file of a checkpoint ({error}): {ADVICE}.") from error
+        yield fill
 
 
 def check_shapes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -115,9 +103,9 @@ def consolidate(manifest: Manifest) -> dict[str, Tensor]:
     if needed > held:
         raise UserError(f"{manifest.folder} says that it has {needed} bytes of weights, but holds {held}: {ADVICE}.")
     whole = {name: torch.empty(shape) for name, shape in manifest.shapes.items()}
-    with SliceReader(manifest) as reader:
+    with open_slices(manifest) as fill:
         for name, tensor in whole.items():
-            reader.fill(TensorSlice(name, WEIGHT, 0, tensor.view(-1)))
+            fill(TensorSlice(name, WEIGHT, 0, tensor.view(-1)))
     return whole
 
 

@@ -2,24 +2,12 @@
 
 import json
 import sys
-from typing import TypedDict
 
 import torch
 
 
-class Backends(TypedDict):
-    """What torch has on a machine."""
-
-    cuda: str | None
-    """The version that torch was built for."""
-    devices: list[str]
-    """Names of the GPUs that torch sees."""
-    nccl: str | None
-    gloo: bool
-
-
-def backends() -> Backends:
-    """Returns what torch has here."""
+def backends() -> dict[str, str | list[str] | bool | None]:
+    """Returns the CUDA version that torch was built for (or None), the names of its GPUs, NCCL's version, and gloo."""
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     return {
