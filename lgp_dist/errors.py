@@ -33,9 +33,9 @@ def nearest(given: str, known: Iterable[str], otherwise: str) -> str:
 
 
 class Preempted(Exception):
-    """The run was asked to end (SIGTERM, SIGUSR1), has saved and can go on from there."""
+    """The run was asked to leave (SIGTERM, SIGUSR1); it has saved and can resume."""
 
     def __init__(self, stage: str, step: int, *, saved: bool):
-        what = "has saved: the same command goes on from there" if saved else "could not save: see the log"
+        what = "has saved: the same command resumes from there" if saved else "could not save: see the log"
         super().__init__(f"Stage {stage} was asked to end at step {step} and {what}.")
         self.stage, self.step, self.saved = stage, step, saved
