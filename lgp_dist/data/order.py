@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,16 +42,13 @@ def nth_of_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class SampleOrder:
-    """From position to sample. Position p, counted from the start of the run, belongs to epoch p // n.
+    """From position to sample. Position p, counted from the start of the run, belongs to epoch p // n."""
 
-    Not for several threads at once.
-    """
-
-    # With at most `window` shards, an epoch is one permutation of all samples. More shards cannot all be open or cached
-    # at once, so an epoch shuffles in two levels: it permutes the shards, divides the sequence of their samples into
-    # lanes, each lane into windows, and permutes the samples within each window. Position p takes the next sample of
-    # lane p % lanes, so a batch mixes samples of all lanes, about `window` shards are in use at a time, and the memory
-    # is that of one window per lane. Every sample comes once per epoch, and any position is found without those before.
+    # With at most `window` shards, an epoch is one window: a permutation of all samples. More shards cannot all be open
+    # or cached at once, so an epoch shuffles in two levels: it permutes the shards, divides the sequence of their
+    # samples into lanes, each lane into windows, and permutes the samples within each window. Position p takes the next
+    # sample of lane p % lanes, so a batch mixes samples of all lanes, about `window` shards are in use at a time, and
+    # the memory is that of two windows per lane. Every sample comes once per epoch; any position is found by itself.
 
     sizes: tuple[int, ...]
     """Samples of each shard; samples are numbered shard after shard."""
@@ -72,7 +69,7 @@ class SampleOrder:
 
     @property
     def lanes(self) -> int:
-        """Number of lanes: 1 where one window holds all shards."""
+        """Number of lanes."""
         return 1 if self.whole else min(LANES, self.window)
 
     def samples(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -87,9 +84,6 @@ class SampleOrder:
 
     def _of_lane(self, epoch: int, lane: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Samples at positions of one epoch and lane."""
-        if self.whole:
-            order = self._cached(epoch, 0, 0, partial(position_to_sample, self.seed, epoch, self.n))
-            return order[positions - epoch * self.n]
         first = epoch * self.n + (lane - epoch * self.n) % self.lanes
         places = (positions - first) // self.lanes
         begin, end = self._lane(epoch, lane)
@@ -100,7 +94,7 @@ class SampleOrder:
         for number in np.unique(numbers).tolist():
             inside = numbers == number
             low, high = begin + int(edges[number]), begin + int(edges[number + 1])
-            order = self._cached(epoch, lane, number, partial(self._window, epoch, lane, number, low, high))
+            order = self._cached_window(epoch, lane, number, low, high)
             found[inside] = order[places[inside] - int(edges[number])]
         return found
 
@@ -116,11 +110,15 @@ class SampleOrder:
 
     def _windows(self, length: int) -> int:
         """Number of windows of a lane of so many samples."""
-        return max(1, round(length * len(self.sizes) * self.lanes / (self.window * max(self.n, 1))))
+        return (
+            1 if self.whole else max(1, round(length * len(self.sizes) * self.lanes / (self.window * max(self.n, 1))))
+        )
 
     def _window(self, epoch: int, lane: int, number: int, low: int, high: int) -> NDArray[np.int64]:
         """Samples of one window in their order; low, high: its places in the sequence of permuted shards."""
-        order, ends = self._shards(epoch)
+        if self.whole:
+            return position_to_sample(self.seed, epoch, self.n)
+        order, ends = self._cached_shards(epoch)
         places = low + permutation(high - low, "window", self.seed, epoch, lane, number)
         rank = np.searchsorted(ends, places, side="right")
         shard = order[rank]
@@ -128,28 +126,18 @@ class SampleOrder:
 
     def _shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The permuted shards of an epoch, and the place after each in the sequence of their samples."""
-        if epoch not in self._shard_orders:
-            while len(self._shard_orders) > 1:
-                self._shard_orders.pop(next(iter(self._shard_orders)))
-            order = permutation(len(self.sizes), "shards", self.seed, epoch)
-            self._shard_orders[epoch] = order, np.cumsum(self._sizes[order])
-        return self._shard_orders[epoch]
-
-    def _cached(self, epoch: int, lane: int, number: int, make: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
-        """The order of a window. Keeps the latest window of each lane, for two epochs."""
-        kept = self._orders.get((epoch % 2, lane))
-        if kept is None or kept[0] != (epoch, number):
-            kept = ((epoch, number), make())
-            self._orders[epoch % 2, lane] = kept
-        return kept[1]
+        order = permutation(len(self.sizes), "shards", self.seed, epoch)
+        return order, np.cumsum(self._sizes[order])
 
     @cached_property
-    def _orders(self) -> dict[tuple[int, int], tuple[tuple[int, int], NDArray[np.int64]]]:
-        return {}
+    def _cached_window(self) -> Callable[..., NDArray[np.int64]]:
+        """`_window`; keeps as many as two windows of each lane."""
+        return lru_cache(2 * self.lanes)(self._window)
 
     @cached_property
-    def _shard_orders(self) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        return {}
+    def _cached_shards(self) -> Callable[[int], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """`_shards`; keeps two epochs."""
+        return lru_cache(2)(self._shards)
 
     @cached_property
     def _sizes(self) -> NDArray[np.int64]:

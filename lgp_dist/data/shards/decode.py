@@ -3,8 +3,8 @@
 import io
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,8 +80,13 @@ class ShardFiles:
     def __init__(self, paths: Sequence[Path], source: ShardSource | None = None) -> None:
         """source: opens the paths; None for files of this machine."""
         self.paths, self.source = tuple(paths), source
-        self._handles: OrderedDict[int, _Handle] = OrderedDict()
-        self._lock = threading.Lock()
+        files = self.paths  # not self: a cycle would keep files open until it is collected
+
+        def opened(shard: int) -> _Handle:
+            path = files[shard]
+            return _Handle(source.open(path) if source else os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+        self._open = lru_cache(OPEN_FILES)(opened)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` of shard number `shard`; LostBytes if the file has fewer or is missing."""
@@ -100,25 +105,6 @@ class ShardFiles:
                 f"its shard ends before byte {offset + size}",
             )
         return content
-
-    def close(self) -> None:
-        """Closes the files that no thread reads; the next read opens them again."""
-        with self._lock:
-            self._handles.clear()
-
-    def _open(self, shard: int) -> _Handle:
-        """File of a shard, marked as the latest used."""
-        with self._lock:
-            if shard in self._handles:
-                self._handles.move_to_end(shard)
-                return self._handles[shard]
-        path = self.paths[shard]  # opening it may wait for a download: not under the lock
-        file = _Handle(self.source.open(path) if self.source else os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        with self._lock:
-            self._handles[shard] = file
-            while len(self._handles) > OPEN_FILES:
-                self._handles.popitem(last=False)
-        return file
 
     def __getstate__(self) -> dict[str, Any]:
         return {"paths": self.paths, "source": self.source}
