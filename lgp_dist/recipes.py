@@ -1,8 +1,10 @@
 """Each function returns the complete configuration of a run. Variants call another one and change a few fields."""
 
 from dataclasses import replace
+from typing import Any
 
 from lgp_dist.config.budget import Amount, Budget
+from lgp_dist.config.flat import flatten
 from lgp_dist.config.run_config import (
     AncestryConfig,
     AugmentConfig,
@@ -357,3 +359,16 @@ def recipe_of(name: str) -> RunConfig:
     if name not in RECIPES:
         raise UserError(f"There is no recipe {name!r}: {nearest(name, RECIPES, 'take ' + ', '.join(RECIPES))}.")
     return RECIPES[name]()
+
+
+def differences(config: RunConfig) -> list[str]:
+    """What differs from the configuration's recipe, as "key value (recipe value)"; nothing without a recipe."""
+    now = flatten(config)
+    own = flatten(RECIPES[config.recipe]()) if config.recipe in RECIPES else now
+    keys = [key for key in {**own, **now} if own.get(key) != now.get(key) and key != "run_dir"]
+    return [f"{key} {_shown(now.get(key))} (recipe {_shown(own.get(key))})" for key in keys]
+
+
+def _shown(value: Any) -> str:
+    """A value as on the command line; "none" if it is empty."""
+    return (" ".join(map(str, value)) if isinstance(value, list) else str(value)) or "none"

@@ -11,6 +11,7 @@ from lgp_dist.config.flat import STAGES, changed_keys, depends_on, flatten, stag
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.recipes import (
     RECIPES,
+    differences,
     pool12,
     pool18,
     snnet_deit,
@@ -263,3 +264,19 @@ def test_recipes_say_how_to_run_them(name: str) -> None:
     for start in ("Command: ", "Time: ", "Accuracy: "):
         assert len([line for line in lines if line.startswith(start) and len(line) > len(start)]) == 1
     assert all(row.width % row.heads == 0 for row in config.model.rows)
+
+
+def test_differences_from_the_recipe() -> None:
+    """Every setting that an option changed, in the order of the recipe, with both values; but the run directory."""
+    config, train = tiny(), tiny().finetune.train
+    assert differences(config) == differences(replace(config, run_dir="elsewhere")) == []
+    assert differences(replace(config, recipe="downstream", seed=3)) == []
+    changed = replace(
+        config, seed=3, trackers=(), finetune=replace(config.finetune, row_lr=(1.0,), train=replace(train, lr=0.001))
+    )
+    assert differences(changed) == [
+        "seed 3 (recipe 0)",
+        "finetune.row_lr 1.0 (recipe 1.0 0.1)",
+        "finetune.train.lr 0.001 (recipe 0.002)",
+        "trackers none (recipe tensorboard)",
+    ]
