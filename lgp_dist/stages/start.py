@@ -22,6 +22,7 @@ from lgp_dist.errors import Preempted, UserError
 from lgp_dist.files import write_json
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
+from lgp_dist.recipes import differences
 from lgp_dist.run.artifacts import RunDirectory, fingerprint
 from lgp_dist.run.checks import check_config
 from lgp_dist.run.log import end_log, open_log
@@ -144,6 +145,8 @@ def recorded(context: Context, stage: str) -> Iterator[None]:
         run.check_writable()
         clear_run_status(run.root)
         open_log(run.root / "log.txt")
+        for line in differences(context.config):
+            log.info("%s", line)
         write_json(run.root / "config.json", context.settings)
         write_json(run.root / "environment.json", context.environment)
     workers.watchdog.phase("start")

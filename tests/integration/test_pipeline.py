@@ -51,6 +51,15 @@ def test_every_stage_leaves_a_complete_artifact(finished: tuple[Path, str]) -> N
     assert not list(run.glob(".*partial*"))
 
 
+def test_the_log_begins_with_what_differs_from_the_recipe(finished: tuple[Path, str]) -> None:
+    """Once, though two ranks run."""
+    log = (finished[0] / "log.txt").read_text()
+    before, _, after = log.partition("begins on 2 process(es)")
+    for setting in ("distil.train.max_steps 12 (recipe 0)", "evaluate.before False (recipe True)"):
+        assert before.count(setting) == 1 and setting not in after
+    assert "run_dir" not in before
+
+
 def test_metrics_have_a_line_per_step(finished: tuple[Path, str]) -> None:
     run, _ = finished
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
