@@ -25,8 +25,10 @@ DEIT_AUGMENT = AugmentConfig(color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc
 """The published augmentation of DeiT and of SN-Net's DeiT experiments, without repeated augmentation. As in timm, the
 automatic augmentation replaces colour jitter."""
 
-DEIT_MIX = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
-"""Mixing and smoothing of the same experiments, for a TrainConfig."""
+
+def deit_mix(train: TrainConfig) -> TrainConfig:
+    """A stage's training with the mixing and smoothing of the same experiments."""
+    return replace(train, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 
 
 def tiny() -> RunConfig:
@@ -113,7 +115,7 @@ def pool12() -> RunConfig:
         recipe="pool12",
         data=DataConfig(augment=DEIT_AUGMENT),
         engine=EngineConfig(precision="bf16", device="cuda"),
-        distil=DistilConfig(train=replace(loop, **DEIT_MIX)),
+        distil=DistilConfig(train=deit_mix(loop)),
         finetune=FinetuneConfig(train=replace(loop, epochs=50.0)),
         budget=Budget(max_params=Amount(20e6)),
     )
@@ -248,7 +250,7 @@ def snnet_deit() -> RunConfig:
         RowConfig(width=width, heads=width // 64, source="hub", model=f"deit_{name}_patch16_224")
         for name, width in names.items()
     )
-    train = TrainConfig(epochs=50.0, batch_size=1024, lr=1e-4, warmup_epochs=5.0, log_every=50, **DEIT_MIX)
+    train = deit_mix(TrainConfig(epochs=50.0, batch_size=1024, lr=1e-4, warmup_epochs=5.0, log_every=50))
     return RunConfig(
         recipe="snnet_deit",
         data=DataConfig(augment=DEIT_AUGMENT),
@@ -257,7 +259,7 @@ def snnet_deit() -> RunConfig:
         ancestry=AncestryConfig(model="regnety_160.deit_in1k"),
         pool=PoolConfig(stitch_init="least_squares"),
         finetune=FinetuneConfig(distil="hard", distil_weight=0.5, label_weight=0.5, train=train),
-        budget=Budget(max_params=20e6),
+        budget=Budget(max_params=Amount(20e6)),
     )
 
 
@@ -271,7 +273,7 @@ def sws_small() -> RunConfig:
     Time: not yet measured
     Accuracy: not yet measured
     """
-    loop = TrainConfig(epochs=150.0, batch_size=512, lr=5e-4, warmup_epochs=5.0, log_every=50, **DEIT_MIX)
+    loop = deit_mix(TrainConfig(epochs=150.0, batch_size=512, lr=5e-4, warmup_epochs=5.0, log_every=50))
     depths = (6, 8, 10, 12)
     return RunConfig(
         recipe="sws_small",
@@ -285,7 +287,7 @@ def sws_small() -> RunConfig:
         ),
         distil=DistilConfig(alpha=0.0, inverse_weight=0.0, train=loop),
         finetune=each_alone(len(depths), replace(loop, epochs=10.0, lr=5e-5, warmup_epochs=0.0)),
-        budget=Budget(max_params=20e6),
+        budget=Budget(max_params=Amount(20e6)),
     )
 
 
@@ -304,7 +306,7 @@ def sws_base() -> RunConfig:
         model=replace(base.model, rows=(row,)),
         distil=replace(base.distil, train=replace(base.distil.train, epochs=100.0)),
         finetune=replace(finetune, train=replace(finetune.train, lr=1e-5)),
-        budget=Budget(max_params=65e6),
+        budget=Budget(max_params=Amount(65e6)),
     )
 
 

@@ -35,7 +35,11 @@ def unflatten(flat: Mapping[str, Any], default: Any = RunConfig(), prefix: str =
     hints, values = typing.get_type_hints(type(default)), {}
     for item in dataclasses.fields(default):
         value, key = getattr(default, item.name), prefix + item.name
-        parts = [part for part in typing.get_args(hints[item.name]) if dataclasses.is_dataclass(part)]
+        parts = [
+            part
+            for part in typing.get_args(hints[item.name])
+            if isinstance(part, type) and dataclasses.is_dataclass(part)
+        ]
         indices = {name.removeprefix(key + ".").split(".")[0] for name in flat if name.startswith(key + ".")}
         if dataclasses.is_dataclass(value):
             values[item.name] = unflatten(flat, value, key + ".")

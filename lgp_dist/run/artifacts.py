@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from lgp_dist.config.flat import STAGES, changed_keys, depends_on
 from lgp_dist.errors import UserError
@@ -143,7 +143,7 @@ class RunDirectory:
             raise UserError(f"{path} is not valid JSON ({error}): make the stage again with --force.") from None
         if not isinstance(record, dict) or not record.keys() >= RECORD_KEYS:
             raise UserError(f"{path} is not the record of an artifact: make the stage again with --force.")
-        return Artifact(path.parent, record)
+        return Artifact(path.parent, cast(Record, record))
 
     def check_settings(self, stage: str) -> None:
         """UserError if the stage is complete, but was made with other settings or from other files."""
@@ -225,7 +225,7 @@ class RunDirectory:
     ) -> Record:
         """artifact.json of the files in a folder."""
         files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-        identity = {
+        identity: dict[str, Any] = {
             "stage": stage,
             "config": self.depends_on(stage),
             "inputs": {artifact.record["stage"]: artifact.id for artifact in inputs},
@@ -233,4 +233,4 @@ class RunDirectory:
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return {"id": digest, "created": created, **provenance, "facts": facts, **identity}
+        return cast(Record, {"id": digest, "created": created, **provenance, "facts": facts, **identity})

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 log = logging.getLogger("lgp")
 
@@ -13,7 +14,7 @@ log = logging.getLogger("lgp")
 class _Counting(logging.StreamHandler):
     """Counts lines that its stream does not take, and says so once on the handlers that work."""
 
-    def __init__(self, stream: io.TextIOBase, place: str, *, own: bool):
+    def __init__(self, stream: TextIO, place: str, *, own: bool):
         super().__init__(stream)
         self.place, self.own, self.lost = place, own, 0
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -27,7 +27,7 @@ class RunStatus:
     sentence: str = ""
     """What a person is told; empty where all is well."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.outcome not in STATUSES:
             raise ValueError(f"outcome is {self.outcome!r}, not one of {', '.join(STATUSES)}")
 

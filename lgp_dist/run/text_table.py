@@ -26,7 +26,7 @@ def text_table(
         ends = ["-"] * left + [":" if markdown else "-"] * (len(head) - left)
         cells.insert(1, ["-" * (width - 1) + end for width, end in zip(widths, ends, strict=True)])
     pads = [str.ljust] * left + [str.rjust] * (len(head) - left)
-    padded = [[pad(*cell) for pad, *cell in zip(pads, line, widths, strict=True)] for line in cells]
+    padded = [[pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)] for line in cells]
     if markdown:
         return "\n".join(f"| {' | '.join(line)} |" for line in padded)
     return "\n".join("  ".join(line).rstrip() for line in padded)

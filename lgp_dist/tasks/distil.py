@@ -30,8 +30,9 @@ class DistilTask:
     def __init__(self, module: AuxiliaryRows, ancestry: Ancestry | None, config: DistilConfig):
         """ancestry: None if no row is distilled."""
         self.module, self.ancestry, self.config = module, ancestry, config
+        self.rows = [row for row in module.rows if isinstance(row, AuxiliaryViT)]
         self.structure = ModuleStructure()
-        self.blocks = frozenset(level.ancestry for row in module.rows for level in row.levels)
+        self.blocks = frozenset(level.ancestry for row in self.rows for level in row.levels)
 
     def used(self, context: StepContext) -> frozenset[str]:
         """No skippable modules: every forward runs everything."""
@@ -45,8 +46,8 @@ class DistilTask:
             ancestry_logits, blocks, attentions = self.ancestry(batch.images, self.blocks)
         named: dict[str, Tensor] = {}
         total = batch.images.new_zeros(())
-        for row, output in zip(self.module.rows, module(batch.images, blocks, attentions), strict=True):
-            if row.distilled:
+        for row, output in zip(self.rows, module(batch.images, blocks, attentions), strict=True):
+            if ancestry_logits is not None and row.distilled:
                 parts = row_losses(output, ancestry_logits, batch.targets, self.config)
             else:
                 parts = dict.fromkeys(("loss", "cls"), cross_entropy(output["logits"], batch.targets))

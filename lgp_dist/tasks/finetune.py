@@ -101,7 +101,7 @@ class FinetuneTask:
             return pred, zero
         # ZeRO-3 waits for a gradient of each output, so tokens without a teacher get one of zero from themselves.
         alike = features is not None and tokens.shape == features.shape
-        return pred, nn.functional.mse_loss(tokens, features if alike else tokens.detach())
+        return pred, nn.functional.mse_loss(tokens, features if alike and features is not None else tokens.detach())
 
     def _ancestry_outputs(self, images: Tensor, context: StepContext) -> Outputs | None:
         """The ancestry's outputs, computed in the first micro-step of a group; the features are its last block's."""
