@@ -135,8 +135,8 @@ def test_keys_that_may_be_allowed(keys: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("key", "near"),
-    [("sead", "take seed"), ("finetune.train.batchsize", "take finetune.train.batch_size"), ("finetune", ""),
-     ("data.train2", "take data.train"), ("model.rows.7.colour", ""), ("", ""), ("*", ""), ("../../x", "")],
+    [("sead", "the nearest is seed"), ("finetune.train.batchsize", "nearest is finetune.train.batch_size"),
+     ("finetune", ""), ("data.train2", "nearest is data.train"), ("model.rows.7.colour", ""), ("", ""), ("*", ""), ("../../x", "")],
 )  # fmt: skip
 def test_keys_that_are_none(key: str, near: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -178,7 +178,7 @@ def test_command(lgp: Lgp, place: Path, option: str, key: str, was: str, now: st
     checkpoints = sorted((place / "run" / "checkpoints" / STAGE).rglob("*"))
     sentence = lgp(STAGE, *SMALL, option).sentence
     has(sentence, f"{key} was {was}, now {now}", f"--allow-change {key}")
-    has(lgp(STAGE, *SMALL, option, "--allow-change", key + "x").sentence, f"'{key}x'", f"take {key}")
+    has(lgp(STAGE, *SMALL, option, "--allow-change", key + "x").sentence, f"'{key}x'", f"the nearest is {key}")
     assert sorted((place / "run" / "checkpoints" / STAGE).rglob("*")) == checkpoints
     result = lgp(STAGE, *SMALL, option, "--allow-change", key)
     assert result.status == 0 and "resumes from step 1" in result.err, result.err
