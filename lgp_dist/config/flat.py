@@ -50,7 +50,7 @@ def unflatten(flat: Mapping[str, Any], default: Any = RunConfig(), prefix: str =
     return dataclasses.replace(default, **values)
 
 
-def _part(flat: Mapping[str, Any], kind: type, prefix: str) -> Any:
+def _part(flat: Mapping[str, Any], kind: Any, prefix: str) -> Any:
     """A dataclass of plain fields."""
     given = {item.name: flat[prefix + item.name] for item in dataclasses.fields(kind) if prefix + item.name in flat}
     return kind(**given)
