@@ -136,7 +136,8 @@ def test_keys_that_may_be_allowed(keys: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("key", "near"),
     [("sead", "the nearest is seed"), ("finetune.train.batchsize", "nearest is finetune.train.batch_size"),
-     ("finetune", ""), ("data.train2", "nearest is data.train"), ("model.rows.7.colour", ""), ("", ""), ("*", ""), ("../../x", "")],
+     ("finetune", ""), ("data.train2", "nearest is data.train"), ("model.rows.7.colour", ""),
+     ("", ""), ("*", ""), ("../../x", "")],
 )  # fmt: skip
 def test_keys_that_are_none(key: str, near: str) -> None:
     with pytest.raises(UserError) as caught:
