@@ -36,7 +36,7 @@ BENCHES = {
 
 def flags(module: nn.Module) -> tuple[Any, ...]:
     """What a module computes with, beyond its parameters: compilation, recomputation, operations."""
-    names = ("compiled_with", "checkpointed", "grad_checkpointing", "own", "training")
+    names = ("compiled_with", "checkpointed", "grad_checkpointing", "autocast", "training")
     found = {name: vars(module)[name] for name in names if name in vars(module)}
     for name in ("forward", "fused"):
         function = vars(module).get(name)
