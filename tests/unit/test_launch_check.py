@@ -17,7 +17,8 @@ from accelerate.commands.launch import launch_command_parser
 from run_helpers import LIMIT_S, Lgp
 
 from lgp_dist.engine.launch.check import Demand, check_file
-from lgp_dist.engine.launch.file import DEEPSPEED, REFUSED, TOP, check_settings, read_launch_file
+from lgp_dist.engine.launch.file import read_launch_file
+from lgp_dist.engine.launch.keys import DEEPSPEED, REFUSED, TOP, check_settings
 from lgp_dist.engine.launch.plan import Given, plan
 
 ROOT = Path(__file__).parents[2]

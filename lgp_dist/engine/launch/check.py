@@ -13,7 +13,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from lgp_dist.config.run_config import EngineConfig, TrainConfig
 from lgp_dist.engine.deepspeed_config import deepspeed_config
 from lgp_dist.engine.launch.environment import Launch, check_launch
-from lgp_dist.engine.launch.file import check_settings, read_launch_file
+from lgp_dist.engine.launch.file import read_launch_file
+from lgp_dist.engine.launch.keys import check_settings
 from lgp_dist.engine.launch.machine import addresses, free_bytes, is_loopback, port_free, shm_bytes
 from lgp_dist.engine.launch.plan import Given, Node, plan
 from lgp_dist.errors import UserError
