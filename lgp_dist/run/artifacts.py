@@ -23,12 +23,13 @@ from lgp_dist.errors import UserError
 from lgp_dist.files import replace_folder, sha256, write_json
 
 
-def fingerprint(path: Path) -> str:
-    """sha256 of a file that a person named; UserError if it cannot be read."""
+def fingerprint(path: Path, setting: str) -> str:
+    """sha256 of the file that a setting names; UserError if it cannot be read."""
     try:
         return sha256(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a file that can.") from None
+        kind = "JSON" if setting == "finetune.costs" else "safetensors"
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a {kind} file that can.") from None
 
 
 class Provenance(TypedDict):

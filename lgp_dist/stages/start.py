@@ -107,7 +107,7 @@ def source_files(config: RunConfig) -> dict[str, Path]:
 
 def sources(config: RunConfig, manifest: ShardManifest) -> dict[str, str]:
     """Hashes of all that a run reads from elsewhere, by setting; UserError if something cannot be read."""
-    files = {setting: fingerprint(path) for setting, path in source_files(config).items()}
+    files = {setting: fingerprint(path, setting) for setting, path in source_files(config).items()}
     return split_fingerprints(config, manifest) | files
 
 
@@ -119,11 +119,11 @@ def hashes_of(files: Mapping[str, Path], workers: Workers) -> dict[str, str]:
     node = slice(workers.first_of_node, workers.first_of_node + workers.launch.local_world)
     places = {setting: str(path.resolve()) for setting, path in files.items()}
     earlier = {place for named in workers.gather([*places.values()])[node.start : workers.rank] for place in named}
-    mine = {place: files[setting] for setting, place in places.items() if place not in earlier}
+    mine = {place: setting for setting, place in places.items() if place not in earlier}
     hashes, problems = dict[str, str](), dict[str, str]()
-    for place, path in mine.items():
+    for place, setting in mine.items():
         try:
-            hashes[place] = fingerprint(path)
+            hashes[place] = fingerprint(files[setting], setting)
         except UserError as error:
             problems[place] = str(error)
     for others, failures in workers.gather([hashes, problems])[node]:

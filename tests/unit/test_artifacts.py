@@ -241,9 +241,8 @@ def test_second_run_skips_everything(lgp: Lgp, finished_place: Path) -> None:
     before = state()
     result = lgp("run", *SMALL)
     assert result.status == 0
-    assert [line.split(" ", 1)[1] for line in result.err.splitlines()] == [
-        f"{stage}: complete in run/{stage}, skipped" for stage in STAGES
-    ]
+    said = [line.split(" ", 1)[1] for line in result.err.splitlines() if "(recipe " not in line]
+    assert said == [f"{stage}: complete in run/{stage}, skipped" for stage in STAGES]
     assert state() == before
 
 

@@ -135,7 +135,7 @@ def test_committed_figures_are_those_of_this_code() -> None:
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
-        (["--recipe=pool13"], ["--recipe", "'pool13'", "pool12"]),
+        (["--recipe=pool13"], ["--recipe", "'pool13'", "pool18"]),
         (["--ranks=1,x"], ["--ranks", "'1,x'", "1,2,8"]),
         (["--ranks=0"], ["--ranks", "'0'"]),
         (["--ranks="], ["--ranks", "''"]),
