@@ -60,20 +60,19 @@ class FinetuneTask:
         """loss and its terms: cls; with a teacher pred, and with `finetune.feature_weight` feature; the last two are 0
         on paths that it does not teach."""
         config, path = self.config, self.path(context)
-        leads = config.lead_weight > 0 and self._position(context) == 0
+        follows = config.lead_weight > 0 and self._position(context) > 0
         logits, tokens = self._outputs(module, batch.images, path)
         parts = {"cls": cross_entropy(logits, batch.targets)}
         loss = config.label_weight * parts["cls"]
         if self.ancestry is not None or config.lead_weight:
-            follows = config.lead_weight > 0 and not leads
             teacher = self._lead if follows else self._ancestry_outputs(batch.images, context)
-            parts["pred"], parts["feature"] = self._taught_losses(logits, tokens, teacher)
-            weight = config.lead_weight if follows else config.distil_weight
-            loss = loss + weight * parts["pred"] + config.feature_weight * parts["feature"]
-        if leads:
+            parts["pred"] = self._pred(logits, teacher)
+            loss = loss + (config.lead_weight if follows else config.distil_weight) * parts["pred"]
+            if tokens is not None:
+                parts["feature"] = self._feature(tokens, teacher)
+                loss = loss + config.feature_weight * parts["feature"]
+        if config.lead_weight and not follows:
             self._lead = logits.detach(), None if tokens is None else tokens.detach()
-        if not config.feature_weight:
-            parts.pop("feature", None)
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
     def _position(self, context: StepContext) -> int:
@@ -87,21 +86,20 @@ class FinetuneTask:
         logits, tokens = module(images, path, True)
         return logits.float(), tokens.float()
 
-    def _taught_losses(self, logits: Tensor, tokens: Tensor | None, teacher: Outputs | None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy to a teacher's logits, and mean squared error to its tokens if shapes are equal; 0 without."""
-        target, features = teacher or (None, None)
-        zero = logits.new_zeros(())
-        if target is None:
-            pred = zero
-        elif self.config.distil == "hard":
-            pred = cross_entropy(logits, target.argmax(-1))
-        else:
-            pred = soft_cross_entropy(target, logits, self.config.tau, self.config.loss_scale)
-        if tokens is None:
-            return pred, zero
-        # ZeRO-3 waits for a gradient of each output, so tokens without a teacher get one of zero from themselves.
-        alike = features is not None and tokens.shape == features.shape
-        return pred, nn.functional.mse_loss(tokens, features if alike and features is not None else tokens.detach())
+    def _pred(self, logits: Tensor, teacher: Outputs | None) -> Tensor:
+        """Cross-entropy to a teacher's logits; 0 without a teacher."""
+        if teacher is None:
+            return logits.new_zeros(())
+        if self.config.distil == "hard":
+            return cross_entropy(logits, teacher[0].argmax(-1))
+        return soft_cross_entropy(teacher[0], logits, self.config.tau, self.config.loss_scale)
+
+    def _feature(self, tokens: Tensor, teacher: Outputs | None) -> Tensor:
+        """Mean squared error to a teacher's tokens; 0 without any of the same shape."""
+        target = teacher[1] if teacher else None
+        if target is None or target.shape != tokens.shape:
+            target = tokens.detach()  # ZeRO-3 waits for a gradient of each output: this one is zero
+        return nn.functional.mse_loss(tokens, target)
 
     def _ancestry_outputs(self, images: Tensor, context: StepContext) -> Outputs | None:
         """The ancestry's outputs, computed in the first micro-step of a group; the features are its last block's."""
