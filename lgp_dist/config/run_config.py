@@ -234,7 +234,7 @@ class FinetuneConfig:
     """Paths that a rank trains on the same images, in consecutive micro-steps with one forward of the ancestry. Divides
     train.accumulate; such a batch has paths_per_batch x batch_size / (ranks x accumulate) images."""
     policy: Policy = "independent"
-    """How ranks draw the paths of a step. independent: each rank its own. shared: all the same. spread: as many
+    """How ranks draw the paths of a step. independent: each rank its own. shared: one for all ranks. spread: as many
     different paths as a step has room for. balanced: as spread, with equal work for all ranks."""
     meet: Literal["step", "micro_step"] = "step"
     """For policy balanced, when ranks exchange gradients: once per optimizer step (ZeRO-0, ZeRO-1, DDP) or in every
@@ -265,8 +265,7 @@ class FinetuneConfig:
     """Weight of the cross-entropy to the labels."""
     feature_weight: float = 0.0
     """Weight of the last-block feature loss: the mean squared error between a path's tokens before the final norm and
-    the ancestry's last block, normalised as in distillation. Only paths that end in a row of the ancestry's width have
-    it."""
+    the ancestry's normalised last block. Paths that end in a row of another width than the ancestry's have none."""
     lead_weight: float = 0.0
     """Above 0, the widest row is the lead path: it takes the first micro-step of each group of paths_per_batch, and the
     other paths of the group learn its outputs in place of the ancestry's: its logits with this weight, its tokens with
@@ -375,16 +374,25 @@ class RunConfig:
     """Show the traceback of an error before its sentence."""
 
     @property
+    def has_levels(self) -> bool:
+        """Whether rows are compared with the ancestry's blocks in distillation."""
+        return any(row.levels != "none" for row in self.model.rows)
+
+    @property
     def taps_ancestry(self) -> bool:
-        """Whether rows or paths learn from the ancestry's blocks or their outputs, not from its logits alone."""
-        rows = any(row.source == "tail" or row.levels != "none" or row.start == "ancestry" for row in self.model.rows)
-        return rows or min(self.finetune.feature_weight, self.finetune.distil_weight) > 0
+        """Whether the ancestry's blocks or their outputs are used, not its logits alone."""
+        copied = any(row.source == "tail" or row.start == "ancestry" for row in self.model.rows)
+        return self.has_levels or copied or min(self.finetune.feature_weight, self.finetune.distil_weight) > 0
+
+    @property
+    def makes_rows_of_ancestry(self) -> bool:
+        """Whether stage distil uses the ancestry."""
+        return any(row.source in ("distil", "tail") or row.start == "ancestry" for row in self.model.rows)
 
     @property
     def needs_ancestry(self) -> bool:
         """Whether any stage uses the ancestry."""
-        sources = {row.source for row in self.model.rows}
-        return bool({"distil", "tail"} & sources) or self.taps_ancestry or self.finetune.distil_weight > 0
+        return self.makes_rows_of_ancestry or self.finetune.distil_weight > 0
 
     @property
     def directory(self) -> str:

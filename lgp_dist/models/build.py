@@ -63,11 +63,11 @@ def prepare_ancestry(ancestry: Ancestry, config: RunConfig, stage: Taught) -> An
 
 
 def auxiliary_rows(config: RunConfig, ancestry: Ancestry | None) -> AuxiliaryRows:
-    """All rows of stage distil with random weights. ancestry: needed where `config.taps_ancestry`."""
+    """All rows of stage distil with random weights. ancestry: needed if `config.has_levels`."""
     space = space_of(config)
     if isinstance(space, DepthSpace):
         return auxiliary_net(space, config.model.rows[0], config.distil)
-    shape = (ancestry.depth, ancestry.vit.embed_dim) if ancestry and config.taps_ancestry else ()
+    shape = (ancestry.depth, ancestry.vit.embed_dim) if ancestry and config.has_levels else ()
     return AuxiliaryRows(build_rows(space, config.model.rows, config.distil, *shape))
 
 

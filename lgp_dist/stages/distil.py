@@ -30,9 +30,7 @@ def decays(name: str, parameter: Parameter) -> bool:
 def run(context: Context) -> None:
     """Writes distil/rows.safetensors: every row's ViT and transformations."""
     began, config = time.monotonic(), context.config
-    sources = {row.source for row in config.model.rows}
-    from_ancestry = {"distil", "tail"} & sources or any(row.start == "ancestry" for row in config.model.rows)
-    inputs = [context.require("ancestry")] if from_ancestry else []
+    inputs = [context.require("ancestry")] if config.makes_rows_of_ancestry else []
     ancestry = context.load_ancestry(*inputs) if inputs else None
     context.seed("distil")
     module = auxiliary_rows(config, ancestry)

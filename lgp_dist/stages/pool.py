@@ -31,7 +31,7 @@ HELD_OUT = 256
 def run(context: Context) -> None:
     """Writes pool/pool.safetensors."""
     began, distilled = time.monotonic(), context.require("distil")
-    ancestry = context.load_ancestry(context.require("ancestry")) if context.config.taps_ancestry else None
+    ancestry = context.load_ancestry(context.require("ancestry")) if context.config.has_levels else None
     context.seed("pool")
 
     def fill(folder: Path) -> PoolFacts:
