@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from lgp_dist.cli.stages import check_start
 from lgp_dist.commands.finished import FinishedRun
 from lgp_dist.config.budget import Amount, Budget
 from lgp_dist.config.flat import STAGES
@@ -25,7 +26,6 @@ from lgp_dist.config.run_config import (
     TrainConfig,
 )
 from lgp_dist.errors import UserError
-from lgp_dist.run.checks import check_config
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,14 @@ def specialise(action: SpecialiseRun) -> None:
     config = replace(specialised(run, key, action.epochs, action.lr), resume=action.resume)
     if action.data:
         config = replace(config, data=replace(config.data, root=action.data))
-    check_config(config)
-    link_earlier_stages(run, config)
+    check_start(config)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        link_earlier_stages(run, config)
     from lgp_dist.pipeline import run_stages  # torch, timm and deepspeed
 
     run_stages(config, STAGES)
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         sys.stdout.write(gain_text(Path(config.directory), key) + "\n")
 
 

@@ -74,7 +74,7 @@ def overview(arguments: Any, config: RunConfig, prog: str, about: str) -> NoRetu
 
 
 def section(config: RunConfig, topic: str, prog: str) -> NoReturn:
-    """Prints the settings of a section with the recipe's values; UserError where there is none of this name.
+    """Prints the settings of a section with the recipe's values; UserError if the recipe has no such section.
 
     topic: the section, or one of its settings.
     """

@@ -54,8 +54,7 @@ def stage_commands(of_a_run: Mapping[str, Command]) -> dict[str, Command]:
 
 def _running(stages: tuple[str, ...]) -> Callable[[RunConfig], None]:
     def run(config: RunConfig) -> None:
-        if os.environ.get("WORLD_SIZE", "1") == "1":  # ranks of a launch join first, so that all of them end
-            check_start(config)
+        check_start(config)
         from lgp_dist.pipeline import run_stages  # torch, timm and deepspeed: 10 s
 
         run_stages(config, stages)
@@ -64,7 +63,12 @@ def _running(stages: tuple[str, ...]) -> Callable[[RunConfig], None]:
 
 
 def check_start(config: RunConfig) -> None:
-    """UserError for what can be known before torch is imported: settings, checkpoint, shards and run directory."""
+    """UserError for what can be known before torch is imported: settings, checkpoint, shards and run directory.
+
+    Checks nothing in a launch, whose ranks join first, so that all of them end.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return
     check_config(config)
     if config.resume not in RESUME:
         if not Path(config.resume).is_dir():

@@ -4,7 +4,6 @@ The run lies in RUN/specialised/KEY. It links the earlier stages' artifacts, tra
 data, and has an accuracy before and after; its path is exported like any other.
 """
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ SHARE = 4
 
 
 def chosen_key(run: FinishedRun, key: str, budget: Budget) -> str:
-    """The path to train: the one named, or else the best within the budget; UserError if there is none."""
+    """The path to train: the one named, or else the best within the budget; UserError if the pool has no such path."""
     if key:
         return space_of(run.config).by_key(key).key
     return str(choose(read_rows(run.evaluated.folder / "paths.json"), budget, "--")["key"])
@@ -51,6 +50,7 @@ def specialised(run: FinishedRun, key: str, epochs: float, lr: float) -> RunConf
         row_lr=(),
         row_weight=1.0,
         lead_weight=0.0,
+        feature_weight=finetune.feature_weight if finetune.distil_weight else 0.0,  # a lead path teaches no more
         paths_per_batch=1,
         train=train,
     )
@@ -65,9 +65,8 @@ def specialised(run: FinishedRun, key: str, epochs: float, lr: float) -> RunConf
 
 
 def link_earlier_stages(run: FinishedRun, config: RunConfig) -> None:
-    """Links what the pool was made of into the new run; by the first rank alone, before it joins the others."""
-    if os.environ.get("RANK", "0") == "0":
-        link_stages(run.root, Path(config.directory), ("ancestry", "distil", "pool"))
+    """Links what the pool was made of into the new run. For one rank, before it joins the others."""
+    link_stages(run.root, Path(config.directory), ("ancestry", "distil", "pool"))
 
 
 def gain_text(directory: Path, key: str) -> str:
