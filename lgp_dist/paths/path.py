@@ -1,5 +1,6 @@
 """A path, what it costs, and what all kinds of pools have in common. Pure Python: known before any tensor exists."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
@@ -103,7 +104,7 @@ class PathFields(TypedDict):
     """SN-Net's number of the path."""
 
 
-class Space:
+class Space(ABC):
     """The paths of a pool and what each costs.
 
     Subclasses are frozen dataclasses; their fields are stored in the config.json of exports.
@@ -129,9 +130,9 @@ class Space:
     """Parameters that make all paths."""
     paths: tuple[Path, ...]
 
+    @abstractmethod
     def _rows_of(self, path: Path) -> tuple[int, int, int | None, int | None]:
         """`low`, `high`, `low_row` and `high_row` of `PathFields`."""
-        raise NotImplementedError
 
     def by_key(self, key: str) -> Path:
         """The path with this key; UserError if the pool has none."""
