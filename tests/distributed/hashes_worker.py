@@ -10,10 +10,12 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked_ranks import fork_ranks
 
 from lgp_dist.config.run_config import EngineConfig
 from lgp_dist.engine.launch.environment import Launch
@@ -78,25 +80,9 @@ def rank_main(folder: Path, rank: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def fork_ranks(folder: Path) -> int:
-    """A process for each rank; 1 if one has failed."""
-    pids = []
-    for rank in range(WORLD):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        status = 1
-        try:
-            rank_main(folder, rank)
-            status = 0
-        finally:
-            os._exit(status)
-    return int(any(os.waitpid(pid, 0)[1] for pid in pids))
-
-
 if __name__ == "__main__":
     if sys.argv[1] == "ranks":
-        sys.exit(fork_ranks(Path(sys.argv[2])))
+        sys.exit(fork_ranks(WORLD, partial(rank_main, Path(sys.argv[2]))))
     from lgp_dist.cli import main
 
     notes = os.open(os.environ["LGP_TEST_HASHES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -7,14 +7,15 @@ FOLDER/slowest-R: seconds of the longest comparison.
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked_ranks import fork_ranks
 
 from lgp_dist.config.flat import flatten
 from lgp_dist.config.run_config import EngineConfig, RunConfig
@@ -84,18 +85,7 @@ def rank_main(folder: Path, rank: int) -> None:
 
 def main(folder: Path) -> None:
     """Forks a rank each; status 1 where one has failed."""
-    pids = []
-    for rank in range(WORLD):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        status = 1
-        try:
-            rank_main(folder, rank)
-            status = 0
-        finally:
-            os._exit(status)
-    sys.exit(int(any(os.waitpid(pid, 0)[1] for pid in pids)))
+    sys.exit(fork_ranks(WORLD, partial(rank_main, folder)))
 
 
 if __name__ == "__main__":
