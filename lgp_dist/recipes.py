@@ -357,7 +357,7 @@ RECIPES = {
 
 
 def recipe_of(name: str) -> RunConfig:
-    """The recipe of that name; UserError where there is none."""
+    """The recipe of that name; UserError for an unknown name."""
     if name not in RECIPES:
         raise UserError(f"There is no recipe {name!r}: {nearest(name, RECIPES, 'take ' + ', '.join(RECIPES))}.")
     return RECIPES[name]()

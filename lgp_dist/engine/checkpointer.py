@@ -161,7 +161,7 @@ class Checkpointer:
             raise UserError(sentence or f"Another rank could not write the checkpoint of step {save.state.step}.")
 
     def restore(self, resume: str, stage: str, check: Callable[[TrainState], None]) -> TrainState | None:
-        """Loads the checkpoint that rank 0 finds into the engine. Returns its state, or None if there is none to load.
+        """Loads the checkpoint that rank 0 finds into the engine. Returns its state; None if rank 0 finds none.
 
         check: raises UserError if a state does not fit, before anything is changed. If a rank fails, all raise
         UserError.

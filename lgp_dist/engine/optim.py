@@ -55,7 +55,7 @@ def build_optimizer(
 
 
 def rate_of(optimizer: Optimizer) -> float:
-    """Returns the learning rate of the groups with factor 1, or of the first group if there is none."""
+    """Returns the learning rate of the groups with factor 1, or of the first group if every factor is another."""
     groups = optimizer.param_groups
     return next((group["lr"] for group in groups if group["lr_scale"] == 1), groups[0]["lr"])
 

@@ -51,7 +51,7 @@ class Verification(TypedDict):
     images: int
     formats: dict[str, CheckedFile]
     left_out: str
-    """A sentence on formats that were not written; empty if there are none."""
+    """A sentence on formats that were not written; empty if all were."""
     int8: NotRequired[Int8Accuracy]
 
 
@@ -140,7 +140,7 @@ def _extra(module: str) -> ModuleType:
 
 
 def wanted(formats: tuple[Format, ...]) -> tuple[list[str], str]:
-    """Names of the formats to write, and a sentence on those that are left out, empty if there are none.
+    """Names of the formats to write, and a sentence on those that are left out, empty if none is.
 
     timm, torch and the formats asked for, without those that need packages that are not installed. UserError for int8
     without onnx.

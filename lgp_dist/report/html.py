@@ -285,7 +285,7 @@ def _config(config: Mapping[str, Any]) -> str:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    """Names and values as a table of two columns; empty if there are none."""
+    """Names and values as a table of two columns; empty without names."""
     lines = "".join(
         f"<tr><td>{escape(name)}</td><td><code>{escape(_text(value))}</code></td></tr>" for name, value in _flat(values)
     )

@@ -39,7 +39,7 @@ CLASSES = 1000
 
 
 def find_photographs(folders: Sequence[Path]) -> list[Path]:
-    """All JPEGs and PNGs below some folders that are large enough, sorted; UserError where there is none."""
+    """All JPEGs and PNGs below some folders that are large enough, sorted; UserError if no image is."""
     found = []
     for path in sorted(path for folder in folders for path in folder.rglob("*")):
         if path.suffix.lower() not in (".jpg", ".jpeg", ".png") or not path.is_file():

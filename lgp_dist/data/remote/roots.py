@@ -41,7 +41,7 @@ class RemoteRoot:
     """Holds the shards."""
 
     def open_index(self, manifest: ShardManifest, split: str) -> None:
-        """Fetches the split's index; UserError where there is none that fits the manifest."""
+        """Fetches the split's index; UserError if no index fits the manifest."""
         manifest.entries(split)
         path = sidecar_path(self.folder, split)
         for _ in range(2):  # the first one may be cached from an older upload

@@ -166,7 +166,7 @@ def out_of_range(where: str, label: int, num_classes: int) -> str:
 
 
 def find_shards(root: Path, progress: Callable[[str], None]) -> dict[str, list[Path]]:
-    """Tars of each split, sorted by name; raises UserError if there are none."""
+    """Tars of each split, sorted by name; UserError if the folder holds no tar."""
     if not root.is_dir():
         raise UserError(f"There is no folder {root}: name the folder that holds the tars.")
     found: dict[str, list[Path]] = {}
@@ -231,7 +231,7 @@ def _write_sidecar(manifest: ShardManifest, split: str, index: ShardIndex) -> No
 
 
 def read_sidecar(manifest: ShardManifest, split: str) -> ShardIndex | None:
-    """Index from the sidecar, or None if there is none, it is of other shards, or its values are impossible."""
+    """Index from the sidecar; None if the file is missing, of other shards, or has impossible values."""
     fingerprint, entries = manifest.fingerprint(split), manifest.entries(split)
     try:
         with open(sidecar_path(manifest.root, split), "rb") as stream, np.load(stream, allow_pickle=False) as stored:
