@@ -19,6 +19,7 @@ from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.watch.heartbeat import listed
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
+from lgp_dist.run.checks import SOURCES
 
 PATIENCE = timedelta(minutes=5)
 """How long a rank waits for the facts of a rank that has joined and may still read the manifest of a remote root."""
@@ -28,10 +29,8 @@ COMPARED_S = 240.0
 PER_RANK = frozenset(
     {
         "data.root",  # inputs may be anywhere; fingerprints are compared
-        "ancestry.weights",
+        *SOURCES,
         "model.rows.weights",
-        "finetune.weights",
-        "finetune.costs",
         "data.threads",  # speed, disks, network
         "data.cache",
         "data.cache_bytes",

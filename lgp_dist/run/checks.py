@@ -10,7 +10,7 @@ from lgp_dist.paths.path import Space
 from lgp_dist.paths.space import space_of
 
 SOURCES = ("ancestry.weights", "finetune.weights", "finetune.start_weights", "finetune.costs")
-"""Files whose content counts, beside the splits of the data."""
+"""Settings that name a file, whose content counts and not its name; rows have such a setting each."""
 
 
 def check_config(config: RunConfig) -> None:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow  # launches of several ranks
 MAY_DIFFER = {
     *("data.root", "data.threads", "data.cache", "data.cache_bytes", "data.timeout_s", "data.retries"),
     *("ancestry.weights", "model.rows.0.weights", "model.rows.1.weights", "finetune.weights", "finetune.costs"),
-    *("engine.threads", "engine.device", "debug"),
+    *("finetune.start_weights", "engine.threads", "engine.device", "debug"),
 }
 """Settings that say nothing about what ranks compute or when they meet."""
 
@@ -99,7 +99,7 @@ def test_what_may_differ(results: list[dict[str, str | None]], name: str) -> Non
     assert [result[name] for result in results] == [None] * WORLD
 
 
-FILES = ("ancestry.weights", "finetune.weights", "finetune.costs")
+FILES = ("ancestry.weights", "finetune.weights", "finetune.start_weights", "finetune.costs")
 """Settings that name a file, which may have another name or place on each rank."""
 
 
