@@ -10,7 +10,7 @@ from lgp_dist.config.flat import flatten, stage_settings, unflatten
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
 from lgp_dist.recipes import RECIPES
-from lgp_dist.run.artifacts import Artifact, RunDirectory
+from lgp_dist.run.artifacts import Artifact, RunDirectory, is_complete
 from lgp_dist.run.checks import check_config
 
 
@@ -50,7 +50,7 @@ class FinishedRun:
 
 def check_run(root: Path, others: Collection[str] = ()) -> None:
     """UserError where a folder holds no evaluated run, with the nearest that does; others: names it may stand for."""
-    if (root / "evaluate" / "artifact.json").is_file():
+    if is_complete(root, "evaluate"):
         return
     if root.is_dir():
         raise UserError(f"{root} holds no evaluated run: name a run directory in which `lgp evaluate` is complete.")

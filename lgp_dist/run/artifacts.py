@@ -23,6 +23,11 @@ from lgp_dist.errors import UserError
 from lgp_dist.files import replace_folder, sha256, write_json
 
 
+def is_complete(run: Path, stage: str) -> bool:
+    """Whether a run directory has a stage's artifact, which then is whole. Files that changed since are not noticed."""
+    return (run / stage / "artifact.json").is_file()
+
+
 def fingerprint(path: Path, setting: str) -> str:
     """sha256 of the file that a setting names; UserError if it cannot be read."""
     try:
@@ -135,9 +140,9 @@ class RunDirectory:
 
     def find(self, stage: str) -> Artifact | None:
         """The stage's artifact; None if it is not complete. UserError if its record is damaged."""
-        path = self.root / stage / "artifact.json"
-        if not path.is_file():
+        if not is_complete(self.root, stage):
             return None
+        path = self.root / stage / "artifact.json"
         try:
             record = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

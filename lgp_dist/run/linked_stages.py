@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from lgp_dist.files import replace_folder
+from lgp_dist.run.artifacts import is_complete
 
 
 def link_stages(source: Path, target: Path, stages: Sequence[str]) -> None:
@@ -15,8 +16,7 @@ def link_stages(source: Path, target: Path, stages: Sequence[str]) -> None:
     No run changes an artifact's files in place. Files are copied if the file system has no hard links.
     """
     for stage in stages:
-        complete = [(folder / stage / "artifact.json").is_file() for folder in (source, target)]
-        if complete == [True, False]:
+        if is_complete(source, stage) and not is_complete(target, stage):
             link = partial(shutil.copytree, source / stage, copy_function=_link, dirs_exist_ok=True)
             replace_folder(target / stage, link)
 

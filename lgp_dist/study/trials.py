@@ -8,7 +8,7 @@ from pathlib import Path
 from lgp_dist.config.flat import STAGES, stage_settings
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.run.artifacts import RunDirectory
+from lgp_dist.run.artifacts import RunDirectory, is_complete
 from lgp_dist.study.questions import Question, Variant
 
 WATCH_EVERY = 100
@@ -43,7 +43,7 @@ class Trial:
 
     def has(self, stage: str) -> bool:
         """Whether the stage's artifact exists; the run itself checks it."""
-        return (self.folder / stage / "artifact.json").is_file()
+        return is_complete(self.folder, stage)
 
 
 def trials_of(question: Question, base: RunConfig, seeds: Sequence[int], out: Path) -> list[Trial]:
