@@ -30,12 +30,17 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
     Raises UserError for whatever a person can put right; what can be known before the first stage is checked before it.
     """
     with joined(config, stages) as context:
-        check_stages(config, stages, context.run, context.workers.world, context.train_images)
-        with recorded(context, stages[-1]):
-            for stage in stages:
-                if is_to_do(stage, context):
-                    RUN[stage](context)
-            report(context, stages)
+        run_joined(context, stages)
+
+
+def run_joined(context: Context, stages: tuple[str, ...]) -> None:
+    """`run_stages` for ranks that have joined."""
+    check_stages(context.config, stages, context.run, context.workers.world, context.train_images)
+    with recorded(context, stages[-1]):
+        for stage in stages:
+            if is_to_do(stage, context):
+                RUN[stage](context)
+        report(context, stages)
 
 
 def is_to_do(stage: str, context: Context) -> bool:

@@ -12,13 +12,13 @@ from lgp_dist.config.run_config import (
     DistilConfig,
     EngineConfig,
     FinetuneConfig,
-    GradientConfig,
     ModelConfig,
     PoolConfig,
     RowConfig,
     RunConfig,
     TrainConfig,
 )
+from lgp_dist.config.systems import each_alone, from_scratch, nested, one_path_a_step, tail_alone, undistilled
 from lgp_dist.errors import UserError, nearest
 
 DEIT_AUGMENT = AugmentConfig(color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.25)
@@ -85,8 +85,6 @@ def tiny_paper() -> RunConfig:
     One path per rank and step, distillation's learning rate everywhere, soft cross-entropy averaged over classes.
 
     Command: lgp run tiny_paper
-    Time: not yet measured
-    Accuracy: not yet measured
     """
     base = tiny()
     return replace(
@@ -97,17 +95,10 @@ def tiny_paper() -> RunConfig:
     )
 
 
-def one_path_a_step(base: RunConfig) -> RunConfig:
-    """The configuration with one path per rank and step in fine-tuning, at half of distillation's learning rate."""
-    train = replace(base.distil.train, lr=base.distil.train.lr / 2)
-    return replace(base, finetune=FinetuneConfig(train=train))
-
-
 def pool12() -> RunConfig:
     """The paper's pool of 12 instances on ImageNet-1K: rows of 6 blocks, 192 and 768 wide.
 
     Command: scripts/run_pool12
-    Time: not yet measured
     Accuracy: not yet measured (paper: 57.00 narrow row, 75.05 wide row)
     """
     loop = TrainConfig(epochs=100.0, batch_size=128, lr=5e-4, warmup_epochs=5.0, log_every=50)
@@ -125,59 +116,16 @@ def pool18() -> RunConfig:
     """The paper's pool of 18 instances: pool12 with rows of 9 blocks.
 
     Command: lgp run pool18
-    Time: not yet measured
     Accuracy: not yet measured (paper: 61.63 narrow row, 77.42 wide row)
     """
     base = pool12()
     return replace(base, recipe="pool18", model=replace(base.model, depth=9))
 
 
-def undistilled(base: RunConfig, recipe: str) -> RunConfig:
-    """SN-Net on the rows of another recipe, each trained with labels only; all else is unchanged."""
-    rows = tuple(replace(row, source="labels", levels="none") for row in base.model.rows)
-    return replace(
-        base,
-        recipe=recipe,
-        model=replace(base.model, rows=rows),
-        pool=replace(base.pool, stitch_init="least_squares"),
-    )
-
-
-def tail_alone(base: RunConfig, recipe: str) -> RunConfig:
-    """Vanilla learngene: only the wide row of another recipe, random blocks followed by the ancestry's last three.
-
-    It is trained for as long, with labels only.
-    """
-    row = replace(base.model.rows[-1], source="tail", levels="none")
-    return replace(
-        base,
-        recipe=recipe,
-        model=replace(base.model, rows=(row,)),
-        finetune=replace(base.finetune, distil_weight=0.0),
-        budget=Budget(),
-    )
-
-
-def from_scratch(base: RunConfig, recipe: str, key: str, train: TrainConfig) -> RunConfig:
-    """One path of another recipe's pool, trained from random weights with labels only."""
-    rows = tuple(replace(row, source="random", levels="none") for row in base.model.rows)
-    return replace(
-        base,
-        recipe=recipe,
-        model=replace(base.model, rows=rows),
-        pool=replace(base.pool, stitch_init="random"),
-        finetune=replace(base.finetune, distil_weight=0.0, only=(key,), train=train),
-        evaluate=replace(base.evaluate, before=False),
-        budget=Budget(),
-    )
-
-
 def snnet_tiny() -> RunConfig:
     """SN-Net on the quickstart's data: tiny's rows, trained with labels only, and least-squares stitches.
 
     Command: lgp run snnet_tiny
-    Time: not yet measured
-    Accuracy: not yet measured
     """
     return undistilled(one_path_a_step(tiny()), "snnet_tiny")
 
@@ -186,8 +134,6 @@ def vanilla_tiny() -> RunConfig:
     """Vanilla learngene on the quickstart's data: three random blocks, then the ancestry's last three.
 
     Command: lgp run vanilla_tiny
-    Time: not yet measured
-    Accuracy: not yet measured
     """
     return tail_alone(one_path_a_step(tiny()), "vanilla_tiny")
 
@@ -196,8 +142,6 @@ def scratch_tiny() -> RunConfig:
     """One path of tiny's pool from scratch; --finetune.only KEY with --run-dir trains another.
 
     Command: lgp run scratch_tiny
-    Time: not yet measured
-    Accuracy: not yet measured
     """
     base = one_path_a_step(tiny())
     loop = replace(base.distil.train, epochs=base.distil.train.epochs + base.finetune.train.epochs)
@@ -208,7 +152,6 @@ def snnet_same_rows() -> RunConfig:
     """SN-Net as in the paper's comparison: pool12's rows, trained for 150 epochs with labels only.
 
     Command: lgp run snnet_same_rows
-    Time: not yet measured
     Accuracy: not yet measured (paper: rows before stitching 53.49 and 67.20)
     """
     config = undistilled(pool12(), "snnet_same_rows")
@@ -219,8 +162,6 @@ def vanilla_base() -> RunConfig:
     """Vanilla learngene on ImageNet-1K: three random blocks, then DeiT-Base's last three.
 
     Command: lgp run vanilla_base
-    Time: not yet measured
-    Accuracy: not yet measured
     """
     return tail_alone(pool12(), "vanilla_base")
 
@@ -229,8 +170,6 @@ def scratch_pool12() -> RunConfig:
     """One path of pool12 from scratch, 150 epochs; --finetune.only KEY with --run-dir trains another.
 
     Command: lgp run scratch_pool12
-    Time: not yet measured
-    Accuracy: not yet measured
     """
     base = pool12()
     return from_scratch(base, "scratch_pool12", "r0.0-3+r1.4-5", replace(base.distil.train, epochs=150.0))
@@ -242,7 +181,6 @@ def snnet_deit() -> RunConfig:
     --model.no-final-norm does as the released code. Repeated augmentation and stochastic depth are left out.
 
     Command: lgp run snnet_deit
-    Time: not yet measured
     Accuracy: not yet measured (published: 70.56 Ti, 79.46 S, 81.93 B)
     """
     names = {"tiny": 192, "small": 384, "base": 768}
@@ -270,8 +208,6 @@ def sws_small() -> RunConfig:
     weights are left out.
 
     Command: lgp run sws_small
-    Time: not yet measured
-    Accuracy: not yet measured
     """
     loop = deit_mix(TrainConfig(epochs=150.0, batch_size=512, lr=5e-4, warmup_epochs=5.0, log_every=50))
     depths = (6, 8, 10, 12)
@@ -295,8 +231,6 @@ def sws_base() -> RunConfig:
     """SWS as published: sws_small with width 768.
 
     Command: lgp run sws_base
-    Time: not yet measured
-    Accuracy: not yet measured
     """
     base = sws_small()
     row, finetune = replace(base.model.rows[0], width=768, heads=12), base.finetune
@@ -329,19 +263,27 @@ def sws_tiny() -> RunConfig:
     )
 
 
-def each_alone(depths: int, train: TrainConfig) -> FinetuneConfig:
-    """Fine-tuning in which each of `depths` models takes every batch with labels only, as if it trained alone.
+def nested_tiny() -> RunConfig:
+    """Nested widths on the quickstart's data: one ViT, 96 wide, whose first 24, 48 and 72 channels are models.
 
-    The exception is `clip_grad`, whose norm is over all models.
+    Command: lgp run nested_tiny
     """
-    return FinetuneConfig(
-        gradients=GradientConfig(average="users"),
-        paths_per_batch=depths,
-        policy="shared",
-        sandwich=True,
-        distil_weight=0.0,
-        train=replace(train, accumulate=depths),
-    )
+    base = tiny()
+    epochs = base.distil.train.epochs + base.finetune.train.epochs
+    loop = replace(base.distil.train, epochs=epochs, lr=2e-3)
+    return nested(base, "nested_tiny", RowConfig(width=96, heads=4, source="random"), (24, 48, 72, 96), loop)
+
+
+def nested_base() -> RunConfig:
+    """Nested widths on ImageNet-1K: DeiT-Base's shape, whose first 192, 384 and 576 channels are models of their own.
+
+    Command: lgp run nested_base
+    """
+    base = pool12()
+    loop = replace(base.distil.train, epochs=150.0, batch_size=1024)
+    row = RowConfig(width=768, heads=12, source="random")
+    config = nested(base, "nested_base", row, (192, 384, 576, 768), loop)
+    return replace(config, model=replace(config.model, depth=12))
 
 
 RECIPES = {
@@ -351,6 +293,7 @@ RECIPES = {
         *(snnet_tiny, vanilla_tiny, scratch_tiny),
         *(snnet_deit, snnet_same_rows, vanilla_base, scratch_pool12),
         *(sws_tiny, sws_small, sws_base),
+        *(nested_tiny, nested_base),
     )
 }
 """Every recipe by its name."""

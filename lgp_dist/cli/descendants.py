@@ -180,13 +180,13 @@ def specialise(action: SpecialiseRun) -> None:
 
     run = FinishedRun.open(action.run)
     key = chosen_key(run, action.path, Budget(action.max_params, action.max_flops))
-    config = replace(specialised(run, key, action.epochs, action.lr), resume=action.resume)
+    config = replace(specialised(run.config, key, action.epochs, action.lr), resume=action.resume)
     if action.data:
         config = replace(config, data=replace(config.data, root=action.data))
     check_start(config)
     first = os.environ.get("RANK", "0") == "0"
     if first:
-        link_earlier_stages(run, config)
+        link_earlier_stages(run.root, config)
     from lgp_dist.pipeline import run_stages  # torch, timm and deepspeed
 
     run_stages(config, STAGES)

@@ -47,17 +47,25 @@ def stage_commands(of_a_run: Mapping[str, Command]) -> dict[str, Command]:
     """A command for each stage, and for all; of_a_run: what one does with a run directory in place of a recipe."""
     stages = {name: (name,) for name in STAGES} | {"run": STAGES}
     return {
-        name: Command(RunConfig, _running(stages[name]), summary, otherwise=of_a_run.get(name))
+        name: Command(RunConfig, _running(name, stages[name]), summary, otherwise=of_a_run.get(name))
         for name, summary in SUMMARIES.items()
     }
 
 
-def _running(stages: tuple[str, ...]) -> Callable[[RunConfig], None]:
+def _running(name: str, stages: tuple[str, ...]) -> Callable[[RunConfig], None]:
     def run(config: RunConfig) -> None:
+        specialises = config.specialise.top > 0 or bool(config.specialise.paths)
+        if specialises and name != "run":
+            raise UserError(f"--specialise is for lgp run: leave it out of lgp {name}, or use lgp specialise.")
         check_start(config)
-        from lgp_dist.pipeline import run_stages  # torch, timm and deepspeed: 10 s
+        if specialises:
+            from lgp_dist.commands.specialise import run_and_specialise  # torch, timm and deepspeed: 10 s
 
-        run_stages(config, stages)
+            run_and_specialise(config)
+        else:
+            from lgp_dist.pipeline import run_stages  # the same
+
+            run_stages(config, stages)
 
     return run
 

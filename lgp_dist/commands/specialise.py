@@ -1,19 +1,25 @@
-"""`lgp specialise RUN`: trains one path of a finished run alone, from the pool's weights, as a run of its own.
+"""Trains one path of a finished run alone, from the pool's weights, as a run of its own: `lgp specialise RUN`, and
+`lgp run RECIPE --specialise.top N`.
 
 The run lies in RUN/specialised/KEY. It links the earlier stages' artifacts, trains with the same ancestry, head and
 data, and has an accuracy before and after; its path is exported like any other.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lgp_dist.commands.finished import FinishedRun
-from lgp_dist.config.budget import Budget
-from lgp_dist.config.run_config import RunConfig
+from lgp_dist.config.budget import Amount, Budget
+from lgp_dist.config.flat import STAGES
+from lgp_dist.config.run_config import RunConfig, SpecialiseConfig
 from lgp_dist.export.choice import choose
 from lgp_dist.paths.space import space_of
+from lgp_dist.pipeline import run_joined
 from lgp_dist.run.linked_stages import link_stages
-from lgp_dist.run.path_rows import read_rows
+from lgp_dist.run.log import show
+from lgp_dist.run.path_rows import PathRow, read_rows
+from lgp_dist.stages.start import agreed, joined
 
 SHARE = 4
 """Stage finetune's epochs and learning rate over those of a path alone, if none are given."""
@@ -26,12 +32,20 @@ def chosen_key(run: FinishedRun, key: str, budget: Budget) -> str:
     return str(choose(read_rows(run.evaluated.folder / "paths.json"), budget, "--")["key"])
 
 
-def specialised(run: FinishedRun, key: str, epochs: float, lr: float) -> RunConfig:
-    """The configuration that trains one path of a run alone.
+def best_keys(rows: Sequence[PathRow], count: int) -> list[str]:
+    """The best paths within `count` budgets of parameters, at equal ratios up to the largest path, each path once."""
+    sizes = [row["params"] for row in rows]
+    step = (max(sizes) / min(sizes)) ** (1 / max(count, 1))
+    limits = [min(sizes) * step**number for number in range(1, count)] + [max(sizes)] * (count > 0)
+    return [*dict.fromkeys(str(choose(rows, Budget(max_params=Amount(limit)))["key"]) for limit in limits)]
+
+
+def specialised(config: RunConfig, key: str, epochs: float, lr: float) -> RunConfig:
+    """The configuration that trains one path of a finished run alone. config: the run's.
 
     epochs, lr: of this training; 0 takes a quarter of stage finetune's. The warm-up shrinks with the epochs.
     """
-    finetune = run.config.finetune
+    finetune, root = config.finetune, Path(config.directory)
     whole = finetune.train
     epochs = epochs or whole.epochs / SHARE
     train = replace(
@@ -44,7 +58,7 @@ def specialised(run: FinishedRun, key: str, epochs: float, lr: float) -> RunConf
     alone = replace(
         finetune,
         only=(key,),
-        start_weights=str(run.root / "finetune" / "pool.safetensors"),
+        start_weights=str(root / "finetune" / "pool.safetensors"),
         policy="shared",
         sandwich=False,
         row_lr=(),
@@ -55,18 +69,35 @@ def specialised(run: FinishedRun, key: str, epochs: float, lr: float) -> RunConf
         train=train,
     )
     return replace(
-        run.config,
-        run_dir=str(run.root / "specialised" / key),
+        config,
+        run_dir=str(root / "specialised" / key),
         finetune=alone,
-        evaluate=replace(run.config.evaluate, before=True),
+        evaluate=replace(config.evaluate, before=True),
         budget=Budget(),
-        export=replace(run.config.export, path=key),
+        export=replace(config.export, path=key),
+        specialise=SpecialiseConfig(),
     )
 
 
-def link_earlier_stages(run: FinishedRun, config: RunConfig) -> None:
-    """Links what the pool was made of into the new run. For one rank, before it joins the others."""
-    link_stages(run.root, Path(config.directory), ("ancestry", "distil", "pool"))
+def run_and_specialise(config: RunConfig) -> None:
+    """Runs all stages; then trains each path that `specialise` chooses alone."""
+    with joined(config, STAGES) as context:
+        run_joined(context, STAGES)
+        chosen, root, workers = config.specialise, Path(config.directory), context.workers
+        best = workers.once_per_node(lambda: best_keys(read_rows(root / "evaluate" / "paths.json"), chosen.top))
+        for key in dict.fromkeys([*chosen.paths, *best]):
+            alone = specialised(config, key, chosen.epochs, chosen.lr)
+            if workers.is_main:
+                link_earlier_stages(root, alone)
+            workers.barrier()
+            run_joined(agreed(alone, STAGES, workers, None), STAGES)
+            if workers.is_main:
+                show(gain_text(Path(alone.directory), key) + "\n")
+
+
+def link_earlier_stages(root: Path, config: RunConfig) -> None:
+    """Links what the pool was made of into the new run. For one rank, before the others open it."""
+    link_stages(root, Path(config.directory), ("ancestry", "distil", "pool"))
 
 
 def gain_text(directory: Path, key: str) -> str:

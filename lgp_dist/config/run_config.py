@@ -10,17 +10,17 @@ from typing import Literal
 from lgp_dist.config.budget import Budget
 from lgp_dist.config.data_config import AugmentConfig as AugmentConfig
 from lgp_dist.config.data_config import DataConfig, runtime_only
+from lgp_dist.config.engine_config import AncestryPrecision, CheckpointConfig, EngineConfig, FaultConfig
+from lgp_dist.config.engine_config import Ops as Ops
+from lgp_dist.config.engine_config import Precision as Precision
 
-Precision = Literal["fp32", "bf16", "fp16"]
-AncestryPrecision = Literal["engine", "fp32", "bf16", "fp16"]
 Levels = Literal["none", "last", "dense"]
 RowSource = Literal["distil", "labels", "hub", "file", "tail", "random"]
 StitchInit = Literal["transformation", "transformation_paper", "transformation_pinv", "least_squares", "random"]
-Policy = Literal["independent", "shared", "spread", "balanced"]
+Policy = Literal["independent", "shared", "spread", "balanced", "in_turn"]
 LossScale = Literal["sample", "paper"]
 StitchSharing = Literal["window", "path"]
 RowStart = Literal["random", "ancestry"]
-Ops = Literal["auto", "fused", "compiled", "reference"]
 Format = Literal["pt2", "onnx", "int8"]
 
 
@@ -63,40 +63,6 @@ class TrainConfig:
     """Share of the target that is spread over all classes."""
     log_every: int = runtime_only(20)
     """Optimizer steps between two lines of the log and of metrics.jsonl."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Precision, device, memory and communication."""
-
-    precision: Precision = "bf16"
-    """bf16 and fp16 compute under autocast; parameters, gradients and optimizer stay in fp32. fp16 scales losses."""
-    fp16_scale: float = runtime_only(2.0**16)
-    """Initial loss scale of fp16; it halves after an overflow and doubles after 2,000 steps without one."""
-    activation_checkpointing: Literal["auto", "on", "off"] = runtime_only("auto")
-    """Recompute activations in backward. auto: under ZeRO-3 only, where kept activations hold gathered weights."""
-    compile: str = runtime_only("")
-    """torch.compile's backend for every block, such as inductor or cudagraphs; empty for none."""
-    ops: Ops = runtime_only("auto")
-    """How a stitch layer with the norm after it, and a residual add with its norm, are computed. reference: as in timm.
-    fused: one operation each, Triton kernels on GPUs. compiled: torch.compile. auto: fused on cards for which
-    benchmarks/ shows it to be faster, else reference."""
-    offload_optimizer: bool = runtime_only(False)
-    """Keep the optimizer's state and its step on the CPU (ZeRO-1 to ZeRO-3)."""
-    reduction: Literal["all", "union"] = runtime_only("all")
-    """Gradients that ranks exchange: all; or union, once per step those that some rank has (ZeRO-1 and ZeRO-2)."""
-    audit: bool = runtime_only(True)
-    """Before every optimizer step, compare order of gradients and schedule over ranks, and stop at a difference."""
-    audit_weights_every: int = runtime_only(500)
-    """Optimizer steps between two comparisons of all weights over ranks; one follows the first step. 0 for none."""
-    device: Literal["auto", "cpu", "cuda"] = runtime_only("auto")
-    """Device of models and images; auto: the GPU if there is one."""
-    threads: int = runtime_only(0)
-    """CPU threads per rank; 0 shares the machine's cores between its ranks."""
-
-    def ancestry(self, precision: AncestryPrecision) -> Precision:
-        """Precision of the ancestry's forwards."""
-        return self.precision if precision == "engine" else precision
 
 
 @dataclass(frozen=True)
@@ -174,6 +140,9 @@ class ModelConfig:
     share one set of weights, from which models of `depths` are made. Empty for a pool."""
     depths: tuple[int, ...] = ()
     """For `stages`: blocks of each model, from few to many."""
+    widths: tuple[int, ...] = ()
+    """Nested widths in place of a pool: the only row is one ViT, and its first channels, heads and hidden units make a
+    model of each of these widths. The last is the row's. Empty for a pool."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +204,8 @@ class FinetuneConfig:
     train.accumulate; such a batch has paths_per_batch x batch_size / (ranks x accumulate) images."""
     policy: Policy = "independent"
     """How ranks draw the paths of a step. independent: each rank its own. shared: one for all ranks. spread: as many
-    different paths as a step has room for. balanced: as spread, with equal work for all ranks."""
+    different paths as a step has room for. balanced: as spread, with equal work for all ranks. in_turn: every rank all
+    paths, from the widest to the narrowest, for nested widths."""
     meet: Literal["step", "micro_step"] = "step"
     """For policy balanced, when ranks exchange gradients: once per optimizer step (ZeRO-0, ZeRO-1, DDP) or in every
     micro-step (ZeRO-2, ZeRO-3)."""
@@ -269,7 +239,7 @@ class FinetuneConfig:
     lead_weight: float = 0.0
     """Above 0, the widest row is the lead path: it takes the first micro-step of each group of paths_per_batch, and the
     other paths of the group learn its outputs in place of the ancestry's: its logits with this weight, its tokens with
-    feature_weight."""
+    feature_weight. Under policy in_turn each path learns from the one before."""
     loss_scale: LossScale = "sample"
     """As distil.loss_scale."""
     train: TrainConfig = TrainConfig(epochs=50.0)
@@ -284,18 +254,6 @@ class EvaluateConfig:
     """Images per forward and rank."""
     before: bool = True
     """Also evaluate the pool before fine-tuning."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When a stage saves while it trains, and how many checkpoints are kept."""
-
-    every: int = runtime_only(500)
-    """Optimizer steps between two checkpoints; 0 to save only when the run is asked to stop."""
-    keep: int = runtime_only(2)
-    """Newest checkpoints of a stage that are kept, in addition to the best measured."""
-    on_error: Literal["continue", "stop"] = runtime_only("continue")
-    """What to do when a checkpoint cannot be written: train on until the next, or stop."""
 
 
 @dataclass(frozen=True)
@@ -314,17 +272,18 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class FaultConfig:
-    """What the run does about bad steps and hanging ranks."""
+class SpecialiseConfig:
+    """Paths that `lgp run` trains alone, from the pool's weights, when the pool is done."""
 
-    skip_steps: int = runtime_only(0)
-    """Consecutive steps that may be skipped for a spike, or a loss or gradient that is not finite; one more stops."""
-    spike: float = runtime_only(0.0)
-    """A loss above this many times the median of the last 100 good steps is a spike; 0 for no such check."""
-    rollback: int = runtime_only(0)
-    """How often the run may go back to its last checkpoint instead of stopping for bad steps."""
-    timeout_s: float = runtime_only(1800.0)
-    """Seconds without progress in a step after which the run ends; ten times as long elsewhere, at most an hour."""
+    top: int = runtime_only(0)
+    """Budgets of parameters, at equal ratios up to the largest path, for each of which the best path is trained; 0 for
+    none."""
+    paths: tuple[str, ...] = runtime_only(())
+    """Keys of paths to train alone too."""
+    epochs: float = runtime_only(0.0)
+    """Passes over the training split; 0 for a quarter of stage finetune's."""
+    lr: float = runtime_only(0.0)
+    """Peak learning rate; 0 for a quarter of stage finetune's."""
 
 
 @dataclass(frozen=True)
@@ -359,6 +318,8 @@ class RunConfig:
     """Stage descend."""
     export: ExportConfig = ExportConfig()
     """Stage export."""
+    specialise: SpecialiseConfig = SpecialiseConfig()
+    """Paths that `lgp run` trains alone when the pool is done."""
     run_dir: str = runtime_only("")
     """Folder for results; empty for runs/RECIPE."""
     trackers: tuple[str, ...] = runtime_only(("tensorboard",))

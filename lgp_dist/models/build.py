@@ -3,15 +3,18 @@
 from typing import Literal
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lgp_dist.config.run_config import Precision, RunConfig
 from lgp_dist.models.ancestry import Ancestry, timm_model
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
+from lgp_dist.models.nested import NestedPool
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.models.sws import auxiliary_net
+from lgp_dist.models.sws import auxiliary_net, expand
 from lgp_dist.models.vit import build_vit
 from lgp_dist.paths.depths import DepthSpace
+from lgp_dist.paths.nested import NestedSpace
 from lgp_dist.paths.space import heads_of, space_of
 
 Taught = Literal["distil", "finetune"]
@@ -67,8 +70,18 @@ def auxiliary_rows(config: RunConfig, ancestry: Ancestry | None) -> AuxiliaryRow
     space = space_of(config)
     if isinstance(space, DepthSpace):
         return auxiliary_net(space, config.model.rows[0], config.distil)
+    if isinstance(space, NestedSpace):
+        space = space.alone(space.widths[-1])
     shape = (ancestry.depth, ancestry.vit.embed_dim) if ancestry and config.has_levels else ()
     return AuxiliaryRows(build_rows(space, config.model.rows, config.distil, *shape))
+
+
+def pool_of_rows(config: RunConfig, rows: list[VisionTransformer]) -> LearngenePool:
+    """The pool of the rows that stage distil made, or the models of several depths or widths that grow from the one."""
+    space = space_of(config)
+    if isinstance(space, DepthSpace):
+        return expand(space, rows[0], heads_of(config))
+    return NestedPool(space, rows[0]) if isinstance(space, NestedSpace) else LearngenePool(space, rows)
 
 
 def build_pool(
@@ -79,7 +92,9 @@ def build_pool(
     training: in training mode, with the operations of `engine.ops`; otherwise in eval mode, as timm computes. The
     engine compiles its blocks and makes them recompute activations when it wraps the pool (`engine.trainer`).
     """
-    pool = LearngenePool.empty(space_of(config), heads_of(config))
+    space = space_of(config)
+    kind = NestedPool if isinstance(space, NestedSpace) else LearngenePool
+    pool = kind.empty(space, heads_of(config))
     if state is not None:
         pool.load_state_dict(state, strict=True)
     pool.to(device).train(training)

@@ -8,6 +8,7 @@ from typing import Any
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths.depths import DepthSpace
+from lgp_dist.paths.nested import NestedSpace
 from lgp_dist.paths.path import Space
 from lgp_dist.paths.space import space_of
 from lgp_dist.paths.stitched import PathSpace
@@ -76,6 +77,8 @@ def trained_rows_flops(config: RunConfig) -> float:
     space = space_of(config)
     if isinstance(space, DepthSpace):
         return float(space.cost(space.auxiliary).flops)
+    if isinstance(space, NestedSpace):
+        space = space.alone(space.widths[-1])
     rows = zip(space.paths, config.model.rows, strict=False)  # the first paths are rows alone
     return float(sum(space.cost(path).flops for path, row in rows if row.trains))
 

@@ -38,6 +38,7 @@ class PathSampler:
     path repeats until all have come. `balanced`: as `spread`, within what keeps the ranks' summed costs nearly equal:
     two micro-steps hold a light and a heavy path in random order, and a micro-step without a partner holds paths of
     like cost on all ranks (`stratified.cost_buckets`). A single rank waits for nobody: there `balanced` is `spread`.
+    `in_turn`: all paths one after the other, the last first, on every rank.
 
     The only state is the seed. Recent plans are cached.
     """
@@ -82,7 +83,7 @@ class PathSampler:
             () if row_weight == 1 else weights,
             finetune.meet,
             finetune.sandwich,
-            finetune.paths_per_batch if finetune.lead_weight else 0,
+            finetune.paths_per_batch if finetune.lead_weight and finetune.policy != "in_turn" else 0,
         )
 
     def draw(self, step: int, micro_step: int, rank: int, world: int) -> Path:
@@ -117,6 +118,9 @@ class PathSampler:
                 [self._lead] * world if drawn is None else [index + (index >= self._lead) for index in drawn]
                 for drawn in micro_steps
             ]
+        if self.policy == "in_turn":
+            count = len(self.paths)
+            return [[count - 1 - micro % count] * world for micro in range(self.accumulate)]
         if self.policy in ("independent", "shared"):
             return self._alone_schedule(step, world)
         if self.policy == "balanced" and world > 1:
@@ -146,7 +150,7 @@ class PathSampler:
         """The most slots of a step that one random choice fills with the same path."""
         if self.lead_every:
             return self._followers.tied_slots(world)
-        if self.policy == "shared":
+        if self.policy in ("shared", "in_turn"):
             return world
         if self.policy != "balanced" or world == 1:
             return 1

@@ -46,10 +46,10 @@ class PathSpace(Space):
     def from_config(cls, config: RunConfig) -> "PathSpace":
         """The paths of a run; UserError if its model does not have rows and stitch layers."""
         data, model = config.data, config.model
-        if model.stages:
+        if model.stages or model.widths:
             raise UserError(
-                f"Recipe {config.recipe} has model.stages, so its models have no stitch layers, which this needs: "
-                "choose a recipe of a pool, such as tiny."
+                f"Recipe {config.recipe} has model.{'stages' if model.stages else 'widths'}, so its models have no "
+                "stitch layers, which this needs: choose a recipe of a pool, such as tiny."
             )
         if model.depths:
             raise UserError("model.depths is set, but model.stages is empty: set both, or neither.")

@@ -45,7 +45,8 @@ def _check_shapes(config: RunConfig) -> None:
             f"finetune.paths_per_batch is {paths}, which does not divide finetune.train.accumulate {micro_steps}: set "
             f"accumulate to {-(-micro_steps // paths) * paths}, or change paths_per_batch."
         )
-    _check_only(config.finetune.only, space)
+    _check_keys("finetune.only", config.finetune.only, space)
+    _check_keys("specialise.paths", config.specialise.paths, space)
     _check_teachers(config, space)
     if config.export.path:
         chosen = space.by_key(config.export.path)
@@ -57,6 +58,7 @@ def _check_shapes(config: RunConfig) -> None:
     if not config.finetune.distil_weight + config.finetune.label_weight:
         raise UserError("finetune.distil_weight and finetune.label_weight are both 0: raise one.")
     _check_depths(config, space)
+    _check_nested(config)
     _check_row_lr(config.finetune.row_lr, len(space.widths))
     _check_allowed(config)
 
@@ -116,16 +118,14 @@ def _check_teachers(config: RunConfig, space: Space) -> None:
         )
 
 
-def _check_only(only: tuple[str, ...], space: Space) -> None:
+def _check_keys(setting: str, keys: tuple[str, ...], space: Space) -> None:
     known = {path.key for path in space.paths}
-    for key in only:
+    for key in keys:
         if key not in known:
             advice = nearest(key, known, f"the first is {space.paths[0].key}")
-            raise UserError(
-                f"finetune.only names {key!r}, which the pool does not have: {advice}; `lgp paths` lists them."
-            )
-        if only.count(key) > 1:
-            raise UserError(f"finetune.only names {key!r} {only.count(key)} times: name each path once.")
+            raise UserError(f"{setting} names {key!r}, which the pool does not have: {advice}; `lgp paths` lists them.")
+        if keys.count(key) > 1:
+            raise UserError(f"{setting} names {key!r} {keys.count(key)} times: name each path once.")
 
 
 def _check_depths(config: RunConfig, space: Space) -> None:
@@ -136,6 +136,26 @@ def _check_depths(config: RunConfig, space: Space) -> None:
             f"finetune.paths_per_batch is {passes[0]} and finetune.train.accumulate {passes[1]}, but with "
             f"finetune.sandwich each of {count} depths trains once on every batch: set both to {count}."
         )
+
+
+def _check_nested(config: RunConfig) -> None:
+    """UserError where nested widths would not train, or another pool in turn."""
+    finetune, widths = config.finetune, config.model.widths
+    count, train = len(finetune.only or widths), finetune.train
+    if not widths and finetune.policy == "in_turn":
+        raise UserError("finetune.policy is in_turn, which is for model.widths: choose independent or balanced.")
+    if not widths:
+        return
+    if count > 1 and (finetune.policy, finetune.paths_per_batch, train.accumulate) != ("in_turn", count, count):
+        raise UserError(
+            f"model.widths trains {count} models in turn on the same images: set finetune.policy to in_turn, and "
+            f"finetune.paths_per_batch and finetune.train.accumulate to {count}."
+        )
+    for key, value in {"engine.compile": config.engine.compile, "finetune.row_lr": finetune.row_lr}.items():
+        if value:
+            raise UserError(f"{key} is {value}, which model.widths cannot use: leave it empty.")
+    if config.engine.ops not in ("auto", "reference"):
+        raise UserError(f"engine.ops is {config.engine.ops}, but model.widths has no fused operations: set reference.")
 
 
 def _check_row_lr(factors: tuple[float, ...], rows: int) -> None:

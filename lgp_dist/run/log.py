@@ -40,6 +40,7 @@ def open_log(path: Path) -> None:
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
+        handler.close()
     file = io.TextIOWrapper(io.FileIO(path, "a"), encoding="utf-8", write_through=True)  # unbuffered: lost is lost
     log.addHandler(_Counting(sys.stderr, "The terminal", own=False))
     log.addHandler(_Counting(file, str(path), own=True))

@@ -5,18 +5,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp_dist.data.stream import clean_batches, evaluation_batches, open_split
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryViT
-from lgp_dist.models.build import auxiliary_rows
-from lgp_dist.models.pool import LearngenePool
+from lgp_dist.models.build import auxiliary_rows, pool_of_rows
 from lgp_dist.models.stitch_fit import stitch_fits
 from lgp_dist.models.stitch_init import Starts, ancestry_means, least_squares_starts, transformation_starts
-from lgp_dist.models.sws import expand
-from lgp_dist.paths.depths import DepthSpace
 from lgp_dist.run.artifacts import Artifact
 from lgp_dist.run.facts import PoolFacts
 from lgp_dist.run.tensors import load_tensors, save_tensors
@@ -37,7 +33,7 @@ def run(context: Context) -> None:
     def fill(folder: Path) -> PoolFacts:
         rows = finished_rows(context, ancestry, distilled)
         starts = stitch_starts(context, ancestry, rows)
-        pool = put_together(context, [row.vit for row in rows])
+        pool = pool_of_rows(context.config, [row.vit for row in rows])
         for index, start in starts.items():
             pool.stitch(index).start_from(start)
         save_tensors(folder / "pool.safetensors", pool.state_dict())
@@ -51,13 +47,6 @@ def run(context: Context) -> None:
         return {**facts, "stitch_init": context.config.pool.stitch_init, "r2": fits}
 
     context.write("pool", [distilled], fill, time.monotonic() - began)
-
-
-def put_together(context: Context, rows: list[VisionTransformer]) -> LearngenePool:
-    """The pool of these rows, or what grows from the one whose stages share weights."""
-    if isinstance(context.space, DepthSpace):
-        return expand(context.space, rows[0], context.heads)
-    return LearngenePool(context.space, rows)
 
 
 def finished_rows(context: Context, ancestry: Ancestry | None, artifact: Artifact) -> list[AuxiliaryViT]:

@@ -7,6 +7,7 @@ from typing import Any
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
 from lgp_dist.recipes import RECIPES
+from lgp_dist.study.equal_cost import with_equal_cost
 from lgp_dist.study.settings import changed_values, with_values
 
 Values = Mapping[str, Any]
@@ -25,13 +26,17 @@ class Variant:
     """What it sets."""
     recipe: str = ""
     """A recipe that takes the place of the study's; what the study changes in its own recipe is changed here too."""
+    equal_cost: bool = False
+    """Whether stage finetune is as long as makes training cost as many multiply-adds as the study's recipe."""
 
     def change(self, config: RunConfig) -> RunConfig:
         """The variant's configuration from the study's."""
         values = {key: value(config) if callable(value) else value for key, value in self.values.items()}
+        changed = config
         if self.recipe:
-            config = with_values(RECIPES[self.recipe](), changed_values(config), missing="ignore")
-        return with_values(config, values)
+            changed = with_values(RECIPES[self.recipe](), changed_values(config), missing="ignore")
+        changed = with_values(changed, values)
+        return with_equal_cost(changed, config) if self.equal_cost else changed
 
 
 @dataclass(frozen=True)
@@ -192,4 +197,86 @@ ANCESTRY = Question(
 
 SYSTEMS = systems(("snnet_tiny", "tiny", "sws_tiny", "vanilla_tiny", "scratch_tiny"), "snnet_tiny")
 
-QUESTIONS = {question.name: question for question in (STITCH_INIT, ROWS, POLICY, INSTANCES, ANCESTRY, SYSTEMS)}
+BEFORE = {
+    "model.rows.0.start": "random",
+    "model.rows.1.start": "random",
+    "model.stitch_sharing": "window",
+    "finetune.paths_per_batch": 1,
+    "finetune.feature_weight": 0.0,
+    "finetune.lead_weight": 0.0,
+    "finetune.train.ema": 0.0,
+}
+"""Recipe `tiny` as it was before question pools."""
+GROUP = {"finetune.paths_per_batch": 4, "finetune.train.batch_size": lambda config: config.distil.train.batch_size // 2}
+"""Four paths on the same images, half as many as four paths share in a step of `tiny`."""
+LEAD = {**GROUP, "finetune.lead_weight": 1.0}
+FEATURES = {"finetune.feature_weight": 1.0}
+PER_PATH = {"model.stitch_sharing": "path"}
+EMA = {"finetune.train.ema": 0.99}
+START = {"model.rows.0.start": "ancestry", "model.rows.1.start": "ancestry"}
+WIDE_START = {"model.rows.1.start": "ancestry"}
+
+
+def distilled_for(share: float) -> Values:
+    """Stage distil's epochs as a multiple of the study's."""
+    return {"distil.train.epochs": lambda config: share * config.distil.train.epochs}
+
+
+def before_with(name: str, what: str, *changes: Values) -> Variant:
+    """Recipe `tiny` as it was before question pools with these changes, at equal cost."""
+    return Variant(
+        name, what, {key: value for each in (BEFORE, *changes) for key, value in each.items()}, equal_cost=True
+    )
+
+
+SHAPES = {"008": "r0.0-5", "028": "r0.0-3+r1.4-5", "038": "r0.0-2+r1.3-5", "068": "r1.0-5"}
+"""Four shapes by their 10,000 parameters."""
+
+
+def shape_alone(name: str, key: str, *, distilled: bool) -> Variant:
+    """One shape trained alone from random weights, for the epochs of both stages; distilled: from the ancestry too."""
+    scratch = recipe_variant("scratch_tiny")
+    taught = {"finetune.distil_weight": 1.0} if distilled else {}
+    what = f"{key} from random weights" + (", with the ancestry's logits" if distilled else ", labels only")
+    return replace(scratch, name=name, what=what, values={**scratch.values, **taught, "finetune.only": [key]})
+
+
+POOLS = Question(
+    "pools",
+    "What lifts stitched paths, at equal multiply-adds in training?",
+    (
+        before_with("tiny", "the recipe before this study"),
+        before_with("features", "last-block feature loss, weight 1", FEATURES),
+        before_with("stitch_per_path", "a stitch layer for each path", PER_PATH),
+        before_with("four_paths", "four paths on the same 64 images", GROUP),
+        before_with("lead", "four_paths, the wide row first, the others learn its logits", LEAD),
+        before_with("ema", "averaged weights, decay 0.99", EMA),
+        before_with("start", "rows start from the ancestry", START),
+        before_with(
+            "start_wide", "the wide row starts from the ancestry, half of stage distil", WIDE_START, distilled_for(0.5)
+        ),
+        before_with("half_distil", "half of stage distil", distilled_for(0.5)),
+        before_with("start_half", "start, half of stage distil", START, distilled_for(0.5)),
+        before_with("start_quarter", "start, a quarter of stage distil", START, distilled_for(0.25)),
+        before_with("start_eighth", "start, an eighth of stage distil", START, distilled_for(0.125)),
+        before_with("start_half_features", "start_half, features", START, distilled_for(0.5), FEATURES),
+        before_with("start_half_per_path", "start_half, stitch_per_path", START, distilled_for(0.5), PER_PATH),
+        before_with("start_half_lead", "start_half, lead", START, distilled_for(0.5), LEAD),
+        before_with(
+            "start_half_all",
+            "start_half_lead, features, stitch_per_path",
+            START,
+            distilled_for(0.5),
+            LEAD,
+            FEATURES,
+            PER_PATH,
+        ),
+        replace(recipe_variant("nested_tiny"), values={}, equal_cost=True),
+        recipe_variant("sws_tiny"),
+        *(shape_alone(f"scratch_{name}", key, distilled=False) for name, key in SHAPES.items()),
+        *(shape_alone(f"alone_{name}", key, distilled=True) for name, key in SHAPES.items()),
+    ),
+    "tiny",
+)
+
+QUESTIONS = {question.name: question for question in (STITCH_INIT, ROWS, POLICY, INSTANCES, ANCESTRY, SYSTEMS, POOLS)}

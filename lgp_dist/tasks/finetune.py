@@ -29,7 +29,8 @@ class FinetuneTask:
     """Cross-entropy to the labels and to a teacher's logits on the path that this rank draws (equations 7 and 3).
 
     The teacher is the ancestry. With `finetune.lead_weight`, it teaches the lead path alone, which teaches the other
-    paths of its group: the micro-steps that take the same images on one rank.
+    paths of its group: the micro-steps that take the same images on one rank. Under policy `in_turn` each path of a
+    group teaches the next.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class FinetuneTask:
             if tokens is not None:
                 parts["feature"] = self._feature(tokens, teacher)
                 loss = loss + config.feature_weight * parts["feature"]
-        if config.lead_weight and not follows:
+        if config.lead_weight and (not follows or config.policy == "in_turn"):
             self._lead = logits.detach(), None if tokens is None else tokens.detach()
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 

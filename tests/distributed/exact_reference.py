@@ -46,7 +46,7 @@ def reference(trial: Trial, nudge: int = 0, left_out: tuple[int, ...] = ()) -> d
                 follows = trial.lead_weight > 0 and lead is not None
                 if follows:
                     teacher = lead
-                else:
+                if trial.nested or not follows:
                     lead = logits.detach(), tokens.detach()
                 loss = F.cross_entropy(logits, batch.targets)
                 taught = -(teacher[0].softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()

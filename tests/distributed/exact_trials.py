@@ -18,8 +18,10 @@ from lgp_dist.config.run_config import (
 )
 from lgp_dist.engine.workers import choose_attention
 from lgp_dist.models.ancestry import Ancestry
+from lgp_dist.models.nested import NestedPool
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.models.vit import build_vit
+from lgp_dist.paths.nested import NestedSpace
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.protocols import Batch
@@ -57,6 +59,8 @@ class Trial:
     lead_weight: float = 0.0
     """Above 0: all micro-steps of a rank are one group on the same images, which the widest row leads."""
     ema: float = 0.0
+    nested: bool = False
+    """Three nested widths, which each group trains in turn, each learning from the one before; needs lead_weight."""
     steps: int = 4
     seed: int = 0
     loss_scale: float = 2.0**16
@@ -79,7 +83,7 @@ class Trial:
         words += ["a stitch layer for each path"] * (self.stitch_sharing == "path")
         words += [f"features {self.feature_weight}"] * bool(self.feature_weight)
         words += [f"lead path {self.lead_weight}"] * bool(self.lead_weight)
-        words += [f"ema {self.ema}"] * bool(self.ema)
+        words += [f"ema {self.ema}"] * bool(self.ema) + ["nested widths"] * self.nested
         words += ["no final norm"] * (not self.final_norm)
         words += [f"{self.rows} rows"] * (self.rows != 2) + [f"{self.steps} steps"] * (self.steps != 4)
         return ", ".join(words)
@@ -131,6 +135,7 @@ class Trial:
             gradients=GradientConfig(self.unused, self.average),
             feature_weight=self.feature_weight,
             lead_weight=self.lead_weight,
+            policy="in_turn" if self.nested else "independent",
             paths_per_batch=self.accumulate if self.lead_weight else 1,
         )
 
@@ -140,14 +145,19 @@ class Trial:
         torch.manual_seed(1)
         depth = 6 if self.rows == 2 else 3
         shape = {"final_norm": self.final_norm, "stitch_sharing": self.stitch_sharing}
-        space = PathSpace((8, 16, 24)[: self.rows], depth, **IMAGE, **shape)
-        pool = LearngenePool.empty(space, (1, 2, 3)[: self.rows])
-        pool.set_ops(self.ops)
+        if self.nested:
+            space = NestedSpace((8, 16, 24), 3, 8, **IMAGE)
+            pool = NestedPool.empty(space, space.heads)
+        else:
+            space = PathSpace((8, 16, 24)[: self.rows], depth, **IMAGE, **shape)
+            pool = LearngenePool.empty(space, (1, 2, 3)[: self.rows])
+            pool.set_ops(self.ops)
         width = space.widths[-1] if self.feature_weight else 8
         vit = build_vit(image_size=14, patch_size=7, channels=1, num_classes=5, width=width, depth=1, heads=1)
         choose_attention("cpu", "fp32")
-        lead_every = self.accumulate if self.lead_weight else 0
-        sampler = PathSampler(space.paths, "independent", self.seed, self.accumulate, lead_every=lead_every)
+        lead_every = self.accumulate if self.lead_weight and not self.nested else 0
+        policy = self.finetune_config().policy
+        sampler = PathSampler(space.paths, policy, self.seed, self.accumulate, lead_every=lead_every)
         return pool, Ancestry(vit), sampler
 
     def batch(self, step: int, micro: int, rank: int) -> Batch:
@@ -193,6 +203,7 @@ def extras() -> list[Trial]:
             replace(base, stitch_sharing="path", ema=0.8),
             replace(base, feature_weight=0.5, checkpointed=True),
             replace(base, lead_weight=1.0, feature_weight=0.5, rows=3, accumulate=3),
+            replace(base, lead_weight=1.0, nested=True, accumulate=3, checkpointed=engine == "zero3"),
         ]
         if engine in ("zero1", "zero2"):
             trials += [replace(base, reduction="union", unused=unused) for unused in ("skip", "zero")]
