@@ -207,7 +207,11 @@ BEFORE = {
     "finetune.train.ema": 0.0,
 }
 """Recipe `tiny` as it was before question pools."""
-GROUP = {"finetune.paths_per_batch": 4, "finetune.train.batch_size": lambda config: config.distil.train.batch_size // 2}
+GROUP = {
+    "finetune.paths_per_batch": 4,
+    "finetune.train.accumulate": 4,
+    "finetune.train.batch_size": lambda config: config.distil.train.batch_size // 2,
+}
 """Four paths on the same images, half as many as four paths share in a step of `tiny`."""
 LEAD = {**GROUP, "finetune.lead_weight": 1.0}
 FEATURES = {"finetune.feature_weight": 1.0}
