@@ -21,18 +21,18 @@ from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic
 
 SIDECAR_FORMAT = 2
-"""Format 1 has no width, height and crc; it is still read."""
-COLUMNS: dict[str, tuple[type, int | None]] = {
-    "shard": (np.int32, None),
-    "offset": (np.int64, None),
-    "size": (np.int64, None),
-    "label": (np.int64, None),
-    "keys": (np.str_, None),
-    "width": (np.int32, 0),
-    "height": (np.int32, 0),
-    "crc": (np.int64, -1),
+"""A sidecar of another format counts as missing."""
+COLUMNS: dict[str, type] = {
+    "shard": np.int32,
+    "offset": np.int64,
+    "size": np.int64,
+    "label": np.int64,
+    "keys": np.str_,
+    "width": np.int32,
+    "height": np.int32,
+    "crc": np.int64,
 }
-"""Arrays of a sidecar: type, and the value where format 1 has no such array."""
+"""Arrays of a sidecar and their types."""
 SHARD_NAME = re.compile(r"(.*-)?(train|val|validation|test)-\d+\.tar")
 """timm's naming: imagenet1k-train-0000.tar belongs to split train."""
 
@@ -189,7 +189,7 @@ def join_samples(manifest: ShardManifest, split: str, shards: Sequence[Sequence[
     flat = [sample for samples in shards for sample in samples]
     lengths = np.array([len(samples) for samples in shards], dtype=np.int64)
     arrays: dict[str, NDArray[Any]] = {"shard": np.repeat(np.arange(len(shards), dtype=np.int32), lengths)}
-    for name, (dtype, _) in COLUMNS.items():
+    for name, dtype in COLUMNS.items():
         if name != "shard":
             attribute = "key" if name == "keys" else name
             arrays[name] = np.array([getattr(sample, attribute) for sample in flat], dtype=dtype)
@@ -235,16 +235,13 @@ def read_sidecar(manifest: ShardManifest, split: str) -> ShardIndex | None:
     fingerprint, entries = manifest.fingerprint(split), manifest.entries(split)
     try:
         with open(sidecar_path(manifest.root, split), "rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            form = int(stored["format"])
-            if form not in (1, SIDECAR_FORMAT) or str(stored["fingerprint"]) != fingerprint:
+            if int(stored["format"]) != SIDECAR_FORMAT or str(stored["fingerprint"]) != fingerprint:
                 return None
-            arrays = {name: stored[name] for name, (_, default) in COLUMNS.items() if form > 1 or default is None}
+            arrays = {name: stored[name] for name in COLUMNS}
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
         return None
     shard = arrays["shard"]
-    for name, (dtype, default) in COLUMNS.items():
-        if name not in arrays:
-            arrays[name] = np.full(shard.shape, default, dtype=dtype)
+    for name, dtype in COLUMNS.items():
         if arrays[name].dtype.kind != np.dtype(dtype).kind or arrays[name].shape != shard.shape:
             return None
     samples = np.array([entry.samples for entry in entries], dtype=np.int64)
