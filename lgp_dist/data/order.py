@@ -146,18 +146,3 @@ class SampleOrder:
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
         return np.cumsum(self._sizes) - self._sizes
-
-
-def shuffle_quality(order: SampleOrder, batch: int, batches: int = 32) -> float:
-    """Mean number of distinct shards in a batch, over batches evenly spread over epoch 0.
-
-    1,024 shards and batches of 1,024: 647 for a full permutation, 64 for a window of 64 shards.
-    """
-    ends = np.cumsum(np.array(order.sizes, dtype=np.int64))
-    whole = max(1, order.n // batch)
-    firsts = np.unique(np.arange(min(batches, whole)) * whole // min(batches, whole)) * batch
-    found = [
-        len(np.unique(np.searchsorted(ends, order.samples(np.arange(first, first + batch)), side="right")))
-        for first in firsts.tolist()
-    ]
-    return float(np.mean(found))

@@ -5,15 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from lgp_dist.bench.common import check_least, facts, listed, spread
 from lgp_dist.bench.loaders.photos import VARIANTS, make_photographs
-from lgp_dist.config.run_config import DataConfig
-from lgp_dist.data.order import SampleOrder, shuffle_quality
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.errors import UserError
 from lgp_dist.run.text_table import objects_table
@@ -22,21 +20,14 @@ BASE = "webdataset"
 """The loader that others are divided by."""
 NEEDS = {
     "webdataset": "webdataset",
-    "webdataset+simplejpeg": "webdataset",
     "timm": "timm",
     "dali": "nvidia.dali",
-    "decoder": "simplejpeg",
     "lgp": "simplejpeg",
-    "decoder-nvimgcodec": "nvidia.nvimgcodec",
     "lgp-nvimgcodec": "nvidia.nvimgcodec",
 }
 """Loaders, in the order of their turns -> the module that each needs."""
-BOUNDS = {"lgp": "decoder", "lgp-nvimgcodec": "decoder-nvimgcodec"}
-"""Loader -> the decoder alone, with the same crops."""
 TIMEOUT_S = 3600
 """A loader that takes longer for one pass, in seconds, fails."""
-SHUFFLE = (1024, 1251, 1024)
-"""Shards, samples of each and batch size for which the quality of shuffling is reported."""
 
 
 def installed(loader: str) -> bool:
@@ -55,14 +46,12 @@ def bench_data(
     threads: int = 2,
     batch: int = 128,
     repeats: int = 3,
-    progress: Callable[[str], None] = lambda line: sys.stderr.write(line + "\n") and None,
 ) -> list[dict[str, Any]]:
-    """One object for each kind of file (full, s256) and loader; the last is about shuffling.
+    """One object for each kind of file (full, s256) and loader.
 
     images_per_cpu_second: median over `repeats` rounds in which the loaders take turns; CPU seconds are those of the
     process and its workers without imports. spread: (fastest - slowest) / median. ratio: to webdataset's canonical
-    pipeline in the same rounds. share_of_decoder: share of the rate of the decoder alone with the same crops; null for
-    other loaders.
+    pipeline in the same rounds.
 
     folder: of the photographs; they are made if `photos` names folders. photos, loaders: separated by commas; no loader
     for all that are installed. UserError for options that are out of range or name nothing.
@@ -70,13 +59,13 @@ def bench_data(
     chosen = _check(listed(loaders), samples, threads, batch, repeats)
     if photos:
         sources = [Path(part) for part in listed(photos)]
-        make_photographs(sources, folder, samples, max(1, min(8, samples // batch)), progress)
+        make_photographs(sources, folder, samples, max(1, min(8, samples // batch)))
     elif not all((folder / variant).is_dir() for variant in VARIANTS):
         raise UserError(f"--folder {folder} has no photographs: make them with --photos FOLDER_OF_PHOTOGRAPHS.")
     about, rows = facts(), []
     sizes = {variant: _sizes(folder / variant) for variant in VARIANTS}
     for variant in VARIANTS:
-        rates = _rates(folder / variant, chosen, threads, batch, repeats, progress)
+        rates = _rates(folder / variant, chosen, threads, batch, repeats)
         middle = {loader: median(values) for loader, values in rates.items()}
         for loader in chosen:
             base = middle.get(BASE)
@@ -87,7 +76,6 @@ def bench_data(
                     "images_per_cpu_second": round(middle[loader], 1),
                     "ratio": round(middle[loader] / base, 3) if base else None,
                     "spread": spread(rates[loader]),
-                    "share_of_decoder": _share(loader, middle),
                     **sizes[variant],
                     "threads": threads,
                     "batch": batch,
@@ -95,7 +83,7 @@ def bench_data(
                     **about,
                 }
             )
-    return [*rows, _shuffle_row() | about]
+    return rows
 
 
 def _check(loaders: Sequence[str], samples: int, threads: int, batch: int, repeats: int) -> tuple[str, ...]:
@@ -110,16 +98,15 @@ def _check(loaders: Sequence[str], samples: int, threads: int, batch: int, repea
     return tuple(loaders) or tuple(loader for loader in NEEDS if installed(loader))
 
 
-def _rates(
-    folder: Path, loaders: Sequence[str], threads: int, batch: int, repeats: int, progress: Callable[[str], None]
-) -> dict[str, list[float]]:
+def _rates(folder: Path, loaders: Sequence[str], threads: int, batch: int, repeats: int) -> dict[str, list[float]]:
     """Images per CPU second of each loader in each round."""
     rates: dict[str, list[float]] = {loader: [] for loader in loaders}
     for turn in range(repeats):
         for loader in loaders:
             found = _run(loader, folder, threads, batch)
             rates[loader].append(found["images"] / found["cpu_s"])
-            progress(f"{folder.name}, round {turn + 1}, {loader}: {rates[loader][-1]:.0f} images per CPU second")
+            rate = f"{rates[loader][-1]:.0f} images per CPU second"
+            sys.stderr.write(f"{folder.name}, round {turn + 1}, {loader}: {rate}\n")
     return rates
 
 
@@ -147,33 +134,6 @@ def _sizes(folder: Path) -> dict[str, Any]:
     return {"images": images, "mean_bytes": round(sum(entry.bytes for entry in entries) / images)}
 
 
-def _share(loader: str, middle: dict[str, float]) -> float | None:
-    bound = middle.get(BOUNDS.get(loader, ""))
-    return round(middle[loader] / bound, 4) if bound else None
-
-
-def _shuffle_row() -> dict[str, Any]:
-    """Distinct shards in a batch, by arithmetic, with the default window and with a window of all shards."""
-    shards, each, batch = SHUFFLE
-    window = DataConfig().window
-    found = {size: shuffle_quality(SampleOrder((each,) * shards, 0, size), batch) for size in (window, shards)}
-    return {
-        "loader": "lgp",
-        "data": "shuffle",
-        "shards": shards,
-        "batch": batch,
-        "window": window,
-        "distinct_shards": round(found[window], 1),
-        "distinct_shards_at_most": round(found[shards], 1),
-    }
-
-
 def data_table(rows: Sequence[dict[str, Any]]) -> str:
     """The objects of `bench_data` as text."""
-    *measured, shuffle = rows
-    names = ("data", "loader", "images_per_cpu_second", "ratio", "spread", "share_of_decoder")
-    return (
-        f"{objects_table(measured, names)}\n"
-        f"a batch of {shuffle['batch']} holds images of {shuffle['distinct_shards']} of {shuffle['shards']} shards "
-        f"(window {shuffle['window']}); {shuffle['distinct_shards_at_most']} without windows"
-    )
+    return objects_table(rows, ("data", "loader", "images_per_cpu_second", "ratio", "spread"))

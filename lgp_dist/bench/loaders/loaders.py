@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm.data
 import torch
 import torchvision.transforms as T
@@ -25,11 +26,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lgp_dist.config.run_config import DataConfig
-from lgp_dist.data.augment.crops import DRAWS, Crop
-from lgp_dist.data.augment.keyed_random import sample_keys, uniforms
-from lgp_dist.data.augment.nvimgcodec import RegionDecoder
+from lgp_dist.data.augment.keyed_random import sample_keys
 from lgp_dist.data.loader import Loader, Plan
-from lgp_dist.data.shards.decode import decode_pixels
 from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import order_of
@@ -37,12 +35,6 @@ from lgp_dist.data.stream import order_of
 SIZE = 224
 CLASSES = 1000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def config(folder: Path, threads: int, decoder: str) -> DataConfig:
-    """The default training crops on these shards."""
-    plain = DataConfig(root=str(folder), num_classes=CLASSES, interpolation="bilinear", threads=threads)
-    return replace(plain, decoder=decoder)
 
 
 def _shards(folder: Path) -> list[str]:
@@ -56,45 +48,30 @@ def _pil(image: Image.Image) -> torch.Tensor:
     return _PIL(image.convert("RGB"))
 
 
-def _turbo(content: bytes) -> torch.Tensor:
-    """A crop by libjpeg-turbo and torch's antialiased resize, uint8, as FFCV does on its own format."""
-    pixels, out = decode_pixels(content, 3, "a sample"), torch.empty(1, SIZE, SIZE, 3, dtype=torch.uint8)
-    Crop(SIZE, (0.08, 1.0), 1.0, "bilinear").random(pixels, torch.rand(DRAWS).tolist(), out.permute(0, 3, 1, 2))
-    image = out[0].permute(2, 0, 1)
-    return image.flip(-1) if torch.rand(()) < 0.5 else image
-
-
 def _same(value: Any) -> Any:
     return value
 
 
-def webdataset(folder: Path, threads: int, batch: int, turbo: bool = False) -> Iterable[Any]:
-    """The pipeline of webdataset's README: Pillow, torchvision's transforms, worker processes.
-
-    turbo: with FFCV's way of decoding, libjpeg-turbo, and uint8.
-    """
-    stages = [
+def webdataset(folder: Path, threads: int, batch: int) -> Iterable[Any]:
+    """The pipeline of webdataset's README: Pillow, torchvision's transforms, worker processes."""
+    pipeline = wds.DataPipeline(
         wds.SimpleShardList(_shards(folder)),
         wds.shuffle(100),
         wds.split_by_node,
         wds.split_by_worker,
         wds.tarfile_to_samples(),
         wds.shuffle(5000, initial=1000),
-    ]
-    if turbo:
-        stages += [wds.to_tuple("jpg", "cls"), wds.map_tuple(_turbo, int)]
-    else:
-        stages += [wds.decode("pil"), wds.to_tuple("jpg", "cls"), wds.map_tuple(_pil, _same)]
-    pipeline = wds.DataPipeline(*stages, wds.batched(batch, partial=True))
+        wds.decode("pil"),
+        wds.to_tuple("jpg", "cls"),
+        wds.map_tuple(_pil, _same),
+        wds.batched(batch, partial=True),
+    )
     return DataLoader(pipeline, batch_size=None, num_workers=threads)
 
 
 def timm_loader(folder: Path, threads: int, batch: int) -> Iterable[Any]:
     """timm's create_loader over its reader of WebDataset shards, uint8."""
-    names, count = [Path(name).name for name in _shards(folder)], _count(folder)
-    first, last = (name.removesuffix(".tar").rsplit("-", 1)[1] for name in (names[0], names[-1]))
-    split = f"photos-train-{{{first}..{last}}}.tar|{count}"
-    data = timm.data.create_dataset("wds/photos", root=str(folder), split=split, is_training=True, batch_size=batch)
+    data = timm.data.create_dataset("wds/photos", root=str(folder), split="train", is_training=True, batch_size=batch)
     return timm.data.create_loader(
         data,
         (3, SIZE, SIZE),
@@ -133,64 +110,25 @@ def dali(folder: Path, threads: int, batch: int) -> Iterable[Any]:
 
 
 def lgp(folder: Path, threads: int, batch: int, decoder: str = "simplejpeg") -> Iterator[tuple[torch.Tensor, Any]]:
-    """This project's loader, uint8: what a training stream reads before it augments on the device. decoder: as
-    data.decoder."""
-    data, index = config(folder, threads, decoder), _index(folder)
-    for loaded in Loader(index, data, torch.device("cpu")).load(_plans(index, data, batch)):
+    """This project's loader, uint8: what a training stream reads before it augments on the device, one epoch with the
+    crops of training. decoder: as data.decoder."""
+    plain = DataConfig(root=str(folder), num_classes=CLASSES, interpolation="bilinear", threads=threads)
+    data, index = replace(plain, decoder=decoder), ShardIndex.load(ShardManifest.load(folder), "train", CLASSES)
+    order = order_of(index, data, 0).samples(np.arange(len(index)))
+    parts = (order[start : start + batch] for start in range(0, len(index), batch))
+    plans = (Plan(samples, sample_keys("augment", 0, samples * 0, samples)) for samples in parts)
+    for loaded in Loader(index, data, torch.device("cpu")).load(plans):
         yield loaded.images, index.label[loaded.samples]
 
 
-def decoder_alone(folder: Path, threads: int, batch: int, decoder: str = "simplejpeg") -> Callable[[], int]:
-    """The same crops of the same images by the decoder and the resize alone, from memory, in one thread."""
-    data, index = config(folder, 0, decoder), _index(folder)
-    regions = RegionDecoder() if decoder == "nvimgcodec" else None
-    crop, out = Crop.of(data), torch.empty(1, SIZE, SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    work = []
-    for plan in _plans(index, data, batch):
-        rows = uniforms(plan.keys, DRAWS).tolist()  # type: ignore[arg-type]
-        for sample, row in zip(plan.samples.tolist(), rows, strict=True):
-            place = (int(index.shard[sample]), int(index.offset[sample]), int(index.size[sample]))
-            work.append((index.files.read(*place), row))
-
-    def run() -> int:
-        for content, row in work:
-            part = regions.crop(content, crop, row) if regions else None
-            if part is None:
-                crop.random(decode_pixels(content, 3, "a sample"), row, out)
-            else:
-                crop.fit(part, out)
-        return len(work)
-
-    return run
-
-
-LOADERS: dict[str, Callable[[Path, int, int], Any]] = {
+LOADERS: dict[str, Callable[[Path, int, int], Iterable[Any]]] = {
     "webdataset": webdataset,
-    "webdataset+simplejpeg": partial(webdataset, turbo=True),
     "timm": timm_loader,
     "dali": dali,
-    "decoder": decoder_alone,
     "lgp": lgp,
-    "decoder-nvimgcodec": partial(decoder_alone, decoder="nvimgcodec"),
     "lgp-nvimgcodec": partial(lgp, decoder="nvimgcodec"),
 }
-"""What is measured; `decoder` and `decoder-nvimgcodec` are upper bounds of the loaders after them."""
-
-
-def _index(folder: Path) -> ShardIndex:
-    return ShardIndex.load(ShardManifest.load(folder), "train", CLASSES)
-
-
-def _count(folder: Path) -> int:
-    return sum(entry.samples for entry in ShardManifest.load(folder).entries("train"))
-
-
-def _plans(index: ShardIndex, data: DataConfig, batch: int) -> Iterator[Plan]:
-    """One epoch, with the keys of training."""
-    order = order_of(index, data, 0).samples(torch.arange(len(index)).numpy())
-    for start in range(0, len(index), batch):
-        samples = order[start : start + batch]
-        yield Plan(samples, sample_keys("augment", 0, samples * 0, samples))
+"""What is measured."""
 
 
 def _cpu_seconds() -> float:
@@ -206,13 +144,10 @@ def measure(loader: str, folder: Path, threads: int, batch: int) -> dict[str, fl
     gc.collect()
     gc.freeze()  # so that the collection below skips what imports made
     began, cpu, count = time.perf_counter(), _cpu_seconds(), 0
-    if callable(made):
-        count = made()
-    else:
-        for images, _ in made:
-            count += len(images)
-        del made
-        gc.collect()  # ends worker processes, so that their seconds count
+    for images, _ in made:
+        count += len(images)
+    del made
+    gc.collect()  # ends worker processes, so that their seconds count
     return {"images": count, "cpu_s": _cpu_seconds() - cpu, "wall_s": time.perf_counter() - began}
 
 

@@ -1,22 +1,27 @@
 """JPEGs of ImageNet's sizes and bit rate, cut from real photographs: shards to measure loaders on."""
 
 import io
-import os
-import tarfile
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from lgp_dist.data.shards.index import index_shards
+from lgp_dist.data.build.build import build_shards
+from lgp_dist.data.build.options import BuildOptions
+from lgp_dist.data.build.source import Item
+from lgp_dist.data.build.write import write_shard
+from lgp_dist.data.shards.index import write_indexes
+from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.errors import UserError
 from lgp_dist.files import replace_folder
 
 VARIANTS = ("full", "s256")
-"""About 500 x 375 at quality 93 to 98; and the same crops with the short side 256 at quality 90."""
+"""About 500 x 375 at quality 93 to 98; and the same resharded with --short-side 256."""
 SIZES = {
     (500, 375): 46,
     (375, 500): 14,
@@ -60,53 +65,37 @@ def find_photographs(folders: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def make_photographs(
-    folders: Sequence[Path], out: Path, samples: int, shards: int, progress: Callable[[str], None] = lambda line: None
-) -> None:
+def make_photographs(folders: Sequence[Path], out: Path, samples: int, shards: int) -> None:
     """Writes out/full and out/s256, `shards` shards each with manifest and index. Equal inputs give equal bytes.
 
     UserError where there are no photographs or out exists.
     """
     if out.exists():
         raise UserError(f"--folder {out} exists already: name another, or leave out --photos to use it.")
-    sources = find_photographs(folders)
+    sources, per = find_photographs(folders), -(-samples // shards)
 
     def fill(folder: Path) -> None:
-        for variant in VARIANTS:
-            (folder / variant).mkdir()
-        per = -(-samples // shards)
-        jobs = [range(start, min(start + per, samples)) for start in range(0, samples, per)]
-        with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-            for number, _ in enumerate(pool.map(partial(_write_shard, sources, folder, per), jobs)):
-                progress(f"{number + 1} of {len(jobs)} shards")
-        for variant in VARIANTS:
-            index_shards(folder / variant, lambda line: None)
+        full, spool = folder / VARIANTS[0], folder / "spool"
+        for made in (full, spool):
+            made.mkdir()
+        with ProcessPoolExecutor() as pool:
+            jobs = pool.map(partial(_sample, sources, spool), range(samples), chunksize=max(1, per // 4))
+            items = list(tqdm(jobs, "photographs", samples, disable=None))
+        starts = range(0, samples, per)
+        indexed = [
+            write_shard(full / f"photos-train-{number:04d}.tar", items[start : start + per])
+            for number, start in enumerate(starts)
+        ]
+        shutil.rmtree(spool)
+        manifest = ShardManifest(full, (), {"train": tuple(shard.entry for shard in indexed)})
+        write_indexes(manifest, {"train": indexed})
+        build_shards("webdataset", full, folder / VARIANTS[1], BuildOptions(per_shard=per, short_side=256))
 
     replace_folder(out, fill)
 
 
-def _write_shard(sources: Sequence[Path], folder: Path, per: int, numbers: range) -> None:
-    """One shard of each variant."""
-    name = f"photos-train-{numbers.start // per:04d}.tar"
-    with (
-        tarfile.open(folder / VARIANTS[0] / name, "w", format=tarfile.USTAR_FORMAT) as full,
-        tarfile.open(folder / VARIANTS[1] / name, "w", format=tarfile.USTAR_FORMAT) as small,
-    ):
-        for number in numbers:
-            label, contents = _sample(sources, number)
-            for tar, content in zip((full, small), contents, strict=True):
-                _add(tar, f"{number:08d}.jpg", content)
-                _add(tar, f"{number:08d}.cls", str(label).encode())
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
-def _sample(sources: Sequence[Path], number: int) -> tuple[int, tuple[bytes, bytes]]:
-    """Label, and the JPEG of each variant: a random part of a photograph, mostly reduced, as in real photo sets.
+def _sample(sources: Sequence[Path], spool: Path, number: int) -> Item:
+    """A JPEG in the folder `spool`: a random part of a photograph, mostly reduced, as in real photo sets.
 
     Photographs with more detail are drawn more often, so that the files are as large as ImageNet's.
     """
@@ -121,12 +110,10 @@ def _sample(sources: Sequence[Path], number: int) -> tuple[int, tuple[bytes, byt
     left, top = rng.uniform(0, image.width - width * zoom), rng.uniform(0, image.height - height * zoom)
     box = (left, top, left + width * zoom, top + height * zoom)
     quality, subsampling = QUALITIES[int(rng.integers(len(QUALITIES)))], 0 if rng.random() < 0.1 else 2
-    small = 256 / min(width, height)
-    contents = (
-        _jpeg(image.resize((width, height), Image.Resampling.LANCZOS, box), quality, subsampling),
-        _jpeg(image.resize((round(width * small), round(height * small)), Image.Resampling.LANCZOS, box), 90, 2),
-    )
-    return (chosen * 40 + number % 40) % CLASSES, contents
+    content = _jpeg(image.resize((width, height), Image.Resampling.LANCZOS, box), quality, subsampling)
+    path = spool / f"{number:08d}.jpg"
+    path.write_bytes(content)
+    return Item(path.stem, (chosen * 40 + number % 40) % CLASSES, str(path), 0, len(content))
 
 
 def _jpeg(image: Image.Image, quality: int, subsampling: int) -> bytes:
