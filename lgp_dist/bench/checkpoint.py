@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.common import facts, join, spread
+from lgp_dist.bench.common import facts, join, measured, spread, wait
 from lgp_dist.bench.engine import EngineSteps
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.checkpointer import Checkpointer
 from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
 from lgp_dist.engine.checkpoints.manifest import Manifest, TrainState, read_manifest
 from lgp_dist.errors import UserError
-from lgp_dist.run.text_table import objects_table
 
 MODES = ("background", "wait")
 """Training goes on while a checkpoint is written, as in runs; or it waits until the checkpoint is complete."""
+COLUMNS = (("engine", "mode", "step_ms", "stall_ms", "cost_ms", "publish_s", "bytes", "bytes_per_s", "share"),)
 
 
 def bench_checkpoint(config: RunConfig, out: Path, rounds: int = 5, steps: int = 8) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ class _Saves:
     def save(self, mode: str) -> dict[str, float]:
         """Seconds of one save and of the steps around it."""
         quiet = median(self._train() for _ in range(self.steps))
-        self.bench.wait()
+        wait(self.bench.workers)
         began = time.perf_counter()
         self.checkpointer.save(self._state())
         if mode == "wait":
@@ -93,7 +93,7 @@ class _Saves:
         began = time.perf_counter()
         self.bench.step(self.step)
         self.step += 1
-        self.bench.wait()
+        wait(self.bench.workers)
         self.checkpointer.settle(int(self.bench.workers.highest([self.checkpointer.status])[0]))
         return time.perf_counter() - began
 
@@ -109,14 +109,9 @@ class _Saves:
         middle = {name: median(one[name] for one in timed) for name in timed[0]}
         manifest, workers, every = self._newest(), self.bench.workers, self.bench.config.checkpoint.every
         size = sum(size for size, _ in manifest.files.values())
-        row = {
-            "recipe": self.bench.config.recipe,
-            "engine": self.engine,
+        row = measured(self.bench.config, workers) | {
             "mode": mode,
-            "ranks": workers.world,
-            "widths": list(self.bench.space.widths),
             "parameters": sum(torch.Size(shape).numel() for shape in manifest.shapes.values()),
-            "images": self.bench.train.batch_size,
             "bytes": size,
             "step_ms": round(1000 * middle["step"], 2),
             "stall_ms": round(1000 * middle["stall"], 2),
@@ -132,10 +127,3 @@ class _Saves:
             "share": round(middle["cost"] / (every * middle["step"]), 6) if every else None,
         }
         return row | facts(workers.device)
-
-
-def checkpoint_table(rows: list[dict[str, Any]]) -> str:
-    """The objects of `bench_checkpoint` as text."""
-    names = ("engine", "mode", "step_ms", "stall_ms", "cost_ms", "publish_s")
-    megabytes = (("mb", lambda row: round(row["bytes"] / 1e6, 1)), ("mb/s", lambda row: row["bytes_per_s"] // 10**6))
-    return objects_table(rows, (*names, *megabytes, "share"))

@@ -15,8 +15,9 @@ from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_json
 from lgp_dist.models.ancestry import Ancestry
-from lgp_dist.models.build import build_ancestry, build_pool, prepare_ancestry
+from lgp_dist.models.build import ancestry_precision, build_ancestry, build_pool, prepare_ancestry
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.paths.space import space_of
 from lgp_dist.protocols import Batch
 from lgp_dist.run.checks import check_config
 from lgp_dist.run.provenance import environment
@@ -75,6 +76,28 @@ def of_rounds(ratios: Sequence[float]) -> dict[str, float]:
     return {"ratio": round(median(ratios), 4), "ratio_spread": spread(ratios), "ratio_low": low, "ratio_high": high}
 
 
+def measured(config: RunConfig, workers: Workers) -> dict[str, Any]:
+    """The fields of a recipe and a launch that say what a benchmark of stage finetune has measured."""
+    finetune, train = config.finetune, config.finetune.train
+    return {
+        "recipe": config.recipe,
+        "engine": workers.launch.engine_name,
+        "reduction": config.engine.reduction,
+        "policy": finetune.policy,
+        "only": list(finetune.only),
+        "ranks": workers.world,
+        "micro_steps": train.accumulate,
+        "paths_per_batch": finetune.paths_per_batch,
+        "widths": list(space_of(config).widths),
+        "image_size": config.data.image_size,
+        "images": train.batch_size,
+        "precision": config.engine.precision,
+        "compile": config.engine.compile,
+        "ancestry": ancestry_precision(config, "finetune") if finetune.distil_weight else None,
+        "threads": config.data.threads,
+    }
+
+
 def facts(device: torch.device | None = None) -> dict[str, Any]:
     """Machine, versions, commit and command. device: also its name, and torch's number of threads."""
     about = environment()
@@ -83,11 +106,6 @@ def facts(device: torch.device | None = None) -> dict[str, Any]:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         machine |= {"device": name, "threads": torch.get_num_threads()}
     return about | {"machine": machine}
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """The parts of an option that are separated by commas, each once; empty parts are left out."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def check_least(option: str, value: int, least: int) -> None:

@@ -15,9 +15,13 @@ from lgp_dist.errors import UserError
 from lgp_dist.models.build import ancestry_precision, auxiliary_rows, build_ancestry
 from lgp_dist.paths.cost import TRAINING, ancestry_flops, trained_rows_flops
 from lgp_dist.protocols import Batch, StepContext
-from lgp_dist.run.text_table import objects_table
 from lgp_dist.stages.distil import decays
 from lgp_dist.tasks.distil import distil_task
+
+COLUMNS = (
+    ("recipe", "precision", "batch", "together_ms", "apart_ms", "spread", "ratio", "ratio_low", "ratio_high")
+    + ("by_arithmetic",),
+)
 
 
 def bench_distil(config: RunConfig, batch: int = 0, repeats: int = 5) -> list[dict[str, Any]]:
@@ -85,9 +89,3 @@ def _step(config: RunConfig, workers: Workers, rows: list[int], batch: Batch) ->
         optimizer.zero_grad()
 
     return step
-
-
-def distil_table(rows: list[dict[str, Any]]) -> str:
-    """The objects of `bench_distil` as text."""
-    names = ("recipe", "precision", "batch", "together_ms", "apart_ms", "spread", "ratio", "ratio_low", "ratio_high")
-    return objects_table(rows, (*names, "by_arithmetic"))

@@ -1,31 +1,31 @@
 """What a path for every rank costs: time, bytes and memory of a step on the engine of this launch."""
 
 import time
+from itertools import repeat
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
 
-from lgp_dist.bench.common import facts, finetune_models, join, leave, micro_batch, spread, wait
+from lgp_dist.bench.common import facts, finetune_models, join, leave, measured, micro_batch, spread, wait
 from lgp_dist.bench.sampler import with_policy
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.comm_stats import CommStats, Gathered, peak_bytes, reset_peak
+from lgp_dist.engine.loop import take_step
 from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.trainer import Trainer
 from lgp_dist.engine.workers import Workers
 from lgp_dist.paths.cost import TRAINING, ancestry_forward
-from lgp_dist.paths.path import Path as PoolPath
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
-from lgp_dist.protocols import StepContext
-from lgp_dist.run.text_table import Row, objects_table
 from lgp_dist.tasks.finetune import finetune_task
 
 POLICIES = ("shared", "independent", "balanced")
 """What is compared: all ranks on one path, each on its own, and each on its own with equal work."""
 COUNTED = 8
 """Steps of each policy in which bytes are counted and memory is read."""
+COLUMNS = (("engine", "reduction", "policy", "ms", "spread", "ms_per_work", "to_shared", "sent_mb", "peak_mb"),)
 
 
 def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24) -> list[dict[str, Any]]:
@@ -35,10 +35,11 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
 
     engine, ranks, micro_steps; ms of an optimizer step, median over rounds, and spread ((most - least) / median);
     gflops, mean of a rank's paths in a step, an image's forward; ms_per_work, ms over gflops: the time of equal work;
+    to_shared, that over the one of `shared`;
     gmacs and gmacs_slowest, multiply-adds of a step's forwards and backwards with the ancestry's, of a mean rank and
-    of the rank that the others wait for; bytes that a rank gives to collectives in a step, by operation, and
-    bytes_unused, those of gradients of parameters that no rank used; peak_mb, the largest over ranks; under ZeRO-3 also
-    the most units and elements gathered at once, and the elements of the largest unit.
+    of the rank that the others wait for; bytes that a rank gives to collectives in a step, by operation, sent_mb, their
+    sum in MiB, and bytes_unused, those of gradients of parameters that no rank used; peak_mb, the largest over ranks;
+    under ZeRO-3 also the most units and elements gathered at once, and the elements of the largest unit.
 
     UserError where rounds or steps are below 1.
     """
@@ -50,6 +51,8 @@ def bench_engine(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24)
             if turn:
                 seconds[policy].append(took / steps)
     rows = [bench.row(policy, seconds[policy], range(steps, (rounds + 1) * steps)) for policy in POLICIES]
+    for row in rows:
+        row["to_shared"] = round(row["ms_per_work"] / rows[POLICIES.index("shared")]["ms_per_work"], 3)
     bench.end(out, rows)
     return rows
 
@@ -78,27 +81,17 @@ class EngineSteps:
 
     def step(self, step: int) -> None:
         """One optimizer step."""
-        self.trainer.begin(step)
-        for micro in range(self.train.accumulate):
-            with self.trainer.micro_step(step, micro) as context:
-                with self.workers.autocast():
-                    loss = self.task.losses(self.trainer.module, self.batch, context)["loss"]
-                self.trainer.backward(loss)
-        self.trainer.finish(step)
+        take_step(self.trainer, repeat(self.batch), step)
 
     def timed(self, policy: str, steps: range) -> float:
         """Seconds of these steps, until all ranks have ended them."""
         self.task.sampler = self.samplers[policy]
-        self.wait()
+        wait(self.workers)
         began = time.perf_counter()
         for step in steps:
             self.step(step)
-        self.wait()
-        return time.perf_counter() - began
-
-    def wait(self) -> None:
-        """`common.wait` for these ranks."""
         wait(self.workers)
+        return time.perf_counter() - began
 
     def end(self, out: Path, rows: list[dict[str, Any]]) -> None:
         """Rank 0 writes the objects; all ranks leave."""
@@ -109,27 +102,24 @@ class EngineSteps:
     def _exchanges_in_micro_steps(self) -> bool:
         return self.workers.launch.zero_stage >= 2 and self.workers.engine.reduction == "all"
 
-    def _schedule(self, step: int) -> list[list[PoolPath]]:
-        """The paths of a step by rank."""
-        count = range(self.train.accumulate)
-        return [
-            [self.task.path(StepContext(step, micro, rank, self.workers.world)) for micro in count]
-            for rank in range(self.workers.world)
-        ]
+    def _gflops(self, step: int) -> list[list[float]]:
+        """An image's forward on the paths of a step, by micro-step and rank."""
+        plan = self.task.sampler.plan(step, self.workers.world)
+        return [[self.space.cost(path).flops / 1e9 for path in row] for row in plan]
 
     def _work(self, step: int) -> float:
-        schedule = self._schedule(step)
-        return fmean(sum(self.space.cost(path).flops for path in row) for row in schedule) / 1e9
+        return sum(map(sum, self._gflops(step))) / self.workers.world
 
     def _waited(self, step: int) -> float:
         """GFLOPs of forward and backward of an image on the paths that others wait for, in a step or micro-step."""
-        schedule = [[self.space.cost(path).flops for path in row] for row in self._schedule(step)]
-        if self._exchanges_in_micro_steps:
-            return TRAINING * sum(map(max, zip(*schedule, strict=True))) / 1e9
-        return TRAINING * max(map(sum, schedule)) / 1e9
+        rows = self._gflops(step)
+        return TRAINING * (
+            sum(map(max, rows)) if self._exchanges_in_micro_steps else max(map(sum, zip(*rows, strict=True)))
+        )
 
     def _unused(self, step: int) -> int:
-        used = frozenset().union(*(self.task.module.modules_of(path) for row in self._schedule(step) for path in row))
+        plan = self.task.sampler.plan(step, self.workers.world)
+        used = frozenset().union(*(self.task.module.modules_of(path) for row in plan for path in row))
         return sum(4 * size for name, size in self.skippable.items() if name not in used)
 
     def row(self, policy: str, seconds: list[float], steps: range) -> dict[str, Any]:
@@ -143,16 +133,8 @@ class EngineSteps:
         ms, work = 1000 * median(seconds), fmean(map(self._work, steps))
         launch, images = self.workers.launch, len(self.batch.images)
         teacher = (ancestry_forward(self.config) or 0.0) * self.train.accumulate / 1e9
-        row = {
-            "recipe": self.config.recipe,
-            "engine": launch.engine_name,
-            "reduction": self.workers.engine.reduction,
+        row = measured(self.config, self.workers) | {
             "policy": policy,
-            "ranks": self.workers.world,
-            "micro_steps": self.train.accumulate,
-            "widths": list(self.space.widths),
-            "images": self.train.batch_size,
-            "precision": self.workers.engine.precision,
             "ms": round(ms, 2),
             "spread": spread(seconds),
             "gflops": round(work, 5),
@@ -160,6 +142,7 @@ class EngineSteps:
             "gmacs": round(images * (TRAINING * work + teacher), 5),
             "gmacs_slowest": round(images * (fmean(map(self._waited, steps)) + teacher), 5),
             "bytes": {name: size // COUNTED for name, size in sorted(sent.items())},
+            "sent_mb": round(sum(sent.values()) / COUNTED / 2**20, 2),
             "bytes_weights": 4 * sum(self.units.values()),
             "bytes_unused": round(fmean(map(self._unused, range(COUNTED)))),
             "peak_mb": round(peak, 1),
@@ -172,17 +155,3 @@ class EngineSteps:
 
 def _numel(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def engine_table(rows: list[dict[str, Any]]) -> str:
-    """The objects of `bench_engine` as text; `to shared` is ms_per_work over that of `shared` on the same engine."""
-    shared = {(row["engine"], row["reduction"]): row["ms_per_work"] for row in rows if row["policy"] == "shared"}
-
-    def to_shared(row: Row) -> float:
-        return round(row["ms_per_work"] / shared[row["engine"], row["reduction"]], 3)
-
-    def sent(row: Row) -> float:
-        return round(sum(row["bytes"].values()) / 2**20, 2)
-
-    names = ("engine", "reduction", "policy", "ms", "spread", ("to shared", to_shared), ("sent_mb", sent), "peak_mb")
-    return objects_table(rows, names)

@@ -12,7 +12,6 @@ from torch import Tensor
 from lgp_dist.bench.common import ceilings, check_least, facts, interleaved, spread
 from lgp_dist.errors import UserError
 from lgp_dist.ops import dispatch, reference
-from lgp_dist.run.text_table import objects_table
 
 MODES = ("reference", "compiled", "fused")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -23,6 +22,7 @@ CASES = (("stitch_norm", 192, 768), ("norm_residual", 192, 192), ("norm_residual
 MARKS = {("stitch_norm", "forward"): (0.60, 1.25), ("stitch_norm", "backward"): (0.60, 1.15)}
 """A fused operation passes on a GPU in bf16 at this share of the floor and this many times the speed of compiled."""
 EPS = 1e-6
+COLUMNS = (("op", "size", "dtype", "way", "mode", "us", "spread", "of_floor", "to_compiled", "passes"),)
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,3 @@ def _row(
         **{name: round(value, 3) for name, value in ratios.items()},
         "passes": None if mark is None else ratios["of_floor"] >= mark[0] and ratios["to_compiled"] >= mark[1],
     }
-
-
-def op_table(rows: list[dict[str, Any]]) -> str:
-    """The same as lines of text."""
-    return objects_table(
-        rows, ("op", "size", "dtype", "way", "mode", "us", "spread", "of_floor", "to_compiled", "passes")
-    )

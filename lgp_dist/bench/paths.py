@@ -17,6 +17,8 @@ from lgp_dist.files import write_json
 from lgp_dist.paths.path import Path as PoolPath
 from lgp_dist.paths.space import space_of
 
+COLUMNS = (("recipe", "path", "batch", "seconds", "spread"),)
+
 
 def bench_paths(config: RunConfig, out: Path, batch: int = 0, repeats: int = 5) -> list[dict[str, Any]]:
     """Measures every path of a recipe's pool, as stage finetune trains it, and writes the table of `finetune.costs`.
@@ -64,13 +66,3 @@ def bench_paths(config: RunConfig, out: Path, batch: int = 0, repeats: int = 5) 
     workers.close()
     write_json(out, table)
     return as_rows(table)
-
-
-def paths_table(rows: list[dict[str, Any]]) -> str:
-    """One line: how many paths, and the fastest and the slowest."""
-    costs, about = [1e3 * row["seconds"] for row in rows], rows[0]
-    device = about["machine"]["device"]
-    return (
-        f"{len(costs)} paths of {about['recipe']} on {device}, batch {about['batch']}: "
-        f"{min(costs):.2f} to {max(costs):.2f} ms"
-    )

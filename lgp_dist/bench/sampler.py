@@ -1,10 +1,10 @@
 """What each policy costs and covers, by arithmetic over its schedule, so equal on every machine."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import product
 from operator import itemgetter
-from statistics import NormalDist, fmean, pvariance
 from typing import Any, get_args
 
 from lgp_dist.config.run_config import Policy, RunConfig
@@ -13,12 +13,19 @@ from lgp_dist.paths.cost import ancestry_forward, path_costs
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
 from lgp_dist.recipes import RECIPES
-from lgp_dist.run.text_table import objects_table
 
-POLICIES: tuple[str, ...] = get_args(Policy)
+POLICIES: tuple[str, ...] = tuple(policy for policy in get_args(Policy) if policy != "in_turn")
+"""Those of pools of rows; nested widths train all models in turn."""
 DRAWS, FEWEST_STEPS, MOST_STEPS = 60_000, 200, 4_000
 """The default number of steps gives this many draws, within these limits."""
-CONFIDENCE = 0.95
+COLUMNS = (
+    (
+        *("recipe", "policy", "ranks", ("micro", itemgetter("micro_steps")), "steps", "efficiency"),
+        ("+ ancestry", itemgetter("efficiency_with_ancestry")),
+        ("each micro", itemgetter("efficiency_micro_step")),
+        *("coverage", "blocks", "share_min", "share_max"),
+    ),
+)
 
 
 def parse_numbers(option: str, text: str) -> tuple[int, ...]:
@@ -31,16 +38,22 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
 
 def parse_policies(text: str) -> tuple[str, ...]:
     """Policies separated by commas, empty for all; UserError for others."""
-    return _known("--policies", text, POLICIES) if text else POLICIES
+    return parse_names("--policies", text, POLICIES) or POLICIES
 
 
-def _known(option: str, text: str, names: Sequence[str]) -> tuple[str, ...]:
-    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+def parse_names(option: str, text: str, known: Collection[str]) -> tuple[str, ...]:
+    """Names separated by commas, each once; UserError where an option has others. Empty parts are left out."""
+    chosen = listed(text)
     for name in chosen:
-        if name not in names:
-            advice = nearest(name, names, f"choose from {', '.join(names)}")
+        if name not in known:
+            advice = nearest(name, known, f"choose from {', '.join(known)}")
             raise UserError(f"{option} names {name!r}, which is unknown: {advice}.")
     return chosen
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts of an option that are separated by commas, each once; empty parts are left out."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def bench_sampler(
@@ -56,7 +69,7 @@ def bench_sampler(
         if value < 0:
             raise UserError(f"{option} is {value}, but must be 0 or more: choose another value.")
     cases = product(
-        _known("--recipe", recipe, tuple(RECIPES)),
+        parse_names("--recipe", recipe, RECIPES),
         parse_policies(policies),
         parse_numbers("--micro-steps", micro_steps),
         parse_numbers("--ranks", ranks),
@@ -84,9 +97,7 @@ def measure(config: RunConfig, world: int, steps: int = 0) -> dict[str, Any]:
     coverage and blocks: share of the pool's paths and of its blocks that a step trains, means over steps.
 
     share_min and share_max: shares of all draws of the paths that were drawn least and most often, relative to their
-    expected shares, share_min_expected and share_max_expected. share_min_ci and share_max_ci: their intervals
-    (`_interval`), as wide as all paths together need to hold their expected shares with probability 0.95; it is less
-    where a path is expected to be drawn fewer than ten times.
+    expected shares, share_min_expected and share_max_expected.
     """
     space = space_of(config)
     sampler = PathSampler.from_config(config, space)
@@ -97,19 +108,17 @@ def measure(config: RunConfig, world: int, steps: int = 0) -> dict[str, Any]:
     costs = [table[path.key] for path in sampler.paths]
     blocks = [_blocks(path, max(space.depths)) for path in sampler.paths]
     all_blocks = len(frozenset().union(*blocks))
-    counts: list[list[int]] = [[] for _ in costs]
+    counts = Counter[int]()
     mean = slowest = slowest_micro = covered = trained = 0.0
     for step in range(steps):
         schedule = sampler.schedule(step, world)
         work = [sum(costs[index] for index in hand) for hand in zip(*schedule, strict=True)]
         mean, slowest = mean + sum(work) / world, slowest + max(work)
         slowest_micro += sum(max(costs[index] for index in row) for row in schedule)
-        drawn = [index for row in schedule for index in row]
-        seen = set(drawn)
+        drawn = Counter(index for row in schedule for index in row)
+        counts, seen = counts + drawn, set(drawn)
         covered += len(seen) / len(costs)
         trained += len(frozenset().union(*(blocks[index] for index in seen))) / all_blocks
-        for index, found in enumerate(counts):
-            found.append(drawn.count(index) if index in seen else 0)
     ancestry = ancestry_forward(config)
     extra = None if ancestry is None else steps * sampler.accumulate * ancestry
     return {
@@ -124,7 +133,7 @@ def measure(config: RunConfig, world: int, steps: int = 0) -> dict[str, Any]:
         "efficiency_with_ancestry": None if extra is None else round((mean + extra) / (slowest + extra), 4),
         "coverage": round(covered / steps, 4),
         "blocks": round(trained / steps, 4),
-        **_shares(counts, list(sampler.shares(world).values()), slots, sampler.tied_slots(world)),
+        **_shares(counts, list(sampler.shares(world).values()), slots * steps),
     }
 
 
@@ -134,43 +143,12 @@ def _blocks(path: Any, depth: int) -> frozenset[tuple[int, int]]:
     )
 
 
-def _shares(counts: Sequence[Sequence[int]], expected: Sequence[float], slots: int, tied: int) -> dict[str, Any]:
-    """The shares that are farthest below and above what is expected, with their intervals.
-
-    Bonferroni's correction: the interval of each of n paths fails with probability 0.05 / n.
-    """
-    wide = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / (2 * len(counts)))
-    shares = [fmean(found) / slots for found in counts]
-    order = sorted(range(len(counts)), key=lambda index: shares[index] / expected[index])
-    result: dict[str, Any] = {}
-    for name, index in (("share_min", order[0]), ("share_max", order[-1])):
-        result[name] = round(shares[index], 6)
-        result[f"{name}_expected"] = round(expected[index], 6)
-        result[f"{name}_ci"] = [round(end, 6) for end in _interval(counts[index], slots, tied, wide)]
-    return result
-
-
-def _interval(found: Sequence[int], slots: int, tied: int, wide: float) -> tuple[float, float]:
-    """Wilson's interval of a share, `wide` standard deviations to either side. found: a path's draws in each step.
-
-    Draws within a step depend on each other. The number of independent draws is therefore estimated: the one with
-    which a binomial share varies as much as this share does between steps.
-    """
-    share, variance = fmean(found) / slots, pvariance(found) / slots**2
-    if variance:
-        draws = max(1.0, len(found) * share * (1 - share) / variance)
-    elif share:
-        return share, share  # as often in every step
-    else:
-        draws = len(found) * slots / tied
-    middle = (share + wide**2 / (2 * draws)) / (1 + wide**2 / draws)
-    half = wide / (1 + wide**2 / draws) * (share * (1 - share) / draws + (wide / (2 * draws)) ** 2) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def sampler_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The objects of `bench_sampler` as text."""
-    headings = {"micro_steps": "micro", "efficiency_with_ancestry": "+ ancestry", "efficiency_micro_step": "each micro"}
-    names = ("recipe", "policy", "ranks", "micro_steps", "steps", "efficiency", "efficiency_with_ancestry")
-    names += ("efficiency_micro_step", "coverage", "blocks", "share_min", "share_max")
-    return objects_table(rows, [(headings.get(name, name), itemgetter(name)) for name in names])
+def _shares(counts: Counter[int], expected: Sequence[float], draws: int) -> dict[str, float]:
+    """The shares that are farthest below and above what is expected."""
+    order = sorted(range(len(expected)), key=lambda index: counts[index] / expected[index])
+    ends = {"share_min": order[0], "share_max": order[-1]}
+    return {
+        key: round(value, 6)
+        for name, index in ends.items()
+        for key, value in ((name, counts[index] / draws), (f"{name}_expected", expected[index]))
+    }

@@ -13,16 +13,16 @@ the factor of rounds is then 0.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lgp_dist.bench.common import check_least, facts, listed
-from lgp_dist.bench.sampler import measure, parse_numbers, parse_policies, with_policy
+from lgp_dist.bench.common import check_least, facts
+from lgp_dist.bench.sampler import listed, measure, parse_numbers, parse_policies, with_policy
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths.cost import TRAINING, ancestry_forward
@@ -30,7 +30,6 @@ from lgp_dist.paths.path import Space
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
 from lgp_dist.run.checks import check_config
-from lgp_dist.run.text_table import objects_table
 
 FACTORS = ("work", "micro_steps", "weights", "meeting", "rounds", "bytes")
 """What a step's seconds are made of."""
@@ -38,18 +37,19 @@ SCHEDULED = 200
 """Steps of the schedule from which skew is computed."""
 TRUSTED = 0.25
 """Median relative error of held-out steps above which predictions are useless."""
+COLUMNS = {
+    "fit": (
+        "fitted_rows",
+        "fitted_error",
+        "fitted_error_most",
+        "held_out_rows",
+        "held_out_error",
+        "held_out_error_most",
+    ),
+    "measured": ("engine", "policy", "ranks", "widths", "images", "ms", "spread", "predicted_ms", "error", "held_out"),
+    "predicted": ("policy", "ranks", "predicted_ms", "compute_ms", "skew_ms", "exchange_ms", "efficiency"),
+}
 NEEDED = ("ranks", "ms", "gmacs", "gmacs_slowest", "bytes_weights", "micro_steps", "engine", "machine")
-
-
-@dataclass(frozen=True)
-class Model:
-    """Seconds for each unit of FACTORS."""
-
-    seconds: tuple[float, ...]
-
-    def predict(self, amounts: Sequence[float]) -> float:
-        """Seconds of a step with these amounts of FACTORS."""
-        return float(np.dot(self.seconds, amounts))
 
 
 def amounts_of(row: dict[str, Any]) -> tuple[float, ...]:
@@ -63,8 +63,8 @@ def amounts_of(row: dict[str, Any]) -> tuple[float, ...]:
     return (*own, crowd * (ranks > 1), 2.0 * (ranks - 1), crowd * sent)
 
 
-def fit(rows: Sequence[dict[str, Any]]) -> Model:
-    """The factors, none below 0, with the least squared relative errors of these objects.
+def fit(rows: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
+    """Seconds for each unit of FACTORS, none below 0, with the least squared relative errors of these objects.
 
     Non-negative least squares by trying all subsets: the best fit has some factors at 0, and is the plain least-squares
     fit of the others. Columns are scaled first, since work and bytes differ by many orders of magnitude.
@@ -83,7 +83,7 @@ def fit(rows: Sequence[dict[str, Any]]) -> Model:
             if found.min() >= 0 and error < least - 1e-12:
                 best, least = np.zeros(len(FACTORS)), error
                 best[chosen] = found
-    return Model(tuple(best.tolist()))
+    return best
 
 
 def read_measured(files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -111,9 +111,10 @@ def bench_scaling(
 
     The model is fitted to the measured steps of all numbers of ranks but the largest, or of one and two if there are no
     others; the steps of more ranks are held out. fit: seconds of each factor, and the median and largest relative error
-    of fitted_rows and of held_out_rows. measured: of each measured step ms, predicted_ms, error and held_out.
-    predicted: for each policy and number of ranks predicted_ms, compute_ms, skew_ms (waiting for the slowest rank, by
-    the schedule), exchange_ms, and efficiency, the share of one rank's images a second that each rank keeps.
+    of fitted_rows and of held_out_rows; advice, how far to rely on it. measured: of each measured step ms,
+    predicted_ms, error and held_out. predicted: for each policy and number of ranks predicted_ms, compute_ms, skew_ms
+    (waiting for the slowest rank, by the schedule), exchange_ms, and efficiency, the share of one rank's images a
+    second that each rank keeps.
 
     Predictions assume ranks with cores of their own and a network, both like those measured. measured, ranks, policies:
     files of `lgp bench engine`, numbers and names, separated by commas; no policy for all. images: of a rank's
@@ -131,27 +132,27 @@ def bench_scaling(
             f"--measured has {len(known)} objects to fit to, but {len(FACTORS)} or more are needed, of one and two "
             "ranks among them: make them with scripts/bench_scaling."
         )
-    model = fit(known)
-    judged = [_judged(model, row, row["ranks"] > most) for row in known + held]
+    factors = fit(known)
+    judged = [_judged(factors, row, row["ranks"] > most) for row in known + held]
     errors = {late: [abs(row["error"]) for row in judged if row["held_out"] == late] for late in (False, True)}
     about = {"kind": "fit", "recipe": config.recipe, "engine": sorted({row["engine"] for row in rows})}
-    about |= {f"s_per_{name}": seconds for name, seconds in zip(FACTORS, model.seconds, strict=True)}
+    about |= {f"s_per_{name}": seconds for name, seconds in zip(FACTORS, factors.tolist(), strict=True)}
     for late, name in ((False, "fitted"), (True, "held_out")):
         found = errors[late]
         about |= {f"{name}_rows": len(found), f"{name}_error": round(median(found), 4) if found else None}
         about |= {f"{name}_error_most": round(max(found), 4) if found else None}
-    found = [about, *judged]
+    found = [about | {"advice": _trust(about)}, *judged]
     several = next(row for row in known if row["ranks"] > 1)
     for policy in chosen:
-        one = _predicted(model, config, policy, 1, images, several)
+        one = _predicted(factors, config, policy, 1, images, several)
         for world in worlds:
-            row = _predicted(model, config, policy, world, images, several)
+            row = _predicted(factors, config, policy, world, images, several)
             found.append(row | {"efficiency": round(one["predicted_ms"] / row["predicted_ms"], 4)})
     return [row | facts() if row["kind"] == "fit" else row for row in found]
 
 
-def _judged(model: Model, row: dict[str, Any], held_out: bool) -> dict[str, Any]:
-    predicted = 1e3 * model.predict(amounts_of(row))
+def _judged(factors: NDArray[np.float64], row: dict[str, Any], held_out: bool) -> dict[str, Any]:
+    predicted = 1e3 * float(factors @ amounts_of(row))
     names = ("recipe", "engine", "policy", "ranks", "micro_steps", "widths", "images", "ms", "spread")
     return (
         {"kind": "measured"}
@@ -161,7 +162,7 @@ def _judged(model: Model, row: dict[str, Any], held_out: bool) -> dict[str, Any]
 
 
 def _predicted(
-    model: Model, config: RunConfig, policy: str, world: int, images: int, like: dict[str, Any]
+    factors: NDArray[np.float64], config: RunConfig, policy: str, world: int, images: int, like: dict[str, Any]
 ) -> dict[str, Any]:
     """A step on ranks with cores of their own. like: a measured object of the predicted engine."""
     train, space = config.finetune.train, space_of(config)
@@ -176,7 +177,7 @@ def _predicted(
     row |= {"gmacs": images * (TRAINING * mean + train.accumulate * teacher) / 1e9}
     row |= {"gmacs_slowest": images * (TRAINING * mean / efficiency + train.accumulate * teacher) / 1e9}
     row |= {"machine": like["machine"] | {"cores": world * like["machine"]["threads"]}}
-    parts = 1e3 * np.array(model.seconds) * np.array(amounts_of(row))
+    parts = 1e3 * factors * amounts_of(row)
     skew = parts[0] * (1 - row["gmacs"] / row["gmacs_slowest"])
     return {
         "kind": "predicted",
@@ -197,19 +198,8 @@ def _shares(config: RunConfig, space: Space, world: int) -> list[tuple[Any, floa
     return list(PathSampler.from_config(config, space).shares(world).items())
 
 
-def scaling_table(rows: list[dict[str, Any]]) -> str:
-    """The objects of `bench_scaling` as text, and how far predictions can be relied on."""
-    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("fit", "measured", "predicted")}
-    fitted = ("fitted_rows", "fitted_error", "fitted_error_most", "held_out_rows", "held_out_error")
-    measured = ("engine", "policy", "ranks", "widths", "images", "ms", "spread", "predicted_ms", "error", "held_out")
-    predicted = ("policy", "ranks", "predicted_ms", "compute_ms", "skew_ms", "exchange_ms", "efficiency")
-    tables = {"fit": (*fitted, "held_out_error_most"), "measured": measured, "predicted": predicted}
-    return "\n\n".join(
-        [*(objects_table(kinds[kind], names) for kind, names in tables.items()), _trust(kinds["fit"][0])]
-    )
-
-
 def _trust(about: dict[str, Any]) -> str:
+    """How far predictions can be relied on."""
     error = about["held_out_error"]
     if error is None:
         return "No step of more ranks was held out: nothing says how good the predictions are."

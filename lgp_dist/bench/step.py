@@ -27,7 +27,6 @@ from lgp_dist.engine.workers import Workers, choose_attention
 from lgp_dist.models.build import prepare_ancestry
 from lgp_dist.paths.path import Path, Space
 from lgp_dist.paths.space import space_of
-from lgp_dist.run.text_table import objects_table
 from lgp_dist.tasks.losses import soft_cross_entropy
 
 WAYS: dict[str, tuple[Ops, bool]] = {
@@ -43,6 +42,10 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS = {"fp32": 1e-5, "bf16": 5e-2}
 """Largest relative distance of a path's logits from eager ones in fp32."""
+COLUMNS = {
+    "path": ("path", "precision", "way", "batch", "ms", "spread", "tflops", "of_peak", "to_eager", "to_compiled"),
+    "step": ("precision", "way", "batch", "paths", "ms_per_path", "ancestry_ms", "spread", "to_one"),
+}
 
 
 def bench_step(config: RunConfig, batch: int = 0, repeats: int = 5, compiled: bool = True) -> list[dict[str, Any]]:
@@ -197,11 +200,3 @@ class _Bench:
                 self._train(pool, path, precision, kept)
 
         return call
-
-
-def step_table(rows: list[dict[str, Any]]) -> str:
-    """The objects of `bench_step` as two tables."""
-    paths, steps = ([row for row in rows if row["kind"] == kind] for kind in ("path", "step"))
-    names = ("path", "precision", "way", "batch", "ms", "spread", "tflops", "of_peak", "to_eager", "to_compiled")
-    more = ("precision", "way", "batch", "paths", "ms_per_path", "ancestry_ms", "spread", "to_one")
-    return objects_table(paths, names) + "\n\n" + objects_table(steps, more)

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 from lgp_dist.cli.recipe import Recipe
+from lgp_dist.run.text_table import Column, Row, objects_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,8 @@ class BenchScaling(Compared):
     """Images of a rank's micro-step; 0 for the recipe's on one rank."""
 
 
+Columns = Mapping[str, Sequence[Column]] | Sequence[Sequence[Column]]
+
 BENCHES: dict[str, tuple[type[Compared], str]] = {
     "sampler": (BenchSampler, "sampler"),
     "paths": (BenchPaths, "paths"),
@@ -178,9 +182,10 @@ BENCHES: dict[str, tuple[type[Compared], str]] = {
     "distil": (BenchDistil, "distil"),
     "scaling": (BenchScaling, "scaling"),
 }
-"""Name -> arguments, and the module in `lgp_dist.bench` whose `bench_NAME` measures and whose `NAME_table` makes text.
+"""Name -> arguments, and the module in `lgp_dist.bench` whose `bench_NAME` measures and whose COLUMNS a table shows.
 
 `bench_NAME` takes the recipe, if there is one, and the other arguments under their names; it returns a list of objects.
+COLUMNS are the fields that each table shows: of the objects of a `kind`, or of all.
 """
 
 
@@ -197,8 +202,18 @@ def run_bench(action: Compared) -> None:
     rows = getattr(module, f"bench_{name}")(*recipe, **options)
     if os.environ.get("RANK", "0") != "0":
         return
-    text = json.dumps(rows, indent=2) if action.json else getattr(module, f"{name}_table")(rows)
+    text = json.dumps(rows, indent=2) if action.json else _tables(rows, module.COLUMNS)
     sys.stdout.write(text + "\n")
     if before is not None:
         stream = sys.stderr if action.json else sys.stdout
         stream.write(comparison(name, rows, before, action.compare) + "\n")
+
+
+def _tables(rows: Sequence[Row], columns: Columns) -> str:
+    """The objects as text: a table for each kind, or several of all, and what the objects advise."""
+    if isinstance(columns, Mapping):
+        parts = [([row for row in rows if row["kind"] == kind], names) for kind, names in columns.items()]
+    else:
+        parts = [(rows, names) for names in columns]
+    advice = [row["advice"] for row in rows if "advice" in row]
+    return "\n\n".join([*(objects_table(*part) for part in parts), *advice])

@@ -101,7 +101,7 @@ def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> Training:
 
         def one_step(step: int, stream: Iterator[Batch], meter: StepMeter) -> None:
             schedule.step_update(step)
-            result = _step(trainer, stream, step, setup.seeds)
+            result = take_step(trainer, stream, step, setup.seeds)
             facts = result.facts | {"epoch": round(step / setup.steps_per_epoch, 4), "lr": rate_of(optimizer)}
             if plan.watch and plan.watch_every and (step + 1) % plan.watch_every == 0:
                 workers.watchdog.phase("measure")
@@ -150,8 +150,8 @@ def _steps(
             meter.close()
 
 
-def _step(trainer: Trainer, stream: Iterator[Batch], step: int, seeds: Seeds | None) -> StepResult:
-    """One optimizer step."""
+def take_step(trainer: Trainer, stream: Iterator[Batch], step: int, seeds: Seeds | None = None) -> StepResult:
+    """One optimizer step on the next batches of a stream."""
     losses, counts, wait, start = [], Counter[str](), 0.0, time.monotonic()
     watchdog = trainer.workers.watchdog
     trainer.begin(step)

@@ -123,7 +123,7 @@ def run(case: Case, started: Workers, folder: Path, index: int) -> None:
         facts |= {"sentence": str(error), "step": error.step}
         states.append(state_of(task.module, optimizers[0]))
         task.haunted = frozenset()
-        loop._step(trainers[0], batches(error.step + 1, 1), error.step + 1, None)
+        loop.take_step(trainers[0], batches(error.step + 1, 1), error.step + 1)
         trainers[0].close()
     facts["unmoved"] = [step for step in range(len(states) - 1) if unmoved(states[step], states[step + 1])]
     facts["steps"] = len(states) - 1

@@ -24,7 +24,7 @@ from lgp_dist.config.run_config import (
 from lgp_dist.engine import trainer as trainer_module
 from lgp_dist.engine.gradients import Contract
 from lgp_dist.engine.launch.environment import Launch
-from lgp_dist.engine.loop import _step
+from lgp_dist.engine.loop import take_step
 from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.engine.step_filter import StepVerdict
 from lgp_dist.engine.trainer import Trainer
@@ -139,7 +139,7 @@ def test_no_value_is_read_in_the_loops_step(
     with Reads() as reads:
         for step in range(3):
             with watched(device, on=step > 0):  # the first one loads kernels
-                losses, *_ = _step(trainer, batches, step, None)
+                losses, *_ = take_step(trainer, batches, step)
     trainer.close()
     assert reads.seen == []
     assert len(losses) == 2 and all(bool(torch.isfinite(parts["loss"])) for parts in losses)

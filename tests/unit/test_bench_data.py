@@ -82,7 +82,6 @@ def test_objects(lgp: Lgp, photographs: Path, monkeypatch: pytest.MonkeyPatch) -
         ratio = row["images_per_cpu_second"] / base["images_per_cpu_second"]
         assert row["ratio"] == pytest.approx(ratio, rel=0.02)
         assert row["spread"] == 0 and row["images"] == 20 and row["commit"] and row["machine"]["cores"]
-    assert len(bench.data_table(rows).splitlines()) == 1 + len(rows)
 
 
 @pytest.mark.parametrize("loader", ["webdataset", "timm", "lgp"])

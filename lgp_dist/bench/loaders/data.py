@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lgp_dist.bench.common import check_least, facts, listed, spread
+from lgp_dist.bench.common import check_least, facts, spread
 from lgp_dist.bench.loaders.photos import VARIANTS, make_photographs
+from lgp_dist.bench.sampler import listed, parse_names
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.errors import UserError
-from lgp_dist.run.text_table import objects_table
 
 BASE = "webdataset"
 """The loader that others are divided by."""
@@ -26,6 +26,7 @@ NEEDS = {
     "lgp-nvimgcodec": "nvidia.nvimgcodec",
 }
 """Loaders, in the order of their turns -> the module that each needs."""
+COLUMNS = (("data", "loader", "images_per_cpu_second", "ratio", "spread"),)
 TIMEOUT_S = 3600
 """A loader that takes longer for one pass, in seconds, fails."""
 
@@ -56,7 +57,7 @@ def bench_data(
     folder: of the photographs; they are made if `photos` names folders. photos, loaders: separated by commas; no loader
     for all that are installed. UserError for options that are out of range or name nothing.
     """
-    chosen = _check(listed(loaders), samples, threads, batch, repeats)
+    chosen = _check(loaders, samples, threads, batch, repeats)
     if photos:
         sources = [Path(part) for part in listed(photos)]
         make_photographs(sources, folder, samples, max(1, min(8, samples // batch)))
@@ -86,16 +87,15 @@ def bench_data(
     return rows
 
 
-def _check(loaders: Sequence[str], samples: int, threads: int, batch: int, repeats: int) -> tuple[str, ...]:
+def _check(loaders: str, samples: int, threads: int, batch: int, repeats: int) -> tuple[str, ...]:
     """The loaders to measure; UserError for an option that is out of range or names no loader."""
     for option, value in (("--samples", samples), ("--threads", threads), ("--batch", batch), ("--repeats", repeats)):
         check_least(option, value, 1)
-    for loader in loaders:
-        if loader not in NEEDS:
-            raise UserError(f"--loaders names {loader!r}, which is unknown: choose from {', '.join(NEEDS)}.")
+    asked = parse_names("--loaders", loaders, NEEDS)
+    for loader in asked:
         if not installed(loader):
             raise UserError(f"--loaders names {loader!r}, which needs {NEEDS[loader]}: install it, or leave it out.")
-    return tuple(loaders) or tuple(loader for loader in NEEDS if installed(loader))
+    return asked or tuple(loader for loader in NEEDS if installed(loader))
 
 
 def _rates(folder: Path, loaders: Sequence[str], threads: int, batch: int, repeats: int) -> dict[str, list[float]]:
@@ -132,8 +132,3 @@ def _sizes(folder: Path) -> dict[str, Any]:
     entries = ShardManifest.load(folder).entries("train")
     images = sum(entry.samples for entry in entries)
     return {"images": images, "mean_bytes": round(sum(entry.bytes for entry in entries) / images)}
-
-
-def data_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The objects of `bench_data` as text."""
-    return objects_table(rows, ("data", "loader", "images_per_cpu_second", "ratio", "spread"))

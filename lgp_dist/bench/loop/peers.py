@@ -7,19 +7,23 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from lgp_dist.bench.common import check_least, facts, join, leave, listed, of_rounds, spread
+from lgp_dist.bench.common import check_least, facts, join, leave, measured, of_rounds, spread
 from lgp_dist.bench.loop.interleave import Finetuning, InterleavedBatches
-from lgp_dist.bench.loop.train import WARM_UP, about
+from lgp_dist.bench.loop.train import WARM_UP
 from lgp_dist.bench.loop.train_loops import TRAIN_LOOPS, independent_sampler
+from lgp_dist.bench.sampler import parse_names
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.watch.watchdog import Watchdog
 from lgp_dist.errors import UserError
 from lgp_dist.paths.cost import TRAINING
 from lgp_dist.protocols import Batch
-from lgp_dist.run.text_table import objects_table
 
 KEPT = 8
 """Batches in memory for `bare`."""
+COLUMNS = (
+    ("peer", "recipe", "engine", "policy", "ranks", "threads", "workers", "images_per_s", "peer_images_per_s")
+    + ("ratio", "ratio_low", "ratio_high", "gmacs", "peer_gmacs"),
+)
 
 
 def bench_peers(
@@ -39,10 +43,7 @@ def bench_peers(
     UserError for a peer that is unknown or cannot run on these ranks, and where a number is below 1 (workers: 0).
     """
     check_least("--workers", workers, 0)
-    names = listed(peers)
-    for name in names:
-        if name not in TRAIN_LOOPS:
-            raise UserError(f"--peers names {name!r}, which is unknown: choose from {', '.join(TRAIN_LOOPS)}.")
+    names = parse_names("--peers", peers, TRAIN_LOOPS)
     bench = Finetuning(config, join(config, rounds=rounds, steps=steps))
     world = bench.workers.world
     if "bare" in names and world > 1:
@@ -95,7 +96,7 @@ def _compared(bench: Finetuning, peer: str, workers: int, rounds: int, steps: in
     macs = fmean(map(bench.multiply_adds, done)) * bench.workers.world / count
     return (
         {"peer": peer, "workers": workers}
-        | about(bench)
+        | measured(bench.config, bench.workers)
         | {
             "images_per_s": round(count / median(ours), 2),
             "spread": spread(ours),
@@ -116,9 +117,3 @@ def _drawn(bench: Finetuning, done: list[range]) -> float:
     sampler, world = independent_sampler(bench), bench.workers.world
     paths = [sampler.draw(step, 0, rank, world) for numbers in done for step in numbers for rank in range(world)]
     return fmean(TRAINING * bench.space.cost(path).flops for path in paths)
-
-
-def peers_table(rows: list[dict[str, Any]]) -> str:
-    """The objects of `bench_peers` as text."""
-    names = ("peer", "recipe", "engine", "policy", "ranks", "threads", "workers", "images_per_s", "peer_images_per_s")
-    return objects_table(rows, (*names, "ratio", "ratio_low", "ratio_high", "gmacs", "peer_gmacs"))

@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.common import ceilings, facts, join, leave, spread
+from lgp_dist.bench.common import ceilings, facts, join, leave, measured, spread
 from lgp_dist.bench.loop.interleave import Finetuning, InterleavedBatches
 from lgp_dist.bench.loop.phases import PHASES, Clock, advice, watch_exchange
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.comm_stats import peak_bytes, reset_peak
-from lgp_dist.models.build import ancestry_precision
 from lgp_dist.paths.cost import ancestry_forward
-from lgp_dist.run.text_table import objects_table
 
 PEAKS = {
     "B200": 2250e12,
@@ -29,6 +27,10 @@ PEAKS = {
 """FLOP/s of dense bf16 and fp16 products by NVIDIA's data sheets, for the first name that is part of the device's."""
 WARM_UP = 2
 """Steps of a block that are not timed."""
+COLUMNS = (
+    ("recipe", "engine", "policy", "ranks", "images_per_s", "spread", "step_ms", "peak_mb", "mfu", "of_product"),
+    tuple(f"{name}_ms" for name in (*PHASES, "transfer", "skew")),
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,28 +82,6 @@ def bench_train(config: RunConfig, out: Path, rounds: int = 5, steps: int = 24) 
     return rows
 
 
-def about(bench: Finetuning) -> dict[str, Any]:
-    """The recipe's fields that say what was measured."""
-    config, train, finetune = bench.config, bench.train, bench.config.finetune
-    return {
-        "recipe": config.recipe,
-        "engine": bench.workers.launch.engine_name,
-        "reduction": config.engine.reduction,
-        "policy": finetune.policy,
-        "only": list(finetune.only),
-        "ranks": bench.workers.world,
-        "micro_steps": train.accumulate,
-        "paths_per_batch": finetune.paths_per_batch,
-        "widths": list(bench.space.widths),
-        "image_size": config.data.image_size,
-        "images": train.batch_size,
-        "precision": config.engine.precision,
-        "compile": config.engine.compile,
-        "ancestry": ancestry_precision(config, "finetune") if finetune.distil_weight else None,
-        "threads": config.data.threads,
-    }
-
-
 def _row(
     bench: Finetuning, quiet: list[tuple[float, float]], parts: list[dict[str, float]], peak: float, steps: int
 ) -> dict[str, Any]:
@@ -117,7 +97,7 @@ def _row(
     highest = workers.highest([peak_bytes(workers.device) / 2**20])[0]
     found = facts(workers.device)
     known = peak_of(found["machine"]["device"], bench.config.engine.precision)
-    row = about(bench) | {
+    row = measured(bench.config, workers) | {
         "images_per_s": round(per_s, 2),
         "spread": spread(seconds),
         "step_ms": round(1e3 * median(seconds) / steps, 3),
@@ -132,18 +112,8 @@ def _row(
 
 def over_ranks(bench: Finetuning, parts: list[dict[str, float]]) -> dict[str, float]:
     """Seconds of each phase in a mean step and rank, with transfer and skew. parts: of this rank, by step."""
-    workers = bench.workers
-    table = torch.zeros(workers.world, len(parts), len(PHASES), dtype=torch.float64)
-    table[workers.rank] = torch.tensor([[part[name] for name in PHASES] for part in parts], dtype=torch.float64)
-    table = workers.sum(table).cpu()
+    table = torch.tensor(bench.workers.gather([[part[name] for name in PHASES] for part in parts]), dtype=torch.float64)
     means = dict(zip(PHASES, table.mean((0, 1)).tolist(), strict=True))
     exchange = table[:, :, PHASES.index("exchange")]
     transfer = float(exchange.min(0).values.mean())
     return means | {"transfer": transfer, "skew": means["exchange"] - transfer}
-
-
-def train_table(rows: list[dict[str, Any]]) -> str:
-    """The objects of `bench_train` as text."""
-    names = ("recipe", "engine", "policy", "ranks", "images_per_s", "spread", "step_ms", "peak_mb", "mfu", "of_product")
-    parts = tuple(f"{name}_ms" for name in (*PHASES, "transfer", "skew"))
-    return "\n".join([objects_table(rows, names), objects_table(rows, parts), *(row["advice"] for row in rows)])
