@@ -124,9 +124,9 @@ class Checkpointer:
     def _publish(self, save: _Save) -> int:
         """Lets rank 0 name the checkpoint and remove old ones. Returns the same status on every rank."""
         status = WRITTEN
-        table = self.workers.table([save.bytes, *bytes.fromhex(save.digest)])
+        written = self.workers.gather([save.bytes, save.digest])
         if self.workers.is_main:
-            files = {rank_file(rank): (row[0], bytes(row[1:]).hex()) for rank, row in enumerate(table)}
+            files = {rank_file(rank): (size, digest) for rank, (size, digest) in enumerate(written)}
             manifest = Manifest(save.path.parent, save.state, self.fragments.shapes, save.steps, files)
             try:
                 self.checkpoint_dir.publish(save.state.step, manifest)
@@ -201,7 +201,7 @@ class Checkpointer:
         try:
             if found is None:
                 found = read_manifest(Path(resume) if chosen[1] else self.checkpoint_dir.final(step))
-                if self.workers.rank % self.workers.launch.local_world == 0:
+                if self.workers.rank == self.workers.first_of_node:
                     found.check_files()
             digest = int(found.digest[:12], 16)
         except UserError as error:

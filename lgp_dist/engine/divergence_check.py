@@ -9,6 +9,7 @@ two numbers on the host; only if it differs do they exchange the events and name
 import zlib
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -65,18 +66,15 @@ class DivergenceCheck:
             )
 
     def _difference(self, drawn: int, events: list[int]) -> str:
-        lengths = self.workers.table([drawn, len(events)])
-        for rank, (other, _) in enumerate(lengths):
-            if other != lengths[0][0]:
+        ranks = self.workers.gather([drawn, events])
+        for rank, (other, _) in enumerate(ranks):
+            if other != ranks[0][0]:
                 return f"rank {rank} has another schedule of paths than rank 0"
-        longest = max(length for _, length in lengths)
-        table = self.workers.table([*events, *[-1] * (longest - len(events))])
         names = [*self.names, "nothing"]
-        for place in range(longest):
-            for rank, row in enumerate(table):
-                if row[place] != table[0][place]:
-                    ours, theirs = names[table[0][place]], names[row[place]]
-                    return f"event {place + 1} is {theirs} on rank {rank} and {ours} on rank 0"
+        for place, row in enumerate(zip_longest(*(found for _, found in ranks), fillvalue=-1)):
+            for rank, event in enumerate(row):
+                if event != row[0]:
+                    return f"event {place + 1} is {names[event]} on rank {rank} and {names[row[0]]} on rank 0"
         return "the checksums differ, but not the events"
 
     def check_weights(self, step: int) -> None:
@@ -85,7 +83,7 @@ class DivergenceCheck:
         sums = torch.stack([bits(parameter) for _, parameter in named]).tolist()
         if self.workers.equal(zlib.crc32(repr(sums).encode())):
             return
-        table = torch.tensor(self.workers.table(sums))
+        table = torch.tensor(self.workers.gather(sums))
         rank, index = (table != table[0]).nonzero()[0].tolist()
         raise UserError(
             f"After step {step}, rank {rank} has other weights than rank 0, first in {named[index][0]}: start again "

@@ -111,14 +111,6 @@ class Workers:
         high, low = self.highest([value, -value])
         return high == -low
 
-    def table(self, values: Sequence[int]) -> list[list[int]]:
-        """Returns the values of all ranks, of which each has the same number."""
-        mine = torch.tensor(values)
-        rows = [mine.clone() for _ in range(self.world)]
-        if self.world > 1:
-            torch.distributed.all_gather(rows, mine, group=self.host)
-        return [row.tolist() for row in rows]
-
     @property
     def first_of_node(self) -> int:
         """The first rank on this rank's node."""
@@ -129,8 +121,10 @@ class Workers:
         if self.world == 1:
             return [value]
         text = json.dumps(value).encode()
-        longest = int(self.highest([len(text)])[0])
-        return [json.loads(bytes(row)) for row in self.table([*text.ljust(longest)])]
+        mine = torch.tensor([*text.ljust(int(self.highest([len(text)])[0]))], dtype=torch.uint8)
+        rows = [torch.empty_like(mine) for _ in range(self.world)]
+        torch.distributed.all_gather(rows, mine, group=self.host)
+        return [json.loads(bytes(row.tolist())) for row in rows]
 
     def once_per_node(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on the first rank of this rank's node: a plain value. Every rank calls it.

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NotRequired, TypedDict
 
 import timm
@@ -98,7 +97,7 @@ def _write_int8(model: nn.Module, images: Tensor, folder: Path) -> None:
     level = root.level
     root.setLevel(logging.ERROR)  # it recommends a preparation that only convolutions need
     try:
-        quantise = _extra("onnxruntime.quantization").quantize_dynamic
+        quantise = importlib.import_module("onnxruntime.quantization").quantize_dynamic
         quantise(folder / "model.onnx", folder / "model.int8.onnx", op_types_to_quantize=["MatMul", "Gemm"])
     finally:
         root.setLevel(level)
@@ -113,7 +112,7 @@ def _open_pt2(folder: Path) -> Runner:
 
 
 def _open_onnx(path: Path) -> Runner:
-    runtime = _extra("onnxruntime")
+    runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -132,11 +131,6 @@ FORMATS = {
     "int8": FileFormat("model.int8.onnx", None, _write_int8, lambda folder: _open_onnx(folder / "model.int8.onnx")),
 }
 """Formats by name; the first two are always written."""
-
-
-def _extra(module: str) -> ModuleType:
-    """A module of the extra `onnx`, which `wanted` has checked for."""
-    return importlib.import_module(module)
 
 
 def wanted(formats: tuple[Format, ...]) -> tuple[list[str], str]:

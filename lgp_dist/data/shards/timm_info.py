@@ -11,22 +11,31 @@ INFO_NAME = "_info.json"
 
 def write_info(manifest: ShardManifest) -> None:
     """Writes root/_info.json with the manifest's splits; keeps the other entries of an existing one."""
-    path = manifest.root / INFO_NAME
+    info = with_splits(read_info(manifest), manifest)
+    write_atomic(manifest.root / INFO_NAME, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_info(manifest: ShardManifest) -> dict[str, Any]:
+    """root/_info.json; nothing if it is missing or no object."""
     try:
-        stored: Any = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads((manifest.root / INFO_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        stored = {}
-    info: dict[str, Any] = stored if isinstance(stored, dict) else {}
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def with_splits(info: dict[str, Any], manifest: ShardManifest) -> dict[str, Any]:
+    """The entries of an _info.json with the manifest's splits."""
     before = info.get("splits")
-    splits = dict(before) if isinstance(before, dict) else {}
-    for split, entries in manifest.splits.items():
-        kept = splits.get(split)
-        splits[split] = {
-            **(kept if isinstance(kept, dict) else {}),
+    kept = before if isinstance(before, dict) else {}
+    splits = {
+        split: {
+            **(kept[split] if isinstance(kept.get(split), dict) else {}),
             "name": split,
             "num_samples": sum(entry.samples for entry in entries),
             "filenames": [entry.name for entry in entries],
             "shard_lengths": [entry.samples for entry in entries],
         }
-    info["splits"] = {split: splits[split] for split in splits if split in manifest.splits}
-    write_atomic(path, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
+        for split, entries in manifest.splits.items()
+    }
+    return info | {"splits": splits}

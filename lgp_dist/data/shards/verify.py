@@ -1,7 +1,6 @@
 """Reads everything in a folder of shards and names whatever is wrong, sample by sample."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from lgp_dist.data.shards.index import (
 )
 from lgp_dist.data.shards.manifest import ShardEntry, ShardManifest
 from lgp_dist.data.shards.scan import Sample, hash_shard, scan_shard, shown_key
-from lgp_dist.data.shards.timm_info import INFO_NAME
+from lgp_dist.data.shards.timm_info import INFO_NAME, read_info, with_splits
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_json
 
@@ -54,9 +53,7 @@ class _Read:
     """Whether its bytes are those of the manifest."""
 
 
-def verify_shards(
-    root: str | Path, progress: Callable[[str], None] = lambda line: None, workers: int = 1
-) -> list[Problem]:
+def verify_shards(root: str | Path, workers: int = 1) -> list[Problem]:
     """Reads everything below root and returns all problems; an empty list means all is good.
 
     Checks size and hash of each shard, its structure, number of samples and unique keys, that labels are in range
@@ -71,10 +68,9 @@ def verify_shards(
         reads: list[_Read] = []
         with ThreadPoolExecutor(max(workers, 1)) as pool:
             tasks = [pool.submit(_read, manifest, entry, stored, number) for number, entry in enumerate(entries)]
-            for entry, task in zip(entries, tqdm(tasks, f"verify {split}", unit="shard", disable=None), strict=True):
+            for task in tqdm(tasks, f"verify {split}", unit="shard", disable=None):
                 reads.append(task.result())
                 problems += reads[-1].problems
-                progress(f"{entry.name}: {len(reads[-1].samples)} samples, {len(reads[-1].problems)} problems")
         problems += _twice(manifest, split, reads)
         if all(read.whole for read in reads):
             problems += _index_problem(manifest, split, stored, reads)
@@ -213,18 +209,7 @@ def _unlisted(manifest: ShardManifest) -> Iterator[Problem]:
 
 def _info_problem(manifest: ShardManifest) -> Iterator[Problem]:
     """Whether an existing _info.json differs from the manifest's splits."""
-    path = manifest.root / INFO_NAME
-    if not path.exists():
-        return
-    try:
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
-        good = all(
-            (splits[split]["filenames"], splits[split]["shard_lengths"], splits[split]["num_samples"])
-            == ([e.name for e in entries], [e.samples for e in entries], sum(e.samples for e in entries))
-            for split, entries in manifest.splits.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        good = False
-    if not good:
+    path, info = manifest.root / INFO_NAME, read_info(manifest)
+    if path.exists() and info != with_splits(info, manifest):
         sentence = f"{path} does not agree with the manifest: run `lgp shards index {manifest.root}`."
         yield Problem(INFO_NAME, "", "info", sentence)
