@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ import tyro
 
 from lgp_dist.data.build.options import BuildOptions, Layout
 from lgp_dist.errors import UserError
+from lgp_dist.files import write_json
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def run_shards(action: Build | Index | VerifyShards | ShowShards | Reshard) -> N
     else:
         problems = verify.verify_shards(action.root, workers=action.workers or len(os.sched_getaffinity(0)))
         if action.out:
-            verify.write_problems(problems, action.out)
+            write_json(action.out, [asdict(problem) for problem in problems])
         if problems:
             sys.stdout.write(verify.table(problems))
             raise UserError(verify.summary(action.root, problems))

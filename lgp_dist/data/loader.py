@@ -216,7 +216,7 @@ class Loader:
     @cached_property
     def crop(self) -> Crop:
         """From image to input."""
-        return Crop.of(self.data)
+        return Crop(self.data)
 
     @cached_property
     def regions(self) -> RegionDecoder | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
@@ -61,7 +62,9 @@ def open_split(data: DataConfig, split: str) -> ShardIndex:
             f" {data.num_classes}: set data.num_classes to {len(manifest.classes)}, or data.root to other shards."
         )
     index = ShardIndex.load(manifest, split, data.num_classes)
-    return replace(index, files=ShardFiles(index.files.paths, root)) if isinstance(root, RemoteRoot) else index
+    if isinstance(root, RemoteRoot):
+        return replace(index, files=ShardFiles([Path(name) for name in index.shards], root.cache))
+    return index
 
 
 def order_of(index: ShardIndex, data: DataConfig, seed: int) -> SampleOrder:

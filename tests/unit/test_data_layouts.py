@@ -79,7 +79,7 @@ def test_workers_and_repeats_do_not_change_a_byte_and_seeds_do(tmp_path: Path) -
 KILLED = """
 import os, signal, sys
 from lgp_dist.data.build import build
-from lgp_dist.data.build.write import write_shard as real
+real = build.write_shard
 made = 0
 def stop_at(path, *arguments):
     global made

@@ -11,7 +11,7 @@ import torch
 from data_helpers import jpeg, keys_for, photograph
 from PIL import Image
 
-from lgp_dist.config.run_config import DataConfig
+from lgp_dist.config.run_config import AugmentConfig, DataConfig
 from lgp_dist.data.augment.crops import DRAWS, Crop, random_box
 from lgp_dist.data.augment.keyed_random import uniforms
 from lgp_dist.data.augment.nvimgcodec import RegionDecoder
@@ -39,12 +39,12 @@ def shard_of(folder: Path, contents: list[bytes]) -> ShardIndex:
 
 @needs_codec
 def test_crops_are_those_of_the_whole_image() -> None:
-    crop, decoder = Crop(64, (0.08, 1.0), 0.875, "bilinear"), RegionDecoder()
+    crop, decoder = Crop(DataConfig(image_size=64, augment=AugmentConfig(crop_scale=(0.08, 1.0)))), RegionDecoder()
     for seed, subsampling in ((0, 0), (1, 2), (2, 1)):
         content = jpeg(photograph(seed, 203, 151), subsampling=subsampling)
         whole = decode_pixels(content, 3, "x").copy()
         for draws in uniforms(keys_for(6, f"region{seed}"), DRAWS).tolist():
-            left, top, w, h = random_box(203, 151, crop.scale, draws)
+            left, top, w, h = random_box(203, 151, (0.08, 1.0), draws)
             found = decoder.crop(content, crop, draws)
             assert found is not None
             error = abs(found.astype(int) - whole[top : top + h, left : left + w])

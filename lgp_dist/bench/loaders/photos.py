@@ -11,10 +11,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lgp_dist.data.build.build import build_shards
+from lgp_dist.data.build.build import build_shards, write_shard
 from lgp_dist.data.build.options import BuildOptions
 from lgp_dist.data.build.source import Item
-from lgp_dist.data.build.write import write_shard
 from lgp_dist.data.shards.index import write_indexes
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.errors import UserError

@@ -43,48 +43,37 @@ def random_box(width: int, height: int, scale: tuple[float, float], draws: list[
 
 @dataclass(frozen=True)
 class Crop:
-    """Image to square input."""
+    """Image to square input, as the configuration says."""
 
-    size: int
-    """Side of the input, pixels."""
-    scale: tuple[float, float]
-    """Smallest and largest area of the random crop, as a share of the image."""
-    pct: float
-    """Share of the resized image that the centre crop keeps."""
-    interpolation: str
-    """bilinear or bicubic."""
-
-    @classmethod
-    def of(cls, data: DataConfig) -> "Crop":
-        """The crop of a configuration."""
-        return cls(data.image_size, data.augment.crop_scale, data.crop_pct, data.interpolation)
+    data: DataConfig
 
     def random(self, pixels: NDArray[np.uint8], draws: list[float], out: Tensor) -> None:
         """A random crop of pixels [H, W, C], resized into out [1, C, size, size] uint8. draws: for `random_box`."""
         height, width, _ = pixels.shape
-        left, top, w, h = random_box(width, height, self.scale, draws)
+        left, top, w, h = random_box(width, height, self.data.augment.crop_scale, draws)
         self.fit(pixels[top : top + h, left : left + w], out)
 
     def fit(self, pixels: NDArray[np.uint8], out: Tensor) -> None:
         """All of pixels [h, w, C], resized into out [1, C, size, size] uint8."""
-        self._resize(pixels, (self.size, self.size), out)
+        size = self.data.image_size
+        self._resize(pixels, (size, size), out)
 
     def centre(self, pixels: NDArray[np.uint8], out: Tensor) -> None:
         """timm's evaluation: the short side resized to size / pct, then the middle, into out [1, C, size, size]."""
-        height, width, channels = pixels.shape
-        short = math.floor(self.size / self.pct)
+        (height, width, channels), size = pixels.shape, self.data.image_size
+        short = math.floor(size / self.data.crop_pct)
         if height <= width:
             h, w = short, int(short * width / height)
         else:
             h, w = int(short * height / width), short
-        if (h, w) == (self.size, self.size):
+        if (h, w) == (size, size):
             self.fit(pixels, out)
             return
         whole = torch.empty((1, h, w, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
         self._resize(pixels, (h, w), whole)
-        top, left = round((h - self.size) / 2), round((w - self.size) / 2)
-        out.copy_(whole[:, :, top : top + self.size, left : left + self.size])
+        top, left = round((h - size) / 2), round((w - size) / 2)
+        out.copy_(whole[:, :, top : top + size, left : left + size])
 
     def _resize(self, pixels: NDArray[np.uint8], size: tuple[int, int], out: Tensor) -> None:
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        _RESIZE[self.interpolation](image, size, False, None, None, out=out)
+        _RESIZE[self.data.interpolation](image, size, False, None, None, out=out)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lgp_dist.data.augment.crops import Box, Crop, random_box
+from lgp_dist.data.augment.crops import Crop, random_box
 from lgp_dist.data.shards.decode import MAX_PIXELS
 from lgp_dist.errors import UserError
 
@@ -41,10 +41,7 @@ class RegionDecoder:
             return None
         if not 0 < stream.width * stream.height <= MAX_PIXELS or stream.num_channels != 3:
             return None
-        return self._decode(stream, random_box(stream.width, stream.height, crop.scale, draws))
-
-    def _decode(self, stream: Any, box: Box) -> NDArray[np.uint8] | None:
-        left, top, width, height = box
+        left, top, width, height = random_box(stream.width, stream.height, crop.data.augment.crop_scale, draws)
         region = self._codec.Region(start=(top, left), end=(top + height, left + width))
         image = self._decoder().decode(stream.get_sub_code_stream(region=region))
         if image is None:

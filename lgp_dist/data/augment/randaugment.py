@@ -104,11 +104,12 @@ def _theta(name: str, level: Tensor) -> Tensor:
 
 
 GEOMETRY = ("rotate", "shear_x", "shear_y", "shift_x", "shift_y")
-"""Operations that move pixels."""
-OPS: dict[str, Op] = {
+"""Operations that move pixels: `_theta`."""
+OPS: dict[str, Op | None] = {
     "autocontrast": _autocontrast,
     "equalize": _equalize,
     "invert": _invert,
+    "rotate": None,
     "posterize": _posterize,
     "solarize": _solarize,
     "solarize_add": _solarize_add,
@@ -116,13 +117,17 @@ OPS: dict[str, Op] = {
     "contrast": _contrast,
     "brightness": _brightness,
     "sharpness": _sharpness,
+    **dict.fromkeys(GEOMETRY[1:]),
 }
+"""Operations of timm's RandAugment, in its order; None for those of GEOMETRY."""
+NAMES = tuple(OPS)
 
 
 def apply_op(name: str, images: Tensor, levels: Tensor, fill: Tensor) -> Tensor:
     """One operation on images [k, C, S, S] uint8; levels: [k]. fill: [C], 0 .. 255, the colour outside the image."""
     values = images.float()
-    found = _affine(values, _theta(name, levels), fill) if name in GEOMETRY else OPS[name](values, levels)
+    operation = OPS[name]
+    found = operation(values, levels) if operation else _affine(values, _theta(name, levels), fill)
     return found.clamp(0, 255).to(torch.uint8)
 
 
@@ -135,13 +140,6 @@ def apply_layer(images: Tensor, names: list[str], levels: Numbers, fill: Tensor)
         level = torch.from_numpy(levels[places].astype(np.float32)).to(images.device)
         images[where] = apply_op(name, images[where], level, fill)
     return images
-
-
-NAMES = (
-    *("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "colour", "contrast"),
-    *("brightness", "sharpness", "shear_x", "shear_y", "shift_x", "shift_y"),
-)
-"""Operations of timm's RandAugment, in its order."""
 
 
 @dataclass(frozen=True)

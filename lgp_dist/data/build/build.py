@@ -2,12 +2,16 @@
 
 import fcntl
 import hashlib
+import io
 import json
+import math
 import os
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +25,13 @@ from lgp_dist.data.build.imagenet import official
 from lgp_dist.data.build.options import BuildOptions, Layout
 from lgp_dist.data.build.parquet import parquet
 from lgp_dist.data.build.source import Item, Source
-from lgp_dist.data.build.write import write_shard
 from lgp_dist.data.order import nth_of_class, position_to_sample
 from lgp_dist.data.shards.index import IndexedShard, index_shard, write_indexes
 from lgp_dist.data.shards.manifest import ShardManifest
-from lgp_dist.data.shards.sizes import check_shrink
+from lgp_dist.data.shards.sizes import dimensions, extension, shrink
+from lgp_dist.data.shards.tar import read_at
 from lgp_dist.errors import UserError
-from lgp_dist.files import write_atomic, write_json
+from lgp_dist.files import flush, replacing, write_atomic, write_json
 
 READERS: dict[str, Callable[[Path, Path, Callable[[str], None]], Source]] = {
     "imagefolder": lambda root, _, progress: image_folder(root, progress),
@@ -38,6 +42,9 @@ READERS: dict[str, Callable[[Path, Path, Callable[[str], None]], Source]] = {
     "fashion-mnist": lambda root, spool, _: fashion_mnist(root, spool),
 }
 """Layout -> its source from the data set's folder, a folder for unpacked images, and where progress is told."""
+
+RANGES: dict[str, tuple[float, float]] = {"per_shard": (1, math.inf), "short_side": (0, 4096), "quality": (1, 95)}
+"""Least and most that an option may be; others are 0 or more."""
 
 
 def build_shards(
@@ -81,11 +88,11 @@ def _check(options: BuildOptions, out: Path) -> None:
     """UserError for options out of range, or a folder that holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: name another folder with --out, or remove it first.")
-    check_shrink(options.short_side, options.quality)
-    for name, least in (("per_shard", 1), ("shards", 0), ("shard_mb", 0), ("train", 0), ("test", 0), ("workers", 0)):
-        if getattr(options, name) < least:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} is {getattr(options, name)}: set it to {least} or more.")
+    for name in ("per_shard", "shards", "shard_mb", "short_side", "quality", "train", "test", "workers"):
+        least, most = RANGES.get(name, (0, math.inf))
+        if not least <= getattr(options, name) <= most:
+            wanted = f"{least} or more" if most == math.inf else f"{least} .. {most}"
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: set it to {wanted}.")
     if options.shards and options.shard_mb:
         raise UserError(
             f"--shards {options.shards} and --shard-mb {options.shard_mb} exclude each other: set one to 0."
@@ -215,3 +222,44 @@ def _finish(partial: Path, out: Path, source: Source, done: dict[str, IndexedSha
         write_atomic(folder / name, text.encode())
     write_indexes(manifest, indexed)
     os.replace(folder, out)
+
+
+def write_shard(path: Path, items: list[Item], short_side: int = 0, quality: int = 90) -> IndexedShard:
+    """Writes a tar of images and .cls files; equal items give equal bytes.
+
+    Images keep their bytes, or become smaller JPEGs: see `shrink`. The tar is read back before it gets its name. The
+    UserError for something that is no image, or cannot be read, names it.
+    """
+    with replacing(path) as partial:
+        with tarfile.open(partial, "w") as tar:
+            for item in items:
+                content = _content(item, short_side, quality)
+                _add(tar, f"{item.key}.cls", str(item.label).encode())
+                _add(tar, f"{item.key}.{extension(content)}", content)
+        made = index_shard(partial)
+        if [sample.key for sample in made.samples] != [item.key for item in items]:
+            raise RuntimeError(f"{path.name} does not read back as it was written")
+        flush(partial)
+    return replace(made, entry=replace(made.entry, name=path.name))
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file whose owner and time never change."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.uname, info.gname = len(content), 0o644, "lgp", "lgp"
+    tar.addfile(info, io.BytesIO(content))
+
+
+def _content(item: Item, short_side: int, quality: int) -> bytes:
+    """The bytes of an image in the shard."""
+    where = f"{item.path}, image {item.key}" if item.offset else item.path
+    try:
+        with open(item.path, "rb") as file:
+            content = read_at(file, item.offset, item.size)
+    except OSError as error:
+        raise UserError(f"{where}, cannot be read ({error.strerror}): copy it again.") from error
+    if len(content) != item.size:
+        raise UserError(f"{where}, ends after {len(content)} of {item.size} bytes: copy it again.")
+    if not extension(content) or dimensions(content) == (0, 0):
+        raise UserError(f"{where}, is no JPEG, PNG or WebP image: copy it again, or remove it from the source.")
+    return shrink(content, short_side, quality, where) if short_side else content

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from lgp_dist.data.build.folders import SPLIT_FOLDERS
 from lgp_dist.data.build.source import Item, Source, items_of, want_folder
-from lgp_dist.data.shards.index import SHARD_NAME, ShardIndex, find_shards, read_sidecar
+from lgp_dist.data.shards.index import SHARD_NAME, find_shards, read_sidecar
 from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardManifest
 from lgp_dist.data.shards.scan import scan_shard
 from lgp_dist.errors import UserError
@@ -57,15 +57,10 @@ def _tars(root: Path, progress: Callable[[str], None]) -> dict[str, list[Path]]:
 
 
 def _stored(manifest: ShardManifest, split: str) -> list[Item]:
-    """Items of a split of a manifest."""
+    """Items of a split of a manifest, from its index where that fits, else from the tars."""
     index = read_sidecar(manifest, split)
-    if index is None and manifest.entries(split):
+    if index is None:
         return _scanned(split, [manifest.path(entry) for entry in manifest.entries(split)])
-    return _items(index) if index is not None else []
-
-
-def _items(index: ShardIndex) -> list[Item]:
-    """Items of an index."""
     paths = [str(index.root / name) for name in index.shards]
     columns = (index.keys, index.label, index.shard, index.offset, index.size)
     rows = zip(*(column.tolist() for column in columns), strict=True)

@@ -25,7 +25,8 @@ def official(root: Path) -> Source:
     devkit's own class numbers, which its meta.mat maps to wnids. Nothing is unpacked. Raises UserError.
     """
     want_folder(root)
-    synsets = _synsets(root) if _has_devkit(root) else {}
+    has_devkit = (root / f"{DEVKIT}.tar.gz").is_file() or (root / DEVKIT).is_dir()
+    synsets = _synsets(root) if has_devkit else {}
     inner = list(_members(root / TRAIN)) if (root / TRAIN).is_file() else []
     wnids = sorted({Path(member.name).stem for member in inner} | {wnid for wnid, _ in synsets.values()})
     for wnid in wnids:
@@ -88,11 +89,6 @@ def _validation(root: Path, synsets: dict[int, tuple[str, str]], labels: dict[st
         key = clean_key(os.path.splitext(image.name)[0])
         items.append(Item(key, labels[synsets[int(said)][0]], str(path), image.offset, image.size))
     return items
-
-
-def _has_devkit(root: Path) -> bool:
-    """Whether the devkit is there, packed or not."""
-    return (root / f"{DEVKIT}.tar.gz").is_file() or (root / DEVKIT).is_dir()
 
 
 def _synsets(root: Path) -> dict[int, tuple[str, str]]:

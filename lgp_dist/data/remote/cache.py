@@ -17,7 +17,6 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +46,7 @@ class ShardCache:
         self._entries = {entry.name: entry for entry in shards}
         self._shards, self._locks = folder / "shards", folder / "locks"
         self._guard = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._announced: frozenset[str] = frozenset()
-        self._left: deque[str] = deque()
+        self._announced: list[str] = []
         self._warned = False
         for entry in self._entries.values():
             if entry.bytes > limit_bytes:
@@ -84,35 +81,31 @@ class ShardCache:
                 return handle
             os.close(handle)
 
+    def counts(self) -> dict[str, int]:
+        """Shards that were cached when they were opened, those that were waited for, and bytes that were fetched."""
+        return {"cache_hits": self.hits, "cache_misses": self.misses, "cache_bytes": self.bytes}
+
     def prefetch(self, names: Sequence[str]) -> None:
-        """Fetches these shards in this order in one background thread, and returns at once.
+        """Fetches these shards in this order in a background thread, and returns at once.
 
-        Replaces an earlier call. Name the shards in use too, so that they stay. A failure is logged, and raised when
-        the shard is requested.
+        Replaces an earlier call, whose thread ends after the shard that it fetches. Name the shards in use too, so that
+        they stay. A failure is logged, and raised when the shard is requested.
         """
-        with self._guard:
-            self._announced, self._left = frozenset(names), deque(names)
-            if self._left and self._thread is None:
-                self._thread = threading.Thread(target=self._prefetch, name="lgp-prefetch", daemon=True)
-                self._thread.start()
+        self._announced = list(names)
+        thread = threading.Thread(target=self._prefetch, args=(self._announced,), name="lgp-prefetch", daemon=True)
+        thread.start()
 
-    def _prefetch(self) -> None:
-        """Body of the thread: ends when nothing is left of the latest announcement."""
-        while True:
-            with self._guard:
-                if not self._left:
-                    self._thread = None
-                    return
-                name = self._left[0]
-            try:
-                if not self._get(self._entries[name], prefetch=True):
-                    time.sleep(ROOM_S)
-                    continue
-            except (UserError, OSError) as error:
-                log.warning("Prefetch: %s", error)
-            with self._guard:
-                if self._left and self._left[0] == name:
-                    self._left.popleft()
+    def _prefetch(self, names: list[str]) -> None:
+        """Body of the thread: ends when all are here, or others are announced."""
+        for name in names:
+            while self._announced is names:
+                try:
+                    if self._get(self._entries[name], prefetch=True):
+                        break
+                except (UserError, OSError) as error:
+                    log.warning("Prefetch: %s", error)
+                    break
+                time.sleep(ROOM_S)
 
     def _file(self, entry: ShardEntry) -> Path:
         return self._shards / entry.sha256

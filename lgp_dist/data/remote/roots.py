@@ -3,7 +3,6 @@
 import os
 import re
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +13,7 @@ from lgp_dist.data.remote.cache import ShardCache, locked, make_folders
 from lgp_dist.data.remote.fetch import FileSpec, RetryPolicy, fetch
 from lgp_dist.data.remote.transfer import MissingFile, Remote
 from lgp_dist.data.shards.index import read_sidecar, sidecar_path
-from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardManifest
-from lgp_dist.data.shards.timm_info import INFO_NAME
+from lgp_dist.data.shards.manifest import INFO_NAME, MANIFEST_NAME, ShardManifest
 from lgp_dist.errors import UserError
 from lgp_dist.files import sha256
 
@@ -33,12 +31,12 @@ class LocalRoot:
 
 @dataclass(frozen=True, eq=False)
 class RemoteRoot:
-    """A remote root: the ShardSource of its shards."""
+    """A remote root."""
 
     folder: Path
     """Holds manifest.json, and the indexes that were opened."""
     cache: ShardCache
-    """Holds the shards."""
+    """Holds the shards: their ShardSource."""
 
     def open_index(self, manifest: ShardManifest, split: str) -> None:
         """Fetches the split's index; UserError if no index fits the manifest."""
@@ -67,36 +65,20 @@ class RemoteRoot:
                 os.replace(part, target)
         return True
 
-    def open(self, path: Path) -> int:
-        """Handle to read a shard; path: its place in `folder` by the manifest. Raises UserError or OSError."""
-        return self.cache.open(path.relative_to(self.folder).as_posix())
-
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Fetches these shards in this order in the background. Replaces an earlier call."""
-        self.cache.prefetch(names)
-
-    def counts(self) -> dict[str, int]:
-        """Shards that were cached when they were opened, those that were waited for, and bytes that were fetched."""
-        return {"cache_hits": self.cache.hits, "cache_misses": self.cache.misses, "cache_bytes": self.cache.bytes}
-
 
 def open_root(data: DataConfig) -> LocalRoot | RemoteRoot:
     """Opens data.root; fetches the manifest of a remote one, once in this process. Raises UserError if it cannot."""
     local = local_path(data.root)
     if local is not None:
         return LocalRoot(local)
-    folder = Path(data.cache).expanduser() if data.cache else default_folder()
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lgp"
+    folder = Path(data.cache).expanduser() if data.cache else default
     return _open_remote(data.root.rstrip("/"), folder, data.cache_bytes, RetryPolicy(data.timeout_s, data.retries))
 
 
 def load_manifest(data: DataConfig) -> ShardManifest:
     """The manifest of data.root; raises UserError."""
     return ShardManifest.load(open_root(data).folder)
-
-
-def default_folder() -> Path:
-    """The cache where data.cache is empty: $XDG_CACHE_HOME/lgp, else ~/.cache/lgp."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lgp"
 
 
 @lru_cache(maxsize=16)

@@ -57,8 +57,8 @@ class _Handle:
 class ShardSource(Protocol):
     """Opens shards that may have to be fetched first."""
 
-    def open(self, path: Path) -> int:
-        """Handle to read a shard; raises UserError or OSError."""
+    def open(self, name: str) -> int:
+        """Handle to read a shard, by its name in the manifest; raises UserError or OSError."""
         ...
 
     def prefetch(self, names: Sequence[str]) -> None:
@@ -78,13 +78,13 @@ class ShardFiles:
     """
 
     def __init__(self, paths: Sequence[Path], source: ShardSource | None = None) -> None:
-        """source: opens the paths; None for files of this machine."""
+        """source: opens the paths, which then are names in its manifest; None for files of this machine."""
         self.paths, self.source = tuple(paths), source
         files = self.paths  # not self: a cycle would keep files open until it is collected
 
         def opened(shard: int) -> _Handle:
             path = files[shard]
-            return _Handle(source.open(path) if source else os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            return _Handle(source.open(path.as_posix()) if source else os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
         self._open = lru_cache(OPEN_FILES)(opened)
 

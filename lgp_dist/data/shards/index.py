@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lgp_dist.data.shards.decode import ShardFiles, decode_image
-from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardEntry, ShardManifest
+from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardEntry, ShardManifest, write_info
 from lgp_dist.data.shards.scan import Sample, hash_shard, scan_shard, shown_key
-from lgp_dist.data.shards.timm_info import write_info
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic
 

@@ -1,4 +1,4 @@
-"""manifest.json: the shards of a folder, their sizes and hashes."""
+"""manifest.json: the shards of a folder, their sizes and hashes; `_info.json`: the same as timm's reader expects it."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic
 
-MANIFEST_NAME = "manifest.json"
+MANIFEST_NAME, INFO_NAME = "manifest.json", "_info.json"
 FORMAT = 1
 
 
@@ -164,3 +164,35 @@ def _want(good: bool, path: Path, key: str, value: Any, wanted: str) -> None:
         return
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     raise UserError(f"In {path}, {key} is {shown} but must be {wanted}: `lgp shards index {path.parent}` makes it new.")
+
+
+def write_info(manifest: ShardManifest) -> None:
+    """Writes root/_info.json with the manifest's splits; keeps the other entries of an existing one."""
+    info = with_splits(read_info(manifest), manifest)
+    write_atomic(manifest.root / INFO_NAME, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_info(manifest: ShardManifest) -> dict[str, Any]:
+    """root/_info.json; nothing if it is missing or no object."""
+    try:
+        stored = json.loads((manifest.root / INFO_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def with_splits(info: dict[str, Any], manifest: ShardManifest) -> dict[str, Any]:
+    """The entries of an _info.json with the manifest's splits."""
+    before = info.get("splits")
+    kept = before if isinstance(before, dict) else {}
+    splits = {
+        split: {
+            **(kept[split] if isinstance(kept.get(split), dict) else {}),
+            "name": split,
+            "num_samples": sum(entry.samples for entry in entries),
+            "filenames": [entry.name for entry in entries],
+            "shard_lengths": [entry.samples for entry in entries],
+        }
+        for split, entries in manifest.splits.items()
+    }
+    return info | {"splits": splits}

@@ -7,7 +7,6 @@ import simplejpeg
 from PIL import Image
 
 from lgp_dist.data.shards.decode import decode_image
-from lgp_dist.errors import UserError
 
 HEAD = 4096
 """First bytes of an image, which state its size in nearly all files."""
@@ -55,11 +54,3 @@ def shrink(content: bytes, short_side: int, quality: int, where: str) -> bytes:
     buffer = io.BytesIO()
     image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue()
-
-
-def check_shrink(short_side: int, quality: int) -> None:
-    """UserError unless both are in range; a short side of 0 keeps images as they are."""
-    if not 0 <= short_side <= 4096:
-        raise UserError(f"--short-side is {short_side}: set it to 1 .. 4096 pixels, or 0 to keep the images.")
-    if not 1 <= quality <= 95:
-        raise UserError(f"--quality is {quality}: set it to 1 .. 95.")

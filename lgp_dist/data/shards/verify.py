@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,9 @@ from lgp_dist.data.shards.index import (
     read_sidecar,
     sidecar_path,
 )
-from lgp_dist.data.shards.manifest import ShardEntry, ShardManifest
+from lgp_dist.data.shards.manifest import INFO_NAME, ShardEntry, ShardManifest, read_info, with_splits
 from lgp_dist.data.shards.scan import Sample, hash_shard, scan_shard, shown_key
-from lgp_dist.data.shards.timm_info import INFO_NAME, read_info, with_splits
 from lgp_dist.errors import UserError
-from lgp_dist.files import write_json
 
 LISTED = 10
 """Problems that a sentence spells out."""
@@ -65,12 +64,10 @@ def verify_shards(root: str | Path, workers: int = 1) -> list[Problem]:
     problems: list[Problem] = []
     for split, entries in manifest.splits.items():
         stored = read_sidecar(manifest, split)
-        reads: list[_Read] = []
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            tasks = [pool.submit(_read, manifest, entry, stored, number) for number, entry in enumerate(entries)]
-            for task in tqdm(tasks, f"verify {split}", unit="shard", disable=None):
-                reads.append(task.result())
-                problems += reads[-1].problems
+            found = pool.map(partial(_read, manifest, stored), entries, range(len(entries)))
+            reads = list(tqdm(found, f"verify {split}", len(entries), unit="shard", disable=None))
+        problems += [problem for read in reads for problem in read.problems]
         problems += _twice(manifest, split, reads)
         if all(read.whole for read in reads):
             problems += _index_problem(manifest, split, stored, reads)
@@ -92,12 +89,7 @@ def table(problems: list[Problem]) -> str:
     return "".join("\t".join(row) + "\n" for row in rows)
 
 
-def write_problems(problems: list[Problem], path: Path) -> None:
-    """Writes a JSON list of objects with the fields of Problem."""
-    write_json(path, [asdict(problem) for problem in problems])
-
-
-def _read(manifest: ShardManifest, entry: ShardEntry, stored: ShardIndex | None, number: int) -> _Read:
+def _read(manifest: ShardManifest, stored: ShardIndex | None, entry: ShardEntry, number: int) -> _Read:
     """Reads the shard with this number in the index, and finds what is wrong with it."""
     path, wrong_size = manifest.path(entry), manifest.problem(entry)
     if not path.is_file():
