@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lgp_dist.engine.deepspeed_config import deepspeed_config
 from lgp_dist.engine.launch.environment import Launch, check_launch
 from lgp_dist.engine.launch.file import read_launch_file
 from lgp_dist.engine.launch.keys import check_settings
-from lgp_dist.engine.launch.machine import addresses, free_bytes, is_loopback, port_free, shm_bytes
+from lgp_dist.engine.launch.machine import addresses, free_bytes, port_free, shm_bytes
 from lgp_dist.engine.launch.plan import Given, Node, plan
 from lgp_dist.errors import UserError
 
@@ -114,14 +115,10 @@ def _traps(path: Path, settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _several_nodes(path: Path, settings: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterator[str]:
     """Traps of launches on several nodes."""
-    address, port, kind = (
-        settings.get("main_process_ip"),
-        settings["main_process_port"],
-        settings.get("distributed_type"),
-    )
+    address, port = settings.get("main_process_ip"), settings["main_process_port"]
+    kind, launcher = settings.get("distributed_type"), settings.get("deepspeed_multinode_launcher")
     if kind == "NO":
         yield f"{path} has distributed_type NO and several nodes: take DEEPSPEED or MULTI_GPU."
-    launcher = settings.get("deepspeed_multinode_launcher")
     if kind == "DEEPSPEED" and launcher != "standard":
         how = (
             f"sets deepspeed_multinode_launcher to {launcher}"
@@ -137,7 +134,7 @@ def _several_nodes(path: Path, settings: Mapping[str, Any], stored: Mapping[str,
             f"{path} has several nodes and no main_process_ip, so nodes would look for None:{port}: give the address "
             "of node 0, as --main_process_ip to accelerate and as --address here."
         )
-    elif any(map(is_loopback, addresses(address))):
+    elif any(ip_address(found.partition("%")[0]).is_loopback for found in addresses(address)):
         yield (
             f"main_process_ip {address} is a loopback address here ({', '.join(addresses(address))}), so other nodes "
             "would connect to themselves: give the address of node 0 in the network that nodes share."

@@ -5,9 +5,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.constants import DEEPSPEED_MULTINODE_LAUNCHERS
 
 Rule = type | tuple[Any, ...] | range
@@ -33,38 +34,21 @@ TOP: dict[str, Rule] = {
 }
 """Top-level keys that launches of this project may have."""
 
-DEEPSPEED: dict[str, Rule] = {
-    "deepspeed_config_file": str,
+_GROUP = next(group for group in launch_command_parser()._action_groups if group.title == "DeepSpeed Arguments")
+DEEPSPEED: dict[str, Rule] = {action.dest: action.type for action in _GROUP._group_actions} | {
     "deepspeed_multinode_launcher": tuple(DEEPSPEED_MULTINODE_LAUNCHERS),
-    "deepspeed_hostfile": str,
-    "deepspeed_exclusion_filter": str,
-    "deepspeed_inclusion_filter": str,
-    "deepspeed_moe_layer_cls_names": str,
     "zero_stage": (0, 1, 2, 3),
-    "gradient_accumulation_steps": int,
-    "gradient_clipping": float,
-    "offload_optimizer_device": str,
-    "offload_optimizer_nvme_path": str,
-    "offload_param_device": str,
-    "offload_param_nvme_path": str,
     "zero3_init_flag": bool,
     "zero3_save_16bit_model": bool,
 }
-"""Keys of the section `deepspeed_config`. Accelerate silently ignores any other."""
+"""Keys of the section `deepspeed_config`, as accelerate's parser has them. Accelerate silently ignores any other."""
 
 REFUSED = {field.name for field in fields(ClusterConfig)} | {"fp16", "dynamo_backend"}
 REFUSED -= {*TOP, "deepspeed_config"}
 """Other keys that accelerate reads: engines that this project does not have, and what its recipes decide."""
 
-NULL = {
-    "main_process_ip",
-    "main_process_port",
-    "gpu_ids",
-    "same_network",
-    "rdzv_backend",
-    "mixed_precision",
-    *DEEPSPEED,
-}
+NULL = {field.name for field in fields(ClusterConfig) if type(None) in get_args(field.type)}
+NULL |= {"mixed_precision", *DEEPSPEED}
 """Keys for which accelerate takes null as missing."""
 
 UNUSED: tuple[Any, ...] = (None, False, {}, [], "", "no", "NO")

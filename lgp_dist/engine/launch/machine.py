@@ -1,7 +1,6 @@
 """What the operating system says about this machine."""
 
 import contextlib
-import ipaddress
 import os
 import re
 import resource
@@ -30,11 +29,6 @@ def addresses(host: str) -> list[str]:
         return sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None)})
     except OSError:
         return []
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an IP address only reaches the machine that uses it."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def free_bytes(folder: Path) -> int:
