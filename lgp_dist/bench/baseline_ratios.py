@@ -52,19 +52,17 @@ FIELDS = {
 """By the benchmark's name in `lgp bench`."""
 
 
-def read_rows(bench: str, file: Path) -> list[dict[str, Any]]:
-    """The objects of a stored result; UserError where it is not a result of this benchmark."""
-    advice = f"name a file that `lgp bench {bench}` made"
+def read_rows(option: str, file: Path, needed: Sequence[str], advice: str) -> list[dict[str, Any]]:
+    """The objects of a stored result that an option names; UserError where there are none, or one lacks a field."""
     try:
-        content = json.loads(file.read_bytes())
+        rows = as_rows(json.loads(file.read_bytes()))
     except OSError as error:
-        raise UserError(f"--compare {file} cannot be read ({error.strerror}): {advice}.") from None
+        raise UserError(f"{option} {file} cannot be read ({error.strerror}): {advice}.") from None
     except ValueError as error:
-        raise UserError(f"--compare {file} is not valid JSON ({error}): {advice}.") from None
-    rows = as_rows(content)
-    fields = FIELDS[bench]
-    if not rows or not all(isinstance(row, dict) and fields.same[0] in row for row in rows):
-        raise UserError(f"--compare {file} holds no objects with {fields.same[0]}: {advice}.")
+        raise UserError(f"{option} {file} is not valid JSON ({error}): {advice}.") from None
+    lacks = [name for row in rows or [{}] for name in needed if not isinstance(row, dict) or name not in row]
+    if lacks:
+        raise UserError(f"{option} {file} holds no objects, or one without {lacks[0]}: {advice}.")
     return rows
 
 

@@ -13,7 +13,7 @@ from lgp_dist.bench.engine import EngineSteps
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.engine.checkpointer import Checkpointer
 from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
-from lgp_dist.engine.checkpoints.manifest import Manifest, TrainState, read_manifest
+from lgp_dist.engine.checkpoints.manifest import TrainState, read_manifest
 from lgp_dist.errors import UserError
 
 MODES = ("background", "wait")
@@ -101,13 +101,11 @@ class _Saves:
         config, world = self.bench.config, self.bench.workers.world
         return TrainState("bench", self.step, self.step, config.seed, {}, {}, world, self.engine)
 
-    def _newest(self) -> Manifest:
-        return read_manifest(self.folder.final(self.folder.steps()[0]))
-
     def row(self, mode: str, timed: list[dict[str, float]], first: dict[str, float]) -> dict[str, Any]:
         """The object of one mode."""
         middle = {name: median(one[name] for one in timed) for name in timed[0]}
-        manifest, workers, every = self._newest(), self.bench.workers, self.bench.config.checkpoint.every
+        newest = self.folder.final(self.folder.steps()[0])
+        manifest, workers, every = read_manifest(newest), self.bench.workers, self.bench.config.checkpoint.every
         size = sum(size for size, _ in manifest.files.values())
         row = measured(self.bench.config, workers) | {
             "mode": mode,

@@ -22,6 +22,9 @@ from lgp_dist.protocols import Batch
 from lgp_dist.run.checks import check_config
 from lgp_dist.run.provenance import environment
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By `engine.precision`."""
+
 
 def random_pool(config: RunConfig, workers: Workers, *, training: bool) -> LearngenePool:
     """`build_pool` with the same random weights at every call and on every rank."""

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgp_dist.bench.common import ceilings, check_least, facts, interleaved, spread
+from lgp_dist.bench.common import DTYPES, ceilings, check_least, facts, interleaved, spread
 from lgp_dist.errors import UserError
 from lgp_dist.ops import dispatch, reference
 
 MODES = ("reference", "compiled", "fused")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS = {"fp32": 1e-6, "bf16": 4e-3}
 """Largest relative distance of y, z and every gradient from float64."""
 CASES = (("stitch_norm", 192, 768), ("norm_residual", 192, 192), ("norm_residual", 768, 768))
@@ -80,7 +79,7 @@ def bench_op(device: str = "auto", batch: int = 128, repeats: int = 20, tokens: 
     for option, value in (("--batch", batch), ("--repeats", repeats), ("--tokens", tokens)):
         check_least(option, value, 1)
     place, rows = _device(device), []
-    for dtype in DTYPES:
+    for dtype in LIMITS:
         peak, bandwidth = ceilings(place, DTYPES[dtype])
         for op, narrow, wide in CASES:
             check(Case(op, 399, narrow, wide, dtype), place)
@@ -123,18 +122,13 @@ def _timed(case: Case, device: torch.device, repeats: int, floor: dict[str, floa
         call = partial(getattr(dispatch, case.op), *leaves, EPS, mode)
         outputs = call()
         gradients = [torch.randn_like(part) for part in outputs]
-        forward[mode] = partial(_without_gradient, call)
+        forward[mode] = torch.no_grad()(call)
         backward[mode] = partial(torch.autograd.grad, outputs, leaves, gradients, retain_graph=True)
     rows = []
     for way, calls in (("forward", forward), ("backward", backward)):
         seconds = interleaved(calls, device, repeats)
         rows += [_row(case, way, mode, seconds, floor[way], device) for mode in MODES]
     return rows
-
-
-def _without_gradient(call: Callable[[], Any]) -> Any:
-    with torch.no_grad():
-        return call()
 
 
 def _row(

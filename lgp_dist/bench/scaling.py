@@ -11,7 +11,6 @@ Skew comes from the schedule and has no factor. Measurements on one and two rank
 the factor of rounds is then 0.
 """
 
-import json
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lgp_dist.bench.baseline_ratios import read_rows
 from lgp_dist.bench.common import check_least, facts
 from lgp_dist.bench.sampler import listed, measure, parse_numbers, parse_policies, with_policy
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths.cost import TRAINING, ancestry_forward
-from lgp_dist.paths.path import Space
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
 from lgp_dist.run.checks import check_config
@@ -86,24 +85,6 @@ def fit(rows: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
     return best
 
 
-def read_measured(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The objects of files of `lgp bench engine`; UserError for other files."""
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        try:
-            found = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"--measured {file} cannot be read ({error}): make it with `lgp bench engine`.") from None
-        for row in found if isinstance(found, list) else [None]:
-            missing = [name for name in NEEDED if not isinstance(row, dict) or name not in row]
-            if missing:
-                raise UserError(
-                    f"--measured {file} has an object without {missing[0]}: make it again with `lgp bench engine`."
-                )
-            rows.append(row)
-    return rows
-
-
 def bench_scaling(
     config: RunConfig, measured: str, ranks: str, policies: str = "", images: int = 0
 ) -> list[dict[str, Any]]:
@@ -123,7 +104,8 @@ def bench_scaling(
     check_config(config)
     check_least("--images", images, 0)
     worlds, chosen = parse_numbers("--ranks", ranks), parse_policies(policies)
-    rows = read_measured([Path(file) for file in listed(measured)])
+    advice = "make it with `lgp bench engine`"
+    rows = [row for file in listed(measured) for row in read_rows("--measured", Path(file), NEEDED, advice)]
     counts = sorted({row["ranks"] for row in rows})
     most = counts[-2] if len(counts) > 2 else 2
     known, held = ([row for row in rows if (row["ranks"] <= most) == low] for low in (True, False))
@@ -168,7 +150,8 @@ def _predicted(
     train, space = config.finetune.train, space_of(config)
     images = images or max(1, train.batch_size // train.accumulate)
     teacher = ancestry_forward(config) or 0.0
-    mean = sum(share * space.cost(path).flops for path, share in _shares(config, space, world)) * train.accumulate
+    shares = PathSampler.from_config(config, space).shares(world)
+    mean = sum(share * space.cost(path).flops for path, share in shares.items()) * train.accumulate
     found = measure(with_policy(config, policy, train.accumulate, config.finetune.meet), world, SCHEDULED)
     meets = like["engine"] in ("zero2", "zero3") and like.get("reduction") != "union"
     efficiency = found["efficiency_micro_step" if meets else "efficiency"]
@@ -192,10 +175,6 @@ def _predicted(
         "skew_ms": round(float(skew), 3),
         "exchange_ms": round(float(parts[3:].sum()), 3),
     }
-
-
-def _shares(config: RunConfig, space: Space, world: int) -> list[tuple[Any, float]]:
-    return list(PathSampler.from_config(config, space).shares(world).items())
 
 
 def _trust(about: dict[str, Any]) -> str:

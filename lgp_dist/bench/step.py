@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lgp_dist.bench.common import (
+    DTYPES,
     ceilings,
     facts,
     interleaved,
@@ -39,7 +40,6 @@ WAYS: dict[str, tuple[Ops, bool]] = {
 SHARED = (1, 2, 4)
 """Paths for one forward of the ancestry."""
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS = {"fp32": 1e-5, "bf16": 5e-2}
 """Largest relative distance of a path's logits from eager ones in fp32."""
 COLUMNS = {

@@ -191,10 +191,12 @@ COLUMNS are the fields that each table shows: of the objects of a `kind`, or of 
 
 def run_bench(action: Compared) -> None:
     """Runs a benchmark; rank 0 prints a table or JSON, and ratios to an earlier result."""
-    from lgp_dist.bench.baseline_ratios import comparison, read_rows
+    from lgp_dist.bench.baseline_ratios import FIELDS, comparison, read_rows
 
     name, place = next((name, place) for name, (kind, place) in BENCHES.items() if type(action) is kind)
-    before = read_rows(name, action.compare) if action.compare else None
+    before = None
+    if action.compare:
+        before = read_rows("--compare", action.compare, FIELDS[name].same[:1], f"name a file of `lgp bench {name}`")
     arguments = {field.name: getattr(action, field.name) for field in dataclasses.fields(action)}
     options = {name: value for name, value in arguments.items() if name not in ("compare", "json", "recipe")}
     recipe = [arguments["recipe"]] if "recipe" in arguments else []

@@ -1,6 +1,7 @@
 """Tables as aligned text: plain for a terminal, or Markdown."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, Literal
 
 Row = Mapping[str, Any]
@@ -39,13 +40,9 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def objects_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """Some fields of objects as a plain table: - for None; the first columns to the left until one holds numbers."""
-    named = [(column, _field(column)) if isinstance(column, str) else column for column in columns]
+    named = [(column, itemgetter(column)) if isinstance(column, str) else column for column in columns]
     values = [[value(row) for _, value in named] for row in rows]
     numeric = [all(isinstance(value, int | float | None) for value in column) for column in zip(*values, strict=True)]
     left = numeric.index(True) if True in numeric else len(columns)
     lines = [["-" if value is None else str(value) for value in line] for line in values]
     return text_table([heading for heading, _ in named], lines, left)
-
-
-def _field(name: str) -> Callable[[Row], Any]:
-    return lambda row: row[name]

@@ -22,7 +22,7 @@ CEILINGS = (1e12, 1e11)
 def test_op_prints_an_object_for_each_way(lgp: Lgp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ratios agree with the times of the same run; marks are for a GPU. One case, since compilation is slow."""
     monkeypatch.setattr(op, "CASES", op.CASES[1:2])
-    monkeypatch.setattr(op, "DTYPES", {"bf16": torch.bfloat16})
+    monkeypatch.setattr(op, "LIMITS", {"bf16": op.LIMITS["bf16"]})
     monkeypatch.setattr(op, "ceilings", lambda *_: CEILINGS)
     result = lgp("bench", "op", "--device", "cpu", "--batch", "1", "--repeats", "2", "--json")
     rows = json.loads(result.out)

@@ -48,10 +48,6 @@ def _pil(image: Image.Image) -> torch.Tensor:
     return _PIL(image.convert("RGB"))
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 def webdataset(folder: Path, threads: int, batch: int) -> Iterable[Any]:
     """The pipeline of webdataset's README: Pillow, torchvision's transforms, worker processes."""
     pipeline = wds.DataPipeline(
@@ -63,7 +59,7 @@ def webdataset(folder: Path, threads: int, batch: int) -> Iterable[Any]:
         wds.shuffle(5000, initial=1000),
         wds.decode("pil"),
         wds.to_tuple("jpg", "cls"),
-        wds.map_tuple(_pil, _same),
+        wds.map_tuple(_pil, int),
         wds.batched(batch, partial=True),
     )
     return DataLoader(pipeline, batch_size=None, num_workers=threads)

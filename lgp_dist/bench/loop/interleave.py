@@ -88,14 +88,9 @@ class Finetuning:
         self.stream = TrainStream(index, config.data, reading, config.seed, workers.rank, workers.world, workers.device)
 
     @property
-    def per_rank(self) -> int:
-        """Images of one rank in a micro-step."""
-        return self.stream.per_rank
-
-    @property
     def images(self) -> int:
         """Images that go through the pool in a step, over all ranks; one that takes two paths counts twice."""
-        return self.per_rank * self.workers.world * self.train.accumulate
+        return self.stream.per_rank * self.workers.world * self.train.accumulate
 
     def task(self) -> FinetuneTask:
         """What the stage trains, with the same weights at every call and on every rank."""
@@ -122,4 +117,4 @@ class Finetuning:
         """Multiply-adds of a mean rank in these steps: forward and backward of its paths, without the ancestry."""
         world, count = self.workers.world, self.train.accumulate
         draws = [self.sampler.draw(step, m, r, world) for step in steps for m in range(count) for r in range(world)]
-        return TRAINING * self.per_rank * sum(self.space.cost(path).flops for path in draws) / world
+        return TRAINING * self.stream.per_rank * sum(self.space.cost(path).flops for path in draws) / world

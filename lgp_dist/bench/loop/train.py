@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lgp_dist.bench.common import ceilings, facts, join, leave, measured, spread
+from lgp_dist.bench.common import DTYPES, ceilings, facts, join, leave, measured, spread
 from lgp_dist.bench.loop.interleave import Finetuning, InterleavedBatches
 from lgp_dist.bench.loop.phases import PHASES, Clock, advice, watch_exchange
 from lgp_dist.config.run_config import RunConfig
@@ -31,7 +31,6 @@ COLUMNS = (
     ("recipe", "engine", "policy", "ranks", "images_per_s", "spread", "step_ms", "peak_mb", "mfu", "of_product"),
     tuple(f"{name}_ms" for name in (*PHASES, "transfer", "skew")),
 )
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def peak_of(device: str, precision: str) -> float | None:
@@ -92,7 +91,7 @@ def _row(
     teacher = ancestry_forward(bench.config)
     rate = None
     if teacher is not None:
-        forwards = bench.per_rank * (train.accumulate // bench.config.finetune.paths_per_batch) * steps
+        forwards = bench.stream.per_rank * (train.accumulate // bench.config.finetune.paths_per_batch) * steps
         rate = median(2 * (work + forwards * teacher) / took for took, work in quiet)
     highest = workers.highest([peak_bytes(workers.device) / 2**20])[0]
     found = facts(workers.device)

@@ -152,7 +152,7 @@ def snnet(bench: Finetuning, workers: int, batches: list[Batch]) -> TrainLoop:
     data = PillowImages(bench.index, config.data.channels, create_transform(size, **augmentation(bench)))
     loader = DataLoader(
         data,
-        batch_size=bench.per_rank * bench.train.accumulate,
+        batch_size=bench.stream.per_rank * bench.train.accumulate,
         sampler=DistributedSampler(data, world, rank) if world > 1 else RandomSampler(data),
         num_workers=workers,
         pin_memory=device.type == "cuda",
@@ -193,7 +193,7 @@ def timm_loop(bench: Finetuning, workers: int, batches: list[Batch]) -> TrainLoo
     loader = create_loader(
         PillowImages(bench.index, channels),
         (channels, side, side),
-        bench.per_rank * bench.train.accumulate,
+        bench.stream.per_rank * bench.train.accumulate,
         num_workers=workers,
         distributed=bench.workers.world > 1,
         persistent_workers=False,
