@@ -177,7 +177,7 @@ class Checkpointer:
             self.fragments.set_steps(manifest.steps)
         except (UserError, OSError, SafetensorError) as error:
             problem = str(error)
-        self._all_or_none(problem, f"{manifest.folder} could not be loaded")
+        self._all_or_none(problem)
         return manifest.state
 
     def _choose(self, resume: str, stage: str, check: Callable[[TrainState], None]) -> Manifest | None:
@@ -192,7 +192,7 @@ class Checkpointer:
                 self.checkpoint_dir.begin(found.state.step if found else -1)
             except (UserError, OSError) as error:
                 problem = str(error)
-        self._all_or_none(problem, "Rank 0 could not choose a checkpoint")
+        self._all_or_none(problem)
         by_path = found is not None and found.folder != self.checkpoint_dir.final(found.state.step)
         chosen = self.workers.highest([found.state.step if found else -1, by_path])
         step, digest = int(chosen[0]), 0
@@ -206,7 +206,7 @@ class Checkpointer:
             digest = int(found.digest[:12], 16)
         except UserError as error:
             problem = str(error)
-        self._all_or_none(problem, "Another rank could not read the checkpoint")
+        self._all_or_none(problem)
         if not self.workers.equal(digest):
             raise UserError(
                 f"Ranks see different checkpoints of step {step} in {self.checkpoint_dir.folder}: the run directory "
@@ -214,7 +214,8 @@ class Checkpointer:
             )
         return found
 
-    def _all_or_none(self, problem: str, elsewhere: str) -> None:
-        """Raises UserError on every rank if one has a problem."""
-        if self.workers.highest([bool(problem)])[0]:
-            raise UserError(problem or f"{elsewhere}: see the log.")
+    def _all_or_none(self, problem: str) -> None:
+        """Raises UserError on every rank if one has a problem: its own, or that of the first rank that has one."""
+        problems = [told for told in self.workers.gather(problem) if told]
+        if problems:
+            raise UserError(problem or problems[0])

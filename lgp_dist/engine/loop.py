@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lgp_dist.config.run_config import GradientConfig, TrainConfig
-from lgp_dist.engine.meters import StepMeter
+from lgp_dist.engine.meters import StepMeter, StepResult
 from lgp_dist.engine.optim import Decays, build_optimizer, build_schedule, decays_matrix, planned_steps, rate_of
 from lgp_dist.engine.saver import Saver, SaverConfig
 from lgp_dist.engine.step_filter import NotFinite, StepFilter
@@ -66,19 +65,6 @@ class RunSetup:
     seeds: Seeds | None = None
 
 
-class StepResult(NamedTuple):
-    """What one rank knows about an optimizer step."""
-
-    losses: list[dict[str, Tensor]]
-    """Of each micro-step."""
-    counts: Counter[str]
-    """Facts of its batches."""
-    facts: dict[str, Any]
-    """What the step filter says about it."""
-    data_wait_s: float
-    step_time_s: float
-
-
 def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> Training:
     """Trains `plan.task.module` in place; afterwards every rank holds the same whole weights.
 
@@ -102,12 +88,12 @@ def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> Training:
         def one_step(step: int, stream: Iterator[Batch], meter: StepMeter) -> None:
             schedule.step_update(step)
             result = take_step(trainer, stream, step, setup.seeds)
-            facts = result.facts | {"epoch": round(step / setup.steps_per_epoch, 4), "lr": rate_of(optimizer)}
+            facts = {"epoch": round(step / setup.steps_per_epoch, 4), "lr": rate_of(optimizer)}
             if plan.watch and plan.watch_every and (step + 1) % plan.watch_every == 0:
                 workers.watchdog.phase("measure")
                 facts |= trainer.measure(plan.watch)
             labels = _labels(task, step, config.accumulate, workers.world)
-            meter.add(step, result.losses, facts | labels, result.counts, result.data_wait_s, result.step_time_s)
+            meter.add(step, result, facts | labels)
             if saver:
                 workers.watchdog.note(step, "save")
                 saver.step_done(step + 1, facts, meter.flush)

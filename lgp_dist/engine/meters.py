@@ -5,9 +5,9 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,19 @@ from lgp_dist.engine.trainer import Trainer
 from lgp_dist.run.metrics import MetricsFile
 
 log = logging.getLogger("lgp")
+
+
+class StepResult(NamedTuple):
+    """What one rank knows about an optimizer step."""
+
+    losses: list[dict[str, Tensor]]
+    """Of each micro-step."""
+    counts: Counter[str]
+    """Facts of its batches."""
+    facts: dict[str, Any]
+    """What the step filter says about it."""
+    data_wait_s: float
+    step_time_s: float
 
 
 class StepMeter:
@@ -47,21 +60,14 @@ class StepMeter:
         self.bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=quiet, dynamic_ncols=True)
         self.plain = not terminal
 
-    def add(
-        self,
-        step: int,
-        losses: Sequence[Mapping[str, Tensor]],
-        facts: Mapping[str, Any],
-        counts: Mapping[str, int],
-        data_wait_s: float,
-        step_time_s: float,
-    ) -> None:
-        """Takes an optimizer step: losses of its micro-steps, facts of its line, counts and seconds of this rank."""
-        self.counts.append(dict(counts))
+    def add(self, step: int, result: StepResult, facts: Mapping[str, Any]) -> None:
+        """Takes an optimizer step. facts: more for its line."""
+        self.counts.append(dict(result.counts))
+        losses = result.losses
         self.losses.append({name: torch.stack([micro[name] for micro in losses]).mean() for name in losses[0]})
-        speed = round(self.trainer.train.batch_size / max(step_time_s, 1e-9), 2)
-        times = {"data_wait_s": round(data_wait_s, 6), "step_time_s": round(step_time_s, 6)}
-        self.lines.append({"step": step, **facts, "images_per_s": speed, **times})
+        speed = round(self.trainer.train.batch_size / max(result.step_time_s, 1e-9), 2)
+        times = {"data_wait_s": round(result.data_wait_s, 6), "step_time_s": round(result.step_time_s, 6)}
+        self.lines.append({"step": step, **result.facts, **facts, "images_per_s": speed, **times})
         self.bar.update(1)
         if len(self.lines) >= self.every or step + 1 == self.steps:
             self.flush()

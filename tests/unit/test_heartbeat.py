@@ -1,11 +1,12 @@
 """Who is to blame, from what ranks say of themselves; the counter that tells who lives."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from lgp_dist.engine.watch.heartbeat import Beat, Pulse, judge, read_beats, sentence, write_beat
+from lgp_dist.engine.watch.heartbeat import Beat, Pulse, beat_file, judge, read_beats, sentence
+from lgp_dist.files import write_json
 
 BEAT = Beat(0, "host", 1, "aa", 5, "pool", 2, 7, "reduce", "B3", 40.0, True, "loop.py:1 train")
 
@@ -74,7 +75,7 @@ def test_pulse_counts_by_its_own_clock() -> None:
 
 def test_beats_survive_the_disk(tmp_path: Path) -> None:
     """Missing, cut and foreign files are ranks that say nothing."""
-    write_beat(tmp_path, BEAT)
+    write_json(beat_file(tmp_path, 0), asdict(BEAT))
     (tmp_path / "rank-1.json").write_text('{"rank": 1')
     (tmp_path / "rank-2.json").write_text("[]")
     assert read_beats(tmp_path, 4) == {0: BEAT}

@@ -10,10 +10,8 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-
-from lgp_dist.files import write_json
 
 COMMUNICATION = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
 """Folders of code in which a call waits for other ranks."""
@@ -75,13 +73,9 @@ def main_thread() -> tuple[bool, str]:
     return False, where
 
 
-def _file(folder: Path, rank: int) -> Path:
+def beat_file(folder: Path, rank: int) -> Path:
+    """The file of a rank's heartbeat."""
     return folder / f"rank-{rank}.json"
-
-
-def write_beat(folder: Path, beat: Beat) -> None:
-    """Replaces the rank's file. Raises UserError if it cannot be written."""
-    write_json(_file(folder, beat.rank), asdict(beat))
 
 
 def read_beats(folder: Path, world: int) -> dict[int, Beat]:
@@ -89,7 +83,7 @@ def read_beats(folder: Path, world: int) -> dict[int, Beat]:
     found = {}
     for rank in range(world):
         try:
-            found[rank] = Beat(**json.loads(_file(folder, rank).read_text()))
+            found[rank] = Beat(**json.loads(beat_file(folder, rank).read_text()))
         except (OSError, ValueError, TypeError):
             continue
     return found

@@ -29,11 +29,11 @@ from typing import Any, TextIO, TypeVar
 from lgp_dist.engine.watch.heartbeat import (
     Beat,
     Pulse,
+    beat_file,
     judge,
     main_thread,
     read_beats,
     sentence,
-    write_beat,
 )
 from lgp_dist.errors import HUNG, UserError
 from lgp_dist.files import write_json
@@ -193,7 +193,7 @@ class Watchdog:
         age: dict[str, Any] = {**vars(note), "age_s": round(age_s, 3), "waits": waits, "where": where}
         beat = Beat(self.rank, self._host, os.getpid(), self._life, self._beats, **age)
         try:
-            write_beat(self.folder, beat)
+            write_json(beat_file(self.folder, self.rank), asdict(beat))
         except UserError as error:
             if not self._failed:
                 log.warning("The heartbeat of rank %d is not written: %s", self.rank, error)
