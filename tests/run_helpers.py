@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.data.shards.manifest import ShardManifest
+from lgp_dist.run.run_status import RunStatus
 
 SAMPLE = Path(__file__).parents[1] / "shards" / "sample"
 LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
@@ -153,6 +155,11 @@ def break_images(split: str, samples: list[int]) -> None:
     for sample in samples:
         shard = index.root / index.shards[index.shard[sample]]
         overwrite(shard, int(index.offset[sample]), b"x" * int(index.size[sample]))
+
+
+def outcome_of(run: Path) -> RunStatus:
+    """How the latest start of a run ended, by its outcome.json."""
+    return RunStatus(**json.loads((run / "outcome.json").read_text()))
 
 
 def eventually(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:

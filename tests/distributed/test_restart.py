@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from exact_launch import ROOT, command
-from run_helpers import LIMIT_S, SMALL, eventually, gone, processes_with
+from run_helpers import LIMIT_S, SMALL, eventually, gone, outcome_of, processes_with
 from safetensors.torch import load_file
 
-from lgp_dist.run.run_status import RunStatus, read_run_status
+from lgp_dist.run.run_status import RunStatus
 
 pytestmark = pytest.mark.slow  # launches of several ranks
 
@@ -89,7 +89,7 @@ def test_a_run_survives_preemption_and_a_killed_rank(finished: Path, tmp_path: P
     saved(place, 2 * EVERY, first)
     first.send_signal(signal.SIGTERM)
     error = first.communicate(timeout=LIMIT_S)[1]
-    left = read_run_status(place / "run")
+    left = outcome_of(place / "run")
     assert (first.returncode, left.outcome, left.stage) == (1, "preempted", "finetune"), error[-3000:]
     assert 2 * EVERY <= left.step < STEPS and f"step-{left.step:08d}" in os.listdir(place / "run/checkpoints/finetune")
     gone(mark)
@@ -101,7 +101,7 @@ def test_a_run_survives_preemption_and_a_killed_rank(finished: Path, tmp_path: P
     error = second.communicate(timeout=LIMIT_S)[1]
     assert second.returncode == 0, error[-6000:]
     assert error.count("finetune: resumes from step") == 2 and f"resumes from step {left.step} of" in error
-    assert read_run_status(place / "run") == RunStatus("complete", "finetune")
+    assert outcome_of(place / "run") == RunStatus("complete", "finetune")
 
     file = "run/finetune/pool.safetensors"
     found, expected = load_file(place / file), load_file(whole / file)
