@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lgp_dist.data.remote.fetch import FileSpec, RetryPolicy, fetch
+from lgp_dist.data.remote.fetch import RetryPolicy, fetch
 from lgp_dist.data.remote.transfer import Remote
 from lgp_dist.data.shards.manifest import ShardEntry
 from lgp_dist.errors import UserError
@@ -132,7 +132,7 @@ class ShardCache:
                 return True
             if not self._make_room(entry, part, prefetch=prefetch):
                 return False
-            came = fetch(self.remote, FileSpec(entry.name, entry.bytes, entry.sha256), part, self.policy)
+            came = fetch(self.remote, entry.name, part, self.policy, entry.bytes, entry.sha256)
             os.replace(part, self._file(entry))
         with self._guard:
             self.bytes += came

@@ -35,25 +35,14 @@ class RetryPolicy:
         return min(WAIT_S, self.backoff_s * 2.0 ** (failures - 1)) * (1 + os.getpid() % 16 / 32)
 
 
-@dataclass(frozen=True)
-class FileSpec:
-    """The file to fetch and how to recognise it."""
-
-    name: str
-    """Path below the root, with forward slashes."""
-    size: int | None = None
-    """Bytes, where the manifest has them."""
-    sha256: str = ""
-    """Hash, where the manifest has it."""
-
-
-def fetch(remote: Remote, spec: FileSpec, part: Path, policy: RetryPolicy) -> int:
+def fetch(remote: Remote, name: str, part: Path, policy: RetryPolicy, size: int | None = None, digest: str = "") -> int:
     """Makes `part` the whole file and returns how many bytes were transferred.
 
-    A file of known size continues from what `part` already holds. Raises UserError, caused by a TransferError, with the
-    URL, what happened and what to do; `part` then holds what may be continued, or is gone.
+    name: path below the root, with forward slashes. size, digest: bytes and sha256, where the manifest has them. A file
+    of known size continues from what `part` already holds. Raises UserError, caused by a TransferError, with the URL,
+    what happened and what to do; `part` then holds what may be continued, or is gone.
     """
-    download, failures, furthest = _Download(remote, spec, part, policy.timeout_s), 0, 0
+    download, failures, furthest = _Download(remote, name, size, digest, part, policy.timeout_s), 0, 0
     while True:
         try:
             download.attempt()
@@ -64,7 +53,7 @@ def fetch(remote: Remote, spec: FileSpec, part: Path, policy: RetryPolicy) -> in
             if download.have >= furthest + FLOOR:
                 furthest, failures = download.have, 0
             failures += 1
-            sentence = f"{remote.url(spec.name)} {error}"
+            sentence = f"{remote.url(name)} {error}"
             if error.final or failures > policy.retries:
                 tries = "" if error.final or failures == 1 else f", after {failures} tries"
                 raise UserError(f"{sentence}{tries}: {error.todo}.") from error
@@ -77,7 +66,9 @@ class _Download:
     """A file on its way into `part`."""
 
     remote: Remote
-    spec: FileSpec
+    name: str
+    size: int | None
+    digest: str
     part: Path
     timeout_s: float
     transferred: int = 0
@@ -92,12 +83,12 @@ class _Download:
 
     def attempt(self) -> None:
         """Transfers what is missing and checks the file; raises TransferError."""
-        size, start = self.spec.size, self.have
+        size, start = self.size, self.have
         if size is None or start > size:
             start = 0  # nothing says that these bytes are of this file
         self.resumed = start > 0  # perhaps from bytes of another file: a wrong hash then only means to start over
         if start != size or not start:
-            with self.remote.read(self.spec.name, start) as answer:
+            with self.remote.read(self.name, start) as answer:
                 if size is not None and answer.total not in (None, size):
                     raise (
                         _web_page()
@@ -112,7 +103,7 @@ class _Download:
 
     def _write(self, answer: Answer) -> None:
         """Writes the chunks to `part`; TransferError once fewer than FLOOR bytes have come within timeout_s."""
-        size, limit, recent = self.spec.size, time.monotonic() + self.timeout_s, 0
+        size, limit, recent = self.size, time.monotonic() + self.timeout_s, 0
         try:
             with open(self.part, "r+b" if answer.offset else "wb") as file:
                 file.seek(answer.offset)
@@ -140,9 +131,9 @@ class _Download:
             head = file.read(256)
         if head.lstrip()[:16].lower().startswith(WEB_PAGE):
             raise _web_page()
-        if self.spec.size is not None and self.have != self.spec.size:
-            raise self._wrong(f"has more bytes but the manifest wants {self.spec.size}")
-        if self.spec.sha256 and sha256(self.part) != self.spec.sha256:
+        if self.size is not None and self.have != self.size:
+            raise self._wrong(f"has more bytes but the manifest wants {self.size}")
+        if self.digest and sha256(self.part) != self.digest:
             raise self._wrong("has another sha256 than the manifest", final=not self.resumed)
 
     def _wrong(self, what: str, final: bool = True) -> TransferError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lgp_dist.config.run_config import DataConfig
 from lgp_dist.data.remote.address import local_path
 from lgp_dist.data.remote.cache import ShardCache, locked, make_folders
-from lgp_dist.data.remote.fetch import FileSpec, RetryPolicy, fetch
+from lgp_dist.data.remote.fetch import RetryPolicy, fetch
 from lgp_dist.data.remote.transfer import MissingFile, Remote
 from lgp_dist.data.shards.index import read_sidecar, sidecar_path
 from lgp_dist.data.shards.manifest import INFO_NAME, MANIFEST_NAME, ShardManifest
@@ -57,7 +57,7 @@ class RemoteRoot:
         with locked(self.folder / ".lock"):
             if not target.exists():
                 try:
-                    fetch(self.cache.remote, FileSpec(name), part, self.cache.policy)
+                    fetch(self.cache.remote, name, part, self.cache.policy)
                 except UserError as error:
                     if isinstance(error.__cause__, MissingFile):
                         return False
@@ -89,7 +89,7 @@ def _open_remote(address: str, folder: Path, limit_bytes: int, policy: RetryPoli
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", address.split("://", 1)[1]).strip("_")[-80:]
     with tempfile.TemporaryDirectory(dir=roots, prefix=".new-") as new:
         part = Path(new) / MANIFEST_NAME
-        fetch(remote, FileSpec(MANIFEST_NAME), part, policy)
+        fetch(remote, MANIFEST_NAME, part, policy)
         try:
             manifest = ShardManifest.load(new)
         except UserError as error:
