@@ -112,6 +112,44 @@ def pool12() -> RunConfig:
     )
 
 
+def pool12_plus() -> RunConfig:
+    """pool12 with what lifts its paths (docs/results.md): the same models and storage, the same multiply-adds to train.
+
+    Rows start from DeiT-Base and are distilled for half as long; stitches start by least squares; fine-tuning has the
+    rest, with both rows in every step and a tenth of the rate for the wide one.
+
+    Command: lgp run pool12_plus
+    """
+    base = pool12()
+    rows = tuple(replace(row, start="ancestry") for row in base.model.rows)
+    train = replace(base.finetune.train, epochs=121.0, lr=1e-3, accumulate=4)
+    return replace(
+        base,
+        recipe="pool12_plus",
+        model=replace(base.model, rows=rows),
+        distil=replace(base.distil, train=replace(base.distil.train, epochs=50.0)),
+        pool=PoolConfig(stitch_init="least_squares"),
+        finetune=FinetuneConfig(sandwich=True, row_lr=(1.0, 0.1), train=train),
+    )
+
+
+def pool36() -> RunConfig:
+    """Rows of DeiT-Base's 12 blocks, 192, 384 and 768 wide, the last of them DeiT-Base itself: 71 paths.
+
+    Otherwise as pool12_plus.
+
+    Command: lgp run pool36
+    """
+    base = pool12_plus()
+    rows = (
+        RowConfig(width=192, heads=3, levels="dense", start="ancestry"),
+        RowConfig(width=384, heads=6, levels="dense", start="ancestry"),
+        RowConfig(width=768, heads=12, source="hub", model=base.ancestry.model),
+    )
+    finetune = replace(base.finetune, row_lr=(1.0, 1.0, 0.1), train=replace(base.finetune.train, epochs=50.0))
+    return replace(base, recipe="pool36", model=replace(base.model, depth=12, rows=rows), finetune=finetune)
+
+
 def pool18() -> RunConfig:
     """The paper's pool of 18 instances: pool12 with rows of 9 blocks.
 
@@ -275,12 +313,14 @@ def nested_tiny() -> RunConfig:
 
 
 def nested_base() -> RunConfig:
-    """Nested widths on ImageNet-1K: DeiT-Base's shape, whose first 192, 384 and 576 channels are models of their own.
+    """Nested widths on ImageNet-1K: DeiT-Base's shape, whose first 192, 384 and 576 channels are models.
+
+    As many multiply-adds as pool12.
 
     Command: lgp run nested_base
     """
     base = pool12()
-    loop = replace(base.distil.train, epochs=150.0, batch_size=1024)
+    loop = replace(base.distil.train, epochs=53.0, batch_size=1024)
     row = RowConfig(width=768, heads=12, source="random")
     config = nested(base, "nested_base", row, (192, 384, 576, 768), loop)
     return replace(config, model=replace(config.model, depth=12))
@@ -289,7 +329,7 @@ def nested_base() -> RunConfig:
 RECIPES = {
     recipe.__name__: recipe
     for recipe in (
-        *(tiny, tiny_paper, pool12, pool18),
+        *(tiny, tiny_paper, pool12, pool12_plus, pool18, pool36),
         *(snnet_tiny, vanilla_tiny, scratch_tiny),
         *(snnet_deit, snnet_same_rows, vanilla_base, scratch_pool12),
         *(sws_tiny, sws_small, sws_base),
