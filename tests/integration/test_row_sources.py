@@ -126,3 +126,23 @@ def test_the_ancestry_as_the_wide_row_of_full_depth(lgp: Lgp, place: Path) -> No
     narrow, widest = json.loads(Path("run/distil/artifact.json").read_text())["facts"]["rows"]
     ancestry = json.loads(Path("run/ancestry/artifact.json").read_text())["facts"]
     assert (widest["source"], widest["top1"]) == ("file", ancestry["top1"]) and narrow["source"] == "distil"
+
+
+def test_weights_of_other_makes(lgp: Lgp, place: Path) -> None:
+    """Prefixes of wrapped modules are left out, and the log says so; a pickle is not opened, and the sentence has the
+    lines that convert it; weights that are not finite are refused."""
+    state = load_file("ancestry.safetensors")
+    wrapped = {f"module._orig_mod.{name}": value for name, value in state.items()}
+    save_file(wrapped, "wrapped.safetensors")
+    done = lgp("ancestry", *SMALL, "--ancestry.weights=wrapped.safetensors")
+    assert done.status == 0
+    has(done.err, "the prefix module. of all its names is left out", "the prefix _orig_mod.")
+    made = load_file("run/ancestry/ancestry.safetensors")
+    assert all(torch.equal(made[name], value) for name, value in state.items())
+    torch.save(state, "weights.pth")
+    pickled = lgp("ancestry", *SMALL, "--ancestry.weights=weights.pth", "--run-dir=second")
+    has(pickled.sentence, "weights.pth is a pickle of PyTorch", "weights_only=True", "save_file")
+    save_file(state | {"norm.bias": torch.full_like(state["norm.bias"], torch.nan)}, "nan.safetensors")
+    broken = lgp("ancestry", *SMALL, "--ancestry.weights=nan.safetensors", "--run-dir=third")
+    has(broken.sentence, "nan.safetensors has values in norm.bias that are not finite")
+    assert pickled.status == broken.status == 2

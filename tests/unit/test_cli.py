@@ -73,8 +73,9 @@ WRONG = {
     # files and folders
     "run tiny --data.root nowhere": ("There is no folder nowhere",),
     "run tiny --data.root run": ("run/manifest.json does not exist", "lgp shards index run"),
-    f"run {ON_SAMPLE} --resume latset": ("--resume is 'latset'", "auto, latest and never", "the nearest is latest"),
-    f"run {ON_SAMPLE} --resume run": ("run is not a checkpoint",),
+    f"run {ON_SAMPLE} --resume latset": ("--resume is 'latset'", "auto, latest, never", "the nearest is latest"),
+    f"run {ON_SAMPLE} --resume true": ("--resume is 'true'", "no checkpoint (a folder with manifest.json)"),
+    f"run {ON_SAMPLE} --resume run": ("--resume is 'run'", "no checkpoint (a folder with manifest.json)"),
     f"run {ON_SAMPLE} --run-dir run/config.json/x": ("run/config.json", "--run-dir"),
     "descend rum": ("rum is neither a recipe nor the directory of a run", "the nearest is run"),
     "export empty --path r0.0-5 --out new": ("empty holds no evaluated run", "lgp evaluate"),
