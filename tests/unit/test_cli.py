@@ -53,7 +53,7 @@ WRONG = {
     "run tiny --engine.precision bf61": ("--engine.precision is 'bf61'", "fp32, bf16 or fp16", "the nearest is bf16"),
     "run tiny --finetune.policy=balancd": ("--finetune.policy is 'balancd'", "the nearest is balanced"),
     "run tiny --export.formats pt2 onx": ("--export.formats is 'onx'", "pt2, onnx or int8", "the nearest is onnx"),
-    "run tiny --distil.train.epochs ten": ("--distil.train.epochs is 'ten'", "takes a number", "16.0"),
+    "run tiny --distil.train.epochs ten": ("--distil.train.epochs is 'ten'", "takes a number", "for example"),
     "run tiny --model.rows.0.width=x": ("--model.rows.0.width is 'x'", "takes a whole number", "32"),
     "run tiny --seed 1.5": ("--seed is '1.5'", "takes a whole number"),
     "run tiny --finetune.row_lr 1 x": ("--finetune.row-lr is '1 x'", "takes numbers", "1.0 0.1"),
