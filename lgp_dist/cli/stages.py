@@ -13,7 +13,7 @@ from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.remote.address import local_path
 from lgp_dist.data.shards.manifest import ShardManifest
-from lgp_dist.engine.checkpoints.manifest import read_manifest
+from lgp_dist.engine.checkpoints.manifest import MANIFEST, read_manifest
 from lgp_dist.errors import UserError, nearest
 from lgp_dist.paths.space import space_of
 from lgp_dist.run.checks import check_config
@@ -78,13 +78,7 @@ def check_start(config: RunConfig) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         return
     check_config(config)
-    if config.resume not in RESUME:
-        if not Path(config.resume).is_dir():
-            advice = nearest(config.resume, RESUME, "name one such as step-00000500")
-            raise UserError(
-                f"--resume is {config.resume!r}, which is no checkpoint and none of auto, latest and never: {advice}."
-            )
-        read_manifest(Path(config.resume))
+    check_resume(config)
     shards = local_path(config.data.root)
     if shards is not None:
         ShardManifest.load(shards)
@@ -94,6 +88,22 @@ def check_start(config: RunConfig) -> None:
         raise UserError(
             f"The run directory {folder} cannot be made, since {there} is a file: choose another --run-dir."
         )
+
+
+def check_resume(config: RunConfig) -> None:
+    """UserError where --resume names neither a checkpoint nor auto, latest or never."""
+    given, folder = config.resume, Path(config.directory)
+    if given in RESUME:
+        return
+    if not (Path(given) / MANIFEST).is_file():
+        there = [str(path) for path in sorted(folder.glob("checkpoints/*/step-*"))]
+        known = f"; {folder} has {', '.join(there)}" if there else f"; {folder} has no checkpoint"
+        advice = nearest(given, [*RESUME, *there], "name the folder of a checkpoint, such as step-00000500")
+        raise UserError(
+            f"--resume is {given!r}, which is none of {', '.join(RESUME)} and no checkpoint (a folder with {MANIFEST})"
+            f"{known}: {advice}."
+        )
+    read_manifest(Path(given))
 
 
 def list_paths(action: Paths) -> None:

@@ -1,5 +1,6 @@
 """The frozen teacher, and pretrained models of timm."""
 
+import logging
 from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from lgp_dist.config.run_config import Precision
 from lgp_dist.errors import UserError
 from lgp_dist.models.vit import forward_with_taps, with_patch_product
+
+log = logging.getLogger("lgp")
 
 
 class Ancestry(nn.Module):
@@ -143,6 +146,10 @@ def is_plain(vit: object) -> bool:
     )
 
 
+WRAPPERS = ("module.", "_orig_mod.", "module.")
+"""Prefixes of the names of wrapped modules."""
+
+
 def load_weights(
     module: nn.Module,
     state: dict[str, Tensor],
@@ -152,9 +159,17 @@ def load_weights(
 ) -> None:
     """Loads tensors strictly; UserError with the first that does not fit and the settings that decide.
 
-    source, what, settings: for the message.
+    Names may have a prefix that DistributedDataParallel or torch.compile put before all of them. source, what,
+    settings: for the message.
     """
     wanted = module.state_dict()
+    for prefix in WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state):
+            log.info("%s: the prefix %s of all its names is left out", source, prefix)
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{source} has values in {name} that are not finite: name other weights.")
     for name in sorted(wanted.keys() | state.keys()):
         ours = tuple(wanted[name].shape) if name in wanted else "no such tensor"
         theirs = tuple(state[name].shape) if name in state else "no such tensor"

@@ -61,13 +61,27 @@ def read_run(folder: Path, name: str = "") -> System:
     return System.of_paths(name or folder.name, rows, None if None in costs else float(sum(costs)))
 
 
+def read_specialised(folder: Path, pool: System) -> list[System]:
+    """The paths of a run that were trained alone afterwards, as one system, whose cost includes the pool's."""
+    runs = [RunDirectory(made.parents[1]) for made in sorted(folder.glob("specialised/*/evaluate/artifact.json"))]
+    if not runs:
+        return []
+    rows = [row for run in runs for row in read_run(run.root).rows]
+    tuned = [made for run in runs for made in run.consistent() if made.record["stage"] == "finetune"]
+    costs = [pool.cost, *(made.facts["training"].get("flops") for made in tuned)]
+    return [System(f"{pool.name}, specialised", rows, None if None in costs else float(sum(costs)))]
+
+
 def read_runs(folders: Sequence[Path]) -> list[System]:
-    """Several runs under different names: the shortest ends of their paths that differ."""
+    """Several runs under different names, the shortest ends of their paths that differ; each with what was trained from
+    it alone."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
-            return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+            pools = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+            pairs = zip(folders, pools, strict=True)
+            return [system for folder, pool in pairs for system in (pool, *read_specialised(folder, pool))]
     twice = next(str(folder) for folder, part in zip(folders, parts, strict=True) if parts.count(part) > 1)
     raise UserError(f"{twice} is named twice: name each run once.")
 

@@ -8,6 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from lgp_dist.report.rows import row_alone
+from lgp_dist.run.artifacts import RunDirectory
 from lgp_dist.run.metrics import read_lines, read_metrics
 from lgp_dist.run.path_rows import PathRow, read_rows
 from lgp_dist.study.runner import STARTS
@@ -29,6 +30,7 @@ MEASURES = {
     "mean_before": "all before",
     **{f"mean_{step}": f"all, step {step}" for step in CURVE},
     "mean": "all paths",
+    "stitched": "stitched paths",
     "best": "best",
     "r2": "R²",
     "step_ms": "step (ms)",
@@ -71,7 +73,17 @@ def trial_record(trial: Trial, out: Path) -> dict[str, Any]:
         "curve": curve,
         "before": read_rows(evaluated / "before.json") if trial.config.evaluate.before else [],
         "rows": read_rows(evaluated / "paths.json"),
+        "specialised": [specialised_record(Path(trial.folder), key) for key in trial.config.specialise.paths],
     }
+
+
+def specialised_record(folder: Path, key: str) -> dict[str, Any]:
+    """What the training of one path alone gave, after the pool's."""
+    run = RunDirectory(folder / "specialised" / key)
+    made = {artifact.record["stage"]: artifact for artifact in run.consistent()}
+    (row,) = read_rows(made["evaluate"].folder / "paths.json")
+    (before,) = read_rows(made["evaluate"].folder / "before.json")
+    return {**row, "top1_before": before["top1"], "training": made["finetune"].facts["training"]}
 
 
 def _watched(line: Mapping[str, Any]) -> dict[str, float]:
@@ -98,6 +110,7 @@ def measures(record: Record) -> dict[str, float]:
         "wide": _top1(row_alone(rows, wide=True)),
         "mean_before": fmean(row["top1"] for row in before) if before else None,
         "mean": fmean(row["top1"] for row in rows),
+        "stitched": fmean(stitched) if (stitched := [r["top1"] for r in rows if r["stitch"] is not None]) else None,
         "best": max(row["top1"] for row in rows),
         "r2": fmean(record["r2"].values()) if record["r2"] else None,
         "step_ms": record["step_ms"],
@@ -200,14 +213,25 @@ def layer_fits(records: Sequence[Record]) -> dict[str, dict[int, Estimate]]:
     return {variant: {layer: estimate(fits) for layer, fits in each.items()} for variant, each in values.items()}
 
 
-def mean_rows(records: Sequence[Record], variant: str) -> list[PathRow]:
-    """A variant's evaluated paths with top-1 averaged over its seeds."""
+def mean_rows(records: Sequence[Record], variant: str, which: str = "rows") -> list[PathRow]:
+    """A variant's evaluated paths, or those of `specialised`, with top-1 averaged over its seeds."""
     top1: dict[str, list[float]] = {}
     for record in of_variant(records, variant):
-        for row in record["rows"]:
+        for row in record[which]:
             top1.setdefault(row["key"], []).append(row["top1"])
-    first: list[PathRow] = of_variant(records, variant)[0]["rows"]
+    first: list[PathRow] = of_variant(records, variant)[0][which]
     return [{**row, "top1": fmean(top1[row["key"]])} for row in first]
+
+
+def specialised_paths(records: Sequence[Record]) -> dict[str, dict[str, Estimate]]:
+    """Top-1 of every path that was trained alone, by variant and key: `pool` before it, `alone` after it."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        for row in record["specialised"]:
+            found = values.setdefault(f"{record['arm']}, {row['key']}", {"pool": [], "alone": []})
+            found["pool"].append(row["top1_before"])
+            found["alone"].append(row["top1"])
+    return {name: {which: estimate(top1) for which, top1 in each.items()} for name, each in values.items()}
 
 
 def mean_curve(records: Sequence[Record], variant: str) -> dict[int, float]:

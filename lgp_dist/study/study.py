@@ -12,6 +12,7 @@ from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic, write_json
 from lgp_dist.report.compare import System, compare_figure, variants_figure
 from lgp_dist.report.plots import save_figure
+from lgp_dist.run.artifacts import is_complete
 from lgp_dist.run.provenance import environment
 from lgp_dist.run.text_table import markdown_table
 from lgp_dist.stages.start import sources
@@ -25,6 +26,7 @@ from lgp_dist.study.results import (
     mean_curve,
     mean_rows,
     row_checks,
+    specialised_paths,
     summary,
     trial_record,
 )
@@ -52,7 +54,10 @@ def sources_of(config: RunConfig) -> dict[str, str]:
 
 
 def is_done(trial: Trial) -> bool:
-    """Whether all its stages are complete; UserError if they were made with other settings."""
+    """Whether all its stages are complete, and its specialised paths'; UserError if made with other settings."""
+    alone = (trial.folder / "specialised" / key for key in trial.config.specialise.paths)
+    if not all(is_complete(folder, STAGES[-1]) for folder in alone):
+        return False
     try:
         return all(trial.run.is_current(stage) for stage in ("evaluate", STAGES[-1]))
     except UserError as error:
@@ -68,6 +73,8 @@ def publish(question: Question, trials: Sequence[Trial], out: Path) -> str:
     found = summary(records, question.reference)
     checks = row_checks(records, question.reference) if question.keeps_rows else {}
     text = tables(question, found, layer_fits(records), checks)
+    if alone := specialised_paths(records):
+        text += "\n\nPaths trained alone afterwards:\n\n" + _table(alone, {"pool": "in the pool", "alone": "alone"})
     write_json(
         out / "study.json",
         {
@@ -92,6 +99,9 @@ def publish(question: Question, trials: Sequence[Trial], out: Path) -> str:
         System.of_paths(name, mean_rows(records, name), 1e12 * each["cost"][0] if "cost" in each else None)
         for name, each in means.items()
     ]
+    for name in found:
+        if rows := mean_rows(records, name, "specialised"):
+            systems.append(System(f"{name}, specialised", rows, None))
     save_figure(compare_figure(systems, title=question.asks), out / "paths")
     return text
 

@@ -187,7 +187,7 @@ def table(worlds: tuple[int, ...] = (2, 4)) -> list[Trial]:
 
 def extras() -> list[Trial]:
     """What the table leaves out: fp16, other rules for unused parameters, three rows or one, stitched paths without the
-    final norm, offload, union, compilation, a launch of one rank."""
+    final norm, the options beyond the paper, nested widths, offload, union, compilation, a launch of one rank."""
     trials = []
     for engine in ENGINES:
         base = Trial(engine, 2, accumulate=2, clip=0.5)
@@ -204,6 +204,7 @@ def extras() -> list[Trial]:
             replace(base, feature_weight=0.5, checkpointed=True),
             replace(base, lead_weight=1.0, feature_weight=0.5, rows=3, accumulate=3),
             replace(base, lead_weight=1.0, nested=True, accumulate=3, checkpointed=engine == "zero3"),
+            Trial(engine, 4, accumulate=2, lead_weight=1.0, feature_weight=0.5, rows=3, stitch_sharing="path", ema=0.8),
         ]
         if engine in ("zero1", "zero2"):
             trials += [replace(base, reduction="union", unused=unused) for unused in ("skip", "zero")]

@@ -33,7 +33,10 @@ def trials() -> list[Trial]:
         if LONG or (place + number) % len(SETTINGS)
     ]
     taught = {"lead_weight": 1.0, "feature_weight": 0.5, "stitch_sharing": "path", "ema": 0.8}
-    found += [Trial(engine, 2, steps=STEPS, accumulate=2, **taught) for engine in ("zero1", "zero3", "ddp")]
+    nested = {"lead_weight": 1.0, "nested": True}
+    for engine in ("zero1", "zero3", "ddp"):
+        found += [Trial(engine, 2, steps=STEPS, accumulate=2, **taught)]
+        found += [Trial(engine, 2, steps=STEPS, accumulate=3, **nested)]
     return found + [
         Trial("zero2", 2, steps=STEPS, offload=True),
         Trial("zero3", 2, steps=STEPS, offload=True),

@@ -111,3 +111,38 @@ def test_sources_that_do_not_fit_are_refused(
 def test_anchors_that_are_no_rows_are_refused(lgp: Lgp, place: Path, model: str, pieces: list[str]) -> None:
     overrides = (*rows("hub", "labels"), f"--model.rows.0.model={model}", "--finetune.distil-weight=0")
     has(refused(lgp, "distil", *overrides), *pieces)
+
+
+def test_the_ancestry_as_the_wide_row_of_full_depth(lgp: Lgp, place: Path) -> None:
+    """36 paths of rows of 12 blocks; the wide row before fine-tuning has the ancestry's accuracy, and the narrow one,
+    which starts from the ancestry's channels, is distilled."""
+    whole = ("--model.depth=12", "--model.rows.0.start=ancestry", "--pool.stitch-init=least_squares")
+    wide = ("--model.rows.1.source=file", "--model.rows.1.weights=ancestry.safetensors", "--model.rows.1.levels=none")
+    for stage in ("ancestry", "distil", "pool"):
+        done = lgp(stage, *SMALL, *whole, *wide, "--pool.samples=16")
+        assert done.status == 0, done.err
+    facts = json.loads(Path("run/pool/artifact.json").read_text())["facts"]
+    assert facts["paths"] == 36 and facts["stitches"] == 11
+    narrow, widest = json.loads(Path("run/distil/artifact.json").read_text())["facts"]["rows"]
+    ancestry = json.loads(Path("run/ancestry/artifact.json").read_text())["facts"]
+    assert (widest["source"], widest["top1"]) == ("file", ancestry["top1"]) and narrow["source"] == "distil"
+
+
+def test_weights_of_other_makes(lgp: Lgp, place: Path) -> None:
+    """Prefixes of wrapped modules are left out, and the log says so; a pickle is not opened, and the sentence has the
+    lines that convert it; weights that are not finite are refused."""
+    state = load_file("ancestry.safetensors")
+    wrapped = {f"module._orig_mod.{name}": value for name, value in state.items()}
+    save_file(wrapped, "wrapped.safetensors")
+    done = lgp("ancestry", *SMALL, "--ancestry.weights=wrapped.safetensors")
+    assert done.status == 0
+    has(done.err, "the prefix module. of all its names is left out", "the prefix _orig_mod.")
+    made = load_file("run/ancestry/ancestry.safetensors")
+    assert all(torch.equal(made[name], value) for name, value in state.items())
+    torch.save(state, "weights.pth")
+    pickled = lgp("ancestry", *SMALL, "--ancestry.weights=weights.pth", "--run-dir=second")
+    has(pickled.sentence, "weights.pth is a pickle of PyTorch", "weights_only=True", "save_file")
+    save_file(state | {"norm.bias": torch.full_like(state["norm.bias"], torch.nan)}, "nan.safetensors")
+    broken = lgp("ancestry", *SMALL, "--ancestry.weights=nan.safetensors", "--run-dir=third")
+    has(broken.sentence, "nan.safetensors has values in norm.bias that are not finite")
+    assert pickled.status == broken.status == 2

@@ -46,6 +46,7 @@ SYSTEMS = {
     "vanilla_tiny": ["r0.0-5"],
     "scratch_tiny": ["r0.0-3+r1.4-5"],
     "sws_tiny": ["d3", "d4", "d5", "d6"],
+    "nested_tiny": ["w24", "w48", "w72", "w96"],
 }
 """Recipes and the models that each gives."""
 
@@ -64,7 +65,7 @@ def test_every_system_from_shards_to_export_and_in_one_report(lgp: Lgp, place: P
         assert sorted(row["key"] for row in measured) == sorted(keys)
         assert all(key in done.out for key in keys) and (run / "report.html").is_file()
         config = json.loads((run / "export/config.json").read_text())
-        if recipe == "sws_tiny":
+        if recipe in ("sws_tiny", "nested_tiny"):
             model = timm.create_model(f"local-dir:{run}/export", pretrained=True)
         else:
             model = load_descendant(config, load_file(run / "export/model.safetensors"))

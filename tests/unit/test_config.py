@@ -145,7 +145,7 @@ def test_flatten_without_runtime_only_fields() -> None:
 
 def test_a_record_from_before_a_setting_existed_equals_its_default() -> None:
     """Keys that a record lacks count with their default, in rows too; other values and other rows differ."""
-    now = depends_on(stage_settings(tiny()), "finetune")
+    now = depends_on(stage_settings(snnet_tiny()), "finetune")
     added = ("finetune.feature_weight", "model.stitch_sharing", "model.rows.1.start")
     record = {key: value for key, value in now.items() if key not in added}
     assert len(record) == len(now) - 3
