@@ -6,6 +6,8 @@ one and the start of the next. A resume skips nothing: it computes the next posi
 matter, since ranks share the positions of a step and each image's randomness is keyed by its sample and epoch.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,15 +25,16 @@ from lgp_dist.config.run_config import TrainConfig
 from lgp_dist.data.augment.keyed_random import sample_keys
 from lgp_dist.data.augment.mixing import Mixer
 from lgp_dist.data.augment.pixels import Pixels
-from lgp_dist.data.bad import BadSamples
 from lgp_dist.data.loader import Loader, Plan
 from lgp_dist.data.order import LANES, SampleOrder
 from lgp_dist.data.remote.roots import RemoteRoot, open_root
-from lgp_dist.data.shards.decode import ShardFiles
+from lgp_dist.data.shards.decode import BadImage, ShardFiles
 from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardManifest
 from lgp_dist.errors import UserError
 from lgp_dist.protocols import Batch
+
+log = logging.getLogger("lgp")
 
 CPU = torch.device("cpu")
 LOOK = 64
@@ -79,6 +82,47 @@ def fingerprint_of(index: ShardIndex, data: DataConfig) -> str:
         digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
     digest.update("/".join(index.keys.tolist()).encode())
     return digest.hexdigest()
+
+
+class BadSamples:
+    """The bad samples that one rank met, counted by epoch: in an epoch every sample comes once."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.reasons: dict[int, str] = {}
+        """Sample -> what is wrong with it, in the order they were met."""
+        self._here: Counter[int] = Counter()
+        self._everywhere: Counter[int] = Counter()
+        self._last = ""
+
+    def note(self, index: ShardIndex, epoch: int, found: Sequence[tuple[int, BadImage]]) -> None:
+        """Counts those of a batch; UserError where this rank alone has more than the limit in an epoch."""
+        for sample, error in found:
+            if sample not in self.reasons:
+                self.reasons[sample] = error.reason
+                log.warning("bad sample: %s: %s", index.describe(sample), error.reason)
+            self._here[epoch] += 1
+            self._last = str(error)
+            if self._here[epoch] > self.limit:
+                self._stop(self._here[epoch], epoch)
+
+    def add(self, epoch: int, count: int) -> None:
+        """Adds a count of all ranks; UserError where the epoch then has more than the limit."""
+        self._everywhere[epoch] += count
+        if self._everywhere[epoch] > self.limit:
+            self._stop(self._everywhere[epoch], epoch)
+
+    def counts(self) -> dict[str, int]:
+        """Bad samples of all ranks by epoch, for JSON."""
+        return {str(epoch): count for epoch, count in self._everywhere.items()}
+
+    def restore(self, counts: Mapping[str, int]) -> None:
+        """Continues from the counts of an earlier start."""
+        self._everywhere = Counter({int(epoch): count for epoch, count in counts.items()})
+
+    def _stop(self, count: int, epoch: int) -> None:
+        last = f"; the last of this rank: {self._last}" if self._last else ": the log names them."
+        raise UserError(f"{count} images of epoch {epoch} are bad, and data.max_bad allows {self.limit}{last}")
 
 
 @dataclass(eq=False)
@@ -207,7 +251,8 @@ class TrainStream:
 
         lines: `step` and `bad_samples`, summed over ranks, of each optimizer step; the same on every rank.
         """
-        self.bad.check_all({line["step"]: line["bad_samples"] for line in lines}, self._epoch)
+        for line in lines:
+            self.bad.add(self._epoch(line["step"]), line["bad_samples"])
 
     def _epoch(self, step: int) -> int:
         """The epoch in which a step begins."""

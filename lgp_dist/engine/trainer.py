@@ -5,8 +5,9 @@ A step is `begin`, then for each micro-step a forward of `module` and `backward`
 """
 
 import contextlib
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from lgp_dist.engine.gradients import Contract, Gradients
 from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.optim import EMA, StepMask
 from lgp_dist.engine.step_filter import StepFilter, StepVerdict
-from lgp_dist.engine.trackers import Tracking
 from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import StepContext, Task
+
+log = logging.getLogger("lgp")
 
 Watch = Callable[[nn.Module], dict[str, float]]
 """Measures the wrapped module while it trains, with the same number of forwards on every rank."""
@@ -80,6 +82,32 @@ class LossScale:
             self.value /= 2
         elif self.good % 2000 == 0:
             self.value *= 2
+
+
+class Tracking:
+    """Passes lines to accelerate's trackers, which are other people's code and must not end a run; counts lost ones."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.lost = accelerator, 0
+
+    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Passes the numbers of finished steps, by name. Each line has a `step`."""
+        for line in lines:
+            try:
+                tracked = {name: value for name, value in line.items() if isinstance(value, float)}
+                self.accelerator.log(tracked, step=line["step"])
+            except Exception as error:  # noqa: BLE001  whatever a tracker raises
+                self.lost += 1
+                if self.lost == 1:
+                    log.warning("A tracker cannot take a line (%r): the run continues, lines are lost", error)
+
+    def close(self) -> None:
+        """Ends the trackers."""
+        for tracker in self.accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # noqa: BLE001  whatever a tracker raises
+                log.warning("Tracker %s did not end well (%r)", tracker.name, error)
 
 
 class Trainer:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from run_helpers import LIMIT_S, SMALL
 from safetensors.torch import load_file
 
-from lgp_dist.engine.trackers import Tracking
+from lgp_dist.engine.trainer import Tracking
 from lgp_dist.run.log import end_log, open_log
 from lgp_dist.run.metrics import MetricsFile, read_metrics
 

@@ -17,9 +17,6 @@ DRAWS = 2 * TRIES + 2
 RATIO = (3 / 4, 4 / 3)
 """Width / height of a random crop."""
 
-Box = tuple[int, int, int, int]
-"""Left, top, width, height in pixels."""
-
 _RESIZE = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
@@ -27,8 +24,8 @@ _RESIZE = {
 """torch's antialiased uint8 kernels, ports of Pillow's, that write into a given tensor."""
 
 
-def random_box(width: int, height: int, scale: tuple[float, float], draws: list[float]) -> Box:
-    """The box of torchvision's RandomResizedCrop for an image; draws: DRAWS numbers in [0, 1)."""
+def random_box(width: int, height: int, scale: tuple[float, float], draws: list[float]) -> tuple[int, int, int, int]:
+    """Left, top, width and height of torchvision's RandomResizedCrop for an image; draws: DRAWS numbers in [0, 1)."""
     area, low, high = width * height, math.log(RATIO[0]), math.log(RATIO[1])
     for number in range(TRIES):
         target = area * (scale[0] + (scale[1] - scale[0]) * draws[2 * number])
