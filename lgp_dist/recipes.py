@@ -84,12 +84,12 @@ def tiny() -> RunConfig:
     """
     base = fashion()
     rows = tuple(replace(row, start="ancestry") for row in base.model.rows)
-    train = replace(base.finetune.train, epochs=27.0, lr=2e-3, accumulate=4)
+    train = replace(base.finetune.train, epochs=33.0, lr=2e-3, accumulate=4)
     return replace(
         base,
         recipe="tiny",
         model=replace(base.model, rows=rows),
-        distil=replace(base.distil, train=replace(base.distil.train, epochs=8.0)),
+        distil=replace(base.distil, train=replace(base.distil.train, epochs=4.0)),
         finetune=FinetuneConfig(sandwich=True, row_lr=(1.0, 0.1), train=train),
     )
 
@@ -130,19 +130,19 @@ def pool12() -> RunConfig:
 def pool12_plus() -> RunConfig:
     """pool12 with what lifts its paths (docs/results.md): the same models and storage, the same multiply-adds to train.
 
-    Rows start from DeiT-Base and are distilled for half as long; stitches start by least squares; fine-tuning has the
-    rest, with both rows in every step and a tenth of the rate for the wide one.
+    Rows start from DeiT-Base and are distilled for a quarter as long; stitches start by least squares; fine-tuning has
+    the rest, with both rows in every step and a tenth of the rate for the wide one.
 
     Command: lgp run pool12_plus
     """
     base = pool12()
     rows = tuple(replace(row, start="ancestry") for row in base.model.rows)
-    train = replace(base.finetune.train, epochs=121.0, lr=1e-3, accumulate=4)
+    train = replace(base.finetune.train, epochs=156.0, lr=1e-3, accumulate=4)
     return replace(
         base,
         recipe="pool12_plus",
         model=replace(base.model, rows=rows),
-        distil=replace(base.distil, train=replace(base.distil.train, epochs=50.0)),
+        distil=replace(base.distil, train=replace(base.distil.train, epochs=25.0)),
         pool=PoolConfig(stitch_init="least_squares"),
         finetune=FinetuneConfig(sandwich=True, row_lr=(1.0, 0.1), train=train),
     )

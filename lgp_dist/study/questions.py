@@ -219,6 +219,9 @@ PER_PATH = {"model.stitch_sharing": "path"}
 EMA = {"finetune.train.ema": 0.99}
 START = {"model.rows.0.start": "ancestry", "model.rows.1.start": "ancestry"}
 WIDE_START = {"model.rows.1.start": "ancestry"}
+SHAPES = {"008": "r0.0-5", "028": "r0.0-3+r1.4-5", "038": "r0.0-2+r1.3-5", "068": "r1.0-5"}
+"""Four shapes by their 10,000 parameters."""
+ALONE = {"specialise.paths": [*SHAPES.values()], "specialise.epochs": lambda config: 2 * config.finetune.train.epochs}
 
 
 def distilled_for(share: float) -> Values:
@@ -226,15 +229,14 @@ def distilled_for(share: float) -> Values:
     return {"distil.train.epochs": lambda config: share * config.distil.train.epochs}
 
 
+QUARTER = {**START, **distilled_for(0.25)}
+
+
 def before_with(name: str, what: str, *changes: Values) -> Variant:
     """Recipe `tiny` as it was before question pools with these changes, at equal cost."""
     return Variant(
         name, what, {key: value for each in (BEFORE, *changes) for key, value in each.items()}, equal_cost=True
     )
-
-
-SHAPES = {"008": "r0.0-5", "028": "r0.0-3+r1.4-5", "038": "r0.0-2+r1.3-5", "068": "r1.0-5"}
-"""Four shapes by their 10,000 parameters."""
 
 
 def shape_alone(name: str, key: str, *, distilled: bool) -> Variant:
@@ -261,20 +263,12 @@ POOLS = Question(
         ),
         before_with("half_distil", "half of stage distil", distilled_for(0.5)),
         before_with("start_half", "start, half of stage distil", START, distilled_for(0.5)),
-        before_with("start_quarter", "start, a quarter of stage distil", START, distilled_for(0.25)),
+        before_with("start_quarter", "start, a quarter of stage distil", QUARTER),
         before_with("start_eighth", "start, an eighth of stage distil", START, distilled_for(0.125)),
-        before_with("start_half_features", "start_half, features", START, distilled_for(0.5), FEATURES),
-        before_with("start_half_per_path", "start_half, stitch_per_path", START, distilled_for(0.5), PER_PATH),
-        before_with("start_half_lead", "start_half, lead", START, distilled_for(0.5), LEAD),
-        before_with(
-            "start_half_all",
-            "start_half_lead, features, stitch_per_path",
-            START,
-            distilled_for(0.5),
-            LEAD,
-            FEATURES,
-            PER_PATH,
-        ),
+        before_with("quarter_features", "start_quarter, features", QUARTER, FEATURES),
+        before_with("quarter_per_path", "start_quarter, stitch_per_path", QUARTER, PER_PATH),
+        before_with("quarter_lead", "start_quarter, lead", QUARTER, LEAD),
+        before_with("specialised", "start_quarter, then four paths alone, two epochs each", QUARTER, ALONE),
         replace(recipe_variant("nested_tiny"), values={}, equal_cost=True),
         recipe_variant("sws_tiny"),
         *(shape_alone(f"scratch_{name}", key, distilled=False) for name, key in SHAPES.items()),
