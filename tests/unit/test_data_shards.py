@@ -261,18 +261,21 @@ def test_verify_names_every_problem(tmp_path: Path) -> None:
     assert found[5].key == "a3"
 
 
-def test_an_index_of_another_format_counts_as_missing(tmp_path: Path) -> None:
-    """The tars are read in its place, and verify says that it must be made again."""
+def test_an_index_of_format_1_is_still_read(tmp_path: Path) -> None:
     root = tmp_path / "imagenet"
     foreign_shards(root)
     manifest = index_shards(root, quiet)
     path = sidecar_path(root, "train")
     arrays = dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
-    labels = arrays["label"].tolist()
-    np.savez(path, **arrays | {"format": np.int64(1), "label": 2 - arrays["label"]})
-    assert ShardIndex.load(manifest, "train", 3).label.tolist() == labels
-    (problem,) = verify_shards(root)
-    assert (problem.shard, problem.reason) == (path.name, "index")
+    old = {name: arrays[name] for name in ("fingerprint", "shard", "offset", "size", "label", "keys")}
+    old["label"] = 2 - old["label"]
+    np.savez(path, format=np.int64(1), **old)
+    index = ShardIndex.load(manifest, "train", 3)
+    assert index.label.tolist() == old["label"].tolist() and index.width.tolist() == [0] * 10
+    assert index.crc.tolist() == [-1] * 10
+    old["label"] = 2 - old["label"]
+    np.savez(path, format=np.int64(1), **old)
+    assert verify_shards(root) == []
 
 
 def test_index_has_sizes_and_sums(tmp_path: Path) -> None:

@@ -20,18 +20,18 @@ from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic
 
 SIDECAR_FORMAT = 2
-"""A sidecar of another format counts as missing."""
-COLUMNS: dict[str, type] = {
-    "shard": np.int32,
-    "offset": np.int64,
-    "size": np.int64,
-    "label": np.int64,
-    "keys": np.str_,
-    "width": np.int32,
-    "height": np.int32,
-    "crc": np.int64,
+"""Format 1 has no width, height and crc; it is still read."""
+COLUMNS: dict[str, tuple[type, int | None]] = {
+    "shard": (np.int32, None),
+    "offset": (np.int64, None),
+    "size": (np.int64, None),
+    "label": (np.int64, None),
+    "keys": (np.str_, None),
+    "width": (np.int32, 0),
+    "height": (np.int32, 0),
+    "crc": (np.int64, -1),
 }
-"""Arrays of a sidecar and their types."""
+"""Arrays of a sidecar: type, and the value where format 1 has no such array."""
 SHARD_NAME = re.compile(r"(.*-)?(train|val|validation|test)-\d+\.tar")
 """timm's naming: imagenet1k-train-0000.tar belongs to split train."""
 
@@ -188,7 +188,7 @@ def join_samples(manifest: ShardManifest, split: str, shards: Sequence[Sequence[
     flat = [sample for samples in shards for sample in samples]
     lengths = np.array([len(samples) for samples in shards], dtype=np.int64)
     arrays: dict[str, NDArray[Any]] = {"shard": np.repeat(np.arange(len(shards), dtype=np.int32), lengths)}
-    for name, dtype in COLUMNS.items():
+    for name, (dtype, _) in COLUMNS.items():
         if name != "shard":
             attribute = "key" if name == "keys" else name
             arrays[name] = np.array([getattr(sample, attribute) for sample in flat], dtype=dtype)
@@ -234,13 +234,16 @@ def read_sidecar(manifest: ShardManifest, split: str) -> ShardIndex | None:
     fingerprint, entries = manifest.fingerprint(split), manifest.entries(split)
     try:
         with open(sidecar_path(manifest.root, split), "rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            if int(stored["format"]) != SIDECAR_FORMAT or str(stored["fingerprint"]) != fingerprint:
+            form = int(stored["format"])
+            if form not in (1, SIDECAR_FORMAT) or str(stored["fingerprint"]) != fingerprint:
                 return None
-            arrays = {name: stored[name] for name in COLUMNS}
+            arrays = {name: stored[name] for name, (_, default) in COLUMNS.items() if form > 1 or default is None}
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
         return None
     shard = arrays["shard"]
-    for name, dtype in COLUMNS.items():
+    for name, (dtype, default) in COLUMNS.items():
+        if name not in arrays:
+            arrays[name] = np.full(shard.shape, default, dtype=dtype)
         if arrays[name].dtype.kind != np.dtype(dtype).kind or arrays[name].shape != shard.shape:
             return None
     samples = np.array([entry.samples for entry in entries], dtype=np.int64)
