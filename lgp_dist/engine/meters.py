@@ -33,7 +33,7 @@ class StepResult(NamedTuple):
 
 
 class StepMeter:
-    """Collects steps without waiting for the device, and reports them every few steps.
+    """Collects steps without waiting for the device, and reports the first at once, then every few steps.
 
     Losses are means over ranks and micro-steps; images/s and counts are sums over ranks; times are this rank's.
     """
@@ -69,8 +69,8 @@ class StepMeter:
         times = {"data_wait_s": round(result.data_wait_s, 6), "step_time_s": round(result.step_time_s, 6)}
         self.lines.append({"step": step, **result.facts, **facts, "images_per_s": speed, **times})
         self.bar.update(1)
-        if len(self.lines) >= self.every or step + 1 == self.steps:
-            self.flush()
+        if len(self.lines) >= self.every or step + 1 == self.steps or step == self.first:
+            self.flush()  # the first at once: a person sees that it trains, and how fast
 
     def flush(self) -> None:
         """Averages losses over ranks, writes and shows the lines. A loss that is not finite is written as null."""
