@@ -33,7 +33,7 @@ def nearest(given: str, known: Iterable[str], otherwise: str) -> str:
 
 
 class Preempted(Exception):
-    """The run was asked to leave (SIGTERM, SIGUSR1); it has saved and can resume."""
+    """The run was asked to leave (SIGTERM, SIGUSR1, Ctrl-C); it has saved and can resume."""
 
     def __init__(self, stage: str, step: int, *, saved: bool):
         what = "has saved: the same command resumes from there" if saved else "could not save: see the log"

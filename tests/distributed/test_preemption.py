@@ -12,6 +12,7 @@ import pytest
 from exact_launch import HERE, ROOT
 from run_helpers import LIMIT_S, eventually, outcome_of
 
+from lgp_dist.engine.watch import signals
 from lgp_dist.engine.watch.signals import Preemption
 from lgp_dist.errors import BUG, PREEMPTED, USER
 from lgp_dist.run.run_status import RunStatus, clear_run_status, write_run_status
@@ -47,6 +48,19 @@ def test_handlers_take_a_note_and_go() -> None:
         assert seen == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_ctrl_c_is_noted_and_a_second_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second SIGINT at once is the launcher's; a later one interrupts."""
+    with Preemption() as preemption:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.name == "SIGINT"
+    monkeypatch.setattr(signals, "AGAIN_S", -1.0)
+    with Preemption() as preemption, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.asked
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 FAILING = """

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from run_helpers import LIMIT_S, shared_memory_goes
 from safetensors.torch import load_file
 
 from lgp_dist.config.flat import STAGES
+from lgp_dist.errors import PREEMPTED
 from lgp_dist.models.descendant import load_descendant
 
 pytestmark = pytest.mark.slow  # runs of whole stages
@@ -131,3 +133,20 @@ def test_run_again_skips_everything(finished: tuple[Path, str]) -> None:
     assert again.returncode == 0, again.stderr[-4000:]
     assert again.stderr.count("skipped") == len(STAGES)
     assert before == {path: path.read_bytes() for stage in STAGES for path in (run / stage).iterdir()}
+
+
+def test_ctrl_c_saves_and_says_so(tmp_path: Path) -> None:
+    """After the first line of training, which comes at once: status 75, a checkpoint, and the sentence."""
+    command = [sys.executable, "-m", "lgp_dist", "run", "tiny", "--run-dir", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "distil  step 1/" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        assert process.wait(LIMIT_S) == PREEMPTED
+    assert "was asked to end at step" in rest and "has saved" in rest
+    assert list((tmp_path / "run/checkpoints/distil").glob("step-*"))
+    assert json.loads((tmp_path / "run/outcome.json").read_text())["outcome"] == "preempted"

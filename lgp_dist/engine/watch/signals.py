@@ -1,16 +1,21 @@
-"""A request to leave, by SIGTERM or SIGUSR1, becomes a flag: the loop finishes its step, saves and ends.
+"""A request to leave, by SIGTERM, SIGUSR1 or Ctrl-C, becomes a flag: the loop finishes its step, saves and ends.
 
-Handlers only set the flag. Signals reach ranks at different times, so ranks agree on the step after which they leave.
+Handlers only set the flag; a second Ctrl-C ends the process at once. Signals reach ranks at different times, so ranks
+agree on the step after which they leave.
 """
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
 from lgp_dist.errors import Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers and launchers send before they kill."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What schedulers and launchers send before they kill, and Ctrl-C."""
+
+AGAIN_S = 2.0
+"""Seconds in which another SIGINT is the launcher's, which passes on what the terminal has sent to all."""
 
 UNANSWERED = "Asked to leave before this, by "
 """Start of the note on an exception that ended a loop which had been asked to leave."""
@@ -31,6 +36,7 @@ class Preemption:
     def __init__(self) -> None:
         self.name = ""
         """The first signal that came, such as SIGUSR1."""
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -51,4 +57,8 @@ class Preemption:
             failure.add_note(f"{UNANSWERED}{self.name}.")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = self.name or signal.Signals(number).name
+        now = time.monotonic()
+        if number == signal.SIGINT and self.name and now > self._since + AGAIN_S:
+            raise KeyboardInterrupt
+        if not self.name:
+            self.name, self._since = signal.Signals(number).name, now
