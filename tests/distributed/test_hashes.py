@@ -63,11 +63,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
+@pytest.mark.slow
 def test_values_of_all_ranks(results: list[dict[str, Any]]) -> None:
     wanted = [{"rank": rank, "text": "ü" * rank} for rank in range(WORLD)]
     assert all(result["values"] == {"value": wanted} for result in results)
 
 
+@pytest.mark.slow
 def test_one_rank_of_a_node_hashes(results: list[dict[str, Any]]) -> None:
     """A file that only some ranks name is read by the first of these on each node."""
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in "abc"}
@@ -79,11 +81,13 @@ def test_one_rank_of_a_node_hashes(results: list[dict[str, Any]]) -> None:
     assert [result["hashed"] for result in results] == [first, [], last, ["b"]]
 
 
+@pytest.mark.slow
 def test_unreadable_file_is_a_sentence_where_it_is_named(results: list[dict[str, Any]]) -> None:
     assert [result["missing"].get("error") for result in results] == [None] * NODE + ["UserError"] * NODE
     assert len({result["missing"]["sentence"] for result in results[NODE:]}) == 1
 
 
+@pytest.mark.slow
 def test_work_of_one_rank_of_a_node(results: list[dict[str, Any]]) -> None:
     """Each node has its own result; where one rank fails, all ranks end with its words."""
     assert [result["once"]["value"] for result in results] == [0, 0, 2, 2]
@@ -93,6 +97,7 @@ def test_work_of_one_rank_of_a_node(results: list[dict[str, Any]]) -> None:
     assert errors == ["KeyError" if rank == FAILS else "UserError" for rank in range(WORLD)]
 
 
+@pytest.mark.slow
 def test_two_ranks_hash_once_and_end_together(place: Path) -> None:
     """Of two ranks on a node rank 0 hashes; where an artifact is damaged, both end with one sentence."""
     run, notes = place / "run", place / "hashes"

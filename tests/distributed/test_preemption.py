@@ -104,6 +104,7 @@ def ready(run: Path) -> bool:
     return all(file.exists() and file.read_text() for file in files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forwarded", [False, True], ids=["SIGTERM", "SIGUSR1 twice"])
 def test_launcher_passes_signals_on(tmp_path: Path, mark: str, forwarded: bool) -> None:
     """Ranks have time to save; the launcher makes 1 of their 75. SIGUSR1 needs PET_SIGNALS_TO_HANDLE."""
@@ -181,6 +182,7 @@ def test_batch_script_decides(
     assert said(tmp_path, "accelerate").endswith(f"-m lgp_dist run tiny --seed=1 --run-dir={run}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("grace", "save", "saved"), [("280", SAVE_S, True), ("2", 600, False)])
 def test_batch_script_lets_ranks_leave(tmp_path: Path, mark: str, grace: str, save: int, saved: bool) -> None:
     """SIGUSR1 to the script reaches the ranks, which have the grace that it sets to save, and no more."""

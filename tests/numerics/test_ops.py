@@ -167,6 +167,7 @@ def test_inductor_takes_both() -> None:
         assert ops_cases.distance(found[part], value) <= LIMITS["fp32"]
 
 
+@pytest.mark.slow
 def test_modes() -> None:
     """Compiled is the reference compiled; auto is the reference on a card that no benchmark names, as is a CPU."""
     leaves = inputs("stitch_norm", 4, 16, 32, torch.float32)

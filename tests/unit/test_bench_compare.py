@@ -47,6 +47,7 @@ def test_stored_results_are_told_apart_by_their_fields(bench: str, file: str) ->
     assert len(found) == measured >= len(rows) - 1 and all(one["ratio"] == 1 for one in found)
 
 
+@pytest.mark.slow
 def test_a_command_compares_with_a_file(lgp: Lgp, tmp_path: Path) -> None:
     call = ("bench", "sampler", "--recipe=pool12", "--ranks=8", "--micro-steps=1", "--compare")
     result = lgp(*call, STORED / "sampler.json")

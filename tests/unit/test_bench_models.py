@@ -93,6 +93,7 @@ def taken(seen: dict[str, set[tuple[Any, ...]]]) -> dict[str, set[tuple[Any, ...
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_benches_time_what_stages_train(
     settings: str,

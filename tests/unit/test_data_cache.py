@@ -135,6 +135,7 @@ def test_fault_has_one_outcome(
         assert server.count(NAMES[0]) == 3 * requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["fine", "503-twice", "cut-once", "cut-often", "stall-once", "no-range", "unsaid"])
 def test_fault_that_passes(server: FaultServer, tmp_path: Path, fault: str) -> None:
     """A try that brought new bytes does not count against data.retries: `cut-often` needs three."""

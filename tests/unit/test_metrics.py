@@ -29,6 +29,7 @@ def kept(text: str, stage: str, first: int) -> list[dict[str, object]]:
     ]
 
 
+@pytest.mark.slow
 def test_resume_over_half_a_million_lines_needs_no_memory(tmp_path: Path) -> None:
     """Neither the first write of a resumed stage nor a pass over its lines holds the file."""
     path = tmp_path / "metrics.jsonl"
