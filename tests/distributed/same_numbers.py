@@ -28,6 +28,9 @@ RENAMED_OPTIONS: dict[str, str] = {}
 """Options below that were renamed on purpose: this tree's name to REV's."""
 OPTIONS = (
     "--engine.threads=1",
+    "--pool.stitch-init=least_squares",
+    "--finetune.sandwich",
+    "--finetune.train.accumulate=4",
     "--distil.train.max-steps=60",
     "--finetune.train.max-steps=60",
     "--checkpoint.every=0",
@@ -103,13 +106,13 @@ def results(tree: Path, folder: Path, keep: Path | None, renamed: dict[str, str]
 
 
 def train(tree: Path, module: list[str], options: list[str], run: Path) -> None:
-    """`python -m MODULE run tiny OPTIONS` in a tree, with its package."""
+    """`python -m MODULE run tiny_paper OPTIONS` in a tree, with its package."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     where = [sys.executable, "-c", "import lgp_dist; print(lgp_dist.__path__[0])"]
     package = subprocess.run(where, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     if Path(package) != tree / "lgp_dist":
         sys.exit(f"{tree} would train with the package of {package}.")
-    call = [sys.executable, "-m", *module, "run", "tiny", "--run-dir", str(run), *options]
+    call = [sys.executable, "-m", *module, "run", "tiny_paper", "--run-dir", str(run), *options]
     done = subprocess.run(
         call, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
