@@ -24,8 +24,10 @@ PLAIN = (
     "--finetune.train.accumulate=1",
     "--finetune.row-lr",
     "--pool.stitch-init=transformation",
+    "--model.rows.0.start=random",
+    "--model.rows.1.start=random",
 )
-"""A path a step on every rank, one learning rate, stitches from distillation: not what the recipe tiny chooses."""
+"""A path a step on every rank, one learning rate, random rows, stitches from distillation: not what the recipe tiny chooses."""
 SMALL = (
     "tiny",
     *PLAIN,

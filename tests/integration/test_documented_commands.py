@@ -30,8 +30,14 @@ from lgp_dist.run.tensors import save_tensors
 pytestmark = pytest.mark.slow  # runs of whole stages
 
 STAGE = rf"({'|'.join(STAGES)})"
-RECIPE = r"(tiny|tiny_paper|sws_tiny|snnet_tiny)"
-LIKE = {"pool12": "tiny_paper", "snnet_deit": "snnet_tiny", "sws_base": "sws_tiny"}
+RECIPE = r"(tiny|tiny_paper|sws_tiny|snnet_tiny|nested_tiny)"
+LIKE = {
+    "pool12": "tiny_paper",
+    "pool12_plus": "tiny",
+    "snnet_deit": "snnet_tiny",
+    "sws_base": "sws_tiny",
+    "nested_base": "nested_tiny",
+}
 """Recipe that needs ImageNet -> one that does the same on 28 x 28 pixels; only where images are read."""
 
 CLASSES = 37
@@ -68,7 +74,7 @@ ELSEWHERE = {
         "three seeds of every variant, each run a process",
         "tests/integration/test_study.py::test_a_killed_study_gives_the_table_of_its_commands",
     ),
-    r"lgp run pool12 --ancestry\.model": (
+    r"lgp run pool12_plus --ancestry\.model": (
         "weights of the hub",
         "tests/integration/test_systems.py::test_an_anchor_from_the_hub_is_the_hubs",
     ),

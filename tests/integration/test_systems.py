@@ -29,6 +29,7 @@ ANCHOR = (
     *("--model.rows.0.source=hub", "--model.rows.0.model=test_vit", "--model.rows.0.levels=none"),
     *("--model.rows.0.width=64", "--model.rows.0.heads=2"),
     *("--model.rows.1.source=random", "--model.rows.1.levels=none"),
+    *("--model.rows.0.start=random", "--model.rows.1.start=random"),
     *("--pool.stitch-init=random", "--finetune.distil-weight=0"),
 )
 """A pool whose narrow row is timm's smallest ViT from the hub."""
