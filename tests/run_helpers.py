@@ -27,7 +27,7 @@ PLAIN = (
     "--model.rows.0.start=random",
     "--model.rows.1.start=random",
 )
-"""A path a step on every rank, one learning rate, random rows, stitches from distillation: not what the recipe tiny chooses."""
+"""A path a step on every rank, one learning rate, random rows, stitches from distillation: not what `tiny` chooses."""
 SMALL = (
     "tiny",
     *PLAIN,
