@@ -18,7 +18,15 @@ from lgp_dist.config.run_config import (
     RunConfig,
     TrainConfig,
 )
-from lgp_dist.config.systems import each_alone, from_scratch, nested, one_path_a_step, tail_alone, undistilled
+from lgp_dist.config.systems import (
+    each_alone,
+    from_ancestry,
+    from_scratch,
+    nested,
+    one_path_a_step,
+    tail_alone,
+    undistilled,
+)
 from lgp_dist.errors import UserError, nearest
 
 DEIT_AUGMENT = AugmentConfig(color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.25)
@@ -81,16 +89,7 @@ def tiny() -> RunConfig:
     Command: scripts/quickstart
     Accuracy: 83.7 % (narrow row) to 86.4 % along the Pareto front; ancestry 89.25 % (seed 0, 2,000 test images)
     """
-    base = fashion()
-    rows = tuple(replace(row, start="ancestry") for row in base.model.rows)
-    train = replace(base.finetune.train, epochs=33.0, lr=2e-3, accumulate=4)
-    return replace(
-        base,
-        recipe="tiny",
-        model=replace(base.model, rows=rows),
-        distil=replace(base.distil, train=replace(base.distil.train, epochs=4.0)),
-        finetune=FinetuneConfig(sandwich=True, row_lr=(1.0, 0.1), train=train),
-    )
+    return from_ancestry(fashion(), "tiny", distil=4.0, finetune=33.0)
 
 
 def tiny_paper() -> RunConfig:
@@ -134,17 +133,7 @@ def pool12_plus() -> RunConfig:
 
     Command: lgp run pool12_plus
     """
-    base = pool12()
-    rows = tuple(replace(row, start="ancestry") for row in base.model.rows)
-    train = replace(base.finetune.train, epochs=156.0, lr=1e-3, accumulate=4)
-    return replace(
-        base,
-        recipe="pool12_plus",
-        model=replace(base.model, rows=rows),
-        distil=replace(base.distil, train=replace(base.distil.train, epochs=25.0)),
-        pool=PoolConfig(stitch_init="least_squares"),
-        finetune=FinetuneConfig(sandwich=True, row_lr=(1.0, 0.1), train=train),
-    )
+    return from_ancestry(pool12(), "pool12_plus", distil=25.0, finetune=156.0)
 
 
 def pool36() -> RunConfig:

@@ -1,9 +1,41 @@
-"""What a recipe becomes as another system: SN-Net, SWS, vanilla learngene, nested widths, or from scratch."""
+"""What a recipe becomes as another system: SN-Net, SWS, vanilla learngene, nested widths, from scratch, or a pool whose
+rows start from the ancestry."""
 
 from dataclasses import replace
+from typing import Any
 
 from lgp_dist.config.budget import Budget
-from lgp_dist.config.run_config import FinetuneConfig, GradientConfig, RowConfig, RunConfig, TrainConfig
+from lgp_dist.config.run_config import (
+    FinetuneConfig,
+    GradientConfig,
+    ModelConfig,
+    PoolConfig,
+    RowConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+
+def with_rows(model: ModelConfig, **changes: Any) -> ModelConfig:
+    """The model with the same changes of all its rows."""
+    return replace(model, rows=tuple(replace(row, **changes) for row in model.rows))
+
+
+def from_ancestry(base: RunConfig, recipe: str, distil: float, finetune: float) -> RunConfig:
+    """The pool of two rows of another recipe, trained as question pools of `lgp study` found best (docs/results.md).
+
+    Rows start from the ancestry; stitches start by least squares; fine-tuning has both rows in every step, twice
+    distillation's learning rate, and a tenth of that for the wide row. distil, finetune: epochs of the stages.
+    """
+    train = replace(base.finetune.train, epochs=finetune, lr=2 * base.distil.train.lr, accumulate=4)
+    return replace(
+        base,
+        recipe=recipe,
+        model=with_rows(base.model, start="ancestry"),
+        distil=replace(base.distil, train=replace(base.distil.train, epochs=distil)),
+        pool=PoolConfig(stitch_init="least_squares"),
+        finetune=FinetuneConfig(sandwich=True, row_lr=(1.0, 0.1), train=train),
+    )
 
 
 def one_path_a_step(base: RunConfig) -> RunConfig:
@@ -14,11 +46,10 @@ def one_path_a_step(base: RunConfig) -> RunConfig:
 
 def undistilled(base: RunConfig, recipe: str) -> RunConfig:
     """SN-Net on the rows of another recipe, each trained with labels only; all else is unchanged."""
-    rows = tuple(replace(row, source="labels", levels="none") for row in base.model.rows)
     return replace(
         base,
         recipe=recipe,
-        model=replace(base.model, rows=rows),
+        model=with_rows(base.model, source="labels", levels="none"),
         pool=replace(base.pool, stitch_init="least_squares"),
     )
 
@@ -40,11 +71,10 @@ def tail_alone(base: RunConfig, recipe: str) -> RunConfig:
 
 def from_scratch(base: RunConfig, recipe: str, key: str, train: TrainConfig) -> RunConfig:
     """One path of another recipe's pool, trained from random weights with labels only."""
-    rows = tuple(replace(row, source="random", levels="none") for row in base.model.rows)
     return replace(
         base,
         recipe=recipe,
-        model=replace(base.model, rows=rows),
+        model=with_rows(base.model, source="random", levels="none"),
         pool=replace(base.pool, stitch_init="random"),
         finetune=replace(base.finetune, distil_weight=0.0, only=(key,), train=train),
         evaluate=replace(base.evaluate, before=False),
