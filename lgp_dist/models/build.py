@@ -15,7 +15,7 @@ from lgp_dist.models.sws import auxiliary_net, expand
 from lgp_dist.models.vit import build_vit
 from lgp_dist.paths.depths import DepthSpace
 from lgp_dist.paths.nested import NestedSpace
-from lgp_dist.paths.space import heads_of, space_of
+from lgp_dist.paths.space import heads_of, rows_space, space_of
 
 Taught = Literal["distil", "finetune"]
 """A stage in which the ancestry is the teacher."""
@@ -67,11 +67,9 @@ def prepare_ancestry(ancestry: Ancestry, config: RunConfig, stage: Taught) -> An
 
 def auxiliary_rows(config: RunConfig, ancestry: Ancestry | None) -> AuxiliaryRows:
     """All rows of stage distil with random weights. ancestry: needed if `config.has_levels`."""
-    space = space_of(config)
+    space = rows_space(config)
     if isinstance(space, DepthSpace):
         return auxiliary_net(space, config.model.rows[0], config.distil)
-    if isinstance(space, NestedSpace):
-        space = space.alone(space.widths[-1])
     shape = (ancestry.depth, ancestry.vit.embed_dim) if ancestry and config.has_levels else ()
     return AuxiliaryRows(build_rows(space, config.model.rows, config.distil, *shape))
 

@@ -46,7 +46,7 @@ class NestedPool(LearngenePool):
 
     def __init__(self, space: NestedSpace, whole: VisionTransformer):
         """whole: the ViT, whose tensors the pool takes; it cannot be used afterwards."""
-        super().__init__(space.alone(whole.embed_dim), [whole])
+        super().__init__(space.whole, [whole])
         (row,) = self.space.paths
         self.space = space
         with torch.device("meta"):

@@ -8,9 +8,8 @@ from typing import Any
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.paths.depths import DepthSpace
-from lgp_dist.paths.nested import NestedSpace
 from lgp_dist.paths.path import Space
-from lgp_dist.paths.space import space_of
+from lgp_dist.paths.space import rows_space
 from lgp_dist.paths.stitched import PathSpace
 
 TRAINING = 3
@@ -74,11 +73,9 @@ PLAIN = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (102
 
 def trained_rows_flops(config: RunConfig) -> float:
     """FLOPs of one image's forward through all rows that stage distil trains."""
-    space = space_of(config)
+    space = rows_space(config)
     if isinstance(space, DepthSpace):
         return float(space.cost(space.auxiliary).flops)
-    if isinstance(space, NestedSpace):
-        space = space.alone(space.widths[-1])
     rows = zip(space.paths, config.model.rows, strict=False)  # the first paths are rows alone
     return float(sum(space.cost(path).flops for path, row in rows if row.trains))
 

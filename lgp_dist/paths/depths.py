@@ -9,7 +9,7 @@ from functools import cached_property
 
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.paths.path import Path, Segment, Space
+from lgp_dist.paths.path import Path, PlainSpace, Segment
 
 
 def layers_per_stage(stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
@@ -33,7 +33,7 @@ def layer_sources(stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class DepthSpace(Space):
+class DepthSpace(PlainSpace):
     """The models of one auxiliary net: plain ViTs of one width without class token, each a row of its own."""
 
     width: int
@@ -48,9 +48,6 @@ class DepthSpace(Space):
     num_classes: int = 1000
 
     class_token = False
-    final_norm = True
-    stitches_per_pair = 0
-    stitch_widths = ()
 
     def __post_init__(self) -> None:
         if not self.stages or min(self.stages) < 1:
@@ -106,6 +103,3 @@ class DepthSpace(Space):
     def stored_params(self) -> int:
         """One layer of each stage, with embeddings, norm and head: they make models of all depths."""
         return self.cost(Path((Segment(0, 0, len(self.stages)),))).params
-
-    def _rows_of(self, path: Path) -> tuple[int, int, int | None, int | None]:
-        return path.blocks, 0, 0, None

@@ -8,12 +8,12 @@ from functools import cached_property
 
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
-from lgp_dist.paths.path import Path, Segment, Space
+from lgp_dist.paths.path import Path, PlainSpace, Segment
 from lgp_dist.paths.stitched import PathSpace
 
 
 @dataclass(frozen=True)
-class NestedSpace(Space):
+class NestedSpace(PlainSpace):
     """The models of one ViT: plain ViTs of one depth and one width of attention heads, which share their weights."""
 
     widths: tuple[int, ...]
@@ -28,9 +28,6 @@ class NestedSpace(Space):
     num_classes: int = 1000
 
     class_token = True
-    final_norm = True
-    stitches_per_pair = 0
-    stitch_widths = ()
 
     def __post_init__(self) -> None:
         if list(self.widths) != sorted(set(self.widths)) or any(width % self.head_width for width in self.widths):
@@ -73,6 +70,11 @@ class NestedSpace(Space):
         """Attention heads of each model."""
         return tuple(width // self.head_width for width in self.widths)
 
+    @property
+    def whole(self) -> PathSpace:
+        """The pool whose only row is the whole ViT."""
+        return self.alone(self.widths[-1])
+
     def alone(self, width: int) -> PathSpace:
         """The pool of one row that has this width."""
         return PathSpace((width,), self.depth, self.image_size, self.patch_size, self.channels, self.num_classes)
@@ -81,6 +83,3 @@ class NestedSpace(Space):
     def stored_params(self) -> int:
         """Those of the whole ViT."""
         return self.cost(self.paths[-1]).params
-
-    def _rows_of(self, path: Path) -> tuple[int, int, int | None, int | None]:
-        return path.blocks, 0, 0, None

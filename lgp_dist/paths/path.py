@@ -194,3 +194,14 @@ class Space(ABC):
         if self.image_size % self.patch_size:
             sizes = f"data.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}"
             raise UserError(f"{sizes}: change one.")
+
+
+class PlainSpace(Space):
+    """Models without stitch layers: each is a plain ViT, a row of its own."""
+
+    final_norm = True
+    stitches_per_pair = 0
+    stitch_widths = ()
+
+    def _rows_of(self, path: Path) -> tuple[int, int, int | None, int | None]:
+        return path.blocks, 0, 0, None

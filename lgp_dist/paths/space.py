@@ -16,6 +16,12 @@ def space_of(config: RunConfig) -> Space:
     return DepthSpace.from_config(config) if config.model.stages else PathSpace.from_config(config)
 
 
+def rows_space(config: RunConfig) -> Space:
+    """The paths of the rows that stage distil makes: those of the run, or the whole ViT for nested widths."""
+    space = space_of(config)
+    return space.whole if isinstance(space, NestedSpace) else space
+
+
 def heads_of(config: RunConfig) -> tuple[int, ...]:
     """Attention heads of each path's model, or of each row of a pool."""
     heads = tuple(row.heads for row in config.model.rows)
