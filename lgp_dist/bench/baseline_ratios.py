@@ -53,7 +53,7 @@ FIELDS = {
 
 
 def read_rows(option: str, file: Path, needed: Sequence[str], advice: str) -> list[dict[str, Any]]:
-    """The objects of a stored result that an option names; UserError where there are none, or one lacks a field."""
+    """The objects in the file that an option names; UserError if it holds none, or if one lacks a needed field."""
     try:
         rows = as_rows(json.loads(file.read_bytes()))
     except OSError as error:

@@ -100,8 +100,8 @@ def check_resume(config: RunConfig) -> None:
         known = f"; {folder} has {', '.join(there)}" if there else f"; {folder} has no checkpoint"
         advice = nearest(given, [*RESUME, *there], "name the folder of a checkpoint, such as step-00000500")
         raise UserError(
-            f"--resume is {given!r}, which is none of {', '.join(RESUME)} and no checkpoint (a folder with {MANIFEST})"
-            f"{known}: {advice}."
+            f"--resume is {given!r}, but there is no checkpoint (a folder with {MANIFEST}) of that name{known}. Take "
+            f"{', '.join(RESUME)} or a checkpoint: {advice}."
         )
     read_manifest(Path(given))
 

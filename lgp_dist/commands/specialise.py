@@ -35,8 +35,7 @@ def chosen_key(run: FinishedRun, key: str, budget: Budget) -> str:
 def best_keys(rows: Sequence[PathRow], count: int) -> list[str]:
     """The best paths within `count` budgets of parameters, at equal ratios up to the largest path, each path once."""
     sizes = [row["params"] for row in rows]
-    step = (max(sizes) / min(sizes)) ** (1 / max(count, 1))
-    limits = [min(sizes) * step**number for number in range(1, count)] + [max(sizes)] * (count > 0)
+    limits = [max(sizes) * (min(sizes) / max(sizes)) ** (1 - number / count) for number in range(1, count + 1)]
     return [*dict.fromkeys(str(choose(rows, Budget(max_params=Amount(limit)))["key"]) for limit in limits)]
 
 

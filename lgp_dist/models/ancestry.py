@@ -146,8 +146,8 @@ def is_plain(vit: object) -> bool:
     )
 
 
-WRAPPERS = ("module.", "_orig_mod.", "module.")
-"""Prefixes of the names of wrapped modules."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes that DistributedDataParallel and torch.compile put before all names."""
 
 
 def load_weights(
@@ -159,14 +159,12 @@ def load_weights(
 ) -> None:
     """Loads tensors strictly; UserError with the first that does not fit and the settings that decide.
 
-    Names may have a prefix that DistributedDataParallel or torch.compile put before all of them. source, what,
-    settings: for the message.
+    Names may have the prefixes of WRAPPERS. source, what, settings: for the message.
     """
     wanted = module.state_dict()
-    for prefix in WRAPPERS:
-        if state and all(name.startswith(prefix) for name in state):
-            log.info("%s: the prefix %s of all its names is left out", source, prefix)
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    while prefix := next((each for each in WRAPPERS if state and all(name.startswith(each) for name in state)), ""):
+        log.info("%s: the prefix %s of all its names is left out", source, prefix)
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{source} has values in {name} that are not finite: name other weights.")
