@@ -16,6 +16,7 @@ from lgp_dist.config.run_config import RunConfig, SpecialiseConfig
 from lgp_dist.export.choice import choose
 from lgp_dist.paths.space import space_of
 from lgp_dist.pipeline import run_joined
+from lgp_dist.run.artifacts import specialised_folder
 from lgp_dist.run.linked_stages import link_stages
 from lgp_dist.run.log import show
 from lgp_dist.run.path_rows import PathRow, read_rows
@@ -69,7 +70,7 @@ def specialised(config: RunConfig, key: str, epochs: float, lr: float) -> RunCon
     )
     return replace(
         config,
-        run_dir=str(root / "specialised" / key),
+        run_dir=str(specialised_folder(root, key)),
         finetune=alone,
         evaluate=replace(config.evaluate, before=True),
         budget=Budget(),

@@ -16,7 +16,7 @@ from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic
 from lgp_dist.report.plots import LINE_STYLES, STYLE, cost_axis, fit_costs, new_panels, save_figure
 from lgp_dist.report.rows import amount, pareto_front, row_alone
-from lgp_dist.run.artifacts import RunDirectory
+from lgp_dist.run.artifacts import Artifact, RunDirectory, is_complete, specialised_folder
 from lgp_dist.run.path_rows import ModelRow, PathRow, number_of, read_rows
 from lgp_dist.run.text_table import markdown_table
 
@@ -46,29 +46,34 @@ class System:
         return cls(name, rows, cost, row_alone(rows, wide=False), row_alone(rows, wide=True))
 
 
-def read_run(folder: Path, name: str = "") -> System:
-    """A run with its evaluated paths; UserError if it is not a run, incomplete or damaged."""
+def evaluated_stages(folder: Path) -> dict[str, Artifact]:
+    """An evaluated run's artifacts by stage; UserError if it is not a run, incomplete or damaged."""
     artifacts = {made.record["stage"]: made for made in RunDirectory(folder).consistent()} if folder.is_dir() else {}
     if "evaluate" not in artifacts:
         raise UserError(
             f"{folder} is not a complete run (it has no stage evaluate made from its other stages): name a run "
             "directory that `lgp run` has completed."
         )
-    evaluated = artifacts["evaluate"]
-    evaluated.check_files()
+    artifacts["evaluate"].check_files()
+    return artifacts
+
+
+def read_run(folder: Path, name: str = "") -> System:
+    """A run with its evaluated paths; UserError as `evaluated_stages`."""
+    artifacts = evaluated_stages(folder)
     costs = [made.facts["training"].get("flops") for made in artifacts.values() if made.facts.get("training")]
-    rows = read_rows(evaluated.folder / "paths.json")
+    rows = read_rows(artifacts["evaluate"].folder / "paths.json")
     return System.of_paths(name or folder.name, rows, None if None in costs else float(sum(costs)))
 
 
 def read_specialised(folder: Path, pool: System) -> list[System]:
     """The paths of a run that were trained alone afterwards, as one system, whose cost includes the pool's."""
-    runs = [RunDirectory(made.parents[1]) for made in sorted(folder.glob("specialised/*/evaluate/artifact.json"))]
+    folders = sorted(specialised_folder(folder, "").glob("*"))
+    runs = [evaluated_stages(alone) for alone in folders if is_complete(alone, "evaluate")]
     if not runs:
         return []
-    rows = [row for run in runs for row in read_run(run.root).rows]
-    tuned = [made for run in runs for made in run.consistent() if made.record["stage"] == "finetune"]
-    costs = [pool.cost, *(made.facts["training"].get("flops") for made in tuned)]
+    rows = [row for run in runs for row in read_rows(run["evaluate"].folder / "paths.json")]
+    costs = [pool.cost, *(run["finetune"].facts["training"].get("flops") for run in runs)]
     return [System(f"{pool.name}, specialised", rows, None if None in costs else float(sum(costs)))]
 
 

@@ -28,6 +28,11 @@ def is_complete(run: Path, stage: str) -> bool:
     return (run / stage / "artifact.json").is_file()
 
 
+def specialised_folder(run: Path, key: str) -> Path:
+    """The run directory of a path that was trained alone from a run's pool."""
+    return run / "specialised" / key
+
+
 def fingerprint(path: Path, setting: str) -> str:
     """sha256 of the file that a setting names; UserError if it cannot be read."""
     try:

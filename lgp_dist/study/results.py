@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from lgp_dist.report.compare import evaluated_stages
 from lgp_dist.report.rows import row_alone
-from lgp_dist.run.artifacts import RunDirectory
+from lgp_dist.run.artifacts import specialised_folder
 from lgp_dist.run.metrics import read_lines, read_metrics
 from lgp_dist.run.path_rows import PathRow, read_rows
 from lgp_dist.study.runner import STARTS
@@ -73,14 +74,13 @@ def trial_record(trial: Trial, out: Path) -> dict[str, Any]:
         "curve": curve,
         "before": read_rows(evaluated / "before.json") if trial.config.evaluate.before else [],
         "rows": read_rows(evaluated / "paths.json"),
-        "specialised": [specialised_record(Path(trial.folder), key) for key in trial.config.specialise.paths],
+        "specialised": [specialised_record(trial.folder, key) for key in trial.config.specialise.paths],
     }
 
 
 def specialised_record(folder: Path, key: str) -> dict[str, Any]:
     """What the training of one path alone gave, after the pool's."""
-    run = RunDirectory(folder / "specialised" / key)
-    made = {artifact.record["stage"]: artifact for artifact in run.consistent()}
+    made = evaluated_stages(specialised_folder(folder, key))
     (row,) = read_rows(made["evaluate"].folder / "paths.json")
     (before,) = read_rows(made["evaluate"].folder / "before.json")
     return {**row, "top1_before": before["top1"], "training": made["finetune"].facts["training"]}

@@ -12,7 +12,7 @@ from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic, write_json
 from lgp_dist.report.compare import System, compare_figure, variants_figure
 from lgp_dist.report.plots import save_figure
-from lgp_dist.run.artifacts import is_complete
+from lgp_dist.run.artifacts import is_complete, specialised_folder
 from lgp_dist.run.provenance import environment
 from lgp_dist.run.text_table import markdown_table
 from lgp_dist.stages.start import sources
@@ -55,7 +55,7 @@ def sources_of(config: RunConfig) -> dict[str, str]:
 
 def is_done(trial: Trial) -> bool:
     """Whether all its stages are complete, and its specialised paths'; UserError if made with other settings."""
-    alone = (trial.folder / "specialised" / key for key in trial.config.specialise.paths)
+    alone = (specialised_folder(trial.folder, key) for key in trial.config.specialise.paths)
     if not all(is_complete(folder, STAGES[-1]) for folder in alone):
         return False
     try:
