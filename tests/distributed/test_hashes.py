@@ -33,6 +33,7 @@ def names_in(run: Path, paths: list[str]) -> list[str]:
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_a_run_hashes_each_file_once(lgp: Lgp, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run that makes artifacts, the run that finds them complete, and stages that use what they did not make."""
     hashed: list[str] = []

@@ -101,9 +101,9 @@ def whole(folder: Path) -> set[str]:
         ("503", ["status 503", "after 2 tries"], 2),
         ("cut", ["cut off", "after 2 tries", "data.retries"], 2),
         ("no-answer", ["cut off", "after 2 tries"], 4),  # aiohttp repeats a request once by itself
-        ("stall", ["stalled", "after 2 tries", "data.timeout_s"], 2),
-        ("stall-first", ["stalled", "after 2 tries"], 2),
-        ("drip", ["stalled", "after 2 tries"], 2),
+        pytest.param("stall", ["stalled", "after 2 tries", "data.timeout_s"], 2, marks=pytest.mark.slow),
+        pytest.param("stall-first", ["stalled", "after 2 tries"], 2, marks=pytest.mark.slow),
+        pytest.param("drip", ["stalled", "after 2 tries"], 2, marks=pytest.mark.slow),
         ("longer", [f"has {SIZE + 4} bytes", f"wants {SIZE}"], 1),
         ("shorter", [f"has {SIZE - 100} bytes", f"wants {SIZE}"], 1),
         ("lies", [f"has {SIZE + 100} bytes", f"wants {SIZE}"], 1),

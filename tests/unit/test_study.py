@@ -33,6 +33,7 @@ def trials(question: str, out: str = "out", base: RunConfig | None = None) -> li
     return trials_of(QUESTIONS[question], base or tiny(), (0, 1), Path(out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [tiny, pool12], ids=lambda recipe: recipe.__name__)
 @pytest.mark.parametrize(("question", "variant"), VARIANTS, ids=lambda value: getattr(value, "name", value))
 def test_a_variant_is_a_command_that_a_person_can_type(question: str, variant: Any, base: Any) -> None:
