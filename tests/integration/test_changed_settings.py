@@ -166,6 +166,7 @@ def place(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield tmp_path / "place"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "key", "was", "now"),
     [

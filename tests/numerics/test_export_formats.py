@@ -173,6 +173,7 @@ def test_mean_of_patches_without_class_token(tmp_path: File) -> None:
         assert (modeling_descendant.load(tmp_path)(images(3)) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_transformers_loads_a_row(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
     """As transformers' own class for timm's models, with the names of the labels, without a network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -81,6 +81,7 @@ def test_measure_against_a_plain_count() -> None:
     assert found["blocks"] == pytest.approx(blocks / 40, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["independent", "shared", "spread", "balanced"])
 def test_shares_come_close_to_the_expected_ones(policy: str) -> None:
     """Over 40 seeds of 2,400 draws on average, of the paths that were drawn least and most often; all expect 1/18."""

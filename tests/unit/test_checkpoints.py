@@ -164,6 +164,7 @@ def test_disk_that_fails_at_any_call_costs_at_most_the_new_checkpoint(tmp_path: 
     assert Toy(tmp_path / "s").restore() == 4, "the next save succeeds"
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found(two: tuple[Path, dict[int, dict[str, torch.Tensor]]]) -> None:
     """Over all files of a checkpoint; LGP_FLIPS sets how many."""
     folder, _ = two
