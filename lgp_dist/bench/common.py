@@ -41,7 +41,7 @@ def random_ancestry(config: RunConfig, workers: Workers) -> Ancestry:
 def finetune_models(config: RunConfig, workers: Workers) -> tuple[LearngenePool, Ancestry | None]:
     """The pool that stage finetune gives to the engine and, if it distils, the ancestry, with random weights."""
     pool, ancestry = random_pool(config, workers, training=True), None
-    if config.finetune.distil_weight:
+    if config.teaches_paths:
         ancestry = prepare_ancestry(random_ancestry(config, workers), config, "finetune")
     return pool, ancestry
 
@@ -96,7 +96,7 @@ def measured(config: RunConfig, workers: Workers) -> dict[str, Any]:
         "images": train.batch_size,
         "precision": config.engine.precision,
         "compile": config.engine.compile,
-        "ancestry": ancestry_precision(config, "finetune") if finetune.distil_weight else None,
+        "ancestry": ancestry_precision(config, "finetune") if config.teaches_paths else None,
         "threads": config.data.threads,
     }
 

@@ -57,6 +57,14 @@ def _running(name: str, stages: tuple[str, ...]) -> Callable[[RunConfig], None]:
         specialises = config.specialise.top > 0 or bool(config.specialise.paths)
         if specialises and name != "run":
             raise UserError(f"--specialise is for lgp run: leave it out of lgp {name}, or use lgp specialise.")
+        if config.check and name != "ancestry":
+            raise UserError(f"--check is for lgp ancestry: leave it out of lgp {name}.")
+        if config.check:
+            check_config(config)
+            from lgp_dist.stages.ancestry import check  # torch and timm: 5 s
+
+            check(config)
+            return
         check_start(config)
         if specialises:
             from lgp_dist.commands.specialise import run_and_specialise  # torch, timm and deepspeed: 10 s

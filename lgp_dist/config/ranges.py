@@ -63,6 +63,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "ancestry.width": (1, WIDTH),
     "ancestry.depth": (1, 4096),
     "ancestry.heads": (1, WIDTH),
+    "ancestry.image_size": (0, 65536),
+    "ancestry.head_images": (1, COUNT),
     "ancestry.drop_path": (0, 0.999),
     "distil.alpha": (0, 1),
     "distil.tau": (POSITIVE, math.inf),

@@ -21,6 +21,7 @@ Policy = Literal["independent", "shared", "spread", "balanced", "in_turn"]
 LossScale = Literal["sample", "paper"]
 StitchSharing = Literal["window", "path"]
 RowStart = Literal["random", "ancestry"]
+Head = Literal["pretrained", "fit", "none"]
 Format = Literal["pt2", "onnx", "int8"]
 
 
@@ -111,6 +112,17 @@ class AncestryConfig:
     """hub: timm's pretrained weights. file: `weights`. train: trained here on the training split."""
     weights: str = runtime_only("")
     """For source file: a safetensors file with timm's tensor names. Stages depend on its content."""
+    image_size: int = 0
+    """Side of the ancestry's input, pixels, to which images are resized; 0 for data.image_size."""
+    mean: tuple[float, ...] = ()
+    """Mean of the ancestry's input, to which images are renormalised; empty for timm's of this model, or data.mean."""
+    std: tuple[float, ...] = ()
+    """Standard deviation, likewise."""
+    head: Head = "pretrained"
+    """The classifier. pretrained: the model's own, of data.num_classes classes. fit: logistic regression on its pooled
+    features, fitted to head_images training images. none: it teaches by its blocks alone."""
+    head_images: int = 10_000
+    """For head fit: training images, without augmentation."""
     drop_path: float = 0.1
     """For source train: stochastic-depth rate of the last block; the first has 0."""
     train: TrainConfig = TrainConfig(epochs=300.0, batch_size=1024)
@@ -122,7 +134,7 @@ class ModelConfig:
     """Shape of the pool: rows, depth, patches and stitch layers."""
 
     patch_size: int = 16
-    """Side of a patch, pixels, of rows and ancestry."""
+    """Side of a patch, pixels, of rows and of an ancestry that is no model of timm."""
     depth: int = 6
     """Blocks of every row."""
     rows: tuple[RowConfig, ...] = (
@@ -331,6 +343,8 @@ class RunConfig:
     """Dotted keys of settings that may differ from the checkpoint's."""
     force: bool = runtime_only(False)
     """Run the stages again even if their artifacts are complete."""
+    check: bool = runtime_only(False)
+    """For lgp ancestry: say what the model is, what of it will be used and what must be set, without its weights."""
     debug: bool = runtime_only(False)
     """Show the traceback of an error before its sentence."""
 
@@ -340,20 +354,29 @@ class RunConfig:
         return any(row.levels != "none" for row in self.model.rows)
 
     @property
+    def copies_ancestry(self) -> bool:
+        """Whether rows take weights of the ancestry."""
+        return any(row.source == "tail" or row.start == "ancestry" for row in self.model.rows)
+
+    @property
     def taps_ancestry(self) -> bool:
-        """Whether the ancestry's blocks or their outputs are used, not its logits alone."""
-        copied = any(row.source == "tail" or row.start == "ancestry" for row in self.model.rows)
-        return self.has_levels or copied or min(self.finetune.feature_weight, self.finetune.distil_weight) > 0
+        """Whether outputs of the ancestry's blocks are used, not its logits alone."""
+        return self.has_levels or (self.teaches_paths and self.finetune.feature_weight > 0)
+
+    @property
+    def teaches_paths(self) -> bool:
+        """Whether the ancestry has something to teach in stage finetune."""
+        return self.finetune.distil_weight > 0 and (self.ancestry.head != "none" or self.finetune.feature_weight > 0)
 
     @property
     def makes_rows_of_ancestry(self) -> bool:
         """Whether stage distil uses the ancestry."""
-        return any(row.source in ("distil", "tail") or row.start == "ancestry" for row in self.model.rows)
+        return self.copies_ancestry or any(row.source == "distil" for row in self.model.rows)
 
     @property
     def needs_ancestry(self) -> bool:
         """Whether any stage uses the ancestry."""
-        return self.makes_rows_of_ancestry or self.finetune.distil_weight > 0
+        return self.makes_rows_of_ancestry or self.teaches_paths
 
     @property
     def directory(self) -> str:

@@ -7,7 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lgp_dist.config.run_config import Precision, RunConfig
-from lgp_dist.models.ancestry import Ancestry, timm_model
+from lgp_dist.models.ancestry import Ancestry, Needs, timm_model
+from lgp_dist.models.ancestry_adapter import ImageAdapter, TokenAdapter, has_token_blocks
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.nested import NestedPool
 from lgp_dist.models.pool import LearngenePool
@@ -37,14 +38,35 @@ def model_input(config: RunConfig) -> dict[str, int]:
 def ancestry_vit(config: RunConfig) -> nn.Module:
     """The ancestry's architecture with random weights.
 
-    It is a plain ViT where its blocks are used or the run trains it; UserError where timm has no such ViT.
+    UserError where timm has no such model, or what is needed of it is not there.
     """
-    ancestry = config.ancestry
+    ancestry, shared = config.ancestry, model_input(config)
+    shared |= {"image_size": ancestry.image_size or shared["image_size"]}
+    if ancestry.head == "none":
+        shared["num_classes"] = 0
     if ancestry.model == "vit":
         shape = {"width": ancestry.width, "depth": ancestry.depth, "heads": ancestry.heads}
-        return build_vit(drop_path=ancestry.drop_path, **shape, **model_input(config))
-    plain = config.taps_ancestry or ancestry.source == "train"
-    return timm_model(ancestry.model, "ancestry", plain, **model_input(config))
+        return build_vit(drop_path=ancestry.drop_path, **shape, **shared)
+    needs: Needs = "tokens" if config.taps_ancestry else "logits"
+    if config.copies_ancestry or ancestry.source == "train":
+        needs = "plain"
+    return timm_model(ancestry.model, "ancestry", needs, **shared)
+
+
+def ancestry_of(config: RunConfig, vit: nn.Module) -> Ancestry:
+    """The frozen teacher that an architecture makes in a run, with adapters for the run's images and rows."""
+    ancestry, data = config.ancestry, config.data
+    expects = {} if ancestry.source == "train" else getattr(vit, "pretrained_cfg", None) or {}
+    theirs = (ancestry.mean or expects.get("mean", data.mean), ancestry.std or expects.get("std", data.std))
+    size = ancestry.image_size or data.image_size
+    images = ImageAdapter(size, (data.mean, data.std), theirs)
+    tokens = TokenAdapter(vit, data.image_size // config.model.patch_size) if has_token_blocks(vit) else None
+    return Ancestry(
+        vit,
+        None if images.is_identity(data.image_size) else images,
+        None if tokens is None or tokens.is_identity else tokens,
+        classifies=ancestry.head != "none",
+    )
 
 
 def build_ancestry(config: RunConfig, device: torch.device, state: State | None = None) -> Ancestry:
@@ -52,7 +74,7 @@ def build_ancestry(config: RunConfig, device: torch.device, state: State | None 
     vit = ancestry_vit(config)
     if state is not None:
         vit.load_state_dict(state, strict=True)
-    return Ancestry(vit).to(device)
+    return ancestry_of(config, vit).to(device)
 
 
 def ancestry_precision(config: RunConfig, stage: Taught) -> Precision:

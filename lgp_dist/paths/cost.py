@@ -1,6 +1,7 @@
 """What training a path costs: by arithmetic, or as `lgp bench paths` measured it on a machine."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,18 +83,22 @@ def trained_rows_flops(config: RunConfig) -> float:
 
 def ancestry_forward(config: RunConfig) -> float | None:
     """FLOPs of the ancestry's forward in fine-tuning: 0 if it does not run, None if its size is unknown."""
-    return ancestry_flops(config) if config.finetune.distil_weight else 0.0
+    return ancestry_flops(config) if config.teaches_paths else 0.0
 
 
 def ancestry_flops(config: RunConfig) -> float | None:
     """FLOPs of the ancestry's forward of one image; None if its size is unknown."""
     ancestry, data = config.ancestry, config.data
-    kind, *parts = ancestry.model.split("_")
-    plain = [PLAIN[part] for part in parts if part in PLAIN and kind in ("vit", "deit", "deit3")]
-    if ancestry.model == "vit":
-        plain = [(ancestry.width, ancestry.depth)]
-    if not plain:
-        return None
-    width, depth = plain[0]
-    alone = PathSpace((width,), depth, data.image_size, config.model.patch_size, data.channels, data.num_classes)
+    size, patch, plain = (
+        ancestry.image_size or data.image_size,
+        config.model.patch_size,
+        (ancestry.width, ancestry.depth),
+    )
+    if ancestry.model != "vit":
+        match = re.fullmatch(r"(?:vit|deit|deit3)_(tiny|small|base|large)_patch(\d+)_\d+", ancestry.model.split(".")[0])
+        if not match:
+            return None
+        plain, patch = PLAIN[match[1]], int(match[2])
+    width, depth = plain
+    alone = PathSpace((width,), depth, size, patch, data.channels, data.num_classes)
     return float(alone.cost(alone.paths[0]).flops)

@@ -35,10 +35,7 @@ def _check_shapes(config: RunConfig) -> None:
         raise UserError(
             f"faults.spike is {config.faults.spike}, which a usual loss exceeds: set it above 1, or to 0 for no guard."
         )
-    if config.needs_ancestry and config.ancestry.source == "file" and not config.ancestry.weights:
-        raise UserError("ancestry.source is file, but ancestry.weights is empty: name a safetensors file.")
-    if config.ancestry.source == "hub" and config.ancestry.model == "vit":
-        raise UserError("ancestry.source is hub, but ancestry.model is vit: name a model of timm, or another source.")
+    _check_ancestry(config)
     paths, micro_steps = config.finetune.paths_per_batch, config.finetune.train.accumulate
     if micro_steps % paths:
         raise UserError(
@@ -61,6 +58,40 @@ def _check_shapes(config: RunConfig) -> None:
     _check_nested(config)
     _check_row_lr(config.finetune.row_lr, len(space.widths))
     _check_allowed(config)
+
+
+def _check_ancestry(config: RunConfig) -> None:
+    """UserError where the ancestry cannot be made, would be shown wrong images, or has nothing to teach."""
+    ancestry, data = config.ancestry, config.data
+    if config.needs_ancestry and ancestry.source == "file" and not ancestry.weights:
+        raise UserError("ancestry.source is file, but ancestry.weights is empty: name a safetensors file.")
+    if ancestry.source == "hub" and ancestry.model == "vit":
+        raise UserError("ancestry.source is hub, but ancestry.model is vit: name a model of timm, or another source.")
+    if ancestry.source == "train" and (ancestry.head != "pretrained" or ancestry.mean or ancestry.std):
+        raise UserError(
+            "ancestry.source is train, so the run trains the head, on images of data.mean and data.std: leave "
+            "ancestry.head pretrained, and ancestry.mean and ancestry.std empty."
+        )
+    for key, values in (("mean", ancestry.mean), ("std", ancestry.std)):
+        if len(values) not in (0, 3, data.channels) or (key == "std" and min(values, default=1.0) <= 0):
+            raise UserError(
+                f"ancestry.{key} is {values}: give a value for each channel, a std above 0, or leave it empty."
+            )
+    if ancestry.model == "vit" and ancestry.image_size % config.model.patch_size:
+        raise UserError(
+            f"ancestry.image_size is {ancestry.image_size}, but model.patch_size {config.model.patch_size} does not "
+            "divide it: change one of them."
+        )
+    if ancestry.head != "none":
+        return
+    for index, row in enumerate(config.model.rows):
+        if row.source == "distil" and row.levels == "none":
+            raise UserError(
+                f"ancestry.head is none, but model.rows.{index} has no levels, so the ancestry has nothing to teach "
+                f"it: set model.rows.{index}.levels to last or dense, or its source to labels."
+            )
+    if not config.finetune.label_weight:
+        raise UserError("ancestry.head is none and finetune.label_weight is 0, so logits learn nothing: raise it.")
 
 
 def _check_rows(config: RunConfig) -> None:

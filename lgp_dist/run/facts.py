@@ -24,8 +24,9 @@ class AncestryFacts(TypedDict):
     """A file, or timm's name on the hub."""
     weights_sha256: NotRequired[str]
     training: NotRequired[Training]
-    top1: float
-    top5: float
+    top1: NotRequired[float]
+    """Without a head it has none."""
+    top5: NotRequired[float]
     params: int
 
 

@@ -12,7 +12,7 @@ import torch
 from lgp_dist.config.flat import up_to
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.shards.manifest import ShardManifest
-from lgp_dist.data.stream import TrainStream, evaluation_batches, open_split
+from lgp_dist.data.stream import TrainStream, clean_batches, evaluation_batches, open_split
 from lgp_dist.engine.evaluate import Forward, accuracies
 from lgp_dist.engine.loop import RunSetup, TrainingPlan, train
 from lgp_dist.engine.saver import SaverConfig
@@ -148,6 +148,13 @@ class Context:
             workers.device,
         )
         return accuracies(forwards, batches, workers)
+
+    def clean_batches(self, images: int) -> Iterator[Batch]:
+        """Training images without augmentation, the same on every rank."""
+        data = self.config.data
+        batches = clean_batches(open_split(data, data.train_split), data, images, 100, self.config.seed)
+        for batch in self.workers.watchdog.over(batches):
+            yield batch.to(self.workers.device)
 
     def load_ancestry(self, artifact: Artifact) -> Ancestry:
         """The frozen teacher that stage ancestry made, on this device, as timm builds it."""

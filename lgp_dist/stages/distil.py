@@ -67,7 +67,7 @@ def start(context: Context, number: int, vit: VisionTransformer, ancestry: Ances
         return facts
     weights, name, digest = Path(row.weights), row.weights, context.run.settings.get(f"{key}.weights")
     if row.source == "hub":
-        stock = timm_model(row.model, key, True, **model_input(config))
+        stock = timm_model(row.model, key, "plain", **model_input(config))
         check_row(vit, stock, row.model, key)
         check_normalisation(stock, config.data.mean, config.data.std, f"row {number}")
         weights, name = hub_weights(stock, key), stock.pretrained_cfg["hf_hub_id"]

@@ -34,7 +34,7 @@ def run(context: Context) -> None:
         context.write("finetune", inputs.values(), taken, time.monotonic() - began)
         return
     ancestry = None
-    if config.distil_weight:
+    if context.config.teaches_paths:
         ancestry = prepare_ancestry(context.load_ancestry(inputs["ancestry"]), context.config, "finetune")
     pool = context.starting_pool(inputs["pool"], training=True)
     context.seed("finetune")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lgp_dist.data.stream import clean_batches, evaluation_batches, open_split
+from lgp_dist.data.stream import evaluation_batches, open_split
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryViT
 from lgp_dist.models.build import auxiliary_rows, pool_of_rows
@@ -70,11 +70,7 @@ def stitch_starts(context: Context, ancestry: Ancestry | None, rows: list[Auxili
 
 def clean_images(context: Context) -> Iterator[Tensor]:
     """`pool.samples` training images without augmentation, in batches [B, C, H, W]."""
-    data = context.config.data
-    index = open_split(data, data.train_split)
-    batches = clean_batches(index, data, context.config.pool.samples, 100, context.config.seed)
-    for batch in context.workers.watchdog.over(batches):
-        yield batch.to(context.workers.device).images
+    return (batch.images for batch in context.clean_batches(context.config.pool.samples))
 
 
 def held_out_images(context: Context) -> Iterator[Tensor]:

@@ -47,7 +47,7 @@ class DistilTask:
         named: dict[str, Tensor] = {}
         total = batch.images.new_zeros(())
         for row, output in zip(self.rows, module(batch.images, blocks, attentions), strict=True):
-            if ancestry_logits is not None and row.distilled:
+            if self.ancestry is not None and row.distilled:
                 parts = row_losses(output, ancestry_logits, batch.targets, self.config)
             else:
                 parts = dict.fromkeys(("loss", "cls"), cross_entropy(output["logits"], batch.targets))
@@ -66,16 +66,19 @@ class DistilTask:
 
 
 def row_losses(
-    output: dict[str, Any], ancestry_logits: Tensor, targets: Tensor, config: DistilConfig
+    output: dict[str, Any], ancestry_logits: Tensor | None, targets: Tensor, config: DistilConfig
 ) -> dict[str, Tensor | float]:
     """One row's loss and its terms.
 
-    output: of `AuxiliaryViT.forward`. ancestry_logits: [B, classes]. targets: [B] or [B, classes].
+    output: of `AuxiliaryViT.forward`. ancestry_logits: [B, classes]; None leaves L_pred out. targets: [B], or
+    [B, classes].
     """
     logits = output["logits"].float()  # cast once, so that the gradients of both losses add up in float32
     parts = {
         "cls": cross_entropy(logits, targets),
-        "pred": soft_cross_entropy(ancestry_logits, logits, config.tau, config.loss_scale),
+        "pred": 0.0
+        if ancestry_logits is None
+        else soft_cross_entropy(ancestry_logits, logits, config.tau, config.loss_scale),
         "block": mean_squared_error(output["block"]),
         "attention": mean_squared_error(output["attention"]),
         "inverse": mean_squared_error(output["inverse"]),

@@ -16,6 +16,8 @@ from lgp_dist.tasks.losses import cross_entropy, soft_cross_entropy
 
 Outputs = tuple[Tensor, Tensor | None]
 """Logits [B, classes] and, with `finetune.feature_weight`, tokens before the final norm [B, N, D]."""
+Teacher = tuple[Tensor | None, Tensor | None]
+"""The same of a teacher, whose logits are None if it has no head."""
 
 
 def finetune_task(
@@ -46,8 +48,8 @@ class FinetuneTask:
         self.config, self.target_norm = config, target_norm
         self.structure = ModuleStructure(module.ordered_modules, module.skippable_modules)
         self._modules = {path: module.modules_of(path) for path in module.space.paths}
-        self._taught: tuple[Tensor, Outputs] | None = None
-        self._lead: Outputs | None = None
+        self._taught: tuple[Tensor, Teacher] | None = None
+        self._lead: Teacher | None = None
 
     def path(self, context: StepContext) -> Path:
         """The path of one rank's micro-step."""
@@ -87,22 +89,22 @@ class FinetuneTask:
         logits, tokens = module(images, path, True)
         return logits.float(), tokens.float()
 
-    def _pred(self, logits: Tensor, teacher: Outputs | None) -> Tensor:
-        """Cross-entropy to a teacher's logits; 0 without a teacher."""
-        if teacher is None:
+    def _pred(self, logits: Tensor, teacher: Teacher | None) -> Tensor:
+        """Cross-entropy to a teacher's logits; 0 without a teacher, or if it has none."""
+        if teacher is None or teacher[0] is None:
             return logits.new_zeros(())
         if self.config.distil == "hard":
             return cross_entropy(logits, teacher[0].argmax(-1))
         return soft_cross_entropy(teacher[0], logits, self.config.tau, self.config.loss_scale)
 
-    def _feature(self, tokens: Tensor, teacher: Outputs | None) -> Tensor:
+    def _feature(self, tokens: Tensor, teacher: Teacher | None) -> Tensor:
         """Mean squared error to a teacher's tokens; 0 without any of the same shape."""
         target = teacher[1] if teacher else None
         if target is None or target.shape != tokens.shape:
             target = tokens.detach()  # ZeRO-3 waits for a gradient of each output: this one is zero
         return nn.functional.mse_loss(tokens, target)
 
-    def _ancestry_outputs(self, images: Tensor, context: StepContext) -> Outputs | None:
+    def _ancestry_outputs(self, images: Tensor, context: StepContext) -> Teacher | None:
         """The ancestry's outputs, computed in the first micro-step of a group; the features are its last block's."""
         if self.ancestry is None:
             return None

@@ -25,6 +25,7 @@ from lgp_dist.recipes import (
 
 RUNTIME_ONLY = {
     "cache",
+    "check",
     "cache_bytes",
     "timeout_s",
     "retries",
