@@ -162,7 +162,7 @@ def parquet(root: Path) -> Made:
 def webdataset(root: Path) -> Made:
     """Shards named as timm's ImageNet shards, with jpg, jpeg, png, webp, cls and json."""
     splits: dict[str, dict[str, tuple[int, bytes]]] = {"train": {}, "validation": {}}
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     forms = (("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"))
     for split, shards in (("train", ("0000", "0001", "0002")), ("validation", ("00", "01"))):
         for place, number in enumerate(shards):

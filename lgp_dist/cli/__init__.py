@@ -1,5 +1,6 @@
 """The command line: `lgp COMMAND ...`. What a command needs is imported when it is called, torch above all."""
 
+import io
 import logging
 import os
 import sys
@@ -67,6 +68,9 @@ GROUPS = {
 
 def main() -> None:
     """Entry point of `lgp` and `python -m lgp_dist`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files and classes may hold any letter
     # DeepSpeed speaks while it is imported, before anything could lower its level.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -40,7 +40,8 @@ def guarded(call: Callable[[], Result], debug: bool, run_dir: str = "") -> Resul
         if error.errno not in NOT_WRITABLE:
             raise
         where = error.filename or f"The run directory {run_dir}"
-        sentence = f"{where} cannot be written ({error.strerror}): free space, or choose another --run-dir."
+        other = "another --run-dir" if run_dir else "a folder that can be written to"
+        sentence = f"{where} cannot be written ({error.strerror}): free space, or choose {other}."
         _fail(error, sentence, debug)
     except RuntimeError as error:
         if not any(text in str(error) for text in PEER_GONE):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from lgp_dist.data.build.options import BuildOptions, Layout
+from lgp_dist.data.build.options import BuildOptions, Layout, ReadOptions
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_json
 
@@ -27,11 +27,13 @@ class Build(BuildOptions):
 
 
 @dataclass(frozen=True)
-class Index:
+class Index(ReadOptions):
     """Write manifest, _info.json and indexes next to shards from elsewhere."""
 
-    root: Annotated[Path, tyro.conf.Positional]
+    root: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
     """Folder of the tars."""
+    out: Path | None = None
+    """Write to this folder, as where that of the tars is read-only; data.root is then this folder."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,22 @@ def run_shards(action: Build | Index | VerifyShards | ShowShards | Reshard) -> N
     """Does what the arguments ask for."""
     from lgp_dist.data.build import build  # NumPy and the decoders
     from lgp_dist.data.shards import index, show, verify
+    from lgp_dist.data.shards.classes import read_classes
 
     if isinstance(action, Build | Reshard):
         layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.layout, action.source)
         manifest = build.build_shards(layout, root, action.out, action)
         sys.stdout.write(show.describe(manifest, show.summarise(manifest)) + "\n")
     elif isinstance(action, Index):
-        index.index_shards(action.root)
+        reading = index.Reading(action.image, action.label, read_classes(action.classes))
+        index.index_shards(action.root, print, action.out, reading, action.accept_missing)
     elif isinstance(action, ShowShards):
         manifest = index.ShardManifest.load(action.root)
         splits = show.summarise(manifest)
         about = {"root": str(manifest.root), "source": manifest.source, "licence": manifest.licence}
         numbers = {**about, "classes": len(manifest.classes), "splits": splits}
-        sys.stdout.write((json.dumps(numbers, indent=2) if action.json else show.describe(manifest, splits)) + "\n")
+        text = "\n".join([show.describe(manifest, splits), *show.class_report(manifest, splits)])
+        sys.stdout.write((json.dumps(numbers, indent=2) if action.json else text) + "\n")
         if action.sheet:
             show.contact_sheet(manifest, action.split, action.sheet, action.images, action.seed)
     else:

@@ -192,7 +192,8 @@ MAKES = {
     r"descend .*--plot": ("{run}/descend.png", "{run}/descend.svg"),
     r"report": ("{run}/compare.md", "{run}/compare.png", "{run}/compare.svg"),
     r"shards index folder": ("folder/manifest.json", "folder/_info.json", "folder/index-train.npz"),
-    r"shards index shards/sample": ("shards/sample/manifest.json", "shards/sample/_info.json"),
+    r"shards index shards/sample --out folder": ("folder/manifest.json", "folder/_info.json", "folder/index-train.npz"),
+    r"shards index shards/sample$": ("shards/sample/manifest.json", "shards/sample/_info.json"),
 }
 """What a command begins with -> files that it makes, in addition to those that its options name."""
 

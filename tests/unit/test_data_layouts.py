@@ -20,6 +20,7 @@ from shard_helpers import webdataset as web_shards
 
 from lgp_dist.data.build.build import BuildOptions, build_shards
 from lgp_dist.data.build.parquet import parquet as read_parquet
+from lgp_dist.data.shards.account import Account
 from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.shards.verify import verify_shards
@@ -148,14 +149,14 @@ def test_kill_at_random_times(tmp_path: Path) -> None:
 def test_copies_of_parquet_files_are_used_again_if_whole(tmp_path: Path) -> None:
     made = parquet(tmp_path / "source")
     spool = tmp_path / "spool"
-    read_parquet(made.root, spool, quiet)
+    read_parquet(made.root, spool, False, Account(made.root))
     before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in spool.iterdir()}
     assert set(before) == {
         f"{n}.{e}" for n in ("train-00000", "train-00001", "validation-00000", "test-00000") for e in ("bin", "json")
     }
     (spool / "train-00000.bin").write_bytes(before["train-00000.bin"][1][:-1])
     (spool / "validation-00000.json").write_bytes(b"{")
-    source = read_parquet(made.root, spool, quiet)
+    source = read_parquet(made.root, spool, False, Account(made.root))
     after = {path.name: (path.stat().st_ino, path.read_bytes()) for path in spool.iterdir()}
     assert {name: content for name, (_, content) in before.items()} == {n: c for n, (_, c) in after.items()}
     assert {n for n in before if before[n][0] == after[n][0]} == {
@@ -201,7 +202,9 @@ def test_folders_leave_out_what_is_no_image_and_say_so(tmp_path: Path) -> None:
     (made.root / "train" / "ant" / "0.png").write_bytes(image(77, "PNG"))
     lines: list[str] = []
     manifest = build_shards("imagefolder", made.root, tmp_path / "out", BuildOptions(workers=1), lines.append)
-    assert any(f"{made.root / 'train'}: ignored 2 that" in line for line in lines)
+    assert "left out: 2 that are links to folders, or no files: train/ant/loop" in lines  # twice by the link
+    assert "left out: 2 hidden: train/ant/.hidden.jpg" in lines
+    assert any(line.startswith("left out: 2 whose ending is no image's") and "notes.txt" in line for line in lines)
     assert manifest.classes == ("ant", "bee b", "linked", "wespe_ü")
     keys = ShardIndex.load(manifest, "train", 4).keys.tolist()
     assert {"ant/0", "ant/0-2"} <= set(keys) and len(keys) == 13

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgp_dist.data.shards.sizes import HEAD, dimensions, extension
+from lgp_dist.data.shards.formats import extension
+from lgp_dist.data.shards.sizes import HEAD, dimensions
 
 PIXELS = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8))
 

@@ -24,27 +24,33 @@ from lgp_dist.data.build.from_webdataset import web_dataset
 from lgp_dist.data.build.imagenet import official
 from lgp_dist.data.build.options import BuildOptions, Layout
 from lgp_dist.data.build.parquet import parquet
-from lgp_dist.data.build.source import Item, Source
+from lgp_dist.data.build.source import Item, Source, reordered
 from lgp_dist.data.order import nth_of_class, position_to_sample
+from lgp_dist.data.shards.account import Account, class_lines, shown
+from lgp_dist.data.shards.classes import read_classes
+from lgp_dist.data.shards.decode import BadImage
+from lgp_dist.data.shards.formats import extension, kind_of
 from lgp_dist.data.shards.index import IndexedShard, index_shard, write_indexes
 from lgp_dist.data.shards.manifest import ShardManifest
-from lgp_dist.data.shards.sizes import dimensions, extension, shrink
+from lgp_dist.data.shards.sizes import dimensions, shrink
 from lgp_dist.data.shards.tar import read_at
 from lgp_dist.errors import UserError
 from lgp_dist.files import flush, replacing, write_atomic, write_json
 
-READERS: dict[str, Callable[[Path, Path, Callable[[str], None]], Source]] = {
-    "imagefolder": lambda root, _, progress: image_folder(root, progress),
-    "imagenet": lambda root, *_: official(root),
-    "kaggle": lambda root, _, progress: kaggle(root, progress),
-    "parquet": parquet,
-    "webdataset": lambda root, _, progress: web_dataset(root, progress),
-    "fashion-mnist": lambda root, spool, _: fashion_mnist(root, spool),
+READERS: dict[str, Callable[[Path, Path, BuildOptions, Account], Source]] = {
+    "imagefolder": lambda root, _, __, account: image_folder(root, account),
+    "imagenet": lambda root, _, __, account: official(root, account),
+    "kaggle": lambda root, _, __, account: kaggle(root, account),
+    "parquet": lambda root, spool, options, account: parquet(root, spool, options.accept_missing, account),
+    "webdataset": lambda root, _, options, account: web_dataset(root, options, account),
+    "fashion-mnist": lambda root, spool, _, account: fashion_mnist(root, spool, account),
 }
-"""Layout -> its source from the data set's folder, a folder for unpacked images, and where progress is told."""
+"""Layout -> its source from the data set's folder, a folder for unpacked images, options, and who counts."""
 
 RANGES: dict[str, tuple[float, float]] = {"per_shard": (1, math.inf), "short_side": (0, 4096), "quality": (1, 95)}
 """Least and most that an option may be; others are 0 or more."""
+LISTED = 10
+"""Bad images that a sentence names."""
 
 
 def build_shards(
@@ -59,23 +65,25 @@ def build_shards(
     The same source and options give the same bytes, with any number of workers and after any kill: a build works in
     `.OUT.partial` next to `out` and continues from the shards it finds there. `out` must be missing or empty, and
     appears only when complete. After a UserError, whole shards and copies of parquet files stay for the next try.
+    Before the first shard is written, `progress` hears what is taken and what is left out.
     """
     options, out = options or BuildOptions(), Path(out)
     _check(options, out)
-    if layout not in READERS:
-        raise UserError(f"shards build has no layout {layout!r}: name one of {', '.join(READERS)}.")
-    if root is None and layout != "fashion-mnist":
-        raise UserError(f"shards build {layout} has no --source: set it to the folder of the data set.")
+    _check_layout(layout, root, options)
+    classes = read_classes(options.classes)
     root = Path(os.path.abspath(root or DEFAULT_SOURCE))
     partial = out.parent / f".{out.name}.partial"
     fresh = not partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
     try:
         with _alone(partial):
-            source = READERS[layout](root, partial / "spool", progress)
-            plan = {name: items for split in source.splits for name, items in _plan(source, split, options).items()}
+            account = Account(root)
+            source = READERS[layout](root, partial / "spool", options, account)
+            if options.classes:
+                source = reordered(source, classes, options.classes, account)
+            plan = _plan_all(source, options, account, progress)
             _remember(partial, plan, options)
-            done = _write(partial, plan, options)
+            done = _write(partial, plan, options, progress)
             _finish(partial, out, source, done)
     finally:
         if fresh and not (partial / "plan.json").exists() and not any(partial.glob("spool/*.json")):
@@ -104,6 +112,18 @@ def _check(options: BuildOptions, out: Path) -> None:
         )
 
 
+def _check_layout(layout: str, root: Path | None, options: BuildOptions) -> None:
+    """UserError for an unknown layout, one without its source, and options that it does not have."""
+    if layout not in READERS:
+        raise UserError(f"shards build has no layout {layout!r}: name one of {', '.join(READERS)}.")
+    if root is None and layout != "fashion-mnist":
+        raise UserError(f"shards build {layout} has no --source: set it to the folder of the data set.")
+    if layout != "webdataset" and (options.image or options.label):
+        raise UserError(f"--image and --label name members of tars, which layout {layout} has none of: leave them out.")
+    if layout not in ("webdataset", "parquet") and options.accept_missing:
+        raise UserError(f"--accept-missing is for webdataset and parquet, not for layout {layout}: leave it out.")
+
+
 @contextmanager
 def _alone(partial: Path) -> Iterator[None]:
     """Locks the folder against a second build; the lock ends with the process."""
@@ -117,6 +137,19 @@ def _alone(partial: Path) -> Iterator[None]:
         yield
 
 
+class BadImages(UserError):
+    """All images of a source that cannot be taken."""
+
+    def __init__(self, found: list[BadImage]) -> None:
+        listed = "; ".join(f"{shown(one.where)} ({one.reason})" for one in found[:LISTED])
+        more = f"; and {len(found) - LISTED} more, listed above" if len(found) > LISTED else ""
+        super().__init__(
+            f"{len(found)} of the source's images are no whole JPEG, PNG or WebP ({listed}{more}): convert them, copy"
+            " them again, or remove them."
+        )
+        self.found = found
+
+
 def choose(split: str, labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
     """`count` places (0: all) in random order, with equally many of each class, give or take one, while they last."""
     total = len(labels)
@@ -127,6 +160,27 @@ def choose(split: str, labels: NDArray[np.int64], count: int, seed: int) -> NDAr
     if not count:
         return order
     return order[np.sort(np.argsort(nth_of_class(labels[order]), kind="stable")[:count])]
+
+
+def _plan_all(
+    source: Source, options: BuildOptions, account: Account, progress: Callable[[str], None]
+) -> dict[str, list[Item]]:
+    """Name of each shard -> its items in order; tells what is taken and what is left out."""
+    plan: dict[str, list[Item]] = {}
+    labels: dict[str, set[int]] = {}
+    for split, items in source.splits.items():
+        if not items:
+            account.notes.append(f"split {split} has no images")
+            continue
+        shards = _plan(source, split, options)
+        account.taken[split] = sum(map(len, shards.values()))
+        labels[split] = {item.label for chosen in shards.values() for item in chosen}
+        limit = "--train" if split == "train" else "--test"
+        account.leave(f"images of split {split}, beyond {limit}", split, len(items) - account.taken[split])
+        plan |= shards
+    for line in [*account.lines(), *class_lines(labels, source.classes)]:
+        progress(line)
+    return plan
 
 
 def _plan(source: Source, split: str, options: BuildOptions) -> dict[str, list[Item]]:
@@ -186,8 +240,12 @@ def _remember(partial: Path, plan: dict[str, list[Item]], options: BuildOptions)
         write_json(path, wanted)
 
 
-def _write(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) -> dict[str, IndexedShard]:
-    """Writes the missing shards; returns all by name."""
+def _write(
+    partial: Path, plan: dict[str, list[Item]], options: BuildOptions, progress: Callable[[str], None]
+) -> dict[str, IndexedShard]:
+    """Writes the missing shards; returns all by name. After a bad image the others are read to the end, and the
+    UserError has all that are bad."""
+    bad: list[BadImage] = []
     folder = partial / "shards"
     folder.mkdir(exist_ok=True)
 
@@ -201,9 +259,16 @@ def _write(partial: Path, plan: dict[str, list[Item]], options: BuildOptions) ->
         tasks = [pool.submit(write, name) for name in plan]
         try:
             for task in tqdm(as_completed(tasks), total=len(tasks), desc="build", unit="shard", disable=None):
-                task.result()
+                try:
+                    task.result()
+                except BadImages as error:
+                    bad += error.found
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+    for one in bad:
+        progress(f"bad image: {shown(one.where)}: {one.reason}")
+    if bad:
+        raise BadImages(bad)
     return {name: task.result() for name, task in zip(plan, tasks, strict=True)}
 
 
@@ -227,15 +292,22 @@ def _finish(partial: Path, out: Path, source: Source, done: dict[str, IndexedSha
 def write_shard(path: Path, items: list[Item], short_side: int = 0, quality: int = 90) -> IndexedShard:
     """Writes a tar of images and .cls files; equal items give equal bytes.
 
-    Images keep their bytes, or become smaller JPEGs: see `shrink`. The tar is read back before it gets its name. The
-    UserError for something that is no image, or cannot be read, names it.
+    Images keep their bytes, or become smaller JPEGs: see `shrink`. The tar is read back before it gets its name.
+    BadImages has every image that cannot be read or is none.
     """
     with replacing(path) as partial:
+        bad: list[BadImage] = []
         with tarfile.open(partial, "w") as tar:
             for item in items:
-                content = _content(item, short_side, quality)
+                try:
+                    content = _content(item, short_side, quality)
+                except BadImage as error:
+                    bad.append(error)
+                    continue
                 _add(tar, f"{item.key}.cls", str(item.label).encode())
                 _add(tar, f"{item.key}.{extension(content)}", content)
+        if bad:
+            raise BadImages(bad)
         made = index_shard(partial)
         if [sample.key for sample in made.samples] != [item.key for item in items]:
             raise RuntimeError(f"{path.name} does not read back as it was written")
@@ -251,15 +323,16 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _content(item: Item, short_side: int, quality: int) -> bytes:
-    """The bytes of an image in the shard."""
+    """The bytes of an image in the shard; raises BadImage."""
     where = f"{item.path}, image {item.key}" if item.offset else item.path
     try:
         with open(item.path, "rb") as file:
             content = read_at(file, item.offset, item.size)
     except OSError as error:
-        raise UserError(f"{where}, cannot be read ({error.strerror}): copy it again.") from error
+        raise BadImage(where, f"cannot be read, {error.strerror}") from error
     if len(content) != item.size:
-        raise UserError(f"{where}, ends after {len(content)} of {item.size} bytes: copy it again.")
+        raise BadImage(where, f"ends after {len(content)} of {item.size} bytes")
     if not extension(content) or dimensions(content) == (0, 0):
-        raise UserError(f"{where}, is no JPEG, PNG or WebP image: copy it again, or remove it from the source.")
+        kind = kind_of(content)
+        raise BadImage(where, f"is {kind}" if kind and not extension(content) else "is no image")
     return shrink(content, short_side, quality, where) if short_side else content

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lgp_dist.data.build.source import Item, Source
+from lgp_dist.data.shards.account import Account
+from lgp_dist.data.shards.formats import mistaken
 from lgp_dist.errors import UserError
 from lgp_dist.files import replacing
 
@@ -39,12 +41,14 @@ _SPLITS = (("train", "train"), ("test", "t10k"))
 """Split and prefix of its idx files."""
 
 
-def fashion_mnist(source: Path, spool: Path) -> Source:
+def fashion_mnist(source: Path, spool: Path, account: Account) -> Source:
     """The images of the four idx .gz files as PNGs, written one after the other into files of the folder `spool`.
 
     A key such as train-00042 is the image's number in the idx file. The same zlib gives the same bytes.
     """
     loaded = {split: _read_split(source, prefix) for split, prefix in _SPLITS}
+    used = {source / f"{prefix}-{kind}-ubyte.gz" for _, prefix in _SPLITS for kind in ("images-idx3", "labels-idx1")}
+    account.rest(used, "that layout fashion-mnist does not read")
     spool.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[Item]] = {}
     for split, (images, labels) in loaded.items():
@@ -82,9 +86,8 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         zero, kind, found, *shape = struct.unpack_from(f">HBB{dimensions}I", content)
         array = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as an idx file ({error}): install dataset-fashion-mnist again."
-        ) from error
+        said = f"{path} cannot be read as an idx file ({error}): install dataset-fashion-mnist again."
+        raise UserError(mistaken(path, "gzip") or said) from error
     if (zero, kind, found) != (0, 8, dimensions):
         raise UserError(
             f"{path} is no idx file of bytes in {dimensions} dimensions: install dataset-fashion-mnist again."

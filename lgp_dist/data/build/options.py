@@ -1,6 +1,7 @@
 """The options of `lgp shards build` and `reshard`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Layout = Literal["imagefolder", "imagenet", "kaggle", "parquet", "webdataset", "fashion-mnist"]
@@ -8,7 +9,22 @@ Layout = Literal["imagefolder", "imagenet", "kaggle", "parquet", "webdataset", "
 
 
 @dataclass(frozen=True)
-class BuildOptions:
+class ReadOptions:
+    """How a source is read."""
+
+    classes: Path | None = None
+    """File with the name of a class in each line, which numbers the classes 0, 1, ... in this order: a folder's name,
+    a wnid, or what .cls files hold. Images of other classes are left out."""
+    image: str = ""
+    """Of tars: ending of the member that is a sample's image, such as input.jpg; empty for the usual ones."""
+    label: str = ""
+    """Of tars: ending of the member that is its label, or a field of its .json; empty for cls, or label of .json."""
+    accept_missing: bool = False
+    """Go on where files or samples are missing that a manifest, an _info.json or the names of files promise."""
+
+
+@dataclass(frozen=True)
+class BuildOptions(ReadOptions):
     """How images are arranged in shards."""
 
     train: int = 0

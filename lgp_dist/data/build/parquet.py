@@ -3,56 +3,85 @@
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from lgp_dist.data.build.source import Source, items_of, optional, want_folder
+from lgp_dist.data.build.source import Item, Source, items_of, optional, want_folder
+from lgp_dist.data.shards.account import Account
+from lgp_dist.data.shards.formats import mistaken
+from lgp_dist.data.shards.promises import missing
+from lgp_dist.data.shards.splits import KNOWN, check_words, gaps, parquet_name
 from lgp_dist.errors import UserError
 from lgp_dist.files import replacing, write_atomic
 
 ROWS = 64
 """Rows that are read at once."""
-_NAME = re.compile(r"(train|val|validation|test)-\d+-of-\d+.*\.parquet")
 
 
-def parquet(root: Path, spool: Path, progress: Callable[[str], None] = print) -> Source:
+def parquet(root: Path, spool: Path, accept_missing: bool, account: Account) -> Source:
     """Folder (or tree) of SPLIT-00000-of-00294.parquet files, as on the hub; bytes of images stay as they are.
 
     The files are compressed in groups of rows, but shuffled samples need any row at any time. So each file is first
     copied, uncompressed, into the folder `spool` (as much disk as the images take), where the next try after an
-    interruption finds it. A split whose labels are all -1, as ImageNet's test split, is ignored.
+    interruption finds it. A split whose labels are all -1, as ImageNet's test split, is left out.
     """
     want_folder(root)
     reader = optional("pyarrow.parquet", "Reading parquet files")
-    found: dict[str, list[Path]] = {}
-    for path in sorted(root.rglob("*.parquet")):
-        if match := _NAME.fullmatch(path.name):
-            found.setdefault({"val": "validation"}.get(match[1], match[1]), []).append(path)
-    if not found:
-        raise UserError(f"{root} has no file such as train-00000-of-00294.parquet: name their folder with --source.")
     spool.mkdir(parents=True, exist_ok=True)
-    splits, names = {}, []
-    for split, paths in found.items():
+    splits: dict[str, list[Item]] = {}
+    names: dict[str, list[str]] = {}
+    for split, paths in _parquet_files(root, accept_missing, account).items():
         rows: list[tuple[str, int, str, int, int]] = []
         for place, path in enumerate(tqdm(paths, desc=f"read {split}", unit="file", disable=None)):
             target = spool / f"{split}-{place:05d}.bin"
-            stored = _spooled(target) or _spool(reader, path, target)
-            names = names or stored.classes
+            stored = _spooled(target, path) or _spool(reader, path, target)
+            names[str(path)] = stored.classes
             rows += [(name, label, str(target), offset, size) for name, label, offset, size in stored.rows]
         if all(label == -1 for _, label, *_ in rows):
-            progress(f"{split}: ignored, its {len(rows)} images have no labels")
+            account.leave("images without labels (-1)", f"split {split}", len(rows))
             continue
         splits[split] = items_of(
             (name or f"{split}-{number:08d}", *place) for number, (name, *place) in enumerate(rows)
         )
     if not splits:
         raise UserError(f"The parquet files of {root} have no labels: name another folder with --source.")
-    name = "imagenet1k" if len(names) == 1000 else re.sub(r"\W+", "_", root.resolve().name).strip("_") or "images"
-    return Source(name, splits, tuple(names))
+    (one, classes), *others = sorted(names.items(), key=lambda named: not named[1])
+    for path, other in others:
+        if other and other != classes:
+            raise UserError(f"{one} and {path} number their classes differently: name a folder of one data set.")
+    name = "imagenet1k" if len(classes) == 1000 else re.sub(r"\W+", "_", root.resolve().name).strip("_") or "images"
+    return Source(name, splits, tuple(classes))
+
+
+def _parquet_files(root: Path, accept_missing: bool, account: Account) -> dict[str, list[Path]]:
+    """The files of each split, sorted; UserError where one is missing or comes twice."""
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() == ".parquet" and path.is_file())
+    named = {path: parts for path in paths if (parts := parquet_name(path.name, path.parent.name))}
+    if not named:
+        raise UserError(
+            f"{root} has no file such as train-00000-of-00294.parquet, whose name or folder is one of {KNOWN}: name"
+            " their folder with --source, or rename them."
+        )
+    check_words(root, {str(path.relative_to(root)): parts.word for path, parts in named.items()})
+    account.rest(named, f"that are no parquet file of a split ({KNOWN})")
+    found: dict[str, list[Path]] = {}
+    numbers: dict[tuple[str, int], dict[int, Path]] = {}
+    for path, parts in named.items():
+        found.setdefault(parts.split, []).append(path)
+        if parts.number is not None and parts.total is not None:
+            same = numbers.setdefault((parts.split, parts.total), {}).setdefault(parts.number, path)
+            if same != path:
+                raise UserError(
+                    f"{same} and {path} are both number {parts.number} of {parts.total} of split {parts.split}: name"
+                    " one of their folders with --source, or remove one."
+                )
+    for (split, total), there in numbers.items():
+        what = f"of the {total} parquet files that names of split {split} count"
+        missing(what, [str(number) for number in gaps(there, total)], accept_missing, account)
+    return found
 
 
 @dataclass(frozen=True)
@@ -64,15 +93,22 @@ class _Spooled:
     classes: list[str]
     rows: list[tuple[str, int, int, int]]
     """Name, label, offset and size of each image."""
+    source: str = ""
+    """Path and size of the parquet file."""
 
 
-def _spooled(target: Path) -> _Spooled | None:
-    """An earlier run's complete copy, or None."""
+def _spooled(target: Path, path: Path) -> _Spooled | None:
+    """An earlier run's complete copy of a parquet file, or None."""
     try:
         stored = _Spooled(**json.loads(target.with_suffix(".json").read_text(encoding="utf-8")))
-        return stored if target.stat().st_size == stored.bytes else None
+        whole = target.stat().st_size == stored.bytes and stored.source == _identity(path)
+        return stored if whole else None
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _identity(path: Path) -> str:
+    return f"{path}, {path.stat().st_size} bytes"
 
 
 def _spool(reader: Any, path: Path, target: Path) -> _Spooled:
@@ -91,11 +127,12 @@ def _spool(reader: Any, path: Path, target: Path) -> _Spooled:
     except Exception as error:  # pyarrow raises many kinds on bad bytes; a wrong column gives KeyError or TypeError
         if isinstance(error, OSError) and error.errno is not None and error.filename != str(path):
             raise  # the disk, not the file
-        raise UserError(
+        said = (
             f"{path} cannot be read as parquet with columns image (bytes, path) and label"
             f" ({str(error).splitlines()[0] if str(error) else type(error).__name__}): download the file again."
-        ) from error
-    stored = _Spooled(position, classes, rows)
+        )
+        raise UserError(mistaken(path, "parquet") or said) from error
+    stored = _Spooled(position, classes, rows, _identity(path))
     write_atomic(target.with_suffix(".json"), json.dumps(asdict(stored)).encode())
     return stored
 

@@ -4,11 +4,13 @@ import importlib
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
 
+from lgp_dist.data.shards.account import Account
+from lgp_dist.data.shards.classes import class_numbers, wnid_of
 from lgp_dist.data.shards.scan import IMAGE_EXTENSIONS
 from lgp_dist.errors import UserError
 
@@ -101,3 +103,25 @@ def want_folder(root: Path) -> None:
     """UserError unless root is a folder."""
     if not root.is_dir():
         raise UserError(f"There is no folder {root}: name the folder of the data set with --source.")
+
+
+def reordered(source: Source, classes: tuple[str, ...], path: Path, account: Account) -> Source:
+    """The source with its classes in the order of the file `path`; images of other classes go to the account.
+
+    Where the source does not name its classes, the file names them. Raises UserError if no image is left.
+    """
+    if not source.classes:
+        return replace(source, classes=classes)
+    numbers, names, splits = class_numbers(classes), list(classes), dict[str, list[Item]]()
+    new = [numbers.get(name, numbers.get(wnid_of(name), -1)) for name in source.classes]
+    for old, number in enumerate(new):
+        if number >= 0:
+            names[number] = source.classes[old]
+    for split, items in source.splits.items():
+        kept = [replace(item, label=new[item.label]) for item in items if new[item.label] >= 0]
+        account.leave(f"of split {split}, whose classes {path} does not name", "images", len(items) - len(kept))
+        if kept:
+            splits[split] = kept
+    if not splits:
+        raise UserError(f"{path} names no class of the source, such as {source.classes[0]}: give each class a line.")
+    return replace(source, splits=splits, classes=tuple(names))

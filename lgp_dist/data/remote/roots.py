@@ -94,6 +94,11 @@ def _open_remote(address: str, folder: Path, limit_bytes: int, policy: RetryPoli
             manifest = ShardManifest.load(new)
         except UserError as error:
             raise UserError(str(error).replace(new, address)) from error
+        if manifest.folder:
+            raise UserError(
+                f"{address}/{MANIFEST_NAME} has folder {manifest.folder}, but must lie next to its shards: run `lgp"
+                " shards index` without --out and upload what it writes."
+            )
         version = roots / f"{name}-{sha256(part)[:12]}"
         make_folders(version)
         os.replace(part, version / MANIFEST_NAME)

@@ -13,6 +13,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from lgp_dist.data.shards.formats import kind_of
 from lgp_dist.errors import UserError
 
 MAX_PIXELS = 80_000_000
@@ -133,9 +134,13 @@ def decode_image(content: bytes, channels: int, where: str) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
             image.load()
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
+                high = np.asarray(image).astype(np.int64).clip(0, 65_535) >> 8
+                return Image.fromarray(high.astype(np.uint8)).convert(MODES[channels])
             return image.convert(MODES[channels])
     except Exception as error:  # Pillow's readers raise many kinds on bad bytes
-        reason = "its bytes are no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        unknown = f"it is {kind}" if (kind := kind_of(content)) else "its bytes are no image"
+        reason = unknown if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise BadImage(where, reason) from error
 
 

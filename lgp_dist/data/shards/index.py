@@ -1,7 +1,7 @@
 """Where every sample of a split lies: built once from the tar headers, kept in a sidecar file next to the shards."""
 
 import io
-import re
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -13,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lgp_dist.data.shards.account import Account, class_lines
 from lgp_dist.data.shards.decode import ShardFiles, decode_image
-from lgp_dist.data.shards.manifest import MANIFEST_NAME, ShardEntry, ShardManifest, write_info
-from lgp_dist.data.shards.scan import Sample, hash_shard, scan_shard, shown_key
+from lgp_dist.data.shards.manifest import INFO_NAME, MANIFEST_NAME, ShardEntry, ShardManifest, write_info
+from lgp_dist.data.shards.promises import check_promises
+from lgp_dist.data.shards.scan import USUAL, Reading, Sample, hash_shard, scan_shard, shown_key
+from lgp_dist.data.shards.splits import KNOWN, check_words, tar_name
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic
 
@@ -32,8 +35,6 @@ COLUMNS: dict[str, tuple[type, int | None]] = {
     "crc": (np.int64, -1),
 }
 """Arrays of a sidecar: type, and the value where format 1 has no such array."""
-SHARD_NAME = re.compile(r"(.*-)?(train|val|validation|test)-\d+\.tar")
-"""timm's naming: imagenet1k-train-0000.tar belongs to split train."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +85,7 @@ class ShardIndex:
         index = read_sidecar(manifest, split) or _scan(manifest, split)
         if not len(index):
             raise UserError(
-                f"Split '{split}' of {manifest.root} has no samples: add its shards and run"
-                f" `lgp shards index {manifest.root}`."
+                f"Split '{split}' of {manifest.root} has no samples: add its shards and run `{manifest.index_command}`."
             )
         wrong = np.flatnonzero((index.label < 0) | (index.label >= num_classes))
         if len(wrong):
@@ -108,33 +108,61 @@ def sidecar_path(root: Path, split: str) -> Path:
     return root / f"index-{split}.npz"
 
 
-def index_shards(root: str | Path, progress: Callable[[str], None] = print) -> ShardManifest:
+def index_shards(
+    root: str | Path,
+    progress: Callable[[str], None] = print,
+    out: str | Path | None = None,
+    reading: Reading = USUAL,
+    accept_missing: bool = False,
+) -> ShardManifest:
     """Writes manifest.json, _info.json and the indexes of a folder of shards from elsewhere; returns the manifest.
 
-    Shards are the tars directly in root whose names end as in timm's `imagenet1k-train-0000.tar`; other tars are
-    reported to `progress` and ignored. Class names, source and licence of an existing manifest are kept.
-    Raises UserError at the first shard with a problem; then nothing is written.
+    Shards are the tars directly in root whose names end as in timm's `imagenet1k-train-0000.tar`; `progress` hears
+    what was taken and what was left out. Class names, source and licence of an existing manifest are kept. out: folder
+    for what is written, where it shall not lie next to the shards. Raises UserError at the first shard with a problem,
+    and where an earlier manifest or _info.json has more than there is; then nothing is written.
     """
-    root = Path(root)
-    indexed: dict[str, list[IndexedShard]] = {}
-    for split, paths in find_shards(root, progress).items():
-        indexed[split] = []
-        for path in paths:
-            indexed[split].append(index_shard(path))
-            progress(f"{path.name}: {len(indexed[split][-1].samples)} samples of {split}")
+    root, out = Path(root), Path(out or root)
+    account = Account(root)
+    found = find_shards(root, accept_missing, account, out)
+    _want_writable(out)
     try:
-        before = ShardManifest.load(root)
+        before = ShardManifest.load(out)
     except UserError:
-        before = ShardManifest(root=root, classes=(), splits={})
+        before = ShardManifest(root=out, classes=(), splits={})
+    given = zip((reading.image, reading.label), (before.image, before.label), strict=True)
+    reading = Reading(*(new or old for new, old in given), reading.classes or before.classes)
+    indexed: dict[str, list[IndexedShard]] = {split: [] for split in found}
+    for split, paths in found.items():
+        for path in paths:
+            indexed[split].append(index_shard(path, reading, account))
+            account.taken[split] += len(indexed[split][-1].samples)
+            progress(f"{path.name}: {len(indexed[split][-1].samples)} samples of {split}")
+    counts = {root / shard.entry.name: len(shard.samples) for shards in indexed.values() for shard in shards}
+    check_promises({root, out}, counts, accept_missing, account)
     splits = {split: tuple(shard.entry for shard in shards) for split, shards in indexed.items()}
-    manifest = ShardManifest(root, before.classes, splits, before.source, before.licence)
+    folder = "" if out.resolve() == root.resolve() else str(root.resolve())
+    parts = (before.source, before.licence, folder, reading.image, reading.label)
+    manifest = ShardManifest(out, reading.classes, splits, *parts)
     write_indexes(manifest, indexed)
+    labels = {split: {one.label for shard in shards for one in shard.samples} for split, shards in indexed.items()}
+    for line in [*account.lines(), *class_lines(labels, manifest.classes)]:
+        progress(line)
     return manifest
 
 
-def index_shard(path: Path) -> IndexedShard:
+def _want_writable(out: Path) -> None:
+    """UserError where no index can be written, before all shards are read."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(
+            f"{there} cannot be written to: name a folder for manifest and indexes with --out, and set data.root to it."
+        )
+
+
+def index_shard(path: Path, reading: Reading = USUAL, account: Account | None = None) -> IndexedShard:
     """Reads a whole shard; raises UserError if anything is wrong with it."""
-    samples, flaws = scan_shard(path)
+    samples, flaws = scan_shard(path, reading, account)
     if flaws:
         more = f" (problems in this shard: {len(flaws)})." if len(flaws) > 1 else "."
         raise UserError(flaws[0].sentence.removesuffix(".") + more)
@@ -164,22 +192,35 @@ def out_of_range(where: str, label: int, num_classes: int) -> str:
     )
 
 
-def find_shards(root: Path, progress: Callable[[str], None]) -> dict[str, list[Path]]:
-    """Tars of each split, sorted by name; UserError if the folder holds no tar."""
+def tars_in(root: Path) -> list[Path]:
+    """The tars directly in a folder, sorted by name."""
+    return sorted(path for path in root.iterdir() if path.suffix.lower() == ".tar" and not path.name.startswith("."))
+
+
+def own_files(root: Path) -> set[Path]:
+    """What lies next to shards and is no source of images."""
+    return {root / name for name in (MANIFEST_NAME, INFO_NAME, "LICENSE")} | set(root.glob("index-*.npz"))
+
+
+def find_shards(root: Path, accept_missing: bool, account: Account, out: Path | None = None) -> dict[str, list[Path]]:
+    """Tars of each split, sorted by name; UserError if the folder holds no tar, or lacks one that a file promises.
+
+    out: another folder with such files.
+    """
     if not root.is_dir():
         raise UserError(f"There is no folder {root}: name the folder that holds the tars.")
-    found: dict[str, list[Path]] = {}
-    for path in sorted(root.glob("*.tar")):
-        match = SHARD_NAME.fullmatch(path.name)
-        if match:
-            found.setdefault(match[2], []).append(path)
-        else:
-            progress(f"{path.name}: ignored, its name does not end in -train-NUMBER.tar or the like")
-    if not found:
+    named = {path: parts for path in tars_in(root) if (parts := tar_name(path.name))}
+    if not named:
         raise UserError(
-            f"{root} has no shard whose name ends in train-NUMBER.tar, val-NUMBER.tar, validation-NUMBER.tar or"
-            " test-NUMBER.tar: name the folder that holds the tars, or rename them."
+            f"{root} has no shard whose name ends in -SPLIT-NUMBER.tar, such as imagenet1k-train-0000.tar, where SPLIT"
+            f" is one of {KNOWN}: name the folder that holds the tars, or rename them."
         )
+    check_words(root, {path.name: parts.word for path, parts in named.items()})
+    account.rest({*named, *own_files(root)}, "whose names do not end in -SPLIT-NUMBER.tar")
+    check_promises({root, out or root}, dict.fromkeys(named), accept_missing, account)
+    found: dict[str, list[Path]] = {}
+    for path, parts in named.items():
+        found.setdefault(parts.split, []).append(path)
     return found
 
 
@@ -199,13 +240,13 @@ def _scan(manifest: ShardManifest, split: str) -> ShardIndex:
     """Index from the tars; raises UserError at the first problem."""
     scans = []
     for entry in manifest.entries(split):
-        samples, flaws = scan_shard(manifest.path(entry))
+        samples, flaws = scan_shard(manifest.path(entry), manifest.reading)
         if flaws:
             raise UserError(flaws[0].sentence)
         if len(samples) != entry.samples:
             raise UserError(
                 f"Shard {manifest.path(entry)} has {len(samples)} samples but {manifest.root / MANIFEST_NAME} wants"
-                f" {entry.samples}: run `lgp shards index {manifest.root}`."
+                f" {entry.samples}: run `{manifest.index_command}`."
             )
         scans.append(samples)
     return join_samples(manifest, split, scans)
@@ -214,7 +255,7 @@ def _scan(manifest: ShardManifest, split: str) -> ShardIndex:
 def _index(manifest: ShardManifest, split: str, arrays: dict[str, NDArray[Any]]) -> ShardIndex:
     entries = manifest.entries(split)
     files = ShardFiles([manifest.path(entry) for entry in entries])
-    return ShardIndex(root=manifest.root, shards=tuple(entry.name for entry in entries), files=files, **arrays)
+    return ShardIndex(root=manifest.tars, shards=tuple(entry.name for entry in entries), files=files, **arrays)
 
 
 def _write_sidecar(manifest: ShardManifest, split: str, index: ShardIndex) -> None:

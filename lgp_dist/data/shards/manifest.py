@@ -7,11 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lgp_dist.data.shards.formats import mistaken
+from lgp_dist.data.shards.scan import Reading
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_atomic
 
 MANIFEST_NAME, INFO_NAME = "manifest.json", "_info.json"
 FORMAT = 1
+OPTIONAL = ("folder", "image", "label")
+"""Keys that are stored only where they have a value."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,27 @@ class ShardManifest:
     """Where the images come from."""
     licence: str = ""
     """Licence of the images."""
+    folder: str = ""
+    """Folder of the tars, where they are not in root."""
+    image: str = ""
+    """Ending of the members that are images; empty for the usual ones."""
+    label: str = ""
+    """Ending of the members that are labels, or a field of .json; empty for the usual ones."""
+
+    @property
+    def tars(self) -> Path:
+        """Folder of the tars."""
+        return self.root / self.folder
+
+    @property
+    def reading(self) -> Reading:
+        """How samples are found in the tars."""
+        return Reading(self.image, self.label, self.classes)
+
+    @property
+    def index_command(self) -> str:
+        """What makes manifest and indexes again."""
+        return f"lgp shards index {self.tars}" + (f" --out {self.root}" if self.folder else "")
 
     @staticmethod
     def load(root: str | Path) -> "ShardManifest":
@@ -57,9 +82,8 @@ class ShardManifest:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): `lgp shards index {root}` makes it again from the tars."
-            ) from error
+            said = f"{path} cannot be read ({error}): `lgp shards index {root}` makes it again from the tars."
+            raise UserError(mistaken(path, "a manifest") or said) from error
         return _parse(root, path, stored)
 
     def write(self) -> Path:
@@ -71,6 +95,7 @@ class ShardManifest:
             "classes": list(self.classes),
             "splits": {split: [asdict(entry) for entry in entries] for split, entries in self.splits.items()},
         }
+        stored |= {name: value for name in OPTIONAL if (value := getattr(self, name))}
         path = self.root / MANIFEST_NAME
         write_atomic(path, (json.dumps(stored, indent=2, ensure_ascii=False) + "\n").encode())
         return path
@@ -87,7 +112,7 @@ class ShardManifest:
 
     def path(self, entry: ShardEntry) -> Path:
         """File of a shard."""
-        return self.root / entry.name
+        return self.tars / entry.name
 
     def problem(self, entry: ShardEntry) -> str:
         """What is wrong with a shard's size, as one sentence; empty if it is right."""
@@ -99,7 +124,7 @@ class ShardManifest:
         if found != entry.bytes:
             return (
                 f"Shard {path} has {found} bytes but the manifest wants {entry.bytes}: copy the file again,"
-                f" or run `lgp shards index {self.root}` if it was changed on purpose."
+                f" or run `{self.index_command}` if it was changed on purpose."
             )
         return ""
 
@@ -121,7 +146,7 @@ def _parse(root: Path, path: Path, stored: Any) -> ShardManifest:
     _want(isinstance(stored, dict), path, "the file", stored, "an object")
     _want(stored.get("format") == FORMAT, path, "format", stored.get("format"), f"{FORMAT}")
     classes, splits = stored.get("classes", []), stored.get("splits")
-    texts = {key: stored.get(key, "") for key in ("source", "licence")}
+    texts = {key: stored.get(key, "") for key in ("source", "licence", *OPTIONAL)}
     for key, value in texts.items():
         _want(isinstance(value, str), path, key, value, "a text")
     good = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
@@ -168,14 +193,14 @@ def _want(good: bool, path: Path, key: str, value: Any, wanted: str) -> None:
 
 def write_info(manifest: ShardManifest) -> None:
     """Writes root/_info.json with the manifest's splits; keeps the other entries of an existing one."""
-    info = with_splits(read_info(manifest), manifest)
+    info = with_splits(read_info(manifest.root), manifest)
     write_atomic(manifest.root / INFO_NAME, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_info(manifest: ShardManifest) -> dict[str, Any]:
+def read_info(root: Path) -> dict[str, Any]:
     """root/_info.json; nothing if it is missing or no object."""
     try:
-        stored = json.loads((manifest.root / INFO_NAME).read_text(encoding="utf-8"))
+        stored = json.loads((root / INFO_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return stored if isinstance(stored, dict) else {}
@@ -190,7 +215,7 @@ def with_splits(info: dict[str, Any], manifest: ShardManifest) -> dict[str, Any]
             **(kept[split] if isinstance(kept.get(split), dict) else {}),
             "name": split,
             "num_samples": sum(entry.samples for entry in entries),
-            "filenames": [entry.name for entry in entries],
+            "filenames": [str(manifest.path(entry)) if manifest.folder else entry.name for entry in entries],
             "shard_lengths": [entry.samples for entry in entries],
         }
         for split, entries in manifest.splits.items()

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from lgp_dist.data.order import nth_of_class, permutation
+from lgp_dist.data.shards.account import class_lines, shown
 from lgp_dist.data.shards.index import ShardIndex, read_image
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.errors import UserError
@@ -81,7 +82,15 @@ def describe(manifest: ShardManifest, splits: dict[str, SplitSummary]) -> str:
             ]
         if found["samples"]:
             lines += _bars(found["histogram"])
+        if problems := [problem for entry in manifest.entries(split) if (problem := manifest.problem(entry))]:
+            lines.append(f"  {len(problems)} of {found['shards']} shards are not as the manifest says: {problems[0]}")
     return "\n".join(lines)
+
+
+def class_report(manifest: ShardManifest, splits: dict[str, SplitSummary]) -> list[str]:
+    """Lines for the classes that have no images, in all splits or in one."""
+    labels = {split: [int(name.partition(" ")[0]) for name in found["histogram"]] for split, found in splits.items()}
+    return class_lines(labels, manifest.classes)
 
 
 def _bars(histogram: dict[str, int]) -> list[str]:
@@ -92,7 +101,8 @@ def _bars(histogram: dict[str, int]) -> list[str]:
         rows = [*ordered[: BARS // 2], ("...", 0), *ordered[-BARS // 2 :]]
     most = max(histogram.values())
     return [
-        f"  {name[:32]:<32} {count:>9,} {'#' * round(30 * count / most)}" if count else "  ..." for name, count in rows
+        f"  {shown(name)[:32]:<32} {count:>9,} {'#' * round(30 * count / most)}" if count else "  ..."
+        for name, count in rows
     ]
 
 

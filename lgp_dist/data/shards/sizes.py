@@ -7,6 +7,7 @@ import simplejpeg
 from PIL import Image
 
 from lgp_dist.data.shards.decode import decode_image
+from lgp_dist.data.shards.formats import extension
 
 HEAD = 4096
 """First bytes of an image, which state its size in nearly all files."""
@@ -25,15 +26,6 @@ def dimensions(content: bytes) -> tuple[int, int]:
             return image.size
     except Exception:  # the readers raise many kinds on bad bytes
         return 0, 0
-
-
-def extension(content: bytes) -> str:
-    """jpg, png or webp by the first bytes; empty for anything else."""
-    if content[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if content[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else ""
 
 
 def shrink(content: bytes, short_side: int, quality: int, where: str) -> bytes:

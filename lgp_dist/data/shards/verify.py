@@ -12,15 +12,16 @@ from tqdm import tqdm
 from lgp_dist.data.shards.decode import ShardFiles, decode_image
 from lgp_dist.data.shards.index import (
     COLUMNS,
-    SHARD_NAME,
     ShardIndex,
     join_samples,
     out_of_range,
     read_sidecar,
     sidecar_path,
+    tars_in,
 )
 from lgp_dist.data.shards.manifest import INFO_NAME, ShardEntry, ShardManifest, read_info, with_splits
 from lgp_dist.data.shards.scan import Sample, hash_shard, scan_shard, shown_key
+from lgp_dist.data.shards.splits import tar_name
 from lgp_dist.errors import UserError
 
 LISTED = 10
@@ -95,7 +96,7 @@ def _read(manifest: ShardManifest, stored: ShardIndex | None, entry: ShardEntry,
     if not path.is_file():
         lost = _against_index(path, entry, stored, number, [], set())
         return _Read([], [Problem(entry.name, "", "missing", wrong_size), *lost], False)
-    samples, flaws = scan_shard(path)
+    samples, flaws = scan_shard(path, manifest.reading)
     problems = [Problem(entry.name, f.key, "structure" if not f.key else "sample", f.sentence) for f in flaws]
     try:
         digest, samples = hash_shard(path, samples)
@@ -188,22 +189,22 @@ def _index_problem(
         names = [name for name, (_, default) in COLUMNS.items() if has_sums or default is None]
         if all(np.array_equal(getattr(stored, name), getattr(truth, name)) for name in names):
             return
-    sentence = f"{path} does not agree with the shards: delete it and run `lgp shards index {manifest.root}`."
+    sentence = f"{path} does not agree with the shards: delete it and run `{manifest.index_command}`."
     yield Problem(path.name, "", "index", sentence)
 
 
 def _unlisted(manifest: ShardManifest) -> Iterator[Problem]:
     """Shards in the folder that no split of the manifest names, so that nobody reads them."""
     listed = {entry.name for entries in manifest.splits.values() for entry in entries}
-    for path in sorted(manifest.root.glob("*.tar")):
-        if path.name not in listed and SHARD_NAME.fullmatch(path.name):
-            sentence = f"Shard {path} is not in the manifest: run `lgp shards index {manifest.root}`, or remove it."
+    for path in tars_in(manifest.tars):
+        if path.name not in listed and tar_name(path.name):
+            sentence = f"Shard {path} is not in the manifest: run `{manifest.index_command}`, or remove it."
             yield Problem(path.name, "", "unlisted", sentence)
 
 
 def _info_problem(manifest: ShardManifest) -> Iterator[Problem]:
     """Whether an existing _info.json differs from the manifest's splits."""
-    path, info = manifest.root / INFO_NAME, read_info(manifest)
+    path, info = manifest.root / INFO_NAME, read_info(manifest.root)
     if path.exists() and info != with_splits(info, manifest):
-        sentence = f"{path} does not agree with the manifest: run `lgp shards index {manifest.root}`."
+        sentence = f"{path} does not agree with the manifest: run `{manifest.index_command}`."
         yield Problem(INFO_NAME, "", "info", sentence)
