@@ -62,6 +62,6 @@ def report(context: Context, stages: tuple[str, ...]) -> None:
     run, workers = context.run, context.workers
     workers.watchdog.begin("report")
     if workers.is_main:
-        table = publish(run.root, context.config.recipe, context.settings, run.consistent())
+        table = publish(run.root, context.config.recipe, context.settings, run.consistent(), workers.device_name)
         if table and "evaluate" in stages:
             show(f"\n{table}\n\nResults: {run.root}/report.html, paths.csv, pareto.png, export/\n")

@@ -23,6 +23,7 @@ from lgp_dist.engine.deepspeed_workarounds import skip_operator_probes
 from lgp_dist.engine.launch.environment import Launch, check_launch
 from lgp_dist.engine.watch.watchdog import Watchdog, longest
 from lgp_dist.errors import UserError
+from lgp_dist.run.provenance import processor
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for other ranks without a watchdog."""
@@ -90,6 +91,12 @@ class Workers:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes the files of a run."""
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """Type and name of the device."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor()
+        return f"{self.device.type}: {name}"
 
     def autocast(self) -> torch.autocast:
         """`autocast` on this process's device in the recipe's precision."""

@@ -14,6 +14,8 @@ class Curves:
     steps: MutableSequence[int] = field(default_factory=lambda: array("q"))
     columns: dict[str, MutableSequence[float]] = field(default_factory=dict)
     """By name, in the order of their first line; NaN where a line has none or it is not finite."""
+    counts: set[str] = field(default_factory=set)
+    """Names of columns whose values are all whole numbers in the file: steps, samples, bytes."""
 
     def of(self, name: str) -> MutableSequence[float]:
         """One column; all NaN if no line has it."""
@@ -27,6 +29,10 @@ class Curves:
         self.steps.append(line["step"])
         for name, value in line.items():
             if isinstance(value, int | float):
+                if name not in self.columns and isinstance(value, int):
+                    self.counts.add(name)
+                elif isinstance(value, float):
+                    self.counts.discard(name)
                 column = self.columns.setdefault(name, array("d"))
                 column.extend([math.nan] * (len(self.steps) - 1 - len(column)))
                 column.append(value if math.isfinite(value) else math.nan)
@@ -37,7 +43,7 @@ class Curves:
             column.extend([math.nan] * (len(self.steps) - len(column)))
         last = {step: place for place, step in enumerate(self.steps)}
         places = [last[step] for step in sorted(last)]
-        kept = Curves(array("q", sorted(last)))
+        kept = Curves(array("q", sorted(last)), counts=self.counts)
         for name, column in self.columns.items():
             kept.columns[name] = array("d", [column[place] for place in places])
         return kept

@@ -12,7 +12,17 @@ from typing import Any
 from lgp_dist.paths.ledger import Ledger, PathDraws, under_drawn
 from lgp_dist.report.curves import Curves
 from lgp_dist.report.page import CSS, SCRIPT
-from lgp_dist.report.rows import amount, decimals, flops_unit, kind_label, kind_of, kinds, pareto_front
+from lgp_dist.report.rows import (
+    amount,
+    date,
+    decimals,
+    duration,
+    flops_unit,
+    kind_label,
+    kind_of,
+    kinds,
+    pareto_front,
+)
 from lgp_dist.run.path_rows import PathRow
 
 LOAD = """\
@@ -34,13 +44,20 @@ class RunReport:
     curves: Mapping[str, Curves] = field(default_factory=dict)
     """Metrics of each stage."""
     figures: Mapping[str, str] = field(default_factory=dict)
-    """SVG by the names of `plots.report_figures`."""
+    """SVG by the names of `plots.report_figures`, in the order in which they are shown."""
     ledger: Ledger | None = None
     artifacts: Sequence[Mapping[str, Any]] = ()
     """Of each complete stage: stage, id, created, seconds, command and other fields."""
+    overview: Mapping[str, str] = field(default_factory=dict)
+    """What the run is, by label."""
+    ancestry: Mapping[str, Any] | None = None
+    """Facts of stage ancestry."""
     descendant: PathRow | None = None
-    """The exported path."""
+    """The chosen path."""
+    budget: str = ""
+    """Why it was chosen."""
     export_folder: str = ""
+    """Of the chosen path; empty if it was not exported."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Flat, with dotted keys."""
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -49,11 +66,11 @@ class RunReport:
 def render_report(report: RunReport) -> str:
     """The whole report as HTML. All data is escaped except the figures, which must be our own."""
     sections = [
-        ("headline", "Headline", _headline(report.rows, report.before)),
-        ("pareto", "Accuracy against cost", _figure(report.figures, "pareto")),
+        ("headline", "Headline", _headline(report)),
+        ("pareto", "Accuracy against cost", _figures(report.figures, "pareto")),
         ("paths", "All paths", _paths(report)),
-        ("descendant", "Descendant", _descendant(report.descendant, report.export_folder)),
-        ("training", "Training", _training(report.curves, report.figures)),
+        ("descendant", "Descendant", _descendant(report)),
+        ("training", "Training", _training(report)),
         ("draws", "Draws of each path", draws_section(report.ledger)),
         ("provenance", "Provenance", _provenance(report.artifacts)),
         ("environment", "Environment", _pairs(report.environment)),
@@ -96,10 +113,21 @@ def _number(value: float | None, form: str) -> tuple[Any, str]:
     return ("", "–") if value is None else (value, format(value, form))
 
 
-def _headline(rows: Sequence[PathRow], before: Sequence[PathRow]) -> str:
-    """Cards: best path, smallest path, number of paths, change by fine-tuning."""
-    if not rows:
-        return '<p class="soft">No path has been evaluated yet.</p>'
+def _headline(report: RunReport) -> str:
+    """Cards of paths, and what the run is."""
+    cards = _cards(report) if report.rows else '<p class="soft">No path has been evaluated yet.</p>'
+    return cards + _terms(report.overview)
+
+
+def _terms(values: Mapping[str, str]) -> str:
+    """Labels and values on a card; empty without any."""
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in values.items())
+    return f'<div class="card terms"><dl>{items}</dl></div>' if items else ""
+
+
+def _cards(report: RunReport) -> str:
+    """Cards: best path, smallest path, ancestry, number of paths, change by fine-tuning."""
+    rows, ancestry = report.rows, report.ancestry
     best = max(rows, key=lambda row: (row["top1"], -row["flops"]))
     smallest = min(rows, key=lambda row: (row["params"], -row["top1"]))
     stitched = sum(row["stitch"] is not None for row in rows)
@@ -114,7 +142,10 @@ def _headline(rows: Sequence[PathRow], before: Sequence[PathRow]) -> str:
         ("Paths evaluated", str(len(rows)), f"{stitched} stitched, {len(rows) - stitched} rows alone"),
         ("On the Pareto front", str(len(pareto_front(rows))), "no other path is as accurate with fewer FLOPs"),
     ]
-    if change := _changes(rows, before):
+    if ancestry:
+        note = f"the frozen teacher<br>{amount(ancestry['params'])} parameters"
+        cards.insert(2, ("Ancestry, top-1", f"{ancestry['top1']:.2f} %", note))
+    if change := _changes(rows, report.before):
         worse = sum(value < 0 for value in change.values())
         note = f"points, mean over {len(change)} paths; {worse} got worse"
         cards.append(("Change by fine-tuning, top-1", f"{fmean(change.values()):+.2f}", note))
@@ -180,30 +211,36 @@ def _strip(row: PathRow) -> str:
     return f'<span class="strip" aria-hidden="true">{"<i class=s></i>".join(boxes)}</span>'
 
 
-def _descendant(row: PathRow | None, folder: str) -> str:
-    """The exported path, its numbers, and how to load it."""
+def _descendant(report: RunReport) -> str:
+    """The chosen path, the budget, its numbers, and how to load it."""
+    row = report.descendant
     if row is None:
-        return '<p class="soft">No descendant has been exported yet.</p>'
+        return '<p class="soft">No path has been chosen yet.</p>'
     fields = {
         "Path": row["key"],
+        "Budget": report.budget,
         "Parameters": amount(row["params"]),
         "Multiply-adds": amount(row["flops"]),
+        "Latency": f"{row['latency_ms']:.3g} ms" if "latency_ms" in row else "",
         "Top-1": f"{row['top1']:.2f} %",
         "Top-5": f"{row['top5']:.2f} %",
-        "Folder": folder,
+        "Folder": report.export_folder or "not exported yet",
     }
-    items = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in fields.items())
-    load = f"<h3>How to load it</h3><pre>{escape(LOAD.format(folder=folder))}</pre>"
-    return f'<div class="card"><dl>{items}</dl></div>{load}'
+    load = f"<h3>How to load it</h3><pre>{escape(LOAD.format(folder=report.export_folder))}</pre>"
+    return _terms({name: value for name, value in fields.items() if value}) + (load if report.export_folder else "")
 
 
-def _training(curves: Mapping[str, Curves], figures: Mapping[str, str]) -> str:
+def _training(report: RunReport) -> str:
     """A summary and the curves of each stage."""
+    curves, figures = report.curves, report.figures
     if not curves:
         return '<p class="soft">No training has been logged.</p>'
     heads = ["Stage", "Last step", "Loss, first", "Loss, last tenth", "Images/s", "Step (s)", "Waiting for data"]
     lines = [_stage_summary(stage, logged) for stage, logged in curves.items()]
-    return f"{_table(heads, lines)}<br>" + "".join(_figure(figures, f"loss_{stage}") for stage in curves)
+    unmeasured = "finetune" in curves and "validation_finetune" not in figures
+    note = "Accuracy was not measured while training: <code>--finetune.watch-every STEPS</code> does it."
+    drawn = "".join(_figures(figures, "loss", "parts", "validation", stage=stage) for stage in curves)
+    return f"{_table(heads, lines)}{drawn}" + (f'<p class="soft">{note}</p>' if unmeasured else "")
 
 
 def _stage_summary(stage: str, curves: Curves) -> str:
@@ -255,21 +292,28 @@ def _draws_line(path: PathDraws) -> str:
 
 
 def _provenance(artifacts: Sequence[Mapping[str, Any]]) -> str:
-    """Which command made each artifact, when, and how long it took."""
+    """When each artifact was made, how long it took, and the commands, each of them once."""
     if not artifacts:
         return '<p class="soft">No stage is complete.</p>'
-    lines = []
+    lines, commands = [], dict[str, list[str]]()
     for item in artifacts:
-        stage, name, created, command = (escape(str(item[part])) for part in ("stage", "id", "created", "command"))
-        rest = {part: item[part] for part in item if part not in ("stage", "id", "created", "seconds", "command")}
-        more = f"<details><summary>more</summary>{_pairs(rest)}</details>" if rest else ""
-        lines.append(
-            f"<tr><td>{stage}</td><td><code>{name}</code></td><td>{created}</td><td>{_duration(item['seconds'])}</td>"
-            f'<td class="wrap"><code>{command}</code>{more}</td></tr>'
-        )
-    total = _duration(sum(item["seconds"] for item in artifacts))
-    heads = ["Stage", "Artifact", "Created", "Took", "Command"]
-    return f"<p>{len(artifacts)} artifacts, {total} in total.</p>{_table(heads, lines, left=len(heads))}"
+        stage, world = str(item["stage"]), str(item.get("world"))
+        commands.setdefault(str(item["command"]), []).append(stage)
+        made = [stage, str(item["id"])[:12], date(str(item["created"])), duration(item["seconds"]), world]
+        lines.append(_line([(text, escape(text)) for text in (*made, str(item.get("commit") or "none")[:12])], left=6))
+    total = duration(sum(item["seconds"] for item in artifacts))
+    heads = ["Stage", "Artifact", "Created", "Took", "Ranks", "Commit"]
+    table = _table(heads, lines, "plain", left=len(heads))
+    shown = "".join(
+        f"<h3>Command of {escape(', '.join(stages))}</h3><pre class=wrap>{escape(_lines(command))}</pre>"
+        for command, stages in commands.items()
+    )
+    return f"<p>{len(artifacts)} artifacts, {total} in total.</p>{table}{shown}"
+
+
+def _lines(command: str) -> str:
+    """A long command with a line for each option, as a shell takes it."""
+    return command if len(command) < 100 or "'" in command else command.replace(" --", " \\\n    --")
 
 
 def _config(config: Mapping[str, Any]) -> str:
@@ -310,19 +354,19 @@ def _text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _duration(seconds: float) -> str:
-    """Seconds as a person says them: 4.2 s, 3 min 20 s, 5 h 12 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+def _figures(figures: Mapping[str, str], *kinds: str, stage: str = "") -> str:
+    """The figures of a kind, or those of a stage, next to each other where there is room."""
+    drawn = "".join(
+        _figure(name, svg)
+        for name, svg in figures.items()
+        if (name in [f"{kind}_{stage}" for kind in kinds] if stage else name.startswith(kinds))
+    )
+    return f'<div class="figures">{drawn}</div>' if drawn else ""
 
 
-def _figure(figures: Mapping[str, str], name: str) -> str:
-    """An SVG on a white card, its ids made unique in the page; empty if the figure is missing."""
-    if name not in figures:
-        return ""
-    svg = figures[name][max(0, figures[name].find("<svg")) :]
+def _figure(name: str, svg: str) -> str:
+    """An SVG on a white card, its ids made unique in the page."""
+    svg = svg[max(0, svg.find("<svg")) :]
     svg = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     prefix = re.sub(r"\W", "-", name)
     svg = re.sub(r'(\bid="|href="#|url\(#)', lambda found: f"{found[0]}{prefix}-", svg)

@@ -15,21 +15,25 @@ h3 { font-size: .95rem; margin: 1.4rem 0 .5rem; }
 p { margin: .4rem 0 .8rem; max-width: 72ch; } .soft, caption { color: var(--soft); }
 nav { margin: .8rem 0 1.6rem; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .9rem; }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(185px, 1fr)); gap: .9rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: .9rem; }
 .card, .panel { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .card { padding: .9rem 1.1rem 1rem; } .card b { display: block; font-size: 1.7rem; line-height: 1.3; font-weight: 650; }
 .card .label { color: var(--soft); font-size: .82rem; } .card .note { font-size: .87rem; overflow-wrap: anywhere; }
 .panel { overflow-x: auto; }
-figure { margin: 0 0 1rem; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .7rem; }
+.card.terms { margin: .9rem 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: .9rem;
+  margin: .9rem 0; }
+figure { margin: 0; max-width: 760px; background: #fff; border: 1px solid var(--line); border-radius: 10px;
+  padding: .7rem; }
 figure svg { display: block; width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .38rem .75rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 tbody tr:last-child > * { border-bottom: 0; }
-thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-td.n, th.n { text-align: right; } td.n, .sortable td { white-space: nowrap; }
-.sortable th, .sortable td { padding-inline: .6rem; }
+thead th { color: var(--soft); font-weight: 600; white-space: nowrap; vertical-align: bottom; }
+td.n, th.n { text-align: right; } td.n, .sortable td, .plain td { white-space: nowrap; }
+.sortable th, .sortable td { padding-inline: .6rem; } .sortable th { white-space: normal; }
 .badge { font-size: .75rem; color: var(--accent); border: 1px solid; border-radius: 9px; padding: 0 .45em; }
-td.wrap, dd, .pairs td { overflow-wrap: anywhere; }
+dd, .pairs td { overflow-wrap: anywhere; }
 tr.front td { background: var(--mark); } tr.front td.n strong { font-weight: 700; }
 tr.chosen td:first-child { box-shadow: inset 3px 0 0 var(--accent); }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--accent); }
@@ -37,9 +41,9 @@ th[aria-sort] button { color: var(--ink); }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 code, pre { font: .86em/1.5 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace; }
-td > code { white-space: nowrap; } td.wrap > code { white-space: pre-wrap; }
+td > code { white-space: nowrap; } .pairs td > code { white-space: pre-wrap; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; margin: .6rem 0;
-  overflow-x: auto; }
+  overflow-x: auto; } pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; }
 dt { color: var(--soft); } dd { margin: 0; }
 .strip { display: inline-flex; gap: 2px; align-items: center; }

@@ -29,11 +29,8 @@ LINE_STYLES = tuple(
     (colour, dash) for dash in ("-", "--", ":") for colour in ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 )
 """Colour and dash of the parts of a loss."""
-NOT_LOSSES = re.compile(
-    "step|epoch|samples|bad_samples|rank|world|accumulate|seed|loss|grad_norm|loss_scale|skipped|time|seconds"
-    "|lr.*|cache_.*|top1/.*|.*_(s|ms|gb)"
-)
-"""Names of numbers in metrics that are not parts of the loss."""
+NOT_LOSSES = re.compile("epoch|loss|grad_norm|loss_scale|time|seconds|lr.*|top1/.*|.*_(s|ms|gb)")
+"""Names of numbers in metrics that are neither counts nor parts of the loss."""
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -61,62 +58,102 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "lgp_dist",
 }
+PANEL = 5.0
+"""Inches: the width of a figure of one panel, whose text is legible on a phone."""
 MAX_POINTS = 1200
 """Points drawn of one curve; longer runs are thinned to keep an SVG small."""
 FRONT = Line2D([], [], color=INK, lw=1.2, alpha=0.75, label="Pareto front")
 DOMINATED = Line2D([], [], color=FAINT, marker="o", ls="", ms=6, mfc="white", mew=1.3, label="Dominated")
 
 
-def pareto_figure(rows: Sequence[PathRow], *, title: str, before: Sequence[PathRow] = ()) -> Figure:
-    """Top-1 (percent) of every path against FLOPs (left) and parameters (right), with both Pareto fronts.
+def pareto_figure(
+    rows: Sequence[PathRow], *, title: str, cost: str = "flops", before: Sequence[PathRow] = ()
+) -> Figure:
+    """Top-1 (percent) of every path against a cost, with the Pareto front. The axes fit what is drawn.
 
-    before: the same paths before fine-tuning, drawn faint in the left panel and joined to those after. The right panel
-    then has its own accuracy axis, so that low accuracies before fine-tuning do not flatten it.
+    cost: a field. before: the same paths before fine-tuning, drawn faint and joined to those after.
     """
     with matplotlib.rc_context(STYLE):
-        handles = [
-            Line2D([], [], color=colour, marker=marker, ls="", ms=6.5, mec="none", label=kind_label(kind, kinds(rows)))
-            for kind in kinds(rows)
-            for colour, marker in [kind_style(kind, kinds(rows))]
-        ]
-        handles += [FRONT, DOMINATED]
+        handles = [*_kind_handles(kinds(rows)), FRONT, DOMINATED]
         if before:
             more = {"marker": "o", "ls": "", "ms": 4.2, "mec": "none", "alpha": 0.45}
             handles.append(Line2D([], [], color=FAINT, label="Before fine-tuning", **more))
-        figure, (left, right) = new_panels(title, 2, 4.0, handles, gap=0.12 if before else 0.07, sharey=not before)
-        draw_accuracy(left, rows, before, "flops")
-        draw_accuracy(right, rows, [], "params")
-        left.set_ylabel("Top-1 accuracy (%)")
+        figure, (panel,) = new_panels(title, 1, 4.0, handles, width=PANEL)
+        draw_accuracy(panel, rows, before, cost)
+        panel.set_ylabel("Top-1 accuracy (%)")
     return figure
 
 
-def loss_figure(curves: Curves, stage: str) -> Figure:
-    """Training curves of one stage: the loss and its named parts against the optimizer step.
+def _kind_handles(all_kinds: Sequence[Kind]) -> list[Line2D]:
+    """Entries of a legend for kinds of paths."""
+    return [
+        Line2D([], [], color=colour, marker=marker, ls="", ms=6.5, mec="none", label=kind_label(kind, all_kinds))
+        for kind in all_kinds
+        for colour, marker in [kind_style(kind, all_kinds)]
+    ]
+
+
+def loss_figure(curves: Curves, title: str, names: Sequence[str] = ("loss",)) -> Figure:
+    """Losses of one stage against the optimizer step, by the names of their columns.
 
     Thin lines are the values as logged, thick ones their moving average. A value that is not finite leaves a gap.
     """
     with matplotlib.rc_context(STYLE):
-        styles = {
-            name: Line2D([], [], color=colour, ls=dash, lw=1.7, label=name)
-            for name, (colour, dash) in zip(_part_names(curves), LINE_STYLES, strict=False)
-        }
-        figure, axes = new_panels("", 2 if styles else 1, 3.3, list(styles.values()), gap=0.12)
-        axes[0].set_title(f"{stage}: loss")
-        _curve(axes[0], curves, "loss", Line2D([], [], color=INK, lw=1.7))
-        for name, style in styles.items():
-            axes[1].set_title(f"{stage}: parts of the loss")
-            _curve(axes[1], curves, name, style)
-        for panel in axes:
-            _finish_curves(panel, curves)
+        looks = [(INK, "-")] if len(names) == 1 else LINE_STYLES
+        styles = [
+            Line2D([], [], color=colour, ls=dash, lw=1.7, label=name)
+            for name, (colour, dash) in zip(names, looks, strict=False)
+        ]
+        figure, (panel,) = new_panels(title, 1, 3.3, styles if len(names) > 1 else [], width=PANEL)
+        for style in styles:
+            _curve(panel, curves, str(style.get_label()), style)
+        _finish_curves(panel, curves)
+    return figure
+
+
+def validation_figure(curves: Curves, title: str, rows: Sequence[PathRow] = ()) -> Figure:
+    """Top-1 (percent) of each path while it was trained, and the mean over paths, against the optimizer step.
+
+    rows: evaluated paths, whose kinds give colours.
+    """
+    kind_of_path = {f"top1/{row['key']}": kind_of(row) for row in rows}
+    with matplotlib.rc_context(STYLE):
+        all_kinds, columns = kinds(rows), {name: np.array(curves.of(name)) for name in measured_names(curves)}
+        values = np.array(list(columns.values()))
+        measured = ~np.isnan(values).all(axis=0)  # most steps have no measurement
+        steps, mean = np.array(curves.steps)[measured], np.nanmean(values[:, measured], axis=0)
+        label = f"Mean of {len(columns)} paths"
+        handles = [*_kind_handles(all_kinds), Line2D([], [], color=INK, marker="o", ms=4, lw=1.7, label=label)]
+        figure, (panel,) = new_panels(title, 1, 3.3, handles, width=PANEL)
+        for name, column in columns.items():
+            kind = kind_of_path.get(name)
+            colour, marker = kind_style(kind, all_kinds) if kind else (FAINT, "o")
+            panel.plot(steps, column[measured], color=colour, marker=marker, ms=3, mec="none", lw=0.8, alpha=0.45)
+        panel.plot(steps, mean, color=INK, marker="o", ms=4, lw=1.7)
+        panel.set_xlabel("Optimizer step")
+        panel.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        panel.set_ylabel("Top-1 accuracy (%)")
     return figure
 
 
 def report_figures(
     rows: Sequence[PathRow], curves: Mapping[str, Curves], *, title: str, before: Sequence[PathRow] = ()
 ) -> dict[str, Figure]:
-    """The figures of a report by name: "pareto" if there are rows, and "loss_STAGE" for each stage of `curves`."""
-    figures = {"pareto": pareto_figure(rows, title=title, before=before)} if rows else {}
-    return figures | {f"loss_{stage}": loss_figure(logged, stage) for stage, logged in curves.items()}
+    """The figures of a report by name: if there are rows, "pareto" (against FLOPs), "pareto_params" and, with `before`,
+    "pareto_before"; for each stage of `curves` "loss_STAGE" and, if logged, "parts_STAGE" and "validation_STAGE"."""
+    figures: dict[str, Figure] = {}
+    if rows:
+        figures["pareto"] = pareto_figure(rows, title=title)
+        figures["pareto_params"] = pareto_figure(rows, title=title, cost="params")
+    if rows and before:
+        figures["pareto_before"] = pareto_figure(rows, title="Before and after fine-tuning", before=before)
+    for stage, logged in curves.items():
+        figures[f"loss_{stage}"] = loss_figure(logged, f"{stage}: loss")
+        if parts := part_names(logged):
+            figures[f"parts_{stage}"] = loss_figure(logged, f"{stage}: parts of the loss", parts)
+        if measured_names(logged):
+            figures[f"validation_{stage}"] = validation_figure(logged, f"{stage}: accuracy on validation images", rows)
+    return figures
 
 
 def figure_svg(figure: Figure) -> str:
@@ -139,19 +176,27 @@ def _render(figure: Figure, kind: str) -> bytes:
 
 
 def new_panels(
-    title: str, count: int, height: float, handles: Sequence[Line2D], *, gap: float, sharey: bool = False
+    title: str,
+    count: int,
+    height: float,
+    handles: Sequence[Line2D],
+    *,
+    gap: float = 0.0,
+    sharey: bool = False,
+    width: float = 10.2,
 ) -> tuple[Figure, list[Axes]]:
     """A figure with panels next to each other, a title above and one legend below.
 
-    height: inches without the legend. gap: between panels, as a share of their width.
+    height: inches without the legend. gap: between panels, as a share of their width. width: inches.
     """
-    lines = math.ceil(len(handles) / 6)
+    lines = math.ceil(len(handles) / int(width / 1.65))
     legend = 0.12 + 0.24 * lines if lines else 0.0
-    figure = Figure(figsize=(10.2, height + legend))
+    figure = Figure(figsize=(width, height + legend))
     axes = list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
     top, bottom = 0.42 / (height + legend), (0.52 + legend) / (height + legend)
-    figure.subplots_adjust(left=0.066, right=0.985, top=1 - top, bottom=bottom, wspace=gap)
-    figure.suptitle(title, x=0.066, y=0.97, ha="left", va="top", color=INK)
+    left = 0.67 / width
+    figure.subplots_adjust(left=left, right=1 - 0.15 / width, top=1 - top, bottom=bottom, wspace=gap)
+    figure.suptitle(title, x=left, y=0.97, ha="left", va="top", color=INK)
     if handles:
         columns = math.ceil(len(handles) / lines)
         figure.legend(handles=handles, loc="lower center", ncols=columns, handletextpad=0.5, columnspacing=1.8)
@@ -249,9 +294,14 @@ def _plain_log_ticks(axis: Axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _part_names(curves: Curves) -> list[str]:
+def part_names(curves: Curves) -> list[str]:
     """Names of the logged parts of the loss, in the order of their first lines."""
-    return [name for name in curves.columns if not NOT_LOSSES.fullmatch(name)]
+    return [name for name in curves.columns if name not in curves.counts and not NOT_LOSSES.fullmatch(name)]
+
+
+def measured_names(curves: Curves) -> list[str]:
+    """Names of the accuracies of paths that were measured while training."""
+    return [name for name in curves.columns if name.startswith("top1/") and curves.finite(name)]
 
 
 def _smooth(values: Iterable[float], half: int) -> np.ndarray:

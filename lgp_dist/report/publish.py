@@ -1,7 +1,7 @@
 """Writes what a person looks at first: tables, plots and the report of the stages that are complete."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from lgp_dist.files import write_atomic
 from lgp_dist.report.curves import curves_of
 from lgp_dist.report.html import RunReport, render_report
 from lgp_dist.report.plots import figure_svg, report_figures, save_figure
+from lgp_dist.report.rows import amount, date, duration
 from lgp_dist.report.tables import paths_table, write_paths_csv, write_paths_json
 from lgp_dist.run.artifacts import Artifact
 from lgp_dist.run.metrics import read_lines
@@ -18,12 +19,13 @@ SUMMARY = ("stage", "id", "created", "seconds", "world", "command", "commit")
 """What the report says of an artifact."""
 
 
-def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence[Artifact]) -> str:
+def publish(root: Path, recipe: str, config: Mapping[str, Any], artifacts: Sequence[Artifact], device: str = "") -> str:
     """Writes report.html and, of an evaluation, paths.json, paths.csv and pareto.png and .svg into a run directory.
 
     Without an evaluation among the artifacts, older tables and plots are removed.
 
-    config: flat. artifacts: of the complete stages, in order. Returns the table of paths, empty without an evaluation.
+    config: flat. artifacts: of the complete stages, in order. device: of this process, in words. Returns the table of
+    paths, empty without an evaluation.
     """
     folders = {artifact.record["stage"]: artifact.folder for artifact in artifacts}
     facts: dict[str, Any] = {artifact.record["stage"]: artifact.facts for artifact in artifacts}
@@ -38,6 +40,7 @@ def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence
     else:
         for name in ("paths.json", "paths.csv", "pareto.png", "pareto.svg"):
             (root / name).unlink(missing_ok=True)
+    environment: dict[str, Any] = _read(root / "environment.json") or {}
     figures = report_figures(rows, curves, title=f"Pool {recipe}: {len(rows)} paths", before=before)
     if "pareto" in figures:
         save_figure(figures["pareto"], root / "pareto")
@@ -49,13 +52,47 @@ def publish(root: Path, recipe: str, config: dict[str, Any], artifacts: Sequence
         figures={name: figure_svg(figure) for name, figure in figures.items()},
         ledger=_read(folders["finetune"] / "ledger.json") if "finetune" in folders else None,
         artifacts=[{name: made.record.get(name) for name in SUMMARY} for made in artifacts],
-        descendant=facts.get("export"),
+        overview=overview(config, artifacts, device),
+        ancestry=facts.get("ancestry"),
+        descendant=facts.get("export") or facts.get("descend"),
+        budget=budget(config),
         export_folder=str(folders.get("export", "")),
         config=config,
-        environment=_read(root / "environment.json") or {},
+        environment={name: value for name, value in environment.items() if name != "command"},
     )
     write_atomic(root / "report.html", render_report(report).encode())
     return paths_table(rows) if rows else ""
+
+
+def overview(config: Mapping[str, Any], artifacts: Sequence[Artifact], device: str) -> dict[str, str]:
+    """What a run is, in words by label: images, seed, ranks, device, duration, date."""
+    records = [artifact.record for artifact in artifacts]
+    size, channels, classes = (config[f"data.{name}"] for name in ("image_size", "channels", "num_classes"))
+    splits = f"trained on {config['data.train_split']}, evaluated on {config['data.val_split']}"
+    found = {
+        "Data set": f"{config['data.root']}: {splits}",
+        "Images": f"{size} x {size} pixels, {channels} channel{'s' * (channels > 1)}, {classes} classes",
+        "Seed": str(config["seed"]),
+        "Device": device,
+    }
+    if records:
+        worlds = sorted({record["world"] for record in records})
+        found["Ranks"] = str(worlds[0]) if len(worlds) == 1 else f"{worlds[0]} to {worlds[-1]}, by stage"
+        found["Duration"] = f"{duration(sum(record['seconds'] for record in records))} for {len(records)} stages"
+        found["Finished"] = date(max(record["created"] for record in records))
+    return {name: value for name, value in found.items() if value}
+
+
+def budget(config: Mapping[str, Any]) -> str:
+    """The limits of stage descend in words, or the setting that named a path."""
+    if config["export.path"]:
+        return "none: export.path names the path"
+    limits = {name: config[f"budget.{name}"] for name in ("max_params", "max_flops", "max_latency_ms")}
+    units = {"max_params": "parameters", "max_flops": "multiply-adds"}
+    said = [f"at most {amount(limit)} {units[name]}" for name, limit in limits.items() if limit and name in units]
+    if limit := limits["max_latency_ms"]:
+        said.append(f"at most {limit:g} ms on {config['budget.device']}, batch {config['budget.batch']}")
+    return ", ".join(said) or "none: the most accurate path"
 
 
 def _read(path: Path) -> Any:

@@ -73,3 +73,16 @@ def amount(count: float) -> str:
         if count >= divisor:
             return f"{count / divisor:.2f} {letter}"
     return f"{count:g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 4.2 s, 3 min 20 s, 5 h 12 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def date(created: str) -> str:
+    """A time of artifact.json to the minute."""
+    return f"{created[:10]} {created[11:16]} UTC"

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -53,8 +54,8 @@ def code_hashes() -> dict[str, str]:
 
 
 def command() -> str:
-    """The command line of this process, without machine paths."""
-    return " ".join(["lgp", *sys.argv[1:]])
+    """The command line of this process, as a shell takes it; without the program's path."""
+    return shlex.join(["lgp", *sys.argv[1:]])
 
 
 class Environment(TypedDict):

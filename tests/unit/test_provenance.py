@@ -1,6 +1,7 @@
-"""The commit that a result names, by git itself in a copy of the package's folder."""
+"""The commit that a result names, by git itself in a copy of the package's folder, and the command."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,3 +39,11 @@ def test_commit_and_changes(tmp_path: Path) -> None:
     with (tree / "lgp_dist" / "recipes.py").open("a") as file:
         file.write("\n")
     assert run(*python) == f"{commit}+changes"
+
+
+def test_command_is_as_a_shell_takes_it() -> None:
+    """Words with spaces and quotes are those that were given."""
+    words = ["run", "tiny", "--run-dir", "a folder's", "--data.mean", "0.5"]
+    show = "from lgp_dist.run.provenance import command; print(command())"
+    done = subprocess.run([sys.executable, "-c", show, *words], capture_output=True, text=True, check=True)
+    assert shlex.split(done.stdout) == ["lgp", *words]

@@ -6,16 +6,21 @@ import json
 import math
 import random
 import re
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
 
+from lgp_dist.config.flat import STAGES, flatten
 from lgp_dist.errors import UserError
+from lgp_dist.recipes import tiny
 from lgp_dist.report.curves import Curves, curves_of
 from lgp_dist.report.html import RunReport, render_report
 from lgp_dist.report.plots import figure_svg, loss_figure, pareto_figure, report_figures, save_figure
+from lgp_dist.report.publish import publish
 from lgp_dist.report.rows import FIELDS, kind_label, kind_of, kinds, pareto_front
 from lgp_dist.report.tables import paths_table, write_paths_csv, write_paths_json
+from lgp_dist.run.artifacts import Artifact
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 HOSTILE = "<script>alert('x')</script>&\"$a_b^c$ é"
@@ -173,8 +178,9 @@ def test_figures_are_the_same_bytes_each_time(rows, metrics, tmp_path):
     for kind in ("svg", "png"):
         assert (tmp_path / f"a/v1.0.{kind}").read_bytes() == (tmp_path / f"b/v1.0.{kind}").read_bytes()
     curves = curves_of(metrics)["distil"]
-    figure = loss_figure(curves, "distil")
-    assert figure_svg(figure) == figure_svg(loss_figure(curves, "distil")) == figure_svg(figure)
+    figure = loss_figure(curves, "distil", ["cls", "pred"])
+    again = loss_figure(curves, "distil", ["cls", "pred"])
+    assert figure_svg(figure) == figure_svg(again) == figure_svg(figure)
     assert not re.search(r"\d\d:\d\d:\d\d", figure_svg(figure))
 
 
@@ -186,9 +192,41 @@ def test_figures_of_almost_nothing(rows, metrics, count):
     assert "<svg" in figure_svg(loss_figure(curves_of(bad)["s"], "s"))
 
 
-def test_loss_parts_are_told_from_other_numbers(metrics):
-    labels = [curve.get_label() for curve in loss_figure(curves_of(metrics)["distil"], "distil").axes[1].get_lines()]
-    assert [label for label in labels if not label.startswith("_")] == ["cls", "pred"]
+def drawn(figure):
+    """What the curves of a figure show, by name."""
+    return {line.get_label() for line in figure.axes[0].get_lines() if not line.get_label().startswith("_")}
+
+
+def test_loss_figures_show_losses_alone(rows, metrics):
+    """No learning rate, accuracy, time or count, whatever a count is called."""
+    lines = [{**line, "bytes_read": 3, "lr_row1": 0.5, "skipped": 0, "epoch": 0.5} for line in metrics]
+    figures = report_figures(rows, curves_of(lines), title="t")
+    assert {name: drawn(figure) for name, figure in figures.items() if name.startswith(("loss", "parts"))} == {
+        f"{kind}_{stage}": names
+        for stage in ("distil", "finetune")
+        for kind, names in (("loss", {"loss"}), ("parts", {"cls", "pred"}))
+    }
+
+
+def test_validation_figure_shows_each_path_and_their_mean(rows):
+    accuracies = {10: {"r0.0-5": 50.0, "r1.0-5": 70.0}, 20: {"r0.0-5": 60.0, "r1.0-5": 90.0}}
+    lines = [
+        {"stage": "finetune", "step": step, "loss": 1.0}
+        | {f"top1/{key}": top1 for key, top1 in accuracies.get(step, {}).items()}
+        for step in range(30)
+    ]
+    figure = report_figures(rows, curves_of(lines), title="t")["validation_finetune"]
+    shown = [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].get_lines()]
+    assert shown == [([10, 20], values) for values in ([50.0, 60.0], [70.0, 90.0], [60.0, 75.0])]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_axes_fit_what_is_drawn(rows, before):
+    """The front's figure has no points from before fine-tuning, so its axis begins near the least accurate path."""
+    old = [{**row, "top1": 1.0} for row in rows]
+    figures = report_figures(rows, {}, title="t", before=old)
+    low, high = figures["pareto_before" if before else "pareto"].axes[0].get_ylim()
+    assert high > 79.5 and (low < 1.0 if before else 60 < low < 64.25)
 
 
 def test_a_resumed_run_shows_each_step_once():
@@ -229,8 +267,19 @@ def test_page_is_well_formed_and_needs_nothing_from_outside(rows, metrics):
     assert {address[1:] for address in seen.addresses if address[0] == "#"} <= set(seen.ids)
     assert not re.search(r"@import|url\((?!#)", text)
     assert set(re.findall(r"https?://[^\"' ]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    for part in ("79.50 %", "1970-01-01", "1 h 6 min", "local-dir:out", "distil.lr", "gpu.name", "+71.00", "chosen"):
+    parts = (
+        "79.50 %",
+        "1970-01-01 00:00 UTC",
+        "1 h 6 min",
+        "local-dir:out",
+        "distil.lr",
+        "gpu.name",
+        "+71.00",
+        "chosen",
+    )
+    for part in parts:
         assert part in text
+    assert "+71.00" in text
 
 
 def test_page_escapes_whatever_it_is_given(rows):
@@ -249,6 +298,8 @@ def test_page_escapes_whatever_it_is_given(rows):
         config=bad,
         environment=bad,
         artifacts=[dict.fromkeys(("stage", "id", "created", "command", "extra"), HOSTILE) | {"seconds": 1.0}],
+        overview={HOSTILE: HOSTILE},
+        budget=HOSTILE,
         descendant=row,
         export_folder=HOSTILE,
     )
@@ -259,5 +310,56 @@ def test_page_escapes_whatever_it_is_given(rows):
 def test_page_of_nothing_says_so():
     text = page([])
     Balance(text)
-    for sentence in ("No path has been evaluated", "No descendant", "No training", "No stage is complete"):
+    for sentence in ("No path has been evaluated", "No path has been chosen", "No training", "No stage is complete"):
         assert sentence in text
+
+
+def published(tmp_path, rows, changes=None, command="lgp run tiny"):
+    """The report of a run directory with all its stages, as text."""
+    facts = {"ancestry": {"top1": 91.25, "params": 1_349_770}, "descend": rows[2], "export": rows[2]}
+    artifacts = []
+    for hour, stage in enumerate(STAGES):
+        folder = tmp_path / stage
+        folder.mkdir()
+        record = {"stage": stage, "id": f"{hour}" * 64, "created": f"2026-01-02T0{hour}:05:06Z", "seconds": 60.0}
+        record |= {"world": 1 if stage == "ancestry" else 2, "command": command, "commit": "c" * 40}
+        artifacts.append(Artifact(folder, record | {"facts": facts.get(stage, {}), "inputs": {}}))
+    write_paths_json(rows, tmp_path / "evaluate" / "paths.json")
+    (tmp_path / "environment.json").write_text(json.dumps({"command": command, "commit": "c" * 40}))
+    publish(tmp_path, "tiny", flatten(tiny()) | (changes or {}), artifacts, "cpu: a processor")
+    text = (tmp_path / "report.html").read_text()
+    Balance(text)
+    return text
+
+
+def test_report_says_what_the_run_is(rows, tmp_path):
+    """Data, seed, ranks, device, duration, date, the ancestry, the choice and its budget; a long command once."""
+    command = "lgp run tiny " + " ".join(f"--data.root {'x' * 90}/{index}" for index in range(5))
+    changes = {"seed": 17, "data.root": "shards/mine", "budget.max_params": 2.5e6, "budget.max_flops": 3e9}
+    text = published(tmp_path, rows, changes, command)
+    terms = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text))
+    assert terms["Data set"].startswith("shards/mine: ") and terms["Seed"] == "17"
+    assert (terms["Ranks"], terms["Device"]) == ("1 to 2, by stage", "cpu: a processor")
+    assert (terms["Duration"], terms["Finished"]) == ("7 min 0 s for 7 stages", "2026-01-02 06:05 UTC")
+    assert (terms["Path"], terms["Budget"]) == (
+        rows[2]["key"],
+        "at most 2.50 M parameters, at most 3.00 G multiply-adds",
+    )
+    assert "91.25 %" in text and "1.35 M parameters" in text
+    (shown,) = [found for found in re.findall(r"<pre class=wrap>(.*?)</pre>", text, re.DOTALL) if "lgp run" in found]
+    said = subprocess.run(
+        ["bash", "-c", f'lgp() {{ echo "$@"; }}; {shown}'], capture_output=True, text=True, check=True
+    )
+    assert f"lgp {said.stdout}" == f"{command}\n" and text.count("lgp run tiny") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget"),
+    [
+        ({"budget.max_latency_ms": 8.0, "budget.max_params": 0}, "at most 8 ms on cpu, batch 1"),
+        ({"budget.max_params": 0}, "none: the most accurate path"),
+        ({"export.path": "r1.0-5"}, "none: export.path names the path"),
+    ],
+)
+def test_report_says_why_a_path_was_chosen(rows, tmp_path, changes, budget):
+    assert f"<dd>{budget}</dd>" in published(tmp_path, rows, changes)
