@@ -272,6 +272,12 @@ class TrainStream:
                 yield Plan(samples, keys, self._epoch(step))
 
 
+def evaluation_rounds(index: ShardIndex, batch_size: int, world: int, limit: int | None = None) -> int:
+    """The number of `evaluation_batches` of each rank."""
+    check_value("evaluate.batch_size", batch_size)
+    return -(-(len(index) if limit is None else min(limit, len(index))) // (batch_size * world))
+
+
 def evaluation_batches(
     index: ShardIndex,
     data: DataConfig,
@@ -287,10 +293,9 @@ def evaluation_batches(
     up and replace bad samples: up to data.max_bad on a rank, then UserError. limit: only so many samples, evenly spread
     over the split.
     """
-    check_value("evaluate.batch_size", batch_size)
+    rounds = evaluation_rounds(index, batch_size, world, limit)
     count = len(index) if limit is None else min(limit, len(index))
     samples = np.arange(count, dtype=np.int64) * len(index) // max(count, 1)
-    rounds = -(-count // (batch_size * world))
     size = -(-count // max(rounds * world, 1))
     table = np.full(rounds * world * size, -1, dtype=np.int64)
     table[:count] = samples

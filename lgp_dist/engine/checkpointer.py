@@ -27,6 +27,7 @@ from lgp_dist.engine.checkpoints.disk import Disk
 from lgp_dist.engine.checkpoints.manifest import Manifest, TrainState, rank_file, read_manifest
 from lgp_dist.engine.checkpoints.tensor_slices import TensorSlice, check_shapes, open_slices, same
 from lgp_dist.engine.fragments import Fragments
+from lgp_dist.engine.progress import progress
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError
 from lgp_dist.files import sha256
@@ -64,6 +65,13 @@ class _Save:
             raise
         finally:
             self.status = status
+
+    def written(self) -> int:
+        """Bytes of the file so far."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
 
 
 class Checkpointer:
@@ -103,10 +111,15 @@ class Checkpointer:
             self._drop(save)
 
     def wait(self) -> None:
-        """Waits until no save is in progress on any rank."""
-        while self._save is not None:
-            self._save.thread.join(LOOK_S)
-            self.settle(int(self.workers.highest([self.status])[0]))
+        """Waits until no save is in progress on any rank; rank 0 shows how far it is with its file."""
+        if self._save is None:
+            return
+        what, size = f"checkpoint: step {self._save.state.step}", sum(one.values.nbytes for one in self._save.slices)
+        with progress(self.workers.is_main, what, size, "B") as at:
+            while self._save is not None:
+                self._save.thread.join(LOOK_S)
+                at(min(size, self._save.written()))
+                self.settle(int(self.workers.highest([self.status])[0]))
 
     def _copy(self, held: TensorSlice) -> TensorSlice:
         """A copy in host memory, in the buffer of the save before."""

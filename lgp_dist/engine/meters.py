@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lgp_dist.engine.progress import new_bar
 from lgp_dist.engine.trainer import Trainer
 from lgp_dist.run.metrics import MetricsFile
 
@@ -55,10 +54,8 @@ class StepMeter:
         self.counts: list[Mapping[str, int]] = []
         self.lines: list[dict[str, Any]] = []
         self.totals = Counter[str]()
-        self.began, terminal = time.monotonic(), sys.stderr.isatty()
-        quiet = not (self.workers.is_main and terminal)
-        self.bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=quiet, dynamic_ncols=True)
-        self.plain = not terminal
+        self.began = time.monotonic()
+        self.bar = new_bar(self.workers.is_main, total=steps, initial=first, desc=stage, unit="step")
 
     def add(self, step: int, result: StepResult, facts: Mapping[str, Any]) -> None:
         """Takes an optimizer step. facts: more for its line."""
@@ -105,7 +102,7 @@ class StepMeter:
             **{name.replace("_", " "): str(total) for name, total in self.totals.items() if total},
         }
         self.bar.set_postfix(shown)
-        if self.plain:
+        if self.bar.disable:
             done = self.lines[-1]["step"] + 1
             left = (time.monotonic() - self.began) / (done - self.first) * (self.steps - done)
             text = "  ".join(f"{name} {value}" for name, value in shown.items())

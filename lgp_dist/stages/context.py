@@ -12,9 +12,10 @@ import torch
 from lgp_dist.config.flat import up_to
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.shards.manifest import ShardManifest
-from lgp_dist.data.stream import TrainStream, clean_batches, evaluation_batches, open_split
+from lgp_dist.data.stream import TrainStream, clean_batches, evaluation_batches, evaluation_rounds, open_split
 from lgp_dist.engine.evaluate import Forward, accuracies
 from lgp_dist.engine.loop import RunSetup, TrainingPlan, train
+from lgp_dist.engine.progress import shown
 from lgp_dist.engine.saver import SaverConfig
 from lgp_dist.engine.step_filter import StepFilter
 from lgp_dist.engine.workers import Workers
@@ -134,20 +135,17 @@ class Context:
             allow=config.allow_change,
         )
 
-    def accuracies(self, forwards: dict[str, Forward], limit: int | None = None) -> dict[str, tuple[float, float]]:
-        """Top-1 and top-5 on the validation split, or on `limit` images of it."""
-        data, workers = self.config.data, self.workers
+    def accuracies(
+        self, forwards: dict[str, Forward], limit: int | None = None, what: str = "accuracy"
+    ) -> dict[str, tuple[float, float]]:
+        """Top-1 and top-5 on the validation split, or on `limit` images of it. what: in words, for bar and log."""
+        data, workers, size = self.config.data, self.workers, self.config.evaluate.batch_size
         workers.watchdog.phase("accuracy")
-        batches = evaluation_batches(
-            open_split(data, data.val_split),
-            data,
-            self.config.evaluate.batch_size,
-            workers.rank,
-            workers.world,
-            limit,
-            workers.device,
-        )
-        return accuracies(forwards, batches, workers)
+        index = open_split(data, data.val_split)
+        batches = evaluation_batches(index, data, size, workers.rank, workers.world, limit, workers.device)
+        total = evaluation_rounds(index, size, workers.world, limit)
+        what = f"{what} of {len(forwards)} model{'s' * (len(forwards) > 1)}"
+        return accuracies(forwards, shown(batches, workers.is_main, what, total, "batch"), workers)
 
     def clean_batches(self, images: int) -> Iterator[Batch]:
         """Training images without augmentation, the same on every rank."""

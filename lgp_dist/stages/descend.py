@@ -4,6 +4,7 @@ import logging
 import time
 from pathlib import Path
 
+from lgp_dist.engine.progress import shown
 from lgp_dist.export.choice import choose
 from lgp_dist.export.latency import NAME, LatencyFile, with_path_latencies
 from lgp_dist.files import write_json
@@ -25,7 +26,8 @@ def run(context: Context) -> None:
     def fill(folder: Path) -> PathRow:
         timed, space, heads = rows, context.space, context.heads
         if budget.max_latency_ms:
-            watched, file = context.workers.watchdog.over(rows), LatencyFile(context.run.root / NAME, tuned.id)
+            workers, file = context.workers, LatencyFile(context.run.root / NAME, tuned.id)
+            watched = shown(workers.watchdog.over(rows), workers.is_main, "descend: latency", len(rows), "path")
             timed = with_path_latencies(watched, space, heads, budget, file)
         chosen = choose(timed, budget)
         model = descendant_from_path(context.load_pool(tuned).cpu(), heads, space.by_key(chosen["key"]))

@@ -18,8 +18,9 @@ def run(context: Context) -> None:
     """Writes evaluate/paths.json and, unless `evaluate.before` is off, before.json: the pool before fine-tuning."""
     began = time.monotonic()
     pooled, tuned = context.require("pool"), context.require("finetune")
-    rows = path_rows(context, context.load_pool(tuned))
-    before = path_rows(context, context.starting_pool(pooled)) if context.config.evaluate.before else None
+    rows = path_rows(context, context.load_pool(tuned), "evaluate: accuracy")
+    earlier = "evaluate: accuracy before fine-tuning"
+    before = path_rows(context, context.starting_pool(pooled), earlier) if context.config.evaluate.before else None
     best = max(rows, key=lambda row: row["top1"])
     log.info("evaluate: %d paths, best %s with top-1 %.2f %%", len(rows), best["key"], best["top1"])
 
@@ -32,10 +33,10 @@ def run(context: Context) -> None:
     context.write("evaluate", [pooled, tuned], fill, time.monotonic() - began)
 
 
-def path_rows(context: Context, pool: LearngenePool) -> list[PathRow]:
-    """A row for every path, or those of `finetune.only`, cheapest first."""
+def path_rows(context: Context, pool: LearngenePool, what: str) -> list[PathRow]:
+    """A row for every path, or those of `finetune.only`, cheapest first. what: is measured, in words."""
     chosen = context.space.chosen(context.config.finetune.only)
-    measured = context.accuracies({path.key: partial(pool, path=path) for path in chosen})
+    measured = context.accuracies({path.key: partial(pool, path=path) for path in chosen}, what=what)
     rows: list[PathRow] = []
     for path in chosen:
         top1, top5 = measured[path.key]

@@ -22,7 +22,7 @@ from lgp_dist.data.order import position_to_sample
 from lgp_dist.data.shards.decode import OPEN_FILES, ShardFiles
 from lgp_dist.data.shards.index import ShardIndex, read_image
 from lgp_dist.data.shards.manifest import ShardManifest
-from lgp_dist.data.stream import TrainStream, clean_batches, evaluation_batches, open_split
+from lgp_dist.data.stream import TrainStream, clean_batches, evaluation_batches, evaluation_rounds, open_split
 from lgp_dist.errors import UserError
 
 SAMPLE = Path(__file__).parents[2] / "shards" / "sample"
@@ -190,7 +190,7 @@ def test_open_files_are_bounded(tmp_path: Path) -> None:
 def test_evaluation_counts_every_sample_once(world: int, count: int, batch_size: int, limit: int | None) -> None:
     index = part(count)
     ranks = [list(evaluation_batches(index, DATA, batch_size, rank, world, limit)) for rank in range(world)]
-    assert len({len(batches) for batches in ranks}) == 1
+    assert {len(batches) for batches in ranks} == {evaluation_rounds(index, batch_size, world, limit)}
     shapes = {tuple(batch.images.shape) for batches in ranks for batch in batches}
     assert len(shapes) == 1 and shapes.pop()[0] <= batch_size
     seen: Counter[bytes] = Counter()
