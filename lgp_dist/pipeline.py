@@ -8,7 +8,7 @@ from lgp_dist.report.publish import publish
 from lgp_dist.run.log import show
 from lgp_dist.stages import ancestry, descend, distil, evaluate, export, finetune, pool
 from lgp_dist.stages.context import Context
-from lgp_dist.stages.start import check_stages, joined, recorded
+from lgp_dist.stages.start import check_pretrained, check_stages, joined, recorded
 
 log = logging.getLogger("lgp")
 
@@ -37,6 +37,7 @@ def run_joined(context: Context, stages: tuple[str, ...]) -> None:
     """`run_stages` for ranks that have joined."""
     check_stages(context.config, stages, context.run, context.workers.world, context.train_images)
     with recorded(context, stages[-1]):
+        check_pretrained(context, stages)
         for stage in stages:
             if is_to_do(stage, context):
                 RUN[stage](context)

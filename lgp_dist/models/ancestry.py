@@ -170,18 +170,6 @@ def hub_weights(model: nn.Module, key: str = "ancestry") -> Path:
         raise UserError(f"{source} could not be fetched from the hub ({reason}): connect, or {elsewhere}.") from None
 
 
-def check_normalisation(
-    model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], what: str = "ancestry"
-) -> None:
-    """UserError where pretrained weights expect images of another mean or std than the run's."""
-    wanted = (tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"]))
-    if wanted != (tuple(mean), tuple(std)):
-        raise UserError(
-            f"The pretrained {what} expects mean {wanted[0]} and std {wanted[1]}, but data.mean is {mean} and "
-            f"data.std {std}: set data.mean and data.std to what it expects."
-        )
-
-
 def is_plain(vit: object) -> bool:
     """Whether it is timm's plain ViT with timm's blocks, one class token and no registers.
 

@@ -142,7 +142,7 @@ def _cards(report: RunReport) -> str:
         ("Paths evaluated", str(len(rows)), f"{stitched} stitched, {len(rows) - stitched} rows alone"),
         ("On the Pareto front", str(len(pareto_front(rows))), "no other path is as accurate with fewer FLOPs"),
     ]
-    if ancestry:
+    if ancestry and "top1" in ancestry:
         note = f"the frozen teacher<br>{amount(ancestry['params'])} parameters"
         cards.insert(2, ("Ancestry, top-1", f"{ancestry['top1']:.2f} %", note))
     if change := _changes(rows, report.before):

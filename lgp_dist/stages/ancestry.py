@@ -15,6 +15,7 @@ from lgp_dist.files import sha256
 from lgp_dist.models.ancestry import Ancestry, adapted_weights, hub_weights, load_weights
 from lgp_dist.models.ancestry_adapter import fit_classifier
 from lgp_dist.models.build import ancestry_of, ancestry_vit
+from lgp_dist.models.pretrained import check_images
 from lgp_dist.paths.cost import ancestry_flops, work
 from lgp_dist.run.facts import AncestryFacts
 from lgp_dist.run.tensors import load_tensors, save_tensors
@@ -87,8 +88,8 @@ def check(config: RunConfig) -> None:
     """Prints what the named ancestry is, what of it is used and what must be set; UserError if it cannot be used."""
     if not config.needs_ancestry:
         raise UserError("No stage of this recipe uses an ancestry: set finetune.distil_weight above 0 for a teacher.")
-    for line in describe(config, ancestry_of(config, ancestry_vit(config))):
-        sys.stdout.write(f"{line}\n")
+    for line in [*describe(config, ancestry_of(config, ancestry_vit(config))), check_images(config, "ancestry")]:
+        sys.stdout.write(f"{line}\n" if line else "")
 
 
 def describe(config: RunConfig, teacher: Ancestry) -> list[str]:

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from lgp_dist.engine.loop import TrainingPlan
 from lgp_dist.engine.optim import decays_matrix
 from lgp_dist.files import sha256
-from lgp_dist.models.ancestry import Ancestry, check_normalisation, hub_weights, load_weights, timm_model
+from lgp_dist.models.ancestry import Ancestry, hub_weights, load_weights, timm_model
 from lgp_dist.models.build import auxiliary_rows, model_input
 from lgp_dist.models.row_start import check_row, select_weights, take_tail
 from lgp_dist.paths.cost import ancestry_flops, trained_rows_flops, work
@@ -69,7 +69,6 @@ def start(context: Context, number: int, vit: VisionTransformer, ancestry: Ances
     if row.source == "hub":
         stock = timm_model(row.model, key, "plain", **model_input(config))
         check_row(vit, stock, row.model, key)
-        check_normalisation(stock, config.data.mean, config.data.std, f"row {number}")
         weights, name = hub_weights(stock, key), stock.pretrained_cfg["hf_hub_id"]
         digest = context.workers.once_per_node(lambda: sha256(weights))
     settings = f"{key}.width, model.depth and data.num_classes"

@@ -20,6 +20,7 @@ from lgp_dist.engine.watch.watchdog import Watchdog
 from lgp_dist.engine.workers import Workers, check_trackers
 from lgp_dist.errors import Preempted, UserError
 from lgp_dist.files import write_json
+from lgp_dist.models.pretrained import check_images
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
 from lgp_dist.recipes import differences
@@ -180,6 +181,22 @@ def check_stages(config: RunConfig, stages: tuple[str, ...], run: RunDirectory, 
         if not (config.force and stage in stages):
             run.check_settings(stage)
     check_world(config, stages, world, images)
+
+
+def check_pretrained(context: Context, stages: tuple[str, ...]) -> None:
+    """Compares what pretrained weights expect with the run's images, for stages that are to read them.
+
+    UserError if they would see other colours; the log says what else differs.
+    """
+    config = context.config
+    keys = {"distil": [f"model.rows.{index}" for index in range(len(config.model.rows))]}
+    if config.needs_ancestry:
+        keys["ancestry"] = ["ancestry"]
+    for stage in stages:
+        if stage in keys and (config.force or context.run.find(stage) is None):
+            for key in keys[stage]:
+                if (difference := check_images(config, key)) and context.workers.is_main:
+                    log.warning("%s", difference)
 
 
 def check_world(config: RunConfig, stages: tuple[str, ...], world: int, images: int) -> None:

@@ -146,7 +146,10 @@ def test_an_anchor_from_the_hub_is_the_hubs(lgp: Lgp, place: Path, hub: Path) ->
     [
         (("--model.rows.0.heads=4",), ["model.rows.0.model test_vit has width 64, 2 heads", "row has 64, 4"]),
         (("--model.depth=5",), ["2 heads and 6 blocks", "64, 2 and 5"]),
-        (("--data.std", "0.5", "0.5", "0.4"), ["pretrained row 0 expects", "data.std"]),
+        (
+            ("--data.std", "0.5", "0.5", "0.4"),
+            ["timm's weights of test_vit (model.rows.0) expect data.std", "set --data.std 0.5 0.5 0.5"],
+        ),
         (("--data.num-classes=10",), ["does not fit the recipe's row 0", "head.bias", "data.num_classes"]),
         (("--model.rows.0.model=test_vit.r160_in1k", "--data.image-size=48"), ["row 0", "pos_embed"]),
     ],

@@ -1,6 +1,7 @@
 """The ancestry made ready for training gives what it gave, and one of its forwards serves several paths."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ import pytest
 import timm
 import torch
 from numerics_cases import TWO, images, shake, stock_rows, stock_vit
+from run_helpers import has
 from torch import Tensor, nn
 
-from lgp_dist.config.run_config import DistilConfig, EngineConfig, FinetuneConfig, Precision, RowConfig
+from lgp_dist.cli import COMMANDS, GROUPS
+from lgp_dist.cli.parse import parse
+from lgp_dist.config.run_config import DistilConfig, EngineConfig, FinetuneConfig, Precision, RowConfig, RunConfig
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.loop import TrainingPlan
@@ -20,6 +24,7 @@ from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.models.pretrained import check_images
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.protocols import Batch, StepContext, Task
 from lgp_dist.recipes import tiny, tiny_paper
@@ -188,6 +193,85 @@ def test_an_optimizer_step_sees_the_same_images(tmp_path: Path, monkeypatch: pyt
 def parts() -> tuple[LearngenePool, None, PathSampler]:
     """What a task of fine-tuning is made of, without an ancestry."""
     return LearngenePool(TWO, stock_rows(TWO)), None, PathSampler(TWO.paths, "shared", seed=0)
+
+
+def settings(*words: str) -> RunConfig:
+    """Recipe tiny with settings as a person writes them."""
+    found = parse(["distil", "tiny", *words], COMMANDS, GROUPS).arguments
+    assert isinstance(found, RunConfig)
+    return found
+
+
+def weights_with(folder: Path, record: str, images: dict[str, Any], stage: str = "") -> Path:
+    """A file of weights next to what says on which images they were trained: a stage's record, or timm's config."""
+    weights = folder / record.partition(".")[0] / "model.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
+    if record == "config.json":
+        size = [images["channels"], images["image_size"], images["image_size"]]
+        described: dict[str, Any] = {"pretrained_cfg": {**images, "input_size": size}}
+    else:
+        source = {"ancestry.source": "train", "ancestry.model": "vit"} if stage == "ancestry" else {}
+        config = source | {f"data.{name}": value for name, value in images.items()}
+        described = {"stage": stage, "files": {weights.name: ""}, "config": config}
+    (weights.parent / record).write_text(json.dumps(described))
+    return weights
+
+
+IMAGES = {"mean": [0.25] * 3, "std": [0.5] * 3, "channels": 3, "image_size": 56, "crop_pct": 0.9}
+
+
+@pytest.mark.parametrize("key", ["ancestry", "model.rows.1"])
+@pytest.mark.parametrize("record", ["artifact.json", "config.json"])
+def test_images_of_weights_from_a_file_are_compared(key: str, record: str, tmp_path: Path) -> None:
+    """Another mean or std is refused, other differences are said; what the sentence says to set leaves none."""
+    weights = weights_with(tmp_path, record, {**IMAGES, "interpolation": "bilinear"}, key)
+    words = [f"--{key}.source=file", f"--{key}.weights={weights}"]
+    words += ["--data.channels=3", "--data.mean", *"111", "--data.std", *"222"]
+    with pytest.raises(UserError) as caught:
+        check_images(settings(*words), key)
+    sentence, part = str(caught.value), key if key == "ancestry" else "data"
+    has(sentence, f"{weights} ({key}) expect {part}.mean 0.25 0.25 0.25, {part}.std 0.5 0.5 0.5", "bilinear")
+    told = settings(*words, *sentence.rpartition("set ")[2].removesuffix(".").split())
+    assert not check_images(told, key)
+    assert (told.data.interpolation, told.data.crop_pct) == ("bilinear", 0.9)
+    images = told.ancestry if key == "ancestry" else told.data
+    assert (images.mean, images.std, images.image_size) == ((0.25,) * 3, (0.5,) * 3, 56)
+    said = check_images(replace(told, data=replace(told.data, crop_pct=0.875)), key)
+    assert said.endswith(f"({key}) expect data.crop_pct 0.9, but get 0.875: set --data.crop-pct 0.9.")
+
+
+def test_images_of_timms_weights_are_compared() -> None:
+    """Rows get the run's images. The ancestry's are adapted to timm's mean and std unless a setting says otherwise."""
+    row = ["--model.rows.0.source=hub", "--model.rows.0.model=test_vit", "--data.channels=3"]
+    with pytest.raises(UserError, match=r"set --data.mean 0.5 0.5 0.5 --data.std 0.5 0.5 0.5 --data.image-size 160 "):
+        check_images(settings(*row), "model.rows.0")
+    one = ["--ancestry.model=test_vit", "--ancestry.source=hub"]
+    has(check_images(settings(*one), "ancestry"), "data.crop_pct 0.95", "set --ancestry.image-size 160 --data.crop-pct")
+    other = check_images(settings(*one, "--ancestry.mean", "1", "1", "1"), "ancestry")
+    has(other, "ancestry.mean 0.5 0.5 0.5, ancestry.image_size 160", "but get 1.0 1.0 1.0, 28, ")
+    perhaps = check_images(settings(one[0], "--ancestry.weights=own.safetensors"), "ancestry")
+    has(
+        perhaps,
+        "timm's weights of test_vit (ancestry) expect",
+        "if those in own.safetensors do too, set --ancestry.image",
+    )
+
+
+def test_images_of_other_weights_are_not_compared(tmp_path: Path) -> None:
+    """An ancestry that is trained, unknown models, a file of which nothing is known."""
+    weights = weights_with(tmp_path, "artifact.json", IMAGES)
+    for words in (
+        [f"--ancestry.weights={weights.with_name('other.safetensors')}"],
+        ["--ancestry.source=train", "--ancestry.model=test_vit"],
+        ["--ancestry.source=hub", "--ancestry.model=none"],
+    ):
+        assert check_images(settings(*words), "ancestry") == check_images(settings(*words), "model.rows.0") == ""
+
+
+def test_weights_that_timm_does_not_have_are_refused() -> None:
+    with pytest.raises(UserError, match=r"timm does not have test_vit.none .*: choose another model\.$"):
+        check_images(settings("--ancestry.source=hub", "--ancestry.model=test_vit.none"), "ancestry")
 
 
 def test_paths_that_do_not_divide_the_micro_steps_are_refused() -> None:
