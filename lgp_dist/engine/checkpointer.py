@@ -68,10 +68,7 @@ class _Save:
 
     def written(self) -> int:
         """Bytes of the file so far."""
-        try:
-            return self.path.stat().st_size
-        except OSError:
-            return 0
+        return self.path.stat().st_size if self.path.is_file() else 0
 
 
 class Checkpointer:

@@ -1,5 +1,6 @@
 """Whether a run gives pretrained weights the images that they were trained on."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,24 +71,19 @@ def _of_timm(model: str) -> Images:
 
 def _beside(weights: Path) -> Images:
     """By the record of the stage that wrote the weights, or by timm's config.json next to them; empty without these."""
-    record, described = (_read(weights.parent / name) for name in ("artifact.json", "config.json"))
-    if weights.name in record.get("files", {}):
-        return _given(record["config"], record["stage"] == "ancestry")
-    return _described(described["pretrained_cfg"]) if isinstance(described.get("pretrained_cfg"), dict) else {}
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("artifact.json", "config.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found |= json.loads((weights.parent / name).read_text())
+    if weights.name in found.get("files", {}):
+        return _given(found["config"], found["stage"] == "ancestry")
+    return _described(found["pretrained_cfg"]) if "pretrained_cfg" in found else {}
 
 
 def _described(pretrained: Mapping[str, Any]) -> Images:
     channels, size, *_ = pretrained.get("input_size") or (None, None)
-    return {name: pretrained.get(name) for name in NAMES} | {"channels": channels, "image_size": size}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty if it has none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    known = {**pretrained, "channels": channels, "image_size": size}
+    return {name: known.get(name) for name in NAMES}
 
 
 def _words(value: Any) -> str:

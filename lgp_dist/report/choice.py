@@ -25,7 +25,7 @@ def choice_figure(rows: Sequence[PathRow], chosen: PathRow, limits: Mapping[str,
         title = f"The most accurate of {len(rows)} paths within the limits"
         figure, axes = new_panels(title, 3, 3.6, handles, gap=0.09, sharey=True)
         for panel, field in zip(axes, ("params", "flops", "latency_ms"), strict=True):
-            unit = draw_accuracy(panel, rows, [], field)
+            unit = draw_accuracy(panel, rows, field)
             panel.plot(number_of(chosen, field) / unit, chosen["top1"], ms=13, zorder=7, **ring)
             if field in limits:
                 panel.axvline(limits[field] / unit, color=CHOSEN, ls="--", lw=1.1, zorder=2)

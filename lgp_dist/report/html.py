@@ -12,17 +12,7 @@ from typing import Any
 from lgp_dist.paths.ledger import Ledger, PathDraws, under_drawn
 from lgp_dist.report.curves import Curves
 from lgp_dist.report.page import CSS, SCRIPT
-from lgp_dist.report.rows import (
-    amount,
-    date,
-    decimals,
-    duration,
-    flops_unit,
-    kind_label,
-    kind_of,
-    kinds,
-    pareto_front,
-)
+from lgp_dist.report.rows import amount, date, decimals, duration, flops_unit, kind_label, kind_of, kinds, pareto_front
 from lgp_dist.run.path_rows import PathRow
 
 LOAD = """\
@@ -50,8 +40,8 @@ class RunReport:
     """Of each complete stage: stage, id, created, seconds, command and other fields."""
     overview: Mapping[str, str] = field(default_factory=dict)
     """What the run is, by label."""
-    ancestry: Mapping[str, Any] | None = None
-    """Facts of stage ancestry."""
+    ancestry: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of its stage."""
     descendant: PathRow | None = None
     """The chosen path."""
     budget: str = ""
@@ -127,7 +117,7 @@ def _terms(values: Mapping[str, str]) -> str:
 
 def _cards(report: RunReport) -> str:
     """Cards: best path, smallest path, ancestry, number of paths, change by fine-tuning."""
-    rows, ancestry = report.rows, report.ancestry
+    rows = report.rows
     best = max(rows, key=lambda row: (row["top1"], -row["flops"]))
     smallest = min(rows, key=lambda row: (row["params"], -row["top1"]))
     stitched = sum(row["stitch"] is not None for row in rows)
@@ -142,9 +132,9 @@ def _cards(report: RunReport) -> str:
         ("Paths evaluated", str(len(rows)), f"{stitched} stitched, {len(rows) - stitched} rows alone"),
         ("On the Pareto front", str(len(pareto_front(rows))), "no other path is as accurate with fewer FLOPs"),
     ]
-    if ancestry and "top1" in ancestry:
-        note = f"the frozen teacher<br>{amount(ancestry['params'])} parameters"
-        cards.insert(2, ("Ancestry, top-1", f"{ancestry['top1']:.2f} %", note))
+    if "top1" in report.ancestry:
+        note = f"the frozen teacher<br>{amount(report.ancestry['params'])} parameters"
+        cards.insert(2, ("Ancestry, top-1", f"{report.ancestry['top1']:.2f} %", note))
     if change := _changes(rows, report.before):
         worse = sum(value < 0 for value in change.values())
         note = f"points, mean over {len(change)} paths; {worse} got worse"
@@ -221,7 +211,7 @@ def _descendant(report: RunReport) -> str:
         "Budget": report.budget,
         "Parameters": amount(row["params"]),
         "Multiply-adds": amount(row["flops"]),
-        "Latency": f"{row['latency_ms']:.3g} ms" if "latency_ms" in row else "",
+        "Latency": f"{row['latency_ms']:.3g} ms, {row['latency_on']}" if "latency_ms" in row else "",
         "Top-1": f"{row['top1']:.2f} %",
         "Top-5": f"{row['top5']:.2f} %",
         "Folder": report.export_folder or "not exported yet",
@@ -297,12 +287,12 @@ def _provenance(artifacts: Sequence[Mapping[str, Any]]) -> str:
         return '<p class="soft">No stage is complete.</p>'
     lines, commands = [], dict[str, list[str]]()
     for item in artifacts:
-        stage, world = str(item["stage"]), str(item.get("world"))
-        commands.setdefault(str(item["command"]), []).append(stage)
-        made = [stage, str(item["id"])[:12], date(str(item["created"])), duration(item["seconds"]), world]
-        lines.append(_line([(text, escape(text)) for text in (*made, str(item.get("commit") or "none")[:12])], left=6))
+        commands.setdefault(str(item["command"]), []).append(str(item["stage"]))
+        took, short = duration(item["seconds"]), (str(item.get(name) or "none")[:12] for name in ("id", "commit"))
+        cells = [item["stage"], *short, date(str(item["created"])), took, item.get("world")]
+        lines.append(_line([(cell, escape(str(cell))) for cell in cells], left=6))
     total = duration(sum(item["seconds"] for item in artifacts))
-    heads = ["Stage", "Artifact", "Created", "Took", "Ranks", "Commit"]
+    heads = ["Stage", "Artifact", "Commit", "Created", "Took", "Ranks"]
     table = _table(heads, lines, "plain", left=len(heads))
     shown = "".join(
         f"<h3>Command of {escape(', '.join(stages))}</h3><pre class=wrap>{escape(_lines(command))}</pre>"

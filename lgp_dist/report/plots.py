@@ -66,31 +66,18 @@ FRONT = Line2D([], [], color=INK, lw=1.2, alpha=0.75, label="Pareto front")
 DOMINATED = Line2D([], [], color=FAINT, marker="o", ls="", ms=6, mfc="white", mew=1.3, label="Dominated")
 
 
-def pareto_figure(
-    rows: Sequence[PathRow], *, title: str, cost: str = "flops", before: Sequence[PathRow] = ()
-) -> Figure:
-    """Top-1 (percent) of every path against a cost, with the Pareto front. The axes fit what is drawn.
-
-    cost: a field. before: the same paths before fine-tuning, drawn faint and joined to those after.
-    """
+def pareto_figure(rows: Sequence[PathRow], *, title: str, cost: str = "flops") -> Figure:
+    """Top-1 (percent) of every path against a cost, a field, with the Pareto front. The axes fit the paths."""
     with matplotlib.rc_context(STYLE):
-        handles = [*_kind_handles(kinds(rows)), FRONT, DOMINATED]
-        if before:
-            more = {"marker": "o", "ls": "", "ms": 4.2, "mec": "none", "alpha": 0.45}
-            handles.append(Line2D([], [], color=FAINT, label="Before fine-tuning", **more))
-        figure, (panel,) = new_panels(title, 1, 4.0, handles, width=PANEL)
-        draw_accuracy(panel, rows, before, cost)
+        handles = [
+            Line2D([], [], color=colour, marker=marker, ls="", ms=6.5, mec="none", label=kind_label(kind, kinds(rows)))
+            for kind in kinds(rows)
+            for colour, marker in [kind_style(kind, kinds(rows))]
+        ]
+        figure, (panel,) = new_panels(title, 1, 4.0, [*handles, FRONT, DOMINATED], width=PANEL)
+        draw_accuracy(panel, rows, cost)
         panel.set_ylabel("Top-1 accuracy (%)")
     return figure
-
-
-def _kind_handles(all_kinds: Sequence[Kind]) -> list[Line2D]:
-    """Entries of a legend for kinds of paths."""
-    return [
-        Line2D([], [], color=colour, marker=marker, ls="", ms=6.5, mec="none", label=kind_label(kind, all_kinds))
-        for kind in all_kinds
-        for colour, marker in [kind_style(kind, all_kinds)]
-    ]
 
 
 def loss_figure(curves: Curves, title: str, names: Sequence[str] = ("loss",)) -> Figure:
@@ -111,48 +98,36 @@ def loss_figure(curves: Curves, title: str, names: Sequence[str] = ("loss",)) ->
     return figure
 
 
-def validation_figure(curves: Curves, title: str, rows: Sequence[PathRow] = ()) -> Figure:
-    """Top-1 (percent) of each path while it was trained, and the mean over paths, against the optimizer step.
-
-    rows: evaluated paths, whose kinds give colours.
-    """
-    kind_of_path = {f"top1/{row['key']}": kind_of(row) for row in rows}
+def validation_figure(curves: Curves, title: str) -> Figure:
+    """Top-1 (percent) of each path while it was trained (thin), and their mean, against the optimizer step."""
+    values = np.array([curves.of(name) for name in measured_names(curves)])
+    measured = ~np.isnan(values).all(axis=0)  # most steps have no measurement
+    steps, values = np.array(curves.steps)[measured], values[:, measured]
     with matplotlib.rc_context(STYLE):
-        all_kinds, columns = kinds(rows), {name: np.array(curves.of(name)) for name in measured_names(curves)}
-        values = np.array(list(columns.values()))
-        measured = ~np.isnan(values).all(axis=0)  # most steps have no measurement
-        steps, mean = np.array(curves.steps)[measured], np.nanmean(values[:, measured], axis=0)
-        label = f"Mean of {len(columns)} paths"
-        handles = [*_kind_handles(all_kinds), Line2D([], [], color=INK, marker="o", ms=4, lw=1.7, label=label)]
+        look = {"marker": "o", "ms": 3}
+        handles = [Line2D([], [], color=SINGLE_STYLES[0][0], label="A path", alpha=0.4, lw=0.8, **look)]
+        handles.append(Line2D([], [], color=INK, label=f"Mean of {len(values)} paths", lw=1.7, **look))
         figure, (panel,) = new_panels(title, 1, 3.3, handles, width=PANEL)
-        for name, column in columns.items():
-            kind = kind_of_path.get(name)
-            colour, marker = kind_style(kind, all_kinds) if kind else (FAINT, "o")
-            panel.plot(steps, column[measured], color=colour, marker=marker, ms=3, mec="none", lw=0.8, alpha=0.45)
-        panel.plot(steps, mean, color=INK, marker="o", ms=4, lw=1.7)
+        for column in values:
+            panel.plot(steps, column, color=SINGLE_STYLES[0][0], lw=0.8, alpha=0.4, **look)
+        panel.plot(steps, np.nanmean(values, axis=0), color=INK, lw=1.7, **look)
         panel.set_xlabel("Optimizer step")
         panel.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         panel.set_ylabel("Top-1 accuracy (%)")
     return figure
 
 
-def report_figures(
-    rows: Sequence[PathRow], curves: Mapping[str, Curves], *, title: str, before: Sequence[PathRow] = ()
-) -> dict[str, Figure]:
-    """The figures of a report by name: if there are rows, "pareto" (against FLOPs), "pareto_params" and, with `before`,
-    "pareto_before"; for each stage of `curves` "loss_STAGE" and, if logged, "parts_STAGE" and "validation_STAGE"."""
-    figures: dict[str, Figure] = {}
-    if rows:
-        figures["pareto"] = pareto_figure(rows, title=title)
-        figures["pareto_params"] = pareto_figure(rows, title=title, cost="params")
-    if rows and before:
-        figures["pareto_before"] = pareto_figure(rows, title="Before and after fine-tuning", before=before)
+def report_figures(rows: Sequence[PathRow], curves: Mapping[str, Curves], *, title: str) -> dict[str, Figure]:
+    """The figures of a report by name: "pareto" (against FLOPs) and "pareto_params" if there are rows; of each stage
+    "loss_STAGE" and, if logged, "parts_STAGE" and "validation_STAGE"."""
+    names = {"pareto": "flops", "pareto_params": "params"} if rows else {}
+    figures = {name: pareto_figure(rows, title=title, cost=cost) for name, cost in names.items()}
     for stage, logged in curves.items():
         figures[f"loss_{stage}"] = loss_figure(logged, f"{stage}: loss")
         if parts := part_names(logged):
             figures[f"parts_{stage}"] = loss_figure(logged, f"{stage}: parts of the loss", parts)
         if measured_names(logged):
-            figures[f"validation_{stage}"] = validation_figure(logged, f"{stage}: accuracy on validation images", rows)
+            figures[f"validation_{stage}"] = validation_figure(logged, f"{stage}: accuracy on validation images")
     return figures
 
 
@@ -241,16 +216,9 @@ def fit_costs(panel: Axes, costs: Sequence[float]) -> None:
         panel.set_xlim(max(0.0, low - margin), high + margin)
 
 
-def draw_accuracy(panel: Axes, rows: Sequence[PathRow], before: Sequence[PathRow], cost: str) -> float:
-    """Draws paths before (faint) and after, their Pareto front and the labels of its ends; the unit of the costs."""
+def draw_accuracy(panel: Axes, rows: Sequence[PathRow], cost: str) -> float:
+    """Draws paths, their Pareto front and the labels of its ends; returns the unit of the costs."""
     all_kinds, unit, front = kinds(rows), cost_axis(panel, rows, cost), pareto_front(rows, cost)
-    after = {row["key"]: row["top1"] for row in rows}
-    for row in before:
-        if row["key"] in after:
-            colour, marker = kind_style(kind_of(row), all_kinds)
-            x = number_of(row, cost) / unit
-            panel.plot([x, x], [row["top1"], after[row["key"]]], color=colour, alpha=0.18, lw=0.9, zorder=1)
-            panel.plot(x, row["top1"], marker=marker, ms=4.2, color=colour, mec="none", alpha=0.35, ls="", zorder=2)
     x_front = [number_of(row, cost) / unit for row in front]
     panel.plot(x_front, [row["top1"] for row in front], color=INK, lw=1.2, alpha=0.75, zorder=3)
     for row in rows:
@@ -261,7 +229,7 @@ def draw_accuracy(panel: Axes, rows: Sequence[PathRow], before: Sequence[PathRow
         panel.plot(number_of(row, cost) / unit, row["top1"], marker=marker, ms=size, ls="", zorder=layer, **look)
     if rows:
         _label_ends(panel, front, x_front)
-        top1 = [row["top1"] for row in (*rows, *before)]
+        top1 = [row["top1"] for row in rows]
         span = (max(top1) - min(top1)) or 1.0  # room for the labels below and above
         panel.set_ylim(max(min(top1) - 0.12 * span, -0.03 * max(top1)), max(top1) + 0.13 * span)
         panel.yaxis.set_major_locator(MaxNLocator(7))

@@ -41,7 +41,7 @@ def publish(root: Path, recipe: str, config: Mapping[str, Any], artifacts: Seque
         for name in ("paths.json", "paths.csv", "pareto.png", "pareto.svg"):
             (root / name).unlink(missing_ok=True)
     environment: dict[str, Any] = _read(root / "environment.json") or {}
-    figures = report_figures(rows, curves, title=f"Pool {recipe}: {len(rows)} paths", before=before)
+    figures = report_figures(rows, curves, title=f"Pool {recipe}: {len(rows)} paths")
     if "pareto" in figures:
         save_figure(figures["pareto"], root / "pareto")
     report = RunReport(
@@ -53,7 +53,7 @@ def publish(root: Path, recipe: str, config: Mapping[str, Any], artifacts: Seque
         ledger=_read(folders["finetune"] / "ledger.json") if "finetune" in folders else None,
         artifacts=[{name: made.record.get(name) for name in SUMMARY} for made in artifacts],
         overview=overview(config, artifacts, device),
-        ancestry=facts.get("ancestry"),
+        ancestry=facts.get("ancestry", {}),
         descendant=facts.get("export") or facts.get("descend"),
         budget=budget(config),
         export_folder=str(folders.get("export", "")),
@@ -66,33 +66,27 @@ def publish(root: Path, recipe: str, config: Mapping[str, Any], artifacts: Seque
 
 def overview(config: Mapping[str, Any], artifacts: Sequence[Artifact], device: str) -> dict[str, str]:
     """What a run is, in words by label: images, seed, ranks, device, duration, date."""
-    records = [artifact.record for artifact in artifacts]
-    size, channels, classes = (config[f"data.{name}"] for name in ("image_size", "channels", "num_classes"))
-    splits = f"trained on {config['data.train_split']}, evaluated on {config['data.val_split']}"
+    root, train, val, side, channels, classes = (
+        config[f"data.{name}"] for name in ("root", "train_split", "val_split", "image_size", "channels", "num_classes")
+    )
     found = {
-        "Data set": f"{config['data.root']}: {splits}",
-        "Images": f"{size} x {size} pixels, {channels} channel{'s' * (channels > 1)}, {classes} classes",
+        "Data set": f"{root}: trained on {train}, evaluated on {val}",
+        "Images": f"{side} x {side} pixels, {channels} channel{'s' * (channels > 1)}, {classes} classes",
         "Seed": str(config["seed"]),
         "Device": device,
     }
-    if records:
-        worlds = sorted({record["world"] for record in records})
-        found["Ranks"] = str(worlds[0]) if len(worlds) == 1 else f"{worlds[0]} to {worlds[-1]}, by stage"
+    if records := [artifact.record for artifact in artifacts]:
+        found["Ranks"] = ", ".join(str(world) for world in sorted({record["world"] for record in records}))
         found["Duration"] = f"{duration(sum(record['seconds'] for record in records))} for {len(records)} stages"
         found["Finished"] = date(max(record["created"] for record in records))
     return {name: value for name, value in found.items() if value}
 
 
 def budget(config: Mapping[str, Any]) -> str:
-    """The limits of stage descend in words, or the setting that named a path."""
-    if config["export.path"]:
-        return "none: export.path names the path"
-    limits = {name: config[f"budget.{name}"] for name in ("max_params", "max_flops", "max_latency_ms")}
-    units = {"max_params": "parameters", "max_flops": "multiply-adds"}
-    said = [f"at most {amount(limit)} {units[name]}" for name, limit in limits.items() if limit and name in units]
-    if limit := limits["max_latency_ms"]:
-        said.append(f"at most {limit:g} ms on {config['budget.device']}, batch {config['budget.batch']}")
-    return ", ".join(said) or "none: the most accurate path"
+    """The limits of stage descend, or the setting that named a path."""
+    limits = ((name, config[f"budget.{name}"]) for name in ("max_params", "max_flops", "max_latency_ms"))
+    said = ", ".join(f"{name} {amount(limit)}" for name, limit in limits if limit)
+    return "none: export.path names the path" if config["export.path"] else said or "none: the most accurate path"
 
 
 def _read(path: Path) -> Any:

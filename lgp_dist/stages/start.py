@@ -184,19 +184,16 @@ def check_stages(config: RunConfig, stages: tuple[str, ...], run: RunDirectory, 
 
 
 def check_pretrained(context: Context, stages: tuple[str, ...]) -> None:
-    """Compares what pretrained weights expect with the run's images, for stages that are to read them.
+    """Compares what pretrained weights expect with the images that they get, for stages that are to read them.
 
-    UserError if they would see other colours; the log says what else differs.
+    UserError where they would see other colours; the log says what else differs.
     """
-    config = context.config
-    keys = {"distil": [f"model.rows.{index}" for index in range(len(config.model.rows))]}
-    if config.needs_ancestry:
-        keys["ancestry"] = ["ancestry"]
-    for stage in stages:
-        if stage in keys and (config.force or context.run.find(stage) is None):
-            for key in keys[stage]:
-                if (difference := check_images(config, key)) and context.workers.is_main:
-                    log.warning("%s", difference)
+    config, keys = context.config, {"ancestry": ["ancestry"] * context.config.needs_ancestry}
+    keys["distil"] = [f"model.rows.{index}" for index in range(len(config.model.rows))]
+    due = [stage for stage in stages if config.force or context.run.find(stage) is None]
+    for key in (key for stage in due for key in keys.get(stage, ())):
+        if (difference := check_images(config, key)) and context.workers.is_main:
+            log.warning("%s", difference)
 
 
 def check_world(config: RunConfig, stages: tuple[str, ...], world: int, images: int) -> None:

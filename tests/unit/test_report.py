@@ -174,7 +174,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(rows, tmp_p
 
 def test_figures_are_the_same_bytes_each_time(rows, metrics, tmp_path):
     for name in ("a", "b"):
-        save_figure(pareto_figure(rows, title="t", before=rows[:2]), tmp_path / name / "v1.0")
+        save_figure(pareto_figure(rows, title="t"), tmp_path / name / "v1.0")
     for kind in ("svg", "png"):
         assert (tmp_path / f"a/v1.0.{kind}").read_bytes() == (tmp_path / f"b/v1.0.{kind}").read_bytes()
     curves = curves_of(metrics)["distil"]
@@ -220,13 +220,12 @@ def test_validation_figure_shows_each_path_and_their_mean(rows):
     assert shown == [([10, 20], values) for values in ([50.0, 60.0], [70.0, 90.0], [60.0, 75.0])]
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_axes_fit_what_is_drawn(rows, before):
-    """The front's figure has no points from before fine-tuning, so its axis begins near the least accurate path."""
-    old = [{**row, "top1": 1.0} for row in rows]
-    figures = report_figures(rows, {}, title="t", before=old)
-    low, high = figures["pareto_before" if before else "pareto"].axes[0].get_ylim()
-    assert high > 79.5 and (low < 1.0 if before else 60 < low < 64.25)
+@pytest.mark.parametrize(("name", "left", "right"), [("pareto", 0.64, 8.85), ("pareto_params", 3.05, 43.2)])
+def test_axes_fit_the_trained_paths(rows, name, left, right):
+    """They end close to the cheapest, the most expensive, the least and the most accurate path."""
+    panel = report_figures(rows, {}, title="t")[name].axes[0]
+    assert 60 < panel.get_ylim()[0] < 64.25 and 79.5 < panel.get_ylim()[1] < 83
+    assert left / 1.5 < panel.get_xlim()[0] < left and right < panel.get_xlim()[1] < 1.5 * right
 
 
 def test_a_resumed_run_shows_each_step_once():
@@ -286,9 +285,7 @@ def test_page_escapes_whatever_it_is_given(rows):
     row = {**rows[2], "key": HOSTILE}
     bad = {HOSTILE: HOSTILE, "list": [HOSTILE]}
     line = {"stage": HOSTILE, "step": 1, "loss": 1.0, HOSTILE: 2.0}
-    figures = {
-        n: figure_svg(f) for n, f in report_figures([row], curves_of([line]), title=HOSTILE, before=[row]).items()
-    }
+    figures = {n: figure_svg(f) for n, f in report_figures([row], curves_of([line]), title=HOSTILE).items()}
     text = page(
         [row],
         [line],
@@ -339,11 +336,11 @@ def test_report_says_what_the_run_is(rows, tmp_path):
     text = published(tmp_path, rows, changes, command)
     terms = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text))
     assert terms["Data set"].startswith("shards/mine: ") and terms["Seed"] == "17"
-    assert (terms["Ranks"], terms["Device"]) == ("1 to 2, by stage", "cpu: a processor")
+    assert (terms["Ranks"], terms["Device"]) == ("1, 2", "cpu: a processor")
     assert (terms["Duration"], terms["Finished"]) == ("7 min 0 s for 7 stages", "2026-01-02 06:05 UTC")
     assert (terms["Path"], terms["Budget"]) == (
         rows[2]["key"],
-        "at most 2.50 M parameters, at most 3.00 G multiply-adds",
+        "max_params 2.50 M, max_flops 3.00 G",
     )
     assert "91.25 %" in text and "1.35 M parameters" in text
     (shown,) = [found for found in re.findall(r"<pre class=wrap>(.*?)</pre>", text, re.DOTALL) if "lgp run" in found]
@@ -356,7 +353,7 @@ def test_report_says_what_the_run_is(rows, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "budget"),
     [
-        ({"budget.max_latency_ms": 8.0, "budget.max_params": 0}, "at most 8 ms on cpu, batch 1"),
+        ({"budget.max_latency_ms": 8.0, "budget.max_params": 0}, "max_latency_ms 8"),
         ({"budget.max_params": 0}, "none: the most accurate path"),
         ({"export.path": "r1.0-5"}, "none: export.path names the path"),
     ],
