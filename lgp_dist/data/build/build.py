@@ -1,6 +1,5 @@
 """Builds shards from a source: shuffles once, writes in parallel, and continues after a kill."""
 
-import fcntl
 import hashlib
 import io
 import json
@@ -8,9 +7,9 @@ import math
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.shards.sizes import dimensions, extension, shrink
 from lgp_dist.data.shards.tar import read_at
 from lgp_dist.errors import UserError
-from lgp_dist.files import flush, replacing, write_atomic, write_json
+from lgp_dist.files import beside, flush, locked, replacing, write_atomic, write_json
 
 READERS: dict[str, Callable[[Path, Path, Callable[[str], None]], Source]] = {
     "imagefolder": lambda root, _, progress: image_folder(root, progress),
@@ -71,7 +70,7 @@ def build_shards(
     fresh = not partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
     try:
-        with _alone(partial):
+        with locked(beside(out), "--out"):
             source = READERS[layout](root, partial / "spool", progress)
             plan = {name: items for split in source.splits for name, items in _plan(source, split, options).items()}
             _remember(partial, plan, options)
@@ -102,19 +101,6 @@ def _check(options: BuildOptions, out: Path) -> None:
             f"--shard-mb {options.shard_mb} counts bytes that --short-side {options.short_side} changes:"
             " set --per-shard or --shards in its place."
         )
-
-
-@contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Locks the folder against a second build; the lock ends with the process."""
-    with open(partial / "lock", "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{partial} is in use by another build: wait for its end, or name another --out."
-            ) from error
-        yield
 
 
 def choose(split: str, labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
