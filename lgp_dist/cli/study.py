@@ -49,10 +49,10 @@ def run_study(action: Study) -> None:
     question = with_variants(QUESTIONS[action.question], action.variants)
     if action.jobs < 1:
         raise UserError(f"--jobs is {action.jobs}, but must be 1 or more: choose another value.")
-    from lgp_dist.study.study import study  # torch and timm
-
     folder = Path(action.out or f"runs/study/{action.question}")
     with locked(folder / LOCK, "--out"):
+        from lgp_dist.study.study import study  # torch and timm
+
         text = study(question, action.recipe, action.seeds, folder, action.jobs, _say)
     sys.stdout.write(f"{text}\n\nResults: {folder}/study.json, table.md, variants.png, paths.png\n")
 
