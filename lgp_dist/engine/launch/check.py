@@ -64,7 +64,7 @@ def check_file(path: Path, given: Given, demand: Demand, *, here: bool = True) -
     problems, valid = check_settings(path, stored, given.settings())
     settings = {"num_machines": 1, "main_process_port": PORT} | valid
     problems += _traps(path, settings)
-    kind, notes = settings.get("distributed_type"), []
+    kind, notes = settings.get("distributed_type"), list[str]()
     unread = sorted(settings.keys() & DEEPSPEED.keys()) if kind != "DEEPSPEED" else []
     for key in unread:
         told = notes if key in given.settings() else problems
