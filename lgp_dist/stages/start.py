@@ -155,7 +155,8 @@ def recorded(context: Context, stage: str) -> Iterator[None]:
         run.check_writable()
         clear_run_status(run.root)
         open_log(run.root / "log.txt")
-        log.info("launch: %s", workers.launch)
+        if workers.launch.deepspeed:
+            log.info("launch: %s", workers.launch)
         for line in [*repeated_options(), *differences(context.config, stage)]:
             log.info("%s", line)
         write_json(run.root / "config.json", context.settings)
