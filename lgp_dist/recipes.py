@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from lgp_dist.config.budget import Amount, Budget
-from lgp_dist.config.flat import flatten
+from lgp_dist.config.flat import STAGES, depends_on, flatten
 from lgp_dist.config.run_config import (
     AncestryConfig,
     AugmentConfig,
@@ -349,12 +349,20 @@ def recipe_of(name: str) -> RunConfig:
     return RECIPES[name]()
 
 
-def differences(config: RunConfig) -> list[str]:
-    """What differs from the configuration's recipe, as "key value (recipe value)"; nothing without a recipe."""
+def differences(config: RunConfig, stage: str = STAGES[-1]) -> list[str]:
+    """What differs from the configuration's recipe, as "key value (recipe value)"; nothing without a recipe.
+
+    stage: the last that runs; settings of later ones are marked.
+    """
     now = flatten(config)
+    later = depends_on(now, STAGES[-1]).keys() - depends_on(now, stage).keys()
     own = flatten(RECIPES[config.recipe]()) if config.recipe in RECIPES else now
     keys = [key for key in {**own, **now} if own.get(key) != now.get(key) and key != "run_dir"]
-    return [f"{key} {_shown(now.get(key))} (recipe {_shown(own.get(key))})" for key in keys]
+    return [
+        f"{key} {_shown(now.get(key))} (recipe {_shown(own.get(key))})"
+        + f": of a later stage, not read by {stage}" * (key in later)
+        for key in keys
+    ]
 
 
 def _shown(value: Any) -> str:

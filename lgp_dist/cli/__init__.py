@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import sys
+from dataclasses import fields
 
 from lgp_dist.cli.bench import BENCHES, run_bench
 from lgp_dist.cli.checkpoint import CHECKPOINT, run_checkpoint
@@ -24,6 +25,16 @@ from lgp_dist.cli.parse import Command, parse
 from lgp_dist.cli.shards import SHARDS, run_shards
 from lgp_dist.cli.stages import SUMMARIES, Paths, list_paths, stage_commands
 from lgp_dist.cli.study import ReportRuns, Study, run_report, run_study
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.engine.launch.environment import check_variables
+
+READ_BY_PATHS = ("model", "data.image_size", "data.channels", "data.num_classes", "debug")
+
+READ_BY_STUDY = tuple(field.name for field in fields(RunConfig) if field.name not in ("run_dir", "seed", "force"))
+"""It names a run directory for each variant and seed, and makes no stage again."""
+
+READ_BY_BENCH = ("seed", "data", "model", "engine", "ancestry", "distil", "finetune", "checkpoint", "debug")
+"""Benchmarks run no stages and write no run directory."""
 
 COMMANDS = {
     **stage_commands({"descend": Command(DescendRun, descend), "export": Command(ExportRun, export)}),
@@ -32,11 +43,11 @@ COMMANDS = {
     "report": Command(ReportRuns, run_report),
     "doctor": Command(Doctor, run_doctor),
     "launch check": Command(Check, run_launch),
-    "paths": Command(Paths, list_paths),
+    "paths": Command(Paths, list_paths, reads=READ_BY_PATHS),
     **{f"shards {name}": Command(kind, run_shards) for name, kind in SHARDS.items()},
     **{f"checkpoint {name}": Command(kind, run_checkpoint) for name, kind in CHECKPOINT.items()},
-    "study": Command(Study, run_study, words=("QUESTION",)),
-    **{f"bench {name}": Command(kind, run_bench) for name, (kind, _) in BENCHES.items()},
+    "study": Command(Study, run_study, words=("QUESTION",), reads=READ_BY_STUDY),
+    **{f"bench {name}": Command(kind, run_bench, reads=READ_BY_BENCH) for name, (kind, _) in BENCHES.items()},
 }
 """Every command by its one or two words."""
 
@@ -74,5 +85,6 @@ def main() -> None:
     # DeepSpeed speaks while it is imported, before anything could lower its level.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    guarded(lambda: check_variables(os.environ), debug=False)
     call = guarded(lambda: parse(sys.argv[1:], COMMANDS, GROUPS), debug=False)
     guarded(call, call.debug, call.run_dir)

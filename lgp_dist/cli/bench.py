@@ -1,5 +1,6 @@
 """`lgp bench`: the arguments of each benchmark. The benchmark itself is imported when it runs."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from lgp_dist.cli.recipe import Recipe
+from lgp_dist.files import beside, locked
 from lgp_dist.run.text_table import Column, Row, objects_table
 
 
@@ -201,7 +203,10 @@ def run_bench(action: Compared) -> None:
     options = {name: value for name, value in arguments.items() if name not in ("compare", "json", "recipe")}
     recipe = [arguments["recipe"]] if "recipe" in arguments else []
     module = import_module(f"lgp_dist.bench.{place}")  # torch and timm, some also deepspeed
-    rows = getattr(module, f"bench_{name}")(*recipe, **options)
+    with contextlib.ExitStack() as stack:
+        if "out" in options and os.environ.get("RANK", "0") == "0":
+            stack.enter_context(locked(beside(options["out"]), "--out"))
+        rows = getattr(module, f"bench_{name}")(*recipe, **options)
     if os.environ.get("RANK", "0") != "0":
         return
     text = json.dumps(rows, indent=2) if action.json else _tables(rows, module.COLUMNS)

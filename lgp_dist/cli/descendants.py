@@ -22,10 +22,14 @@ from lgp_dist.config.run_config import (
     FaultConfig,
     FinetuneConfig,
     Format,
+    FormatsConfig,
     RunConfig,
     TrainConfig,
 )
+from lgp_dist.engine.checkpoints.manifest import check_resume
+from lgp_dist.engine.launch.environment import Launch, check_ranks, check_requests
 from lgp_dist.errors import UserError
+from lgp_dist.files import LOCK, beside, check_unlocked, locked
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Downstream:
     """What the run does about bad steps and hanging ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When it saves while it trains, and how many checkpoints are kept."""
-    export: ExportConfig = ExportConfig()
+    export: FormatsConfig = FormatsConfig()
     """Formats of the new folder."""
     resume: str = "auto"
     """auto, latest, never or a path, as --resume of a run."""
@@ -144,7 +148,7 @@ class Downstream:
             faults=self.faults,
             finetune=FinetuneConfig(train=self.train),
             checkpoint=self.checkpoint,
-            export=self.export,
+            export=ExportConfig(**vars(self.export)),
             run_dir=self.out,
             resume=self.resume,
         )
@@ -169,13 +173,16 @@ def export(action: ExportRun) -> None:
     config = replace(run.config, engine=replace(run.config.engine, device="auto"))
     if action.data:
         config = replace(config, data=replace(config.data, root=action.data))
-    from lgp_dist.commands.descendants import export_of_run  # torch and timm
+    with locked(beside(action.out), "--out"):
+        from lgp_dist.commands.descendants import export_of_run  # torch and timm
 
-    sys.stdout.write(export_of_run(replace(run, config=config), action.out) + "\n")
+        sys.stdout.write(export_of_run(replace(run, config=config), action.out) + "\n")
 
 
 def specialise(action: SpecialiseRun) -> None:
     """Trains a path of a finished run alone, and says how much it gained."""
+    if action.path and (action.max_params or action.max_flops):
+        raise UserError("--path names the path, so --max-params and --max-flops would choose none: leave them out.")
     from lgp_dist.commands.specialise import chosen_key, gain_text, link_earlier_stages, specialised
 
     run = FinishedRun.open(action.run)
@@ -186,7 +193,8 @@ def specialise(action: SpecialiseRun) -> None:
     check_start(config)
     first = os.environ.get("RANK", "0") == "0"
     if first:
-        link_earlier_stages(run.root, config)
+        with locked(Path(config.directory) / LOCK, "--path"):
+            link_earlier_stages(run.root, config)
     from lgp_dist.pipeline import run_stages  # torch, timm and deepspeed
 
     run_stages(config, STAGES)
@@ -196,7 +204,11 @@ def specialise(action: SpecialiseRun) -> None:
 
 def finetune_descendant(action: Downstream) -> None:
     """Trains an exported descendant on another data set."""
+    check_ranks(os.environ)
     if os.environ.get("WORLD_SIZE", "1") == "1":
+        check_requests(Launch.from_environment(os.environ), action.engine)
+        check_resume(action.config)
+        check_unlocked(Path(action.config.directory) / LOCK, "--out")
         from lgp_dist.commands.exported import completed  # libraries of remote shards
 
         completed(action.folder, action.config)

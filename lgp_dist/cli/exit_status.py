@@ -8,10 +8,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from lgp_dist.engine.watch.signals import asked_before
 from lgp_dist.errors import INTERRUPTED, PREEMPTED, USER, Preempted, UserError
+from lgp_dist.files import write_json
 
 NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 
@@ -61,7 +63,7 @@ def _give_way(error: Exception) -> None:
 
 def _fail(error: Exception, sentence: str, debug: bool) -> NoReturn:
     """Prints the sentence: rank 0 at once; others wait first, and the launcher ends them if rank 0 has failed too."""
-    if int(os.environ.get("RANK", "0")):
+    if os.environ.get("RANK", "0") != "0":
         _give_way(error)
     if debug:
         traceback.print_exc()
@@ -69,10 +71,14 @@ def _fail(error: Exception, sentence: str, debug: bool) -> NoReturn:
 
 
 def _leave(sentence: str, status: int) -> NoReturn:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
     with contextlib.suppress(OSError):  # a closed terminal does not change the status
-        sys.stderr.write(f"lgp: {sentence}\n" if rank == 0 else f"lgp (rank {rank}): {sentence}\n")
+        sys.stderr.write(f"lgp: {sentence}\n" if rank == "0" else f"lgp (rank {rank}): {sentence}\n")
         sys.stderr.flush()
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torch's launcher prints it last, below its own traceback
+        with contextlib.suppress(UserError):
+            told = {"message": f"lgp: {sentence}", "timestamp": int(time.time())}
+            write_json(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), told)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os._exit(status)  # of a launch: no waiting for other ranks at exit
     sys.exit(status)

@@ -55,6 +55,8 @@ class Check:
 
 def run_launch(action: Check) -> None:
     """Prints what each node will run, notes and problems; UserError where there are problems."""
+    if action.data and not action.recipe:
+        raise UserError("--data is for a recipe's shards, but there is no --recipe: name one, or leave --data out.")
     config = _recipe(action)
     read_launch_file(action.file)
     from lgp_dist.engine.launch.check import check_file  # torch, accelerate and deepspeed

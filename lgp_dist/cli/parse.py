@@ -7,6 +7,8 @@ options of other commands.
 
 import dataclasses
 import os
+import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from tyro._errors import on_parse_error  # private: pyproject.toml has an upper 
 from lgp_dist.cli import helptext
 from lgp_dist.cli.recipe import REGISTRY, Recipe
 from lgp_dist.cli.wrong_argument import options_of, raise_sentence
+from lgp_dist.config.flat import flatten
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
 from lgp_dist.recipes import RECIPES, recipe_of
@@ -40,6 +43,8 @@ class Command:
     """What stands before the recipe's name."""
     otherwise: "Command | None" = None
     """The command where the first word is not a recipe's name."""
+    reads: tuple[str, ...] = ()
+    """Settings and sections of the recipe that it reads; empty for all."""
 
     @property
     def about(self) -> str:
@@ -70,6 +75,8 @@ class Call:
 
     run: Callable[[Any], None]
     arguments: Any
+    unread: tuple[str, ...] = ()
+    """Settings that were changed and that the command does not read."""
 
     @property
     def debug(self) -> bool:
@@ -88,6 +95,8 @@ class Call:
         return next((each for each in found if isinstance(each, RunConfig)), None)
 
     def __call__(self) -> None:
+        if self.unread and os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} not read by this command: {', '.join(self.unread)}\n")
         self.run(self.arguments)
 
 
@@ -170,4 +179,13 @@ def _parsed(command: Command, prog: str, words: Sequence[str], recipe: RunConfig
             registry=REGISTRY,
             console_outputs=os.environ.get("RANK", "0") == "0",
         )
-    return Call(command.run, arguments)
+    return Call(command.run, arguments, _unread(command, arguments, recipe))
+
+
+def _unread(command: Command, arguments: Any, recipe: RunConfig) -> tuple[str, ...]:
+    """Keys of the recipe's settings that were changed and that the command does not read."""
+    if not command.reads or not command.takes_recipe:
+        return ()
+    before = flatten(recipe)
+    changed = [key for key, value in flatten(arguments.recipe).items() if value != before.get(key)]
+    return tuple(key for key in changed if not f"{key}.".startswith(tuple(f"{part}." for part in command.reads)))

@@ -13,10 +13,12 @@ from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.remote.address import local_path
 from lgp_dist.data.shards.manifest import ShardManifest
-from lgp_dist.engine.checkpoints.manifest import MANIFEST, read_manifest
-from lgp_dist.errors import UserError, nearest
+from lgp_dist.engine.checkpoints.manifest import check_resume
+from lgp_dist.engine.launch.environment import Launch, check_ranks, check_requests
+from lgp_dist.errors import UserError
+from lgp_dist.files import LOCK, check_unlocked
 from lgp_dist.paths.space import space_of
-from lgp_dist.run.checks import check_config
+from lgp_dist.run.checks import check_classes, check_config
 from lgp_dist.run.text_table import text_table
 
 SUMMARIES = {
@@ -30,8 +32,6 @@ SUMMARIES = {
     "run": "All of these in order, skipping those that are complete.",
 }
 """A line for each stage's command."""
-
-RESUME = ("auto", "latest", "never")
 
 
 @dataclass(frozen=True)
@@ -79,39 +79,26 @@ def _running(name: str, stages: tuple[str, ...]) -> Callable[[RunConfig], None]:
 
 
 def check_start(config: RunConfig) -> None:
-    """UserError for what can be known before torch is imported: settings, checkpoint, shards and run directory.
+    """UserError for what can be known before torch is imported: launch, settings, checkpoint, shards, run directory.
 
-    Checks nothing in a launch, whose ranks join first, so that all of them end.
+    Checks only the variables of a launch of several ranks, which join first, so that all of them end.
     """
+    check_ranks(os.environ)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         return
     check_config(config)
+    check_requests(Launch.from_environment(os.environ), config.engine)
     check_resume(config)
     shards = local_path(config.data.root)
     if shards is not None:
-        ShardManifest.load(shards)
+        check_classes(config.data, len(ShardManifest.load(shards).classes))
     folder = Path(config.directory)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(
             f"The run directory {folder} cannot be made, since {there} is a file: choose another --run-dir."
         )
-
-
-def check_resume(config: RunConfig) -> None:
-    """UserError where --resume names neither a checkpoint nor auto, latest or never."""
-    given, folder = config.resume, Path(config.directory)
-    if given in RESUME:
-        return
-    if not (Path(given) / MANIFEST).is_file():
-        there = [str(path) for path in sorted(folder.glob("checkpoints/*/step-*"))]
-        known = f"; {folder} has {', '.join(there)}" if there else f"; {folder} has no checkpoint"
-        advice = nearest(given, [*RESUME, *there], "name the folder of a checkpoint, such as step-00000500")
-        raise UserError(
-            f"--resume is {given!r}, but there is no checkpoint (a folder with {MANIFEST}) of that name{known}. Take "
-            f"{', '.join(RESUME)} or a checkpoint: {advice}."
-        )
-    read_manifest(Path(given))
+    check_unlocked(folder / LOCK)
 
 
 def list_paths(action: Paths) -> None:

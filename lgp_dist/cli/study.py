@@ -11,6 +11,7 @@ import tyro
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.commands.finished import check_run
 from lgp_dist.errors import UserError
+from lgp_dist.files import LOCK, locked
 from lgp_dist.study.questions import QUESTIONS, with_variants
 
 
@@ -48,10 +49,11 @@ def run_study(action: Study) -> None:
     question = with_variants(QUESTIONS[action.question], action.variants)
     if action.jobs < 1:
         raise UserError(f"--jobs is {action.jobs}, but must be 1 or more: choose another value.")
-    from lgp_dist.study.study import study  # torch and timm
-
     folder = Path(action.out or f"runs/study/{action.question}")
-    text = study(question, action.recipe, action.seeds, folder, action.jobs, _say)
+    with locked(folder / LOCK, "--out"):
+        from lgp_dist.study.study import study  # torch and timm
+
+        text = study(question, action.recipe, action.seeds, folder, action.jobs, _say)
     sys.stdout.write(f"{text}\n\nResults: {folder}/study.json, table.md, variants.png, paths.png\n")
 
 
@@ -64,7 +66,8 @@ def run_report(action: ReportRuns) -> None:
     """Prints one table of all runs and draws one figure."""
     for run in action.runs:
         check_run(Path(run))
-    from lgp_dist.report.compare import write_comparison  # matplotlib
+    with locked(Path(action.out) / LOCK, "--out"):
+        from lgp_dist.report.compare import write_comparison  # matplotlib
 
-    text = write_comparison([Path(run) for run in action.runs], action.snnet, Path(action.out))
+        text = write_comparison([Path(run) for run in action.runs], action.snnet, Path(action.out))
     sys.stdout.write(f"{text}\n\nResults: {action.out}/compare.md, compare.png, compare.svg\n")

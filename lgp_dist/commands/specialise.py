@@ -5,6 +5,7 @@ The run lies in RUN/specialised/KEY. It links the earlier stages' artifacts, tra
 data, and has an accuracy before and after; its path is exported like any other.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from lgp_dist.config.budget import Amount, Budget
 from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig, SpecialiseConfig
 from lgp_dist.export.choice import choose
+from lgp_dist.files import LOCK, locked
 from lgp_dist.paths.space import space_of
 from lgp_dist.pipeline import run_joined
 from lgp_dist.run.artifacts import specialised_folder
@@ -87,10 +89,12 @@ def run_and_specialise(config: RunConfig) -> None:
         best = workers.once_per_node(lambda: best_keys(read_rows(root / "evaluate" / "paths.json"), chosen.top))
         for key in dict.fromkeys([*chosen.paths, *best]):
             alone = specialised(config, key, chosen.epochs, chosen.lr)
-            if workers.is_main:
-                link_earlier_stages(root, alone)
-            workers.barrier()
-            run_joined(agreed(alone, STAGES, workers, None), STAGES)
+            with contextlib.ExitStack() as stack:
+                if workers.is_main:
+                    stack.enter_context(locked(Path(alone.directory) / LOCK))
+                    link_earlier_stages(root, alone)
+                workers.barrier()
+                run_joined(agreed(alone, STAGES, workers, None), STAGES)
             if workers.is_main:
                 show(gain_text(Path(alone.directory), key) + "\n")
 

@@ -269,11 +269,9 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
-    """The standalone model: which path, which formats, how it is checked."""
+class FormatsConfig:
+    """Formats of a standalone model, and how they are checked."""
 
-    path: str = ""
-    """Key of the path to export; empty for the choice of `descend`."""
     images: int = 64
     """Validation images on which each format is compared with the path."""
     formats: tuple[Format, ...] = ("pt2", "onnx", "int8")
@@ -281,6 +279,14 @@ class ExportConfig:
     last two need the extra [onnx] and are left out without it."""
     int8_images: int = 2000
     """Validation images on which int8's accuracy is compared with the path's."""
+
+
+@dataclass(frozen=True)
+class ExportConfig(FormatsConfig):
+    """The standalone model: which path, which formats, how it is checked."""
+
+    path: str = ""
+    """Key of the path to export; empty for the choice of `descend`."""
 
 
 @dataclass(frozen=True)

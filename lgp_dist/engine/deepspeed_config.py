@@ -58,26 +58,60 @@ ALLOWED = {
 }
 """Settings that a DeepSpeed file may have: they change speed and memory, but not the result."""
 
+STAGE3 = ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance", "param_persistence_threshold")
+STAGES_OF = {
+    **dict.fromkeys(("offload_param", "sub_group_size", "enable_sanity_checks"), (3,)),
+    **dict.fromkeys((f"stage3_{name}" for name in STAGE3), (3,)),
+    "allgather_bucket_size": (1, 2),
+}
+"""Settings of zero_optimization that DeepSpeed reads at some stages alone -> these. At stage 0 it reads none."""
+
+PRINTED = {"wall_clock_breakdown", "steps_per_print", "comms_logger", "flops_profiler", "dump_state"}
+"""Settings that make DeepSpeed print."""
+
 NEUTRAL: tuple[Any, ...] = (None, "auto", False, {}, "fp32")
 """Values that mean the same as leaving a setting out."""
 
 
+def _says_nothing(value: Any) -> bool:
+    """Whether a setting, or a section that is switched off, means the same as leaving it out."""
+    if isinstance(value, dict) and (value.get("enabled") in (False, "auto") or value.get("device") == "none"):
+        return True
+    return any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL)  # 0 == False
+
+
 def read_deepspeed_file(path: str) -> dict[str, Any]:
     """Returns the settings of a DeepSpeed file. Raises UserError if it cannot be read or a setting is not exact."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{path} sets {name} twice, and only the last counts: remove one of them.")
+        return dict(pairs)
+
+    def no_number(text: str) -> None:
+        raise UserError(f"{path} holds {text}, which JSON does not have: write a number.")
+
     try:
-        settings = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        settings = json.loads(Path(path).read_text(), object_pairs_hook=unique, parse_constant=no_number)
+    except UserError:  # a ValueError too
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"The DeepSpeed file {path} cannot be read ({error}): correct it, or name another.") from error
     if not isinstance(settings, dict):
         raise UserError(f"The DeepSpeed file {path} holds no object: write settings as {{name: value}}.")
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f"{path} has zero_optimization {zero!r}: write its settings as {{name: value}}.")
+    stage = zero.get("stage", "auto")
+    if stage != "auto" and (type(stage) is not int or stage not in range(4)):
+        raise UserError(f"{path} sets zero_optimization.stage to {json.dumps(stage)}: write 0, 1, 2 or 3.")
     flat = {name: value for name, value in settings.items() if name != "zero_optimization"}
     flat |= {f"zero_optimization.{name}": value for name, value in zero.items()}
     kept: dict[str, Any] = {}
     for name, value in flat.items():
-        if any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL):  # 0 == False
+        if _says_nothing(value):
             continue
         if name in OWNED:
             raise UserError(f"{path} sets {name}, but the recipe owns it: leave it out, and set {OWNED[name]} there.")
@@ -96,7 +130,15 @@ def check_zero_stage(stage: int, engine: EngineConfig, file: Mapping[str, Any]) 
     """Raises UserError if settings do not fit the ZeRO stage."""
     if stage not in (0, 1, 2, 3):
         raise UserError(f"The launch file sets zero_stage {stage}, but there are 0, 1, 2 and 3: choose one of them.")
-    overlap = file.get("zero_optimization", {}).get("overlap_comm", False)
+    zero = file.get("zero_optimization", {})
+    for name in zero.keys() - {"stage"}:
+        known = STAGES_OF.get(name, (1, 2, 3))
+        if stage not in known:
+            raise UserError(
+                f"The DeepSpeed file sets zero_optimization.{name}, which has no effect at zero_stage {stage}: leave "
+                f"it out, or take stage {' or '.join(map(str, known))}."
+            )
+    overlap = zero.get("overlap_comm", False)
     if stage == 1 and overlap:
         raise UserError(
             "The DeepSpeed file sets zero_optimization.overlap_comm with zero_stage 1, which then reduces gradients in "

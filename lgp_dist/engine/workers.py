@@ -18,9 +18,11 @@ from accelerate.utils import LoggerType
 from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor
 
-from lgp_dist.config.run_config import EngineConfig, Precision
+from lgp_dist.config.run_config import EngineConfig, Precision, TrainConfig
+from lgp_dist.engine.deepspeed_config import PRINTED
 from lgp_dist.engine.deepspeed_workarounds import skip_operator_probes
-from lgp_dist.engine.launch.environment import Launch, check_launch
+from lgp_dist.engine.launch.environment import Launch, check_launch, check_ranks
+from lgp_dist.engine.launch.validate import checked_config
 from lgp_dist.engine.watch.watchdog import Watchdog, longest
 from lgp_dist.errors import UserError
 from lgp_dist.run.provenance import processor
@@ -72,10 +74,13 @@ class Workers:
 
         timeout_s: the watchdog's; waits for other ranks end some time after it. 0 without a watchdog.
         """
+        check_ranks(os.environ)
         launch = Launch.from_environment(os.environ)
         device_type = check_launch(launch, engine, torch.cuda.device_count())
+        if launch.file:
+            checked_config(launch.zero_stage, engine, TrainConfig(), 1, launch.file)
         check_backend(engine.compile)
-        _quiet()
+        _quiet(prints=bool(PRINTED & launch.file.keys()))
         _keep_imports()
         if device_type == "cpu":
             skip_operator_probes()
@@ -210,10 +215,13 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise UserError(f"trackers names {name!r}, which is not installed: `pip install {name}`, or leave it out.")
 
 
-def _quiet() -> None:
-    """Hides what DeepSpeed and accelerate log below errors."""
-    for name in ("DeepSpeed", "accelerate", "torch.distributed"):
+def _quiet(*, prints: bool) -> None:
+    """Hides what DeepSpeed and accelerate log below errors; not DeepSpeed's log if its file asks for prints."""
+    for name in ("accelerate", "torch.distributed", *(() if prints else ("DeepSpeed",))):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if prints:
+        logging.getLogger("DeepSpeed").setLevel(logging.INFO)
+        logging.getLogger("DeepSpeed").filters.clear()
 
 
 @cache

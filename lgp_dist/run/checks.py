@@ -2,6 +2,7 @@
 
 import re
 
+from lgp_dist.config.data_config import DataConfig
 from lgp_dist.config.flat import STAGES, flatten
 from lgp_dist.config.ranges import check_data, check_ranges
 from lgp_dist.config.run_config import RunConfig
@@ -18,6 +19,15 @@ def check_config(config: RunConfig) -> None:
     check_ranges(config)
     check_data(config.data)
     _check_shapes(config)
+
+
+def check_classes(data: DataConfig, known: int) -> None:
+    """UserError if the data has more classes than the model. known: those that a manifest names; 0 for none."""
+    if data.num_classes < known:
+        raise UserError(
+            f"data.num_classes is {data.num_classes}, but the manifest of {data.root} names {known} classes: set it to "
+            f"{known}."
+        )
 
 
 def _check_shapes(config: RunConfig) -> None:
@@ -52,6 +62,11 @@ def _check_shapes(config: RunConfig) -> None:
                 f"export.path is {chosen.key!r}, but finetune.only names other paths, which alone are trained and "
                 "measured: choose one of these, or add it."
             )
+    if not config.specialise.top and not config.specialise.paths and (config.specialise.epochs or config.specialise.lr):
+        raise UserError(
+            "specialise.epochs and specialise.lr are for paths that are trained alone, but none is asked for: set "
+            "specialise.top or specialise.paths, or leave them out."
+        )
     if not config.finetune.distil_weight + config.finetune.label_weight:
         raise UserError("finetune.distil_weight and finetune.label_weight are both 0: raise one.")
     _check_depths(config, space)

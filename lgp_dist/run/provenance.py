@@ -58,6 +58,13 @@ def command() -> str:
     return shlex.join(["lgp", *sys.argv[1:]])
 
 
+def repeated_options() -> list[str]:
+    """What is said of options that this process's command line has more than once."""
+    options = [word.split("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")]
+    found = dict.fromkeys(option for option in options if options.count(option) > 1)
+    return [f"{option} is given {options.count(option)} times: the last counts" for option in found]
+
+
 class Environment(TypedDict):
     """environment.json: what a run is made with."""
 

@@ -5,6 +5,7 @@ The configuration is checked and flattened here, and the files that it names are
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +16,20 @@ from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import check_batch
+from lgp_dist.engine.checkpoints.manifest import check_resume
 from lgp_dist.engine.rank_consistency import COMPARED_S, REFUSAL, check_equal, facts_of
 from lgp_dist.engine.watch.watchdog import Watchdog
 from lgp_dist.engine.workers import Workers, check_trackers
 from lgp_dist.errors import Preempted, UserError
-from lgp_dist.files import write_json
+from lgp_dist.files import LOCK, check_unlocked, locked, write_json
 from lgp_dist.models.pretrained import check_images
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
 from lgp_dist.recipes import differences
 from lgp_dist.run.artifacts import RunDirectory, fingerprint
-from lgp_dist.run.checks import check_config
+from lgp_dist.run.checks import check_classes, check_config
 from lgp_dist.run.log import end_log, open_log
-from lgp_dist.run.provenance import code_hashes, environment
+from lgp_dist.run.provenance import code_hashes, environment, repeated_options
 from lgp_dist.run.run_status import RunStatus, clear_run_status, write_run_status
 from lgp_dist.stages.context import Context
 
@@ -42,12 +44,19 @@ def joined(config: RunConfig, stages: tuple[str, ...], refusal: UserError | None
     rank's recipe, launch or inputs are refused or differ. A refused rank joins too: launchers of other nodes do not see
     it end, and their ranks would wait for it.
     """
-    try:
-        check_config(config)
-    except UserError as error:
-        refusal = refusal or error
-    timeout_s = 0.0 if refusal else config.faults.timeout_s
-    with Watchdog.launched(Path(config.directory) / "heartbeats", timeout_s) as watchdog:
+    directory = Path(config.directory)
+    with contextlib.ExitStack() as stack:
+        try:
+            check_config(config)
+            check_resume(config)
+            if os.environ.get("RANK", "0") == "0":
+                stack.enter_context(locked(directory / LOCK))
+            else:
+                check_unlocked(directory / LOCK)
+        except UserError as error:
+            refusal = refusal or error
+        timeout_s = 0.0 if refusal else config.faults.timeout_s
+        watchdog = stack.enter_context(Watchdog.launched(directory / "heartbeats", timeout_s))
         watchdog.phase("join")
         engine = replace(config.engine, threads=0) if refusal else config.engine
         workers = replace(Workers.start(engine, timeout_s), watchdog=watchdog)
@@ -66,6 +75,7 @@ def agreed(config: RunConfig, stages: tuple[str, ...], workers: Workers, refusal
             raise refusal
         check_trackers(config.trackers)
         manifest = load_manifest(config.data)
+        check_classes(config.data, len(manifest.classes))
         splits = split_fingerprints(config, manifest)
     except UserError as error:
         raise _refused(error, workers) from None
@@ -146,7 +156,9 @@ def recorded(context: Context, stage: str) -> Iterator[None]:
         run.check_writable()
         clear_run_status(run.root)
         open_log(run.root / "log.txt")
-        for line in differences(context.config):
+        if workers.launch.deepspeed:
+            log.info("launch: %s", workers.launch)
+        for line in [*repeated_options(), *differences(context.config, stage)]:
             log.info("%s", line)
         write_json(run.root / "config.json", context.settings)
         write_json(run.root / "environment.json", context.environment)

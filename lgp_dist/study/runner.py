@@ -103,6 +103,8 @@ def _start(
     except BlockingIOError:
         lock.close()
         return None
+    except OSError:  # a file system without flock: the run's own lock refuses a second one
+        pass
     if donor is not None:
         link_stages(donor.folder, trial.folder, stages)
     with _errors_of(trial, out).open("wb") as errors:

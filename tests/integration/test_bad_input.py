@@ -26,6 +26,7 @@ from run_helpers import (
 
 from lgp_dist.data.order import position_to_sample
 from lgp_dist.data.shards.index import index_shards
+from lgp_dist.files import LOCK, locked
 from lgp_dist.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -347,6 +348,16 @@ def launched(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         timeout=LIMIT_S,
         check=False,
     )
+
+
+def test_a_second_launch_is_refused_and_its_sentence_comes_last(place: Path) -> None:
+    """Below the traceback of torch's launcher. Nothing is written next to the lock of the first."""
+    with locked(Path("run") / LOCK):
+        done = launched("ancestry", *SMALL)
+        assert os.listdir("run") == [LOCK]
+    last = [line for line in done.stderr.splitlines() if line.strip(" =-")][-1]
+    assert done.returncode == 1 and "lgp: run is being written by process" in last, done.stderr
+    has(last, str(os.getpid()), "--run-dir")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from run_helpers import LIMIT_S, SAMPLE, Lgp, has
 from lgp_dist.cli import COMMANDS, GROUPS
 from lgp_dist.cli.stages import SUMMARIES
 from lgp_dist.config.flat import STAGES, depends_on, flatten, stage_settings
+from lgp_dist.files import LOCK, locked
 from lgp_dist.recipes import RECIPES, tiny
 
 FIELDS = ["key", "low", "high", "low_row", "high_row", "stitch", "params", "params_paper", "flops", "cfg_id"]
@@ -85,16 +86,41 @@ WRONG = {
     "launch check nowhere.yaml": ("The launch file nowhere.yaml cannot be read",),
     "checkpoint show empty": ("empty holds no checkpoint",),
     "shards verify nowhere": ("There is no folder nowhere",),
+    f"run {ON_SAMPLE} --data.num-classes 8": ("data.num_classes is 8", f"{SAMPLE} names 10 classes"),
+    # a second writer
+    f"run {ON_SAMPLE} --run-dir held": ("held is being written by process", "--run-dir"),
+    "study rows tiny --out held": ("held is being written by process", "--out"),
+    "report run --out held": ("held is being written by process", "--out"),
+    "export run --path r0.0-5 --out held-too": ("held-too is being written by process", "--out"),
+    f"finetune-descendant empty --data {SAMPLE} --out held": ("held is being written by process", "--out"),
+    # settings that would have no effect
+    f"finetune-descendant empty --data {SAMPLE} --export.path r0.0-5": ("has no option --export.path",),
+    "specialise run --path r0.0-5 --max-params 10M": ("--path", "--max-params", "leave them out"),
+    "run tiny --specialise.epochs 2": ("specialise.epochs", "specialise.top"),
+    "launch check launch.yaml --data shards": ("--data", "--recipe"),
+    # launchers' variables, before the command
+    f"WORLD_SIZE=two run {ON_SAMPLE}": ("WORLD_SIZE is 'two'", "a whole number"),
+    f"LOCAL_WORLD_SIZE=0 run {ON_SAMPLE}": ("LOCAL_WORLD_SIZE is '0'", "a whole number"),
+    f"WORLD_SIZE=2 run {ON_SAMPLE}": ("WORLD_SIZE is 2", "RANK, LOCAL_RANK", "accelerate launch"),
+    f"OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 run {ON_SAMPLE}": ("OMPI_COMM_WORLD_SIZE is 2", "MPI"),
+    f"PMI_SIZE=2 finetune {ON_SAMPLE}": ("PMI_SIZE is 2", "MPI", "accelerate launch"),
+    f"MV2_COMM_WORLD_SIZE=4 WORLD_SIZE= run {ON_SAMPLE}": ("MV2_COMM_WORLD_SIZE is 4", "MPI"),
+    f"ACCELERATE_USE_DEEPSPEED=1 run {ON_SAMPLE}": ("ACCELERATE_USE_DEEPSPEED is '1'", "true or false"),
+    f"ACCELERATE_USE_FSDP=true run {ON_SAMPLE}": ("use_fsdp=true", "ACCELERATE_USE_FSDP"),
+    f"WORLD_SIZE= RANK= run {ON_SAMPLE} --resume latset": ("--resume is 'latset'",),
 }
 """What is typed after `lgp` -> pieces of the sentence that answers."""
 
 ANSWER = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
+from unittest.mock import patch
 from lgp_dist.cli import main
 answers = []
 for line in json.load(sys.stdin):
-    sys.argv, said = ["lgp", *line.split()], io.StringIO()
-    with contextlib.redirect_stderr(said):
+    words = line.split()
+    given = dict(word.split("=", 1) for word in words if "=" in word and word.split("=")[0].isupper())
+    sys.argv, said = ["lgp", *words[len(given) :]], io.StringIO()
+    with contextlib.redirect_stderr(said), patch.dict(os.environ, given):
         try:
             main()
             status = 0
@@ -118,9 +144,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     record = {"stage": "evaluate", "id": "0", "config": config, "inputs": {}, "files": {}, "facts": {}}
     evaluated.write_text(json.dumps(record))
     (folder / "run" / "config.json").write_text(json.dumps(flatten(tiny())))
-    done = subprocess.run(
-        [sys.executable, "-c", ANSWER], cwd=folder, input=json.dumps(list(WRONG)), capture_output=True, text=True
-    )
+    call = [sys.executable, "-c", ANSWER]
+    with locked(folder / "held" / LOCK), locked(folder / ".held-too.lock"):
+        done = subprocess.run(call, cwd=folder, input=json.dumps(list(WRONG)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(zip(WRONG, json.loads(done.stdout), strict=True))
 
@@ -132,6 +158,14 @@ def test_a_wrong_input_is_answered_at_once(answers: dict[str, tuple[int, str, li
     assert status == 2 and said.startswith("lgp: ") and said.endswith(".\n") and said.count("\n") == 1, said
     has(said, *WRONG[line])
     assert not heavy
+
+
+def test_what_a_command_does_not_read_is_said(lgp: Lgp) -> None:
+    """And it does what it does without these settings."""
+    said = lgp("paths", "tiny", "--model.depth", "4", "--finetune.train.lr", "1", "--export.path", "r0.0-3")
+    has(said.err, "not read by this command: finetune.train.lr, export.path\n")
+    plain = lgp("paths", "tiny", "--model.depth", "4")
+    assert (plain.out, plain.err) == (said.out, "")
 
 
 def test_help_answers_without_torch() -> None:

@@ -372,6 +372,14 @@ def test_local_roots_are_not_copied(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_user_without_a_home_is_told_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number: no HOME, no entry of the user."""
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert "data.cache" in sentence(lambda: open_root(DataConfig(root="https://127.0.0.1:9/shards")))
+
+
 def test_other_file_systems_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fsspec's memory store represents s3, gs and hf, which are read by the same calls."""
     monkeypatch.setattr(transfer, "PIECE", 70_000)

@@ -1,6 +1,5 @@
 """Each layout, built from small files and read back by timm and by webdataset."""
 
-import fcntl
 import io
 import json
 import shutil
@@ -25,6 +24,7 @@ from lgp_dist.data.shards.index import ShardIndex
 from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.shards.verify import verify_shards
 from lgp_dist.errors import UserError
+from lgp_dist.files import locked
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -167,11 +167,8 @@ def test_copies_of_parquet_files_are_used_again_if_whole(tmp_path: Path) -> None
 
 def test_two_builds_of_one_folder(tmp_path: Path) -> None:
     made = kaggle(tmp_path / "source")
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    with open(partial / "lock", "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        assert f"{partial} is in use by another build" in refused("kaggle", made.root, tmp_path / "out")
+    with locked(tmp_path / ".out.lock"):
+        assert f"{tmp_path / 'out'} is being written by process" in refused("kaggle", made.root, tmp_path / "out")
     build_shards("kaggle", made.root, tmp_path / "out", BuildOptions(workers=1), quiet)
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from lgp_dist.config.run_config import EngineConfig, TrainConfig
 from lgp_dist.engine.deepspeed_config import deepspeed_config
-from lgp_dist.engine.launch.environment import Launch, check_launch
+from lgp_dist.engine.launch.environment import Launch, check_launch, check_ranks, check_variables
+from lgp_dist.engine.launch.validate import checked_config
 from lgp_dist.errors import UserError
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
@@ -151,6 +152,22 @@ REFUSALS: dict[str, tuple[int, int, dict[str, str], EngineConfig, tuple[str, ...
     ),
     "clipping": (1, 0, {"gradient_clipping": "1.0"}, EngineConfig(), ("gradient_clipping=1.0", "recipe owns")),
     "fsdp": (1, 0, {"use_fsdp": "true"}, EngineConfig(), ("use_fsdp=true",)),
+    "no such variable": (1, 0, {"mixed_precison": "bf16"}, EngineConfig(), ("ACCELERATE_MIXED_PRECISON",)),
+    "device": (1, 0, {"torch_device": "cuda"}, EngineConfig(), ("torch_device=cuda",)),
+    "dynamo": (1, 0, {"dynamo_backend": "INDUCTOR"}, EngineConfig(), ("dynamo_backend=INDUCTOR",)),
+    "zero3 init": (2, 0, {**DEEPSPEED, "deepspeed_zero3_init": "true"}, EngineConfig(), ("zero3_init=true",)),
+    "16 bit": (2, 0, {**DEEPSPEED, "deepspeed_zero3_save_16bit_model": "true"}, EngineConfig(), ("save_16bit_model",)),
+    "moe": (2, 0, {**DEEPSPEED, "deepspeed_moe_layer_cls_names": "Block"}, EngineConfig(), ("moe_layer_cls_names",)),
+    "fields": (
+        2,
+        0,
+        {**DEEPSPEED, "config_ds_fields": "zero_stage,offload_param_nvme_path,zero_stag"},
+        EngineConfig(),
+        ("deepspeed_config.offload_param_nvme_path, deepspeed_config.zero_stag",),
+    ),
+    "no deepspeed": (1, 0, {"deepspeed_zero_stage": "3"}, EngineConfig(), ("ACCELERATE_DEEPSPEED_ZERO_STAGE",)),
+    "no files": (1, 0, {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, EngineConfig(), ("CUDA_VISIBLE_DEVICES", "NoDevFiles")),
+    "cpu or gpu": (1, 1, {"use_cpu": "True"}, EngineConfig(device="cuda"), ("asks for the CPU", ": remove one")),
 }
 
 
@@ -163,6 +180,57 @@ def test_launch_that_does_not_fit_is_a_sentence(name: str) -> None:
     text = str(caught.value)
     assert all(word in text for word in words), text
     assert text.endswith(".") and "\n" not in text and ": " in text
+
+
+WRONG_VALUES = {
+    "flag": ({"use_deepspeed": "1"}, "ACCELERATE_USE_DEEPSPEED is '1', but takes true or false"),
+    "cpu": ({"use_cpu": "yes"}, "ACCELERATE_USE_CPU is 'yes'"),
+    "stage": ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "two"}, "ACCELERATE_DEEPSPEED_ZERO_STAGE is 'two'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_variables_that_hold_something_else(name: str) -> None:
+    environment, words = WRONG_VALUES[name]
+    with pytest.raises(UserError, match=words):
+        launch(1, **environment)
+
+
+def test_empty_variables_are_missing() -> None:
+    empty = {"WORLD_SIZE": "", "LOCAL_WORLD_SIZE": "", "ACCELERATE_USE_DEEPSPEED": "", "ACCELERATE_MIXED_PRECISION": ""}
+    assert Launch.from_environment(empty) == Launch.from_environment({})
+    left = {**empty, "RANK": " ", "PMI_SIZE": "", "CUDA_VISIBLE_DEVICES": "", "HOME": ""}
+    check_variables(left)
+    assert left == {"CUDA_VISIBLE_DEVICES": "", "HOME": ""}
+
+
+RANK = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, ""),
+        (RANK, ""),
+        ({**RANK, "OMPI_COMM_WORLD_SIZE": "2", "PMI_SIZE": "2"}, ""),  # a launcher in each task of srun or mpirun
+        ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "4"}, ""),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "WORLD_SIZE": "1"}, "OMPI_COMM_WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ({**RANK, "RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
+    ],
+)
+def test_ranks_that_a_launcher_has_started(environment: dict[str, str], words: str) -> None:
+    if not words:
+        check_ranks(environment)
+        return
+    with pytest.raises(UserError, match=words):
+        check_ranks(environment)
+
+
+@pytest.mark.parametrize("gpus", ["NoDevFiles", "0", "0,1"])
+def test_the_cpu_is_obeyed_whatever_gpus_are_asked_for(gpus: str) -> None:
+    assert check_launch(launch(1, CUDA_VISIBLE_DEVICES=gpus), EngineConfig(device="cpu"), 0) == "cpu"
+    assert check_launch(launch(1, use_cpu="true", CUDA_VISIBLE_DEVICES=gpus), EngineConfig(), 1) == "cpu"
 
 
 def test_without_deepspeed_the_recipe_may_ask_for_the_cpu() -> None:
@@ -248,6 +316,14 @@ FILE_REFUSALS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "no object": ([1], ("holds no object",)),
     "no section": ({"zero_optimization": 2}, ("zero_optimization 2",)),
     "no json": ("{", ("cannot be read",)),
+    "twice": ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 3}}', ("zero_optimization twice",)),
+    "twice inside": ('{"zero_optimization": {"stage": 1, "stage": 3}}', ("stage twice",)),
+    "infinity": ('{"steps_per_print": Infinity}', ("Infinity",)),
+    **{
+        f"stage {stage}": ({"zero_optimization": {"stage": stage}}, ("zero_optimization.stage to", "0, 1, 2 or 3"))
+        for stage in ("2", [2], 2.0, 4, True, False, "three", None, {})
+    },
+    "two stages": ({"zero_optimization": {"stage": 3}}, ("stage 3", "zero_stage 2", "leave one out")),
 }
 
 
@@ -255,11 +331,42 @@ FILE_REFUSALS: dict[str, tuple[Any, tuple[str, ...]]] = {
 def test_a_deepspeed_file_that_is_refused(tmp_path: Path, name: str) -> None:
     """One sentence names file and setting and says what to choose instead."""
     settings, words = FILE_REFUSALS[name]
+    stage = {"deepspeed_zero_stage": "2"} if name == "two stages" else {}
     with pytest.raises(UserError) as caught:
-        launch(2, **deepspeed_file(tmp_path, settings))
+        launch(2, **deepspeed_file(tmp_path, settings), **stage)
     text = str(caught.value)
     assert all(word in text for word in ("ds.json", *words)), text
     assert text.endswith(".") and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "value"),
+    [
+        (2, "offload_param", {"device": "cpu"}),
+        (1, "sub_group_size", 1000),
+        (2, "stage3_prefetch_bucket_size", 1000),
+        (3, "allgather_bucket_size", 1000),
+        (0, "reduce_bucket_size", 1000),
+    ],
+)
+def test_settings_of_another_stage_are_refused(tmp_path: Path, stage: int, name: str, value: Any) -> None:
+    """DeepSpeed takes them without effect."""
+    found = launch(2, **deepspeed_file(tmp_path, {"zero_optimization": {"stage": stage, name: value}}))
+    with pytest.raises(UserError, match=f"zero_optimization.{name}, which has no effect at zero_stage {stage}"):
+        check_launch(found, EngineConfig(), 0)
+
+
+def test_sections_that_are_off_say_nothing(tmp_path: Path) -> None:
+    off = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": False, "loss_scale": 0}}
+    zero = {"stage": 3, "offload_param": {"device": "none"}, "offload_optimizer": {"device": "none"}}
+    found = launch(2, **deepspeed_file(tmp_path, {**off, "zero_optimization": zero}))
+    assert found.file == {"zero_optimization": {"stage": 3}}
+
+
+def test_what_deepspeed_refuses_is_a_sentence_for_a_run_too() -> None:
+    file = {"zero_optimization": {"stage": 1, "allgather_bucket_size": "5e8"}}
+    with pytest.raises(UserError, match='DeepSpeed refuses .*"5e8".*valid integer'):
+        checked_config(1, EngineConfig(), TrainConfig(), 1, file)
 
 
 def test_a_deepspeed_file_that_is_missing(tmp_path: Path) -> None:

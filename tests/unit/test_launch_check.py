@@ -110,6 +110,7 @@ def test_schema(tmp_path: Path, name: str) -> None:
         ("", "holds no settings"),
         ("num_processes: 2\nnum_processes: 4\n", "sets num_processes twice"),
         ("deepspeed_config:\n  zero_stage: 1\n  zero_stage: 2\n", "sets deepspeed_config.zero_stage twice"),
+        ("? [num_processes]\n: 2\n", "is not valid YAML"),
         (None, "cannot be read"),
     ],
 )
@@ -152,6 +153,17 @@ TRAPS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
         {**CPU, "deepspeed_config": {"gradient_accumulation_steps": 4}},
         (),
         ("gradient_accumulation_steps=4", "the recipe's fields"),
+    ),
+    "nvme": (
+        {**CPU, "deepspeed_config": {"zero_stage": 3, "offload_optimizer_nvme_path": "/nvme"}},
+        (),
+        ("deepspeed_config.offload_optimizer_nvme_path", "without effect: leave it out"),
+    ),
+    "zero3 init": ({**CPU, "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True}}, (), ("zero3_init=true",)),
+    "another type": (
+        {**CPU, "distributed_type": "MULTI_GPU", "deepspeed_config": {"zero_stage": 2}},
+        (),
+        ("distributed_type MULTI_GPU", "does not read zero_stage"),
     ),
     "precision": ({**CPU, "mixed_precision": "fp16"}, ("--recipe", "tiny"), ("fp16", "engine.precision fp32")),
     "no gpu": ({**CPU, "gpu_ids": "0,1"}, (), ("GPUs 0,1", "none that torch can use")),
@@ -202,6 +214,13 @@ def test_disk(tmp_path: Path, lgp: Lgp) -> None:
     small = Path("/proc")  # a file system without a free byte
     problems = found(lgp, write(tmp_path, CPU), "--recipe", "pool12", "--run-dir", f"{small}/run")["problems"]
     assert any("needs 2.3 GB" in problem and "0.0 GB left" in problem for problem in problems), problems
+
+
+def test_a_stage_that_no_file_names_is_said(tmp_path: Path, lgp: Lgp) -> None:
+    report = found(lgp, write(tmp_path, {**CPU, "deepspeed_config": {"gradient_clipping": None}}))
+    assert report["notes"] == ["No file names a ZeRO stage: stage 1 is taken."]
+    ddp = write(tmp_path, {**CPU, "distributed_type": "MULTI_GPU", "gpu_ids": "all", "deepspeed_config": {}})
+    assert "does not read zero_stage" in found(lgp, ddp, "--zero-stage", "2")["notes"][0]
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Builds shards from a source: shuffles once, writes in parallel, and continues after a kill."""
 
-import fcntl
 import hashlib
 import io
 import json
@@ -8,9 +7,9 @@ import math
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.shards.sizes import dimensions, shrink
 from lgp_dist.data.shards.tar import read_at
 from lgp_dist.errors import UserError
-from lgp_dist.files import flush, replacing, write_atomic, write_json
+from lgp_dist.files import beside, flush, locked, replacing, write_atomic, write_json
 
 READERS: dict[str, Callable[[Path, Path, BuildOptions, Account], Source]] = {
     "imagefolder": lambda root, _, __, account: image_folder(root, account),
@@ -76,7 +75,7 @@ def build_shards(
     fresh = not partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
     try:
-        with _alone(partial):
+        with locked(beside(out), "--out"):
             account = Account(root)
             source = READERS[layout](root, partial / "spool", options, account)
             if options.classes:
@@ -122,19 +121,6 @@ def _check_layout(layout: str, root: Path | None, options: BuildOptions) -> None
         raise UserError(f"--image and --label name members of tars, which layout {layout} has none of: leave them out.")
     if layout not in ("webdataset", "parquet") and options.accept_missing:
         raise UserError(f"--accept-missing is for webdataset and parquet, not for layout {layout}: leave it out.")
-
-
-@contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Locks the folder against a second build; the lock ends with the process."""
-    with open(partial / "lock", "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{partial} is in use by another build: wait for its end, or name another --out."
-            ) from error
-        yield
 
 
 class BadImages(UserError):

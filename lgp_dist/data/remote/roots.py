@@ -71,8 +71,11 @@ def open_root(data: DataConfig) -> LocalRoot | RemoteRoot:
     local = local_path(data.root)
     if local is not None:
         return LocalRoot(local)
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lgp"
-    folder = Path(data.cache).expanduser() if data.cache else default
+    named = data.cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lgp")
+    try:
+        folder = Path(named).expanduser()
+    except RuntimeError:  # neither HOME nor an entry of this user
+        raise UserError(f"{named} needs a home directory, but there is none: name a folder by --data.cache.") from None
     return _open_remote(data.root.rstrip("/"), folder, data.cache_bytes, RetryPolicy(data.timeout_s, data.retries))
 
 

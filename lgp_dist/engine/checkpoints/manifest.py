@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lgp_dist.config.flat import changed_keys
-from lgp_dist.errors import UserError
+from lgp_dist.config.run_config import RunConfig
+from lgp_dist.errors import UserError, nearest
 from lgp_dist.files import sha256
 
 T = TypeVar("T")
@@ -40,6 +41,8 @@ TRIES, PAUSE_S = 3, 0.5
 """Attempts to read from such storage, and the seconds between them."""
 SHOWN = 8
 """Settings that a message names."""
+RESUME = ("auto", "latest", "never")
+"""What --resume takes next to the folder of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -229,3 +232,19 @@ def rank_file(rank: int) -> str:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_resume(config: RunConfig) -> None:
+    """UserError where --resume names neither a checkpoint nor auto, latest or never."""
+    given, folder = config.resume, Path(config.directory)
+    if given in RESUME:
+        return
+    if not (Path(given) / MANIFEST).is_file():
+        there = [str(path) for path in sorted(folder.glob("checkpoints/*/step-*"))]
+        known = f"; {folder} has {', '.join(there)}" if there else f"; {folder} has no checkpoint"
+        advice = nearest(given, [*RESUME, *there], "name the folder of a checkpoint, such as step-00000500")
+        raise UserError(
+            f"--resume is {given!r}, but there is no checkpoint (a folder with {MANIFEST}) of that name{known}. Take "
+            f"{', '.join(RESUME)} or a checkpoint: {advice}."
+        )
+    read_manifest(Path(given))

@@ -1,6 +1,5 @@
 """Everything about a launch that can be known before it starts: lists all problems, each in one sentence."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -9,15 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import DeepSpeedPlugin
-from deepspeed.runtime.config import DeepSpeedConfig
 
 from lgp_dist.config.run_config import EngineConfig, TrainConfig
-from lgp_dist.engine.deepspeed_config import deepspeed_config
 from lgp_dist.engine.launch.environment import Launch, check_launch
 from lgp_dist.engine.launch.file import read_launch_file
-from lgp_dist.engine.launch.keys import check_settings
+from lgp_dist.engine.launch.keys import DEEPSPEED, check_settings
 from lgp_dist.engine.launch.machine import addresses, free_bytes, port_free, shm_bytes
 from lgp_dist.engine.launch.plan import Given, Node, plan
+from lgp_dist.engine.launch.validate import checked_config
 from lgp_dist.errors import UserError
 
 PORT = 29500
@@ -66,6 +64,11 @@ def check_file(path: Path, given: Given, demand: Demand, *, here: bool = True) -
     problems, valid = check_settings(path, stored, given.settings())
     settings = {"num_machines": 1, "main_process_port": PORT} | valid
     problems += _traps(path, settings)
+    kind, notes = settings.get("distributed_type"), list[str]()
+    unread = sorted(settings.keys() & DEEPSPEED.keys()) if kind != "DEEPSPEED" else []
+    for key in unread:
+        told = notes if key in given.settings() else problems
+        told.append(f"{path} has distributed_type {kind}, which does not read {key}: leave it out, or take DEEPSPEED.")
     if settings["num_machines"] > 1:
         problems += _several_nodes(path, settings, stored)
     if here:
@@ -76,11 +79,10 @@ def check_file(path: Path, given: Given, demand: Demand, *, here: bool = True) -
         nodes = plan(path, given, settings["num_machines"], demand.arguments)
     except UserError as error:
         return Report(path, problems=[str(error)])
-    notes = []
     if settings["num_machines"] > 1 and "machine_rank" not in settings:
-        notes = [f"Give each node its --machine_rank, as above: {path} sets none, and every node would be node 0."]
+        notes += [f"Give each node its --machine_rank, as above: {path} sets none, and every node would be node 0."]
     try:
-        _check_fit(nodes[0], demand, here)
+        notes += _check_fit(nodes[0], demand, here)
     except UserError as error:
         problems = [str(error)]
     return Report(path, nodes, problems, notes)
@@ -169,8 +171,9 @@ def _machine(settings: Mapping[str, Any], demand: Demand) -> Iterator[str]:
         )
 
 
-def _check_fit(node: Node, demand: Demand, here: bool) -> None:
-    """Raises UserError if launch, recipe and machine do not fit together, or if DeepSpeed refuses its configuration.
+def _check_fit(node: Node, demand: Demand, here: bool) -> list[str]:
+    """Notes. Raises UserError if launch, recipe and machine do not fit together, or if DeepSpeed refuses its
+    configuration.
 
     DeepSpeed's configuration and accelerate's plugin are built as the trainer builds them.
     """
@@ -179,14 +182,11 @@ def _check_fit(node: Node, demand: Demand, here: bool) -> None:
     engine = demand.engine or EngineConfig(precision="fp16" if launch.precision == "fp16" else "bf16")
     check_launch(launch, engine, min(wanted, torch.cuda.device_count()) if here else wanted)
     if not launch.deepspeed:
-        return
+        return []
     train = demand.train or TrainConfig(batch_size=launch.world)
     per_rank = max(1, train.batch_size // (launch.world * train.accumulate))
-    config = deepspeed_config(launch.zero_stage, 1, engine, train, per_rank, launch.file)
-    try:
-        DeepSpeedPlugin(hf_ds_config=config)
-        DeepSpeedConfig(config)
-    except (ValueError, AssertionError, KeyError, TypeError) as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        named = f" with {json.dumps(launch.file)} from its DeepSpeed file" if launch.file else ""
-        raise UserError(f"DeepSpeed refuses the configuration of this launch{named} ({reason}).") from error
+    DeepSpeedPlugin(hf_ds_config=checked_config(launch.zero_stage, engine, train, per_rank, launch.file))
+    staged = "ACCELERATE_DEEPSPEED_ZERO_STAGE" in node.environment or "stage" in launch.file.get(
+        "zero_optimization", {}
+    )
+    return [] if staged else ["No file names a ZeRO stage: stage 1 is taken."]

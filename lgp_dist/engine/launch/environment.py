@@ -1,12 +1,61 @@
-"""Reads the launcher's request from the environment and checks it against recipe and machine."""
+"""Reads the launcher's request from the environment and checks it against recipe and machine. Needs no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lgp_dist.config.run_config import EngineConfig
 from lgp_dist.engine.deepspeed_config import check_zero_stage, read_deepspeed_file
 from lgp_dist.errors import UserError
+
+COUNTS = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+"""Variables that a launcher sets for each rank -> the smallest value."""
+
+MPI = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"}
+"""Numbers of ranks that mpirun and srun set for programs of MPI."""
+
+READ = {
+    *("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_DEEPSPEED_ZERO_STAGE"),
+    *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"),
+    "ACCELERATE_CONFIG_DS_FIELDS",
+}
+"""Variables that a run obeys, itself or through accelerate. It refuses others that begin with ACCELERATE_."""
+
+NEUTRAL = {"none", "no", "false", "auto", "default"}
+"""Values of those others that mean the same as leaving them out, next to one gradient accumulation step."""
+
+FIELDS = {
+    *("zero_stage", "deepspeed_config_file", "deepspeed_multinode_launcher", "zero3_init_flag"),
+    *("zero3_save_16bit_model", "deepspeed_moe_layer_cls_names", "offload_optimizer_device", "offload_param_device"),
+    *("gradient_accumulation_steps", "gradient_clipping"),
+}
+"""Keys of a launch file's section deepspeed_config that accelerate hands on or that a launch needs. The others have no
+effect in a launch of this project; accelerate lists the names of all in ACCELERATE_CONFIG_DS_FIELDS."""
+
+
+def check_variables(environment: MutableMapping[str, str]) -> None:
+    """Removes variables of launchers that are empty, which mean nothing. UserError where a number is none."""
+    for name in [*environment]:
+        if (name in COUNTS or name in MPI or name.startswith("ACCELERATE_")) and not environment[name].strip():
+            del environment[name]
+    for name, least in COUNTS.items():
+        value = environment.get(name, str(least))
+        if not (value.isascii() and value.isdigit() and int(value) >= least):
+            raise UserError(f"{name} is {value!r}, but must be a whole number from {least}: unset it.")
+
+
+def check_ranks(environment: Mapping[str, str]) -> None:
+    """UserError where ranks were started in a way that leaves them without each other."""
+    start = "start ranks with `accelerate launch` or torchrun (docs/launching.md)"
+    for name in sorted(MPI & environment.keys()):
+        if "RANK" not in environment and environment[name] != "1":
+            raise UserError(f"{name} is {environment[name]}, but lgp does not join ranks by MPI: {start}, or unset it.")
+    world = environment.get("WORLD_SIZE", "1")
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
+        if world != "1":
+            raise UserError(f"WORLD_SIZE is {world}, but {', '.join(missing)} are not set: {start}, or unset it.")
+    elif int(environment["RANK"]) >= int(world):
+        raise UserError(f"RANK is {environment['RANK']}, but WORLD_SIZE is {world}: {start}.")
 
 
 @dataclass(frozen=True)
@@ -24,11 +73,19 @@ class Launch:
     precision: str
     """accelerate's mixed_precision: no, bf16, fp16 or fp8."""
     gpu_ids: str | None
-    """Visible GPUs as the launch file names them; None if it does not."""
+    """CUDA_VISIBLE_DEVICES, which a launch file's gpu_ids becomes; None if neither is set."""
     unsupported: tuple[str, ...] = ()
     """Settings that the recipe owns or that are not supported, as `name=value`."""
     file: Mapping[str, Any] = field(default_factory=dict)
     """Checked settings of the DeepSpeed file that the launch file names."""
+    cpu: bool = False
+    """Whether the launch asks for the CPU."""
+
+    def __str__(self) -> str:
+        added = [name for name in self.file if name != "zero_optimization"]
+        added += [f"zero_optimization.{name}" for name in self.file.get("zero_optimization", {})]
+        settings = f", with {', '.join(added)} of the DeepSpeed file" if added else ""
+        return f"engine {self.engine_name} on {self.world} process(es){settings}"
 
     @property
     def engine_name(self) -> str:
@@ -43,42 +100,54 @@ class Launch:
 
         Raises UserError if it names a DeepSpeed file that cannot be read or has settings that are not exact.
         """
+        environment = {name: value for name, value in environment.items() if value or name == "CUDA_VISIBLE_DEVICES"}
         world = int(environment.get("WORLD_SIZE", "1"))
-
-        def flag(name: str) -> bool:
-            return environment.get(name, "false").lower() == "true"
-
-        deepspeed = flag("ACCELERATE_USE_DEEPSPEED")
+        deepspeed = _flag(environment, "ACCELERATE_USE_DEEPSPEED")
         named = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         file = read_deepspeed_file(named) if deepspeed and named.lower() != "none" else {}
-        stage = file.get("zero_optimization", {}).get("stage", environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1"))
         return cls(
             world=world,
             local_world=int(environment.get("LOCAL_WORLD_SIZE", str(world))),
             deepspeed=deepspeed,
-            zero_stage=int(stage) if deepspeed else 0,
-            precision=environment.get("ACCELERATE_MIXED_PRECISION", "no"),
+            zero_stage=_zero_stage(environment, named, file) if deepspeed else 0,
+            precision=environment.get("ACCELERATE_MIXED_PRECISION", "no").lower(),
             gpu_ids=environment.get("CUDA_VISIBLE_DEVICES"),
-            unsupported=tuple(_unsupported(environment)),
+            unsupported=tuple(_unsupported(environment, deepspeed)),
             file=file,
+            cpu=_flag(environment, "ACCELERATE_USE_CPU"),
         )
 
 
-def _unsupported(environment: Mapping[str, str]) -> list[str]:
-    """Settings of an accelerate file that this project decides itself, unless they have their neutral value."""
-    neutral = {
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": {"none"},
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": {"none"},
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": {"1", "auto"},
-        "ACCELERATE_GRADIENT_CLIPPING": {"none", "auto"},
-        "ACCELERATE_USE_FSDP": {"false"},
-        "ACCELERATE_USE_MEGATRON_LM": {"false"},
-    }
-    return [
-        f"{name.removeprefix('ACCELERATE_').removeprefix('DEEPSPEED_').lower()}={environment[name]}"
-        for name, values in neutral.items()
-        if environment.get(name, next(iter(values))).lower() not in values
-    ]
+def _flag(environment: Mapping[str, str], name: str) -> bool:
+    value = environment.get(name, "false")
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"{name} is {value!r}, but takes true or false: choose one of these.")
+    return value.lower() == "true"
+
+
+def _zero_stage(environment: Mapping[str, str], named: str, file: Mapping[str, Any]) -> int:
+    """The stage of DeepSpeed file or launch file; 1 where none is set. UserError if they differ."""
+    own, given = file.get("zero_optimization", {}).get("stage"), environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if given is not None and not given.isdigit():
+        raise UserError(f"ACCELERATE_DEEPSPEED_ZERO_STAGE is {given!r}, but stages are 0, 1, 2 and 3: choose one.")
+    if own is not None and given is not None and own != int(given):
+        raise UserError(
+            f"{named} sets zero_optimization.stage {own}, but the launch file sets zero_stage {given}: leave one out."
+        )
+    return own if own is not None else int(given or 1)
+
+
+def _unsupported(environment: Mapping[str, str], deepspeed: bool) -> list[str]:
+    """Settings of an accelerate file, and variables, that a run does not obey, unless they say nothing."""
+    found = []
+    for name, value in sorted(environment.items()):
+        unread = name not in READ or name.startswith("ACCELERATE_DEEPSPEED_") and not deepspeed
+        says_nothing = value.lower() in NEUTRAL or (name, value) == ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+        if name.startswith("ACCELERATE_") and unread and not says_nothing:
+            short = name.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_").lower()
+            found.append(f"{short}={value} ({name})")
+    named = environment.get("ACCELERATE_CONFIG_DS_FIELDS", "")
+    return found + [f"deepspeed_config.{name}" for name in named.split(",") if name and name not in FIELDS]
 
 
 def check_launch(launch: Launch, engine: EngineConfig, cuda_devices: int) -> str:
@@ -86,10 +155,17 @@ def check_launch(launch: Launch, engine: EngineConfig, cuda_devices: int) -> str
 
     cuda_devices: GPUs that torch sees.
     """
+    check_requests(launch, engine)
+    return _device(launch, engine, cuda_devices)
+
+
+def check_requests(launch: Launch, engine: EngineConfig) -> None:
+    """UserError if launch and recipe do not fit together, on whatever machine."""
     if launch.unsupported:
         raise UserError(
-            f"The launch file sets {', '.join(launch.unsupported)}, but the recipe owns batch, accumulation, clipping "
-            "and DeepSpeed's settings: remove it there and use the recipe's fields."
+            f"The launch file or the environment sets {', '.join(launch.unsupported)}, which has no effect here, since "
+            "the recipe owns batch, accumulation, clipping, offloading and the engine's settings: remove it there and "
+            "use the recipe's fields."
         )
     if launch.deepspeed:
         check_zero_stage(launch.zero_stage, engine, launch.file)
@@ -104,20 +180,23 @@ def check_launch(launch: Launch, engine: EngineConfig, cuda_devices: int) -> str
             f"The launch file sets mixed_precision {launch.precision}, but the recipe has engine.precision "
             f"{engine.precision}: remove it from the launch file, or choose --engine.precision."
         )
-    return _device(launch, engine, cuda_devices)
+    if launch.cpu and engine.device == "cuda":
+        raise UserError("The launch asks for the CPU, but the recipe has engine.device cuda: remove one of them.")
 
 
 def _device(launch: Launch, engine: EngineConfig, cuda_devices: int) -> str:
-    wants_gpu = bool(launch.gpu_ids and launch.gpu_ids.strip() not in ("", "-1"))
-    if not cuda_devices and (wants_gpu or engine.device == "cuda"):
-        asked = f"The launch file asks for GPUs {launch.gpu_ids}" if wants_gpu else "The recipe has engine.device cuda"
+    gpus, wants_cpu = (launch.gpu_ids or "").strip(), engine.device == "cpu" or launch.cpu
+    wants_gpu = gpus not in ("", "-1")
+    if not cuda_devices and not wants_cpu and (wants_gpu or engine.device == "cuda"):
+        asked = "CUDA_VISIBLE_DEVICES, which a launch file sets by gpu_ids, asks for GPUs " + gpus
+        asked = asked if wants_gpu else "The recipe has engine.device cuda"
         raise UserError(
-            f"{asked}, but this machine has none that torch can use: take launch_configs/cpu_2.yaml and "
-            "--engine.device cpu, or a machine with a GPU."
+            f"{asked}, but this machine has none that torch can use: choose --engine.device cpu (with "
+            "launch_configs/cpu_2.yaml for several processes), or a machine with a GPU."
         )
-    if not cuda_devices or engine.device == "cpu" and not launch.deepspeed:
+    if not cuda_devices or wants_cpu and not launch.deepspeed:
         return "cpu"
-    if engine.device == "cpu":
+    if wants_cpu:
         raise UserError(
             "The recipe has engine.device cpu, but a GPU is visible and accelerate would use it: take a launch file "
             'with gpu_ids "" (launch_configs/cpu_2.yaml), or set CUDA_VISIBLE_DEVICES to nothing.'

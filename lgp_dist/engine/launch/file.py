@@ -13,8 +13,8 @@ def read_launch_file(path: Path) -> dict[str, Any]:
     """Returns the file's settings unchecked. Raises UserError if it cannot be read or holds no settings."""
     try:
         text = path.read_text(encoding="utf-8")
-        twice = list(_duplicates(yaml.compose(text, Loader=yaml.SafeLoader)))
         stored = yaml.safe_load(text)
+        twice = list(_duplicates(yaml.compose(text, Loader=yaml.SafeLoader)))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The launch file {path} cannot be read ({error}): name one of launch_configs/.") from error
     except yaml.YAMLError as error:

@@ -11,6 +11,8 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.constants import DEEPSPEED_MULTINODE_LAUNCHERS
 
+from lgp_dist.engine.launch.environment import FIELDS
+
 Rule = type | tuple[Any, ...] | range
 """What a key may hold: any value of a type, one of several values, or a whole number within a range."""
 MANY = 2**31
@@ -35,13 +37,13 @@ TOP: dict[str, Rule] = {
 """Top-level keys that launches of this project may have."""
 
 _GROUP = next(group for group in launch_command_parser()._action_groups if group.title == "DeepSpeed Arguments")
-DEEPSPEED: dict[str, Rule] = {action.dest: action.type for action in _GROUP._group_actions} | {
+DEEPSPEED: dict[str, Rule] = {action.dest: action.type for action in _GROUP._group_actions if action.dest in FIELDS} | {
     "deepspeed_multinode_launcher": tuple(DEEPSPEED_MULTINODE_LAUNCHERS),
     "zero_stage": (0, 1, 2, 3),
     "zero3_init_flag": bool,
     "zero3_save_16bit_model": bool,
 }
-"""Keys of the section `deepspeed_config`, as accelerate's parser has them. Accelerate silently ignores any other."""
+"""Keys of the section `deepspeed_config` that reach a run, as accelerate's parser has them. Any other has no effect."""
 
 REFUSED = {field.name for field in fields(ClusterConfig)} | {"fp16", "dynamo_backend"}
 REFUSED -= {*TOP, "deepspeed_config"}
@@ -96,8 +98,10 @@ def _unknown(path: Path, name: str, key: Any, value: Any) -> Iterator[str]:
             yield f"{path} sets {name}, which this project does not support or leaves to the recipe: leave it out."
         return
     places = {**{known: f"deepspeed_config.{known}" for known in DEEPSPEED}, **{known: known for known in TOP}}
-    near = difflib.get_close_matches(str(key), places, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(key), places, n=1)
     advice = f"write {places[near[0]]} if that is meant, or leave it out" if near else "leave it out"
+    if key in {action.dest for action in _GROUP._group_actions}:  # of another launcher or engine
+        advice = advice if key in DEEPSPEED else "leave it out"
     effect = "does not know" if name == key else "takes without effect"
     yield f"{path} sets {name}, which accelerate {effect}: {advice}."
 
