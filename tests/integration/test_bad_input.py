@@ -74,6 +74,7 @@ def test_setting_that_cannot_be(lgp: Lgp, place: Path, key: str, value: str, pie
     has(refused(lgp, "ancestry", option(key, value)), *pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "key", "value"),
     [

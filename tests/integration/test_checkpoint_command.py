@@ -105,6 +105,7 @@ def test_weights_of_a_checkpoint_are_evaluated_and_exported(lgp: Lgp, here: Path
         assert float((model(images) - pool(images, path)).abs().max()) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "pieces"),
     [

@@ -44,6 +44,7 @@ def test_cost_of_the_papers_pool_on_the_meta_device(path: Path) -> None:
     assert cost.flops == counted_flops(model, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "name"), enumerate(["deit_tiny", "deit_small", "deit_base"]))
 @pytest.mark.parametrize("depth", [6, 9, 12])
 def test_rows_weigh_and_compute_what_timms_deit_does(row: int, name: str, depth: int) -> None:

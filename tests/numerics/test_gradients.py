@@ -81,6 +81,7 @@ def test_chain_gives_gradients_in_one_order(checkpointed: bool) -> None:
     assert any(order != free[0] for order in free), "without the chain paths have orders of their own"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contract", ["chain", "gates"])
 def test_every_parameter_gets_a_gradient(contract: Contract) -> None:
     """Zeros for what the path does not have, once each."""

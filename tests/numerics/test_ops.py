@@ -117,6 +117,7 @@ def module(name: str, tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
     return y.cos(), z * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("way", ["checkpoint", "compile", "compiled checkpoint"])
 @pytest.mark.parametrize("autocast", [False, True])

@@ -120,6 +120,7 @@ def test_all_paths_give_different_logits(space: PathSpace) -> None:
 
 
 @pytest.mark.parametrize(("space", "path"), EVERY_PATH, ids=path_id)
+@pytest.mark.slow
 def test_descendant_equals_its_path_and_owns_its_weights(space: PathSpace, path: Path) -> None:
     """Same logits bit for bit; later changes of the pool do not reach the descendant, nor the other way round."""
     pool, _ = build(space)

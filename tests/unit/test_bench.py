@@ -33,6 +33,7 @@ def test_json_has_an_object_for_each_case(lgp: Lgp) -> None:
     assert lgp(*asked, "--seed", "1").out != result.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "independent"), [("pool12", 0.60), ("pool18", 0.58)])
 def test_known_efficiencies(lgp: Lgp, recipe: str, independent: float) -> None:
     """METHOD, section 5, for independent draws of 64 ranks; `shared` waits for none; `balanced` at least 0.97."""

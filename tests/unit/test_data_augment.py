@@ -75,6 +75,7 @@ def test_device_normals() -> None:
 # Decoding and crops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_quality_of_crops_is_that_of_pillow(interpolation: str) -> None:
     """Decoded and randomly cropped photographs: the median error to Pillow is 1 level, the median PSNR above 60 dB."""

@@ -93,6 +93,7 @@ def whole(folder: Path) -> set[str]:
 # Faults
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "pieces", "requests"),
     [

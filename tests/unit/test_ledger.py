@@ -105,6 +105,7 @@ def test_no_lines_and_unknown_paths() -> None:
     assert by_key(strange, "expected_share")["x"] == 0 and under_drawn(strange) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["independent", "shared", "spread", "balanced"])
 @pytest.mark.parametrize(("accumulate", "sandwich"), [(1, False), (4, False), (4, True)])
 def test_a_sampler_never_looks_under_drawn_to_itself(

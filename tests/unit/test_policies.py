@@ -231,6 +231,7 @@ def test_spread_repeats_none_until_all_are_drawn(pool: str, world: int, accumula
 # Balanced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", SPACES)
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("world", [2, 3, 8, 64, 1024])

@@ -172,6 +172,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(rows, tmp_p
     assert [each.name for each in tmp_path.iterdir()] == ["paths.json"]
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_bytes_each_time(rows, metrics, tmp_path):
     for name in ("a", "b"):
         save_figure(pareto_figure(rows, title="t"), tmp_path / name / "v1.0")

@@ -48,6 +48,7 @@ def series(seed: int, steps: int = 2000) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_no_false_alarm(seed: int) -> None:
     assert judge(guard(spike=3.0), series(seed)) == [GOOD] * 2000
