@@ -23,7 +23,7 @@ def check_images(config: RunConfig, key: str) -> str:
     """Compares the images that the weights of `ancestry` or `model.rows.N` expect with those that the run gives them.
 
     Returns a sentence on what differs, empty if nothing does. UserError if it is the mean or std of weights that are
-    known, unless a setting of the ancestry asks for it.
+    known, unless a setting of the ancestry asks for it. Rows of other channels than the images' fail to load later.
     """
     one, settings = config.ancestry if key == "ancestry" else config.model.rows[int(key[11:])], flatten(config)
     if one.source not in ("hub", "file"):
@@ -44,7 +44,11 @@ def check_images(config: RunConfig, key: str) -> str:
     advice = " ".join(f"--{keys[name].replace('_', '-')} {_words(value)}" for name, value in wrong.items())
     values = ", ".join(_words(given[name]) for name in wrong)
     sentence = f"{weights} ({key}) expect {expected}, but get {values}: {condition}set {advice}."
-    if not condition and any(name in wrong and not settings.get(f"{key}.{name}") for name in ("mean", "std")):
+    if (
+        not condition
+        and "channels" not in wrong
+        and any(name in wrong and not settings.get(f"{key}.{name}") for name in ("mean", "std"))
+    ):
         raise UserError(sentence)
     return sentence
 
