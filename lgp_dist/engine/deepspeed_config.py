@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lgp_dist.config.run_config import EngineConfig, TrainConfig
-from lgp_dist.errors import UserError
+from lgp_dist.errors import UserError, nearest
 
 OWNED = {
     "train_micro_batch_size_per_gpu": "train.batch_size",
@@ -118,8 +118,11 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
         if name in INEXACT:
             raise UserError(f"{path} sets {name} to {json.dumps(value)}: {INEXACT[name]}.")
         if name not in ALLOWED:
+            known = {*ALLOWED, *OWNED, *INEXACT, "zero_optimization"}
+            near = nearest(name, known, "")
             raise UserError(
-                f"{path} sets {name}, which is not known to be exact with a different path on each rank: leave it out."
+                f"{path} sets {name}, which is not known to be exact with a different path on each rank: leave it out"
+                f"{f', or correct its name ({near})' if near else ''}."
             )
         section, _, key = name.rpartition(".")
         (kept.setdefault(section, {}) if section else kept)[key] = value

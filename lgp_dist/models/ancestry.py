@@ -130,6 +130,12 @@ def timm_model(
         model = timm.create_model(name, img_size=image_size, **shape)
     except TypeError:  # a model for images of any size
         model = timm.create_model(name, **shape) if needs == "logits" else None
+    except (RuntimeError, AssertionError, ValueError) as error:  # timm's for a tag or size that it does not have
+        reason = str(error).rstrip(".")
+        raise UserError(
+            f"{key}.model {name} cannot be built for images of {image_size} pixels ({reason}): choose another, or set "
+            "ancestry.image_size."
+        ) from error
     if needs == "plain" and not (is_plain(model) and model.patch_embed.patch_size == (patch_size, patch_size)):
         raise UserError(
             f"{key}.model {name} is not a plain ViT with one class token and patch size {patch_size}, whose weights "
@@ -137,14 +143,14 @@ def timm_model(
         )
     if needs == "tokens" and not has_token_blocks(model):
         raise UserError(
-            f"{key}.model {name} has no blocks of attention over one square grid of tokens: choose a ViT, or set "
-            "levels of all rows to none and finetune.feature_weight to 0, so that it teaches by its logits alone."
+            f"{key}.model {name} has no blocks of attention over one square grid of tokens: choose a ViT, or let "
+            "it teach by its logits alone, with a head, levels of all rows none and finetune.feature_weight 0."
         )
     patch = model.patch_embed.patch_size[0] if has_token_blocks(model) else 1
-    if image_size % patch:
+    if image_size % patch or (needs == "tokens" and image_size == patch):
         raise UserError(
-            f"{key}.model {name} has patches of {patch} pixels, which do not divide its images of {image_size}: set "
-            f"ancestry.image_size to {max(1, round(image_size / patch)) * patch}."
+            f"{key}.model {name} has patches of {patch} pixels, which do not make a grid of its images of "
+            f"{image_size}: set ancestry.image_size to {max(2, round(image_size / patch)) * patch}."
         )
     return with_patch_product(model) if is_plain(model) else model
 

@@ -40,8 +40,7 @@ def run(context: Context) -> None:
         digest = context.workers.once_per_node(lambda: sha256(weights))
         facts |= {"weights": vit.pretrained_cfg["hf_hub_id"], "weights_sha256": digest}
     if ancestry.source == "file":
-        state = load_tensors(Path(ancestry.weights))
-        load_weights(vit, adapted_weights(vit, state, ancestry.head == "pretrained"), ancestry.weights)
+        load_file(config, vit)
         facts |= {"weights": ancestry.weights}
     if ancestry.source == "train":
         training = context.train("ancestry", TrainingPlan(ClassifyTask(vit), ancestry.train))
@@ -61,6 +60,13 @@ def run(context: Context) -> None:
         return facts
 
     context.write("ancestry", [], fill, time.monotonic() - began)
+
+
+def load_file(config: RunConfig, vit: nn.Module) -> None:
+    """Gives the architecture the weights of source file; UserError if they do not fit."""
+    ancestry = config.ancestry
+    state = adapted_weights(vit, load_tensors(Path(ancestry.weights)), ancestry.head == "pretrained")
+    load_weights(vit, state, ancestry.weights)
 
 
 def fit_head(context: Context, ancestry: Ancestry) -> None:
@@ -88,7 +94,10 @@ def check(config: RunConfig) -> None:
     """Prints what the named ancestry is, what of it is used and what must be set; UserError if it cannot be used."""
     if not config.needs_ancestry:
         raise UserError("No stage of this recipe uses an ancestry: set finetune.distil_weight above 0 for a teacher.")
-    for line in [*describe(config, ancestry_of(config, ancestry_vit(config))), check_images(config, "ancestry")]:
+    vit = ancestry_vit(config)
+    if config.ancestry.source == "file":
+        load_file(config, vit)
+    for line in [*describe(config, ancestry_of(config, vit)), check_images(config, "ancestry")]:
         sys.stdout.write(f"{line}\n" if line else "")
 
 

@@ -95,10 +95,16 @@ def test_what_is_said_before_anything_trains(lgp: Lgp, place: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "pieces"),
     [
-        ("convnext_atto", (), ["convnext_atto has no blocks", "levels of all rows to none"]),
+        ("convnext_atto", (), ["convnext_atto has no blocks", "levels of all rows none"]),
         ("vit_small_patch16_dinov3", ("--ancestry.image-size=28",), ["patches of 16", "ancestry.image_size to 32"]),
         ("test_vit2", ("--model.rows.0.start=ancestry",), ["plain ViT", "start of all rows to random"]),
         ("test_vit2", ("--ancestry.head=none", "--model.rows.1.levels=none"), ["model.rows.1 has no levels"]),
+        (
+            "vit_small_patch16_dinov3",
+            ("--ancestry.image-size=16",),
+            ["do not make a grid", "ancestry.image_size to 32"],
+        ),
+        ("test_vit.no_such_tag", ("--ancestry.source=hub",), ["test_vit.no_such_tag", "no_such_tag"]),
         ("test_vit2", ("--ancestry.mean", "0.5", "0.5"), ["ancestry.mean is (0.5, 0.5)", "each channel"]),
         ("vit_tiny_patch16_224", ("--ancestry.source=hub",), ["1000 classes", "data.num_classes is 10", "fit", "none"]),
     ],

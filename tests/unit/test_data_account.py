@@ -216,7 +216,7 @@ def test_other_formats_are_named_all_at_once(tmp_path: Path) -> None:
     for number, content in enumerate(contents.values()):
         (root / "train" / "ab"[number % 2] / f"{number}.jpg").write_bytes(content)
     text = refused(lambda: built(root, per_shard=5))
-    assert text.startswith("6 of the source's images are no whole JPEG, PNG or WebP")
+    assert text.startswith("6 of the source's images are no JPEG, PNG or WebP")
     for number, kind in enumerate(contents):
         assert f"{root}/train/{'ab'[number % 2]}/{number}.jpg (is {kind})" in text
     assert kind_of(saved("WEBP")) == "WEBP" and kind_of(b"nothing known") == ""
@@ -322,7 +322,7 @@ def test_classes_file_of_wnids_keeps_the_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "piece"), [("a\n\nb\n", "''"), ("a\nb\na\n", "'a'"), ("", "''"), (None, "cannot be read")]
+    ("text", "piece"), [("a\n\nb\n", "''"), ("a\nb\na\n", "'a'"), ("", "is empty"), (None, "cannot be read")]
 )
 def test_classes_file_that_is_wrong(text: str | None, piece: str, tmp_path: Path) -> None:
     put(tmp_path / "src", "a/1.jpg", "b/1.jpg")
@@ -492,9 +492,15 @@ PAIR = [("a.jpg", image(1))]
         ([*PAIR, ("a.json", b'{"label": 2.5}')], Reading(), "label '2.5'"),
         ([*PAIR, ("a.json", b'{"label": true}')], Reading(), "label 'true'"),
         ([*PAIR, ("a.json", b'{"label": {"id": 1}}')], Reading(), "which is no whole number"),
+        ([*PAIR, ("a.cls", b"-1")], Reading(), "label is -1, but labels start at 0"),
+        ([*PAIR, ("a.cls", b"9" * 21)], Reading(), "no whole number below 10^18"),
         ([*PAIR, ("a.json", b'{"class_id": 3}')], Reading(), "the .json has the fields class_id; name"),
         ([*PAIR, ("a.json", b'{"class_id": 3}')], Reading(label="class_id"), 3),
-        ([*PAIR, ("a.cls", b"n01443537")], Reading(), "label 'n01443537', which is no whole number: list the classes"),
+        (
+            [*PAIR, ("a.cls", b"n01443537")],
+            Reading(),
+            "label 'n01443537', which is no whole number below 10^18: list the classes",
+        ),
         ([*PAIR, ("a.cls", b"n01443537")], Reading(classes=WNIDS), 1),
         ([*PAIR, ("a.json", b'{"label": "n01443537"}')], Reading(classes=tuple(f"{w} x" for w in WNIDS)), 1),
         ([*PAIR, ("a.cls", b"cat")], Reading(classes=("dog", "cat")), 1),
@@ -625,3 +631,13 @@ def test_exif_orientation_is_ignored_as_timm_does(tmp_path: Path) -> None:
     picture.save(path, quality=100, exif=exif)
     read, _ = ImageDataset(str(tmp_path))[0]
     assert read.size == (24, 16) and np.array_equal(decode_pixels(path.read_bytes(), 3, "x"), np.asarray(read))
+
+
+def test_tars_that_have_moved_are_problems(tmp_path: Path) -> None:
+    """An index that lies elsewhere: each tar is named, and the folder that is gone ends nothing else."""
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "x-train-0.tar").write_bytes(tar_of([*PAIR, ("a.cls", b"1")]))
+    index_shards(tmp_path / "tars", quiet, out=tmp_path / "index")
+    (tmp_path / "tars").rename(tmp_path / "moved")
+    problems = verify_shards(tmp_path / "index", workers=1)
+    assert any("x-train-0.tar" in problem.shard for problem in problems)

@@ -219,7 +219,7 @@ def test_verify_names_every_problem(tmp_path: Path) -> None:
         write_tar(
             root / f"x-train-{number}.tar", [(f"{k}.{e}", c) for k in names for e, c in (("png", image), ("cls", b"1"))]
         )
-    write_tar(root / "x-train-4.tar", [("k.png", image[:-30]), ("k.cls", b"7"), ("m.png", b"zip"), ("m.cls", b"-1")])
+    write_tar(root / "x-train-4.tar", [("k.png", image[:-30]), ("k.cls", b"7"), ("m.png", b"zip"), ("m.cls", b"9")])
     shutil.copy(root / "x-train-0.tar", root / "x-train-5.tar")
     manifest = index_shards(root, quiet)
     stored = json.loads((root / "manifest.json").read_text())
@@ -242,7 +242,7 @@ def test_verify_names_every_problem(tmp_path: Path) -> None:
         ("x-train-3.tar", "a3", "changed", ("sample a3", "other bytes")),
         ("x-train-4.tar", "k", "label", ("x-train-4.tar, sample k", "label is 7", "0 .. 1")),
         ("x-train-4.tar", "k", "image", ("x-train-4.tar, sample k", "cannot be decoded", "truncated")),
-        ("x-train-4.tar", "m", "label", ("x-train-4.tar, sample m", "label is -1")),
+        ("x-train-4.tar", "m", "label", ("x-train-4.tar, sample m", "label is 9")),
         ("x-train-4.tar", "m", "image", ("x-train-4.tar, sample m", "cannot be decoded", "no image")),
         ("x-train-5.tar", "a0", "twice", ("sample a0", "x-train-0.tar has too")),
         ("x-train-5.tar", "b0", "twice", ("sample b0", "x-train-0.tar has too")),

@@ -312,6 +312,7 @@ FILE_REFUSALS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "clipping": ({"gradient_clipping": 1.0}, ("gradient_clipping", "train.clip_grad")),
     "precision": ({"bf16": {"enabled": True}}, ("bf16", "engine.precision")),
     "optimizer": ({"optimizer": {"type": "Adam"}}, ("optimizer", "train.optimizer")),
+    "misspelt": ({"zero_optimisation": {"stage": 2}}, ("zero_optimisation", "the nearest is zero_optimization")),
     "unknown": ({"zenflow": {"topk_ratio": 0.1}}, ("zenflow", "not known to be exact")),
     "no object": ([1], ("holds no object",)),
     "no section": ({"zero_optimization": 2}, ("zero_optimization 2",)),

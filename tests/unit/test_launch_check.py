@@ -108,6 +108,7 @@ def test_schema(tmp_path: Path, name: str) -> None:
         ("a: [", "is not valid YAML"),
         ("- 1\n", "holds no settings"),
         ("", "holds no settings"),
+        ("1: 2\ndistributed_type: NO\n", "the key 1, which is no name"),
         ("num_processes: 2\nnum_processes: 4\n", "sets num_processes twice"),
         ("deepspeed_config:\n  zero_stage: 1\n  zero_stage: 2\n", "sets deepspeed_config.zero_stage twice"),
         ("? [num_processes]\n: 2\n", "is not valid YAML"),

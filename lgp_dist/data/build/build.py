@@ -130,8 +130,8 @@ class BadImages(UserError):
         listed = "; ".join(f"{shown(one.where)} ({one.reason})" for one in found[:LISTED])
         more = f"; and {len(found) - LISTED} more, listed above" if len(found) > LISTED else ""
         super().__init__(
-            f"{len(found)} of the source's images are no whole JPEG, PNG or WebP ({listed}{more}): convert them, copy"
-            " them again, or remove them."
+            f"{len(found)} of the source's images are no JPEG, PNG or WebP ({listed}{more}): convert them, copy them"
+            f" again{', or fetch pointers with `git lfs pull`' * ('LFS' in listed)}, or remove them."
         )
         self.found = found
 
@@ -175,10 +175,8 @@ def _plan(source: Source, split: str, options: BuildOptions) -> dict[str, list[I
     labels = np.array([item.label for item in items], dtype=np.int64)
     if len(labels) and (labels.min() < 0 or (source.classes and labels.max() >= len(source.classes))):
         bad = next(item for item in items if not 0 <= item.label < (len(source.classes) or item.label + 1))
-        raise UserError(
-            f"Image {bad.key} of {bad.path} has label {bad.label}, but there are {len(source.classes)} classes:"
-            " correct the source."
-        )
+        known = f"there are {len(source.classes)} classes" if source.classes else "labels start at 0"
+        raise UserError(f"Image {bad.key} of {bad.path} has label {bad.label}, but {known}: correct the source.")
     order = choose(split, labels, options.train if split == "train" else options.test, options.seed)
     chosen = [items[place] for place in order.tolist()]
     ends = _ends(chosen, max(map(len, source.splits.values())), options)

@@ -17,7 +17,9 @@ def read_classes(path: Path | None) -> tuple[str, ...]:
     except (OSError, ValueError) as error:
         said = f"--classes {path} cannot be read ({error}): name a text file with a class in each line."
         raise UserError(said) from error
-    wrong = next((name for name, times in Counter(names or [""]).items() if times > 1 or not name), None)
+    if not names:
+        raise UserError(f"--classes {path} is empty: give each class a line.")
+    wrong = next((name for name, times in Counter(names).items() if times > 1 or not name), None)
     if wrong is not None:
         raise UserError(f"--classes {path} has the line {wrong!r} not once: give each line the name of another class.")
     return names

@@ -166,6 +166,9 @@ def index_shard(path: Path, reading: Reading = USUAL, account: Account | None = 
     if flaws:
         more = f" (problems in this shard: {len(flaws)})." if len(flaws) > 1 else "."
         raise UserError(flaws[0].sentence.removesuffix(".") + more)
+    for sample in samples:
+        if sample.label < 0:
+            raise UserError(out_of_range(f"shard {path}, sample {shown_key(sample.key)}", sample.label, 0))
     if not samples:
         raise UserError(f"Shard {path} has no samples: copy the file again, or remove it.")
     try:
@@ -186,6 +189,8 @@ def write_indexes(manifest: ShardManifest, indexed: dict[str, list[IndexedShard]
 
 def out_of_range(where: str, label: int, num_classes: int) -> str:
     """The sentence for a label that is no class."""
+    if label < 0:
+        return f"In {where}, the label is {label}, but labels start at 0: build the shard again."
     return (
         f"In {where}, the label is {label} but labels must be 0 .. {num_classes - 1}:"
         " set data.num_classes to the number of classes in the shards, or build the shard again."
@@ -193,8 +198,9 @@ def out_of_range(where: str, label: int, num_classes: int) -> str:
 
 
 def tars_in(root: Path) -> list[Path]:
-    """The tars directly in a folder, sorted by name."""
-    return sorted(path for path in root.iterdir() if path.suffix.lower() == ".tar" and not path.name.startswith("."))
+    """The tars directly in a folder, sorted by name; none where there is no folder."""
+    there = root.iterdir() if root.is_dir() else ()
+    return sorted(path for path in there if path.suffix.lower() == ".tar" and not path.name.startswith("."))
 
 
 def own_files(root: Path) -> set[Path]:

@@ -201,7 +201,9 @@ def _label(
     number = _number(value, scan.numbers)
     if number is None:
         shown = shown_key(value if isinstance(value, str) else json.dumps(value))[:40]
-        none = "no whole number" + f" and none of the {len(scan.reading.classes)} classes" * bool(scan.numbers)
+        none = "no whole number below 10^18" + f" and none of the {len(scan.reading.classes)} classes" * bool(
+            scan.numbers
+        )
         how = "list the classes that labels name in a file, one a line, for --classes, or " * isinstance(value, str)
         return Flaw(group.key, f"{start}, has the label {shown!r}, which is {none}: {how}build the shard again.")
     return number

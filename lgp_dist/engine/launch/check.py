@@ -65,7 +65,8 @@ def check_file(path: Path, given: Given, demand: Demand, *, here: bool = True) -
     settings = {"num_machines": 1, "main_process_port": PORT} | valid
     problems += _traps(path, settings)
     kind, notes = settings.get("distributed_type"), list[str]()
-    unread = sorted(settings.keys() & DEEPSPEED.keys()) if kind != "DEEPSPEED" else []
+    refused = "distributed_type" in stored.keys() - valid.keys()
+    unread = sorted(settings.keys() & DEEPSPEED.keys()) if kind != "DEEPSPEED" and not refused else []
     for key in unread:
         told = notes if key in given.settings() else problems
         told.append(f"{path} has distributed_type {kind}, which does not read {key}: leave it out, or take DEEPSPEED.")

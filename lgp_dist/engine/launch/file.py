@@ -20,8 +20,10 @@ def read_launch_file(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
         raise UserError(f"The launch file {path} is not valid YAML ({where}): correct it there.") from error
-    if not isinstance(stored, dict) or not all(isinstance(key, str) for key in stored):
+    if not isinstance(stored, dict):
         raise UserError(f"The launch file {path} holds no settings: write each as `name: value`.")
+    if odd := [key for key in stored if not isinstance(key, str)]:
+        raise UserError(f"The launch file {path} has the key {odd[0]!r}, which is no name of a setting: remove it.")
     if twice:
         raise UserError(f"{path} sets {twice[0]} twice, and only the last counts: remove one of them.")
     return stored
