@@ -32,7 +32,7 @@ def run(context: Context) -> None:
     facts: AncestryFacts = {"source": ancestry.source}
     context.seed("ancestry")
     vit = ancestry_vit(config)
-    for line in describe(config, ancestry_of(config, vit)):
+    for line in describe(config, ancestry_of(config, vit)) if ancestry.source != "train" else ():
         log.info("ancestry: %s", line)
     if ancestry.source == "hub":
         weights = hub_weights(vit)

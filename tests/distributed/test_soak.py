@@ -21,13 +21,13 @@ def test_a_process_is_seen_as_it_is() -> None:
         file.truncate(4096)
         with mmap.mmap(file.fileno(), 4096):  # keeps a descriptor of its own
             thread.start()
-            held = b"x" * 50_000_000
+            held = b"x" * 400_000_000
             found = Footprint.of(os.getpid())
     stop.set()
     thread.join()
     assert found.threads == before.threads + 1 and found.shared == before.shared + 1
     assert found.descriptors == before.descriptors + 2
-    assert len(held) * 0.9 < found.memory - before.memory < len(held) * 1.5
+    assert len(held) * 0.5 < found.memory - before.memory < len(held) * 1.5  # the system may reclaim other pages
 
 
 def test_shared_memory_that_nobody_holds_is_found() -> None:

@@ -74,6 +74,10 @@ ELSEWHERE = {
         "three seeds of every variant, each run a process",
         "tests/integration/test_study.py::test_a_killed_study_gives_the_table_of_its_commands",
     ),
+    r"lgp ancestry pool12_plus .*--check": (
+        "images of 224 pixels and a source on the hub",
+        "tests/integration/test_any_ancestry.py::test_what_is_said_before_anything_trains",
+    ),
     r"lgp run pool12_plus --ancestry\.model": (
         "weights of the hub",
         "tests/integration/test_systems.py::test_an_anchor_from_the_hub_is_the_hubs",

@@ -107,7 +107,7 @@ def test_the_teacher_may_be_no_vit_where_its_logits_are_enough(lgp: Lgp, place: 
     assert done.status == 0, done.err
     lines = list(read_metrics(Path("run/metrics.jsonl"), "finetune"))
     assert len(lines) == 2 and all(line["loss"] == pytest.approx(line["cls"] + line["pred"]) for line in lines)
-    has(refused(lgp, "ancestry", *overrides, "--run-dir=other", run="other"), "test_resnet is not a plain ViT")
+    has(refused(lgp, "ancestry", *overrides, "--run-dir=other", run="other"), "test_resnet has no blocks of attention")
     trained = small(
         "snnet_tiny", overrides[0], "--ancestry.source=train", "--ancestry.train.batch-size=8", "--run-dir=third"
     )
