@@ -150,7 +150,7 @@ def test_failed_training_keeps_the_metrics_of_the_complete_artifact(lgp: Lgp, fi
     assert Path("run/metrics.jsonl").read_text().startswith(before)
 
 
-@pytest.mark.parametrize("label", ["10", "-1"])
+@pytest.mark.parametrize("label", ["10", "99"])
 def test_label_outside_the_classes(lgp: Lgp, place: Path, label: str) -> None:
     shard, index = Path("shards/fashion-mnist-train-0000.tar"), index_of("train")
     content = shard.read_bytes()
@@ -351,6 +351,7 @@ def launched(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_a_second_launch_is_refused_and_its_sentence_comes_last(place: Path) -> None:
     """Below the traceback of torch's launcher. Nothing is written next to the lock of the first."""
     with locked(Path("run") / LOCK):

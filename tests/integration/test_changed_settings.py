@@ -186,6 +186,7 @@ def test_command(lgp: Lgp, place: Path, option: str, key: str, was: str, now: st
     assert result.status == 0 and "resumes from step 1" in result.err, result.err
 
 
+@pytest.mark.slow
 def test_command_with_other_threads_and_logging(lgp: Lgp, place: Path) -> None:
     result = lgp(STAGE, *SMALL, "--data.threads=1", "--finetune.train.log-every=1", "--checkpoint.keep=7")
     assert result.status == 0 and "resumes from step 1" in result.err, result.err

@@ -20,6 +20,7 @@ FIELDS += ["efficiency_with_ancestry", "coverage", "blocks"]
 FIELDS += [f"{share}{more}" for share in ("share_min", "share_max") for more in ("", "_expected")]
 
 
+@pytest.mark.slow
 def test_json_has_an_object_for_each_case(lgp: Lgp) -> None:
     """The command of the README: every policy, micro-step and rank, the same when asked again."""
     asked = ("bench", "sampler", "--recipe", "pool12", "--ranks", "1,2,8,64,1024", "--json", "--steps", "5")

@@ -47,6 +47,7 @@ def test_photographs_are_whole_and_always_the_same(sources: Path, photographs: P
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
+@pytest.mark.slow
 def test_photographs_are_read_by_webdataset(photographs: Path) -> None:
     """Short sides and labels; both variants show the same part of the same photograph."""
     read = []

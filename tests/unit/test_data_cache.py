@@ -400,6 +400,7 @@ def test_other_file_systems_are_read_in_pieces(tmp_path: Path, monkeypatch: pyte
     assert "does not exist" in sentence(lambda: cache.path(NAMES[4]))
 
 
+@pytest.mark.slow
 def test_hub(folder: Path, tmp_path: Path) -> None:
     """In its own process, since huggingface_hub reads HF_ENDPOINT when it is imported."""
     with serve(folder, hub=True) as hub:

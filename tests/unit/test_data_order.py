@@ -157,6 +157,7 @@ def sequence(world: int, threads: int, mixup: float, batch: int = 12, steps: int
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
 def test_pixels_and_targets_do_not_depend_on_ranks_and_threads(mixup: float) -> None:
     """Bit for bit, over more than three epochs of uneven shards."""

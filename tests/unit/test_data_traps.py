@@ -210,6 +210,7 @@ def test_bombs_stay_small(tmp_path: Path) -> None:
     assert result["rise"] < 200, result
 
 
+@pytest.mark.slow
 def test_a_great_many_tiny_members(tmp_path: Path) -> None:
     """Each of many small members is read; LGP_MEMBERS=1000000 makes a shard of 1 GB."""
     count = int(os.environ.get("LGP_MEMBERS", "20000"))

@@ -51,6 +51,7 @@ def test_a_terminal_has_a_bar() -> None:
     assert "accuracy:   0%" in text and "/4 [" in text and "batch/s" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True])
 def test_evaluation_has_lines(before: bool, finished_place: Path, lgp: Lgp, always: None) -> None:
     """Of as many batches as the images of the split make: 32 in batches of 8."""
