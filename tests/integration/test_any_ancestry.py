@@ -76,8 +76,10 @@ def test_a_fitted_head_knows_the_images(lgp: Lgp, place: Path) -> None:
 
 
 def test_what_is_said_before_anything_trains(lgp: Lgp, place: Path) -> None:
-    """`lgp ancestry RECIPE --check` needs no weights and writes nothing."""
-    named = (*SMALL, *options("vit_small_patch14_reg4_dinov2", "none"))
+    """`lgp ancestry RECIPE --check` fetches no weights and writes nothing; it reads those of a file."""
+    filed = (*SMALL, *options("vit_small_patch14_reg4_dinov2", "none"))
+    has(lgp("ancestry", *filed, *FEATURES, "--check").sentence, "weights.safetensors cannot be read")
+    named = (*filed, "--ancestry.source=hub")
     done = lgp("ancestry", *named, *FEATURES, "--check")
     assert done.status == 0 and not Path("run").exists()
     has(
