@@ -96,6 +96,11 @@ def replace_folder(final: Path, fill: Callable[[Path], T]) -> T:
     return result
 
 
+def existing(path: Path) -> Path:
+    """The path itself, or the innermost of its folders that exists."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
 def flush(path: Path) -> None:
     """Waits until what was written to a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -153,7 +158,7 @@ def _began(pid: int) -> str:
 
 
 def _read(lock: Path) -> tuple[str, int] | None:
-    """Text and time of a lock; None if there is none. Opened, so that a network file system asks its server."""
+    """Text and time of a lock, or None without one. It is opened, so that a network file system asks its server."""
     try:
         with lock.open() as file:
             return file.read(), os.fstat(file.fileno()).st_mtime_ns

@@ -19,7 +19,7 @@ from tyro._errors import on_parse_error  # private: pyproject.toml has an upper 
 from lgp_dist.cli import helptext
 from lgp_dist.cli.recipe import REGISTRY, Recipe
 from lgp_dist.cli.wrong_argument import options_of, raise_sentence
-from lgp_dist.config.flat import flatten
+from lgp_dist.config.flat import changed_keys, flatten, is_within
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
 from lgp_dist.recipes import RECIPES, recipe_of
@@ -186,6 +186,6 @@ def _unread(command: Command, arguments: Any, recipe: RunConfig) -> tuple[str, .
     """Keys of the recipe's settings that were changed and that the command does not read."""
     if not command.reads or not command.takes_recipe:
         return ()
-    before = flatten(recipe)
-    changed = [key for key, value in flatten(arguments.recipe).items() if value != before.get(key)]
-    return tuple(key for key in changed if not f"{key}.".startswith(tuple(f"{part}." for part in command.reads)))
+    now = flatten(arguments.recipe)
+    changed = set(changed_keys(flatten(recipe), now))
+    return tuple(key for key in now if key in changed and not is_within(key, command.reads))

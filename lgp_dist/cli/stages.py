@@ -12,11 +12,10 @@ from lgp_dist.cli.recipe import Recipe
 from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.remote.address import local_path
-from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.engine.checkpoints.manifest import check_resume
 from lgp_dist.engine.launch.environment import Launch, check_ranks, check_requests
 from lgp_dist.errors import UserError
-from lgp_dist.files import LOCK, check_unlocked
+from lgp_dist.files import LOCK, check_unlocked, existing
 from lgp_dist.paths.space import space_of
 from lgp_dist.run.checks import check_classes, check_config
 from lgp_dist.run.text_table import text_table
@@ -91,9 +90,11 @@ def check_start(config: RunConfig) -> None:
     check_resume(config)
     shards = local_path(config.data.root)
     if shards is not None:
+        from lgp_dist.data.shards.manifest import ShardManifest  # NumPy and Pillow
+
         check_classes(config.data, len(ShardManifest.load(shards).classes))
     folder = Path(config.directory)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = existing(folder)
     if not there.is_dir():
         raise UserError(
             f"The run directory {folder} cannot be made, since {there} is a file: choose another --run-dir."

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lgp_dist.config.run_config import ModelConfig, RowConfig, RunConfig
@@ -83,7 +83,12 @@ def stage_settings(config: RunConfig) -> dict[str, Any]:
 def depends_on(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Those of flat settings that the artifact of a stage depends on: its own and those of the stages before it."""
     parts = tuple(part for name in up_to(stage) for part in SECTIONS[name])
-    return {key: value for key, value in settings.items() if any(f"{key}.".startswith(f"{part}.") for part in parts)}
+    return {key: value for key, value in settings.items() if is_within(key, parts)}
+
+
+def is_within(key: str, parts: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these settings, or lies in one of these sections."""
+    return any(f"{key}.".startswith(f"{part}.") for part in parts)
 
 
 def changed_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

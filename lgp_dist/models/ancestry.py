@@ -39,7 +39,7 @@ class Ancestry(nn.Module):
         is logits of the run's classes.
         """
         super().__init__()
-        self.vit = vit.requires_grad_(False)
+        self.vit, self.plain = vit.requires_grad_(False), is_plain(vit)
         self.images, self.tokens, self.classifies = images, tokens, classifies
         self.autocast: dict[str, Any] | None = None
         self.train(False)
@@ -66,7 +66,7 @@ class Ancestry(nn.Module):
             for module in self.vit.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(dtype)
-        for block in self.vit.blocks if backend and is_plain(self.vit) else ():
+        for block in self.vit.blocks if backend and self.plain else ():
             block.compile(backend=backend, dynamic=False)
         if backend == "inductor" and next(self.vit.parameters()).is_cuda:
             self.vit.compile(mode="reduce-overhead", dynamic=False)
@@ -104,7 +104,7 @@ class Ancestry(nn.Module):
 
     def _tap(self, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         """Output, and block and attention outputs with the rows' tokens."""
-        logits, *taps = (forward_with_taps if is_plain(self.vit) else tap)(self.vit, images, blocks)
+        logits, *taps = (forward_with_taps if self.plain else tap)(self.vit, images, blocks)
         if self.tokens is not None:
             taps = [{at: self.tokens(tokens) for at, tokens in part.items()} for part in taps]
         return logits, *taps

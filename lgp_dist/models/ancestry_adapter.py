@@ -64,11 +64,6 @@ def has_token_blocks(model: nn.Module) -> bool:
     )
 
 
-def has_class_token(model: nn.Module) -> bool:
-    """Whether its first token stands for the whole image."""
-    return getattr(model, "cls_token", None) is not None
-
-
 class TokenAdapter:
     """Tokens of a model's block, [B, P + n, D], as the rows have theirs, [B, 1 + N, D]: class token, then the grid.
 
@@ -78,7 +73,8 @@ class TokenAdapter:
 
     def __init__(self, model: nn.Module, grid: int):
         """grid: tokens along a side of the rows' grid."""
-        self.prefix, self.grid, self.has_class = model.num_prefix_tokens, grid, has_class_token(model)
+        self.prefix, self.grid = model.num_prefix_tokens, grid
+        self.has_class = getattr(model, "cls_token", None) is not None
         self.theirs = model.patch_embed.grid_size[0]
         self.is_identity = self.prefix == 1 and self.has_class and self.theirs == grid
 

@@ -12,6 +12,7 @@ from lgp_dist.models.ancestry_adapter import ImageAdapter, TokenAdapter, has_tok
 from lgp_dist.models.auxiliary import AuxiliaryRows, build_rows
 from lgp_dist.models.nested import NestedPool
 from lgp_dist.models.pool import LearngenePool
+from lgp_dist.models.pretrained import ancestry_images
 from lgp_dist.models.sws import auxiliary_net, expand
 from lgp_dist.models.vit import build_vit
 from lgp_dist.paths.depths import DepthSpace
@@ -56,10 +57,8 @@ def ancestry_vit(config: RunConfig) -> nn.Module:
 def ancestry_of(config: RunConfig, vit: nn.Module) -> Ancestry:
     """The frozen teacher that an architecture makes in a run, with adapters for the run's images and rows."""
     ancestry, data = config.ancestry, config.data
-    expects = {} if ancestry.source == "train" else getattr(vit, "pretrained_cfg", None) or {}
-    theirs = (ancestry.mean or expects.get("mean", data.mean), ancestry.std or expects.get("std", data.std))
-    size = ancestry.image_size or data.image_size
-    images = ImageAdapter(size, (data.mean, data.std), theirs)
+    expected = ancestry_images(config)
+    images = ImageAdapter(expected["image_size"], (data.mean, data.std), (expected["mean"], expected["std"]))
     tokens = TokenAdapter(vit, data.image_size // config.model.patch_size) if has_token_blocks(vit) else None
     return Ancestry(
         vit,

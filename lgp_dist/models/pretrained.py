@@ -53,6 +53,11 @@ def check_images(config: RunConfig, key: str) -> str:
     return sentence
 
 
+def ancestry_images(config: RunConfig) -> Images:
+    """The images that a run gives its ancestry."""
+    return _given(flatten(config), True)
+
+
 def _given(settings: Mapping[str, Any], ancestry: bool) -> Images:
     """The images that a run with these flat settings gives its rows, or its ancestry, which are adapted."""
     found = {name: settings.get(f"data.{name}") for name in NAMES}

@@ -89,16 +89,12 @@ def ancestry_forward(config: RunConfig) -> float | None:
 def ancestry_flops(config: RunConfig) -> float | None:
     """FLOPs of the ancestry's forward of one image; None if its size is unknown."""
     ancestry, data = config.ancestry, config.data
-    size, patch, plain = (
-        ancestry.image_size or data.image_size,
-        config.model.patch_size,
-        (ancestry.width, ancestry.depth),
-    )
+    size, patch = ancestry.image_size or data.image_size, config.model.patch_size
+    width, depth = ancestry.width, ancestry.depth
     if ancestry.model != "vit":
         match = re.fullmatch(r"(?:vit|deit|deit3)_(tiny|small|base|large)_patch(\d+)_\d+", ancestry.model.split(".")[0])
         if not match:
             return None
-        plain, patch = PLAIN[match[1]], int(match[2])
-    width, depth = plain
+        (width, depth), patch = PLAIN[match[1]], int(match[2])
     alone = PathSpace((width,), depth, size, patch, data.channels, data.num_classes)
     return float(alone.cost(alone.paths[0]).flops)

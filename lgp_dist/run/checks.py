@@ -106,7 +106,7 @@ def _check_ancestry(config: RunConfig) -> None:
                 f"it: set model.rows.{index}.levels to last or dense, or its source to labels."
             )
     if not config.finetune.label_weight:
-        raise UserError("ancestry.head is none and finetune.label_weight is 0, so logits learn nothing: raise it.")
+        raise UserError("ancestry.head is none and finetune.label_weight is 0, so nothing trains the logits: raise it.")
 
 
 def _check_rows(config: RunConfig) -> None:

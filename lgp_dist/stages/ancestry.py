@@ -32,21 +32,22 @@ def run(context: Context) -> None:
     facts: AncestryFacts = {"source": ancestry.source}
     context.seed("ancestry")
     vit = ancestry_vit(config)
-    for line in describe(config, ancestry_of(config, vit)) if ancestry.source != "train" else ():
-        log.info("ancestry: %s", line)
-    if ancestry.source == "hub":
-        weights = hub_weights(vit)
-        load_weights(vit, adapted_weights(vit, load_tensors(weights), ancestry.head == "pretrained"), str(weights))
-        digest = context.workers.once_per_node(lambda: sha256(weights))
-        facts |= {"weights": vit.pretrained_cfg["hf_hub_id"], "weights_sha256": digest}
-    if ancestry.source == "file":
-        load_file(config, vit)
-        facts |= {"weights": ancestry.weights}
     if ancestry.source == "train":
         training = context.train("ancestry", TrainingPlan(ClassifyTask(vit), ancestry.train))
         images = training["steps"] * ancestry.train.batch_size
         facts["training"] = {**training, "flops": work(images, ancestry_flops(config))}
-    teacher = ancestry_of(config, vit).to(context.workers.device)
+    teacher = ancestry_of(config, vit)  # it freezes the model, so only now
+    for line in describe(config, teacher):
+        log.info("ancestry: %s", line)
+    if ancestry.source == "hub":
+        weights = hub_weights(vit)
+        take_weights(config, vit, weights)
+        digest = context.workers.once_per_node(lambda: sha256(weights))
+        facts |= {"weights": vit.pretrained_cfg["hf_hub_id"], "weights_sha256": digest}
+    if ancestry.source == "file":
+        take_weights(config, vit, Path(ancestry.weights))
+        facts |= {"weights": ancestry.weights}
+    teacher.to(context.workers.device)
     if ancestry.head == "fit":
         fit_head(context, teacher)
     facts["params"] = sum(parameter.numel() for parameter in vit.parameters())
@@ -62,11 +63,10 @@ def run(context: Context) -> None:
     context.write("ancestry", [], fill, time.monotonic() - began)
 
 
-def load_file(config: RunConfig, vit: nn.Module) -> None:
-    """Gives the architecture the weights of source file; UserError if they do not fit."""
-    ancestry = config.ancestry
-    state = adapted_weights(vit, load_tensors(Path(ancestry.weights)), ancestry.head == "pretrained")
-    load_weights(vit, state, ancestry.weights)
+def take_weights(config: RunConfig, vit: nn.Module, weights: Path) -> None:
+    """Gives the architecture the weights of a file; UserError if they do not fit."""
+    state = adapted_weights(vit, load_tensors(weights), config.ancestry.head == "pretrained")
+    load_weights(vit, state, str(weights))
 
 
 def fit_head(context: Context, ancestry: Ancestry) -> None:
@@ -96,7 +96,7 @@ def check(config: RunConfig) -> None:
         raise UserError("No stage of this recipe uses an ancestry: set finetune.distil_weight above 0 for a teacher.")
     vit = ancestry_vit(config)
     if config.ancestry.source == "file":
-        load_file(config, vit)
+        take_weights(config, vit, Path(config.ancestry.weights))
     for line in [*describe(config, ancestry_of(config, vit)), check_images(config, "ancestry")]:
         sys.stdout.write(f"{line}\n" if line else "")
 

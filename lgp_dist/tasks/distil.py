@@ -74,11 +74,12 @@ def row_losses(
     [B, classes].
     """
     logits = output["logits"].float()  # cast once, so that the gradients of both losses add up in float32
+    pred: Tensor | float = 0.0
+    if ancestry_logits is not None:
+        pred = soft_cross_entropy(ancestry_logits, logits, config.tau, config.loss_scale)
     parts = {
         "cls": cross_entropy(logits, targets),
-        "pred": 0.0
-        if ancestry_logits is None
-        else soft_cross_entropy(ancestry_logits, logits, config.tau, config.loss_scale),
+        "pred": pred,
         "block": mean_squared_error(output["block"]),
         "attention": mean_squared_error(output["attention"]),
         "inverse": mean_squared_error(output["inverse"]),

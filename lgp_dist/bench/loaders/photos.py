@@ -88,7 +88,9 @@ def make_photographs(folders: Sequence[Path], out: Path, samples: int, shards: i
         shutil.rmtree(spool)
         manifest = ShardManifest(full, (), {"train": tuple(shard.entry for shard in indexed)})
         write_indexes(manifest, {"train": indexed})
-        build_shards("webdataset", full, folder / VARIANTS[1], BuildOptions(per_shard=per, short_side=256), _silent)
+        build_shards(
+            "webdataset", full, folder / VARIANTS[1], BuildOptions(per_shard=per, short_side=256), lambda line: None
+        )
 
     replace_folder(out, fill)
 
@@ -135,7 +137,3 @@ def _detail(path: Path) -> float:
     image = _load(path).copy()
     image.thumbnail((500, 500), Image.Resampling.LANCZOS)
     return float(len(_jpeg(image, 95, 2))) ** 2
-
-
-def _silent(line: str) -> None:
-    """What the build of our own shards tells is no output of the benchmark."""

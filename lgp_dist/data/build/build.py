@@ -277,7 +277,7 @@ def write_shard(path: Path, items: list[Item], short_side: int = 0, quality: int
     """Writes a tar of images and .cls files; equal items give equal bytes.
 
     Images keep their bytes, or become smaller JPEGs: see `shrink`. The tar is read back before it gets its name.
-    BadImages has every image that cannot be read or is none.
+    Raises BadImages, with every file that cannot be read or is no image.
     """
     with replacing(path) as partial:
         bad: list[BadImage] = []

@@ -36,7 +36,7 @@ def web_dataset(root: Path, options: BuildOptions, account: Account) -> Source:
         first = next(path.name for paths in found.values() for path in paths)
         source = Source("", {split: _scanned(split, paths, reading, account) for split, paths in found.items()})
         used = {path for paths in found.values() for path in paths}
-    account.rest(used | own_files(root), "that are none of the shards")
+    account.rest(used | own_files(root), "that are not shards")
     if not any(source.splits.values()):
         raise UserError(f"{root} has no samples: name another folder.")
     name = parts.prefix if (parts := tar_name(Path(first).name)) else ""

@@ -75,7 +75,7 @@ def open_root(data: DataConfig) -> LocalRoot | RemoteRoot:
     try:
         folder = Path(named).expanduser()
     except RuntimeError:  # neither HOME nor an entry of this user
-        raise UserError(f"{named} needs a home directory, but there is none: name a folder by --data.cache.") from None
+        raise UserError(f"{named} needs a home directory, which this user does not have: set --data.cache.") from None
     return _open_remote(data.root.rstrip("/"), folder, data.cache_bytes, RetryPolicy(data.timeout_s, data.retries))
 
 

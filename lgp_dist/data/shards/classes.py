@@ -32,6 +32,6 @@ def class_numbers(classes: Sequence[str]) -> dict[str, int]:
 
 
 def wnid_of(name: str) -> str:
-    """The wnid with which the name of a class begins; empty where there is none."""
+    """The wnid at the start of a class's name, or an empty string."""
     match = re.match(r"n\d{8}\b", name)
     return match[0] if match else ""

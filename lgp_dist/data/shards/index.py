@@ -20,7 +20,7 @@ from lgp_dist.data.shards.promises import check_promises
 from lgp_dist.data.shards.scan import USUAL, Reading, Sample, hash_shard, scan_shard, shown_key
 from lgp_dist.data.shards.splits import KNOWN, check_words, tar_name
 from lgp_dist.errors import UserError
-from lgp_dist.files import write_atomic
+from lgp_dist.files import existing, write_atomic
 
 SIDECAR_FORMAT = 2
 """Format 1 has no width, height and crc; it is still read."""
@@ -153,7 +153,7 @@ def index_shards(
 
 def _want_writable(out: Path) -> None:
     """UserError where no index can be written, before all shards are read."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    there = existing(out)
     if not os.access(there, os.W_OK):
         raise UserError(
             f"{there} cannot be written to: name a folder for manifest and indexes with --out, and set data.root to it."

@@ -44,7 +44,7 @@ def promised(folders: Iterable[Path], account: Account) -> list[Promise]:
 
 
 def _list(split: Any, key: str) -> list[Any]:
-    """A list in a split of _info.json; empty where there is none."""
+    """A list in a split of _info.json, or an empty list."""
     value = split.get(key) if isinstance(split, dict) else None
     return value if isinstance(value, list) else []
 

@@ -201,11 +201,10 @@ def _label(
     number = _number(value, scan.numbers)
     if number is None:
         shown = shown_key(value if isinstance(value, str) else json.dumps(value))[:40]
-        none = "no whole number below 10^18" + f" and none of the {len(scan.reading.classes)} classes" * bool(
-            scan.numbers
-        )
+        known = f" and none of the {len(scan.reading.classes)} classes" if scan.numbers else ""
         how = "list the classes that labels name in a file, one a line, for --classes, or " * isinstance(value, str)
-        return Flaw(group.key, f"{start}, has the label {shown!r}, which is {none}: {how}build the shard again.")
+        said = f"the label {shown!r}, which is no whole number below 10^18{known}"
+        return Flaw(group.key, f"{start}, has {said}: {how}build the shard again.")
     return number
 
 
@@ -219,7 +218,7 @@ def _json_label(content: bytes, fields: Sequence[str]) -> tuple[object, str]:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
-        return None, ", and the .json is none"
+        return None, ", and the .json is not valid"
     if not isinstance(found, dict):
         return None, ", and the .json has no fields"
     value = next((found[name] for name in fields if found.get(name) is not None), None)

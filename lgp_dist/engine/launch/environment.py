@@ -34,7 +34,7 @@ effect in a launch of this project; accelerate lists the names of all in ACCELER
 
 
 def check_variables(environment: MutableMapping[str, str]) -> None:
-    """Removes variables of launchers that are empty, which mean nothing. UserError where a number is none."""
+    """Removes launchers' variables that are empty. UserError for a value that is not a number where one is needed."""
     for name in [*environment]:
         if (name in COUNTS or name in MPI or name.startswith("ACCELERATE_")) and not environment[name].strip():
             del environment[name]
