@@ -1,10 +1,8 @@
 """Each function returns the complete configuration of a run. Variants call another one and change a few fields."""
 
 from dataclasses import replace
-from typing import Any
 
 from lgp_dist.config.budget import Amount, Budget
-from lgp_dist.config.flat import STAGES, depends_on, flatten
 from lgp_dist.config.run_config import (
     AncestryConfig,
     AugmentConfig,
@@ -19,6 +17,7 @@ from lgp_dist.config.run_config import (
     TrainConfig,
 )
 from lgp_dist.config.systems import (
+    both_ways,
     each_alone,
     from_ancestry,
     from_scratch,
@@ -242,6 +241,50 @@ def snnet_deit() -> RunConfig:
     )
 
 
+def snnet_v2_s_l() -> RunConfig:
+    """SN-Net v2 as published: DeiT-3 S and L on ImageNet-1K, stitched in both directions, 134 paths.
+
+    Optimizer AdamW for LAMB. ThreeAugment, repeated augmentation and stochastic depth are left out.
+
+    Command: lgp run snnet_v2_s_l
+    Accuracy: not yet measured (published: 82.91 S, 86.98 L)
+    """
+    rows = tuple(
+        RowConfig(width, heads, source="hub", model=f"deit3_{name}_patch16_224.fb_in22k_ft_in1k", depth=depth)
+        for name, width, heads, depth in (("small", 384, 6, 12), ("large", 1024, 16, 24))
+    )
+    train = TrainConfig(
+        epochs=50.0, batch_size=512, lr=3e-5, min_lr=1e-5, warmup_epochs=5.0, weight_decay=0.02, log_every=50
+    )
+    base = RunConfig(
+        data=DataConfig(augment=AugmentConfig(color_jitter=0.3), crop_pct=1.0),
+        model=ModelConfig(depth=12, rows=rows),
+        engine=EngineConfig(precision="bf16", device="cuda"),
+        pool=PoolConfig(samples=100),
+        finetune=FinetuneConfig(train=replace(train, cutmix=1.0, label_smoothing=0.1)),
+        budget=Budget(max_params=Amount(100e6)),
+    )
+    return both_ways(base, "snnet_v2_s_l", rank=64, bin_flops=1e9)
+
+
+def snnet_v2_b_l() -> RunConfig:
+    """SN-Net v2 as published: snnet_v2_s_l with DeiT-3 B and L, 134 paths.
+
+    Command: lgp run snnet_v2_b_l
+    """
+    base = snnet_v2_s_l()
+    row = RowConfig(768, 12, source="hub", model="deit3_base_patch16_224.fb_in22k_ft_in1k", depth=12)
+    return replace(base, recipe="snnet_v2_b_l", model=replace(base.model, rows=(row, base.model.rows[1])))
+
+
+def snnet_v2_tiny() -> RunConfig:
+    """SN-Net v2 on the quickstart's data: snnet_tiny's rows, stitched in both directions, 32 paths.
+
+    Command: lgp run snnet_v2_tiny
+    """
+    return both_ways(snnet_tiny(), "snnet_v2_tiny", rank=8, bin_flops=0.25e6)
+
+
 def sws_small() -> RunConfig:
     """SWS as published, on ImageNet-1K: width 384, auxiliary net of 16 layers in stages 3-3-4-3-3.
 
@@ -335,6 +378,7 @@ RECIPES = {
         *(tiny, tiny_paper, pool12, pool12_plus, pool18, pool36),
         *(snnet_tiny, vanilla_tiny, scratch_tiny),
         *(snnet_deit, snnet_same_rows, vanilla_base, scratch_pool12),
+        *(snnet_v2_tiny, snnet_v2_s_l, snnet_v2_b_l),
         *(sws_tiny, sws_small, sws_base),
         *(nested_tiny, nested_base),
     )
@@ -347,24 +391,3 @@ def recipe_of(name: str) -> RunConfig:
     if name not in RECIPES:
         raise UserError(f"There is no recipe {name!r}: {nearest(name, RECIPES, 'take ' + ', '.join(RECIPES))}.")
     return RECIPES[name]()
-
-
-def differences(config: RunConfig, stage: str = STAGES[-1]) -> list[str]:
-    """What differs from the configuration's recipe, as "key value (recipe value)"; nothing without a recipe.
-
-    stage: the last that runs; settings of later ones are marked.
-    """
-    now = flatten(config)
-    later = depends_on(now, STAGES[-1]).keys() - depends_on(now, stage).keys()
-    own = flatten(RECIPES[config.recipe]()) if config.recipe in RECIPES else now
-    keys = [key for key in {**own, **now} if own.get(key) != now.get(key) and key != "run_dir"]
-    return [
-        f"{key} {_shown(now.get(key))} (recipe {_shown(own.get(key))})"
-        + f": of a later stage, not read by {stage}" * (key in later)
-        for key in keys
-    ]
-
-
-def _shown(value: Any) -> str:
-    """A value as on the command line; "none" if it is empty."""
-    return (" ".join(map(str, value)) if isinstance(value, list) else str(value)) or "none"

@@ -75,7 +75,7 @@ def bench_step(config: RunConfig, batch: int = 0, repeats: int = 5, compiled: bo
 
 def _chosen(space: Space) -> list[Path]:
     """Both rows alone, and the first stitched paths with one, two and half of the wide row's blocks."""
-    stitched = [path for path in space.paths if path.stitch is not None and path.last_row == len(space.widths) - 1]
+    stitched = [path for path in space.paths if not path.is_row and path.last_row == len(space.widths) - 1]
 
     def wide(path: Path) -> int:
         return path.segments[-1].stop - path.segments[-1].start

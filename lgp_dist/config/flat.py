@@ -59,7 +59,10 @@ def _part(flat: Mapping[str, Any], kind: Any, prefix: str) -> Any:
 SECTIONS = {
     "ancestry": ("seed", "data", "engine", "ancestry", "model.patch_size"),
     "distil": ("model.depth", "model.rows", "model.stages", "distil"),
-    "pool": ("model.depths", "model.widths", "model.final_norm", "model.stitch_sharing", "pool"),
+    "pool": (
+        *("model.depths", "model.widths", "model.final_norm"),
+        *("model.stitch_sharing", "model.stitch_rank", "model.two_way", "pool"),
+    ),
     "finetune": ("finetune",),
     "evaluate": ("evaluate",),
     "descend": ("budget",),

@@ -89,6 +89,8 @@ class RowConfig:
     start: RowStart = "random"
     """Weights that stage distil starts the row from: random; or the ancestry's, of evenly spaced blocks and, where the
     row is narrower, evenly spaced channels (weight selection, arXiv 2311.18823). For sources distil and labels."""
+    depth: int = 0
+    """Blocks; 0 for model.depth. A multiple of those of the row before."""
 
     @property
     def trains(self) -> bool:
@@ -136,7 +138,7 @@ class ModelConfig:
     patch_size: int = 16
     """Side of a patch, pixels, of rows and of an ancestry that is no model of timm."""
     depth: int = 6
-    """Blocks of every row."""
+    """Blocks of every row without a depth of its own."""
     rows: tuple[RowConfig, ...] = (
         RowConfig(width=192, heads=3, levels="dense"),
         RowConfig(width=768, heads=12, levels="last", drop_path=0.1),
@@ -145,6 +147,11 @@ class ModelConfig:
     stitch_sharing: StitchSharing = "window"
     """Which stitched paths share a stitch layer: those of a window, as the paper has it; or none: a layer for each
     path."""
+    stitch_rank: int = 0
+    """Rank of what training adds to a stitch layer's initial weight, as in SN-Net v2; 0 trains the weight itself."""
+    two_way: bool = False
+    """Stitch layers in both directions, one for each position and direction, as in SN-Net v2: paths lead from either of
+    two rows to the other, and back."""
     final_norm: bool = True
     """Apply the final norm on stitched paths, as on rows alone; SN-Net's released code for DeiT does not."""
     stages: tuple[int, ...] = ()
@@ -223,6 +230,9 @@ class FinetuneConfig:
     micro-step (ZeRO-2, ZeRO-3)."""
     row_weight: float = 1.0
     """Probability of drawing a row alone, relative to that of a stitched path."""
+    bin_flops: float = 0.0
+    """Draw bins of paths equally often, and within a bin its paths, as in SN-Net v2. In order of FLOPs, a path of this
+    many more than a bin's first begins a new one. 0 for no bins."""
     sandwich: bool = False
     """Draw each row alone at least once per step; ranks times micro-steps must exceed the number of rows."""
     row_lr: tuple[float, ...] = ()

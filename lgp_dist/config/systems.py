@@ -1,5 +1,5 @@
-"""What a recipe becomes as another system: SN-Net, SWS, vanilla learngene, nested widths, from scratch, or a pool whose
-rows start from the ancestry."""
+"""What a recipe becomes as another system: SN-Net, SN-Net v2, SWS, vanilla learngene, nested widths, from scratch, or a
+pool whose rows start from the ancestry."""
 
 from dataclasses import replace
 from typing import Any
@@ -51,6 +51,17 @@ def undistilled(base: RunConfig, recipe: str) -> RunConfig:
         recipe=recipe,
         model=with_rows(base.model, source="labels", levels="none"),
         pool=replace(base.pool, stitch_init="least_squares"),
+    )
+
+
+def both_ways(base: RunConfig, recipe: str, rank: int, bin_flops: float) -> RunConfig:
+    """SN-Net v2: another recipe's rows, stitched in both directions by low-rank updates, drawn by bins of FLOPs."""
+    return replace(
+        base,
+        recipe=recipe,
+        model=replace(base.model, two_way=True, stitch_rank=rank),
+        pool=replace(base.pool, stitch_init="least_squares"),
+        finetune=replace(base.finetune, bin_flops=bin_flops, distil_weight=0.0, label_weight=1.0),
     )
 
 

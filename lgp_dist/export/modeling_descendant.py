@@ -99,22 +99,30 @@ class Head(nn.Module):
         return self.head(self.fc_norm(pooled))
 
 
+ORDER = ("low", "stitch", "high", "stitch_back", "back")
+"""Names of the segments of blocks, and of the linear layers between them."""
+
+
 class PlainDescendant(nn.Module):
-    """Stem, blocks and head; a stitched path has a linear layer into blocks of another width."""
+    """Stem, blocks and head; a stitched path has linear layers into blocks of another width."""
 
     def __init__(self, shape: dict[str, Any]):
         """shape: lgp.shape of config.json."""
         super().__init__()
         segments = [(part["width"], part["heads"], part["depth"]) for part in shape["segments"]]
-        rows = [nn.Sequential(*(Block(width, heads) for _ in range(depth))) for width, heads, depth in segments]
-        self.stem, self.low = Stem(shape, segments[0][0]), rows[0]
-        self.stitch = nn.Linear(segments[0][0], segments[1][0]) if len(rows) == 2 else nn.Identity()
-        self.high = rows[1] if len(rows) == 2 else nn.Identity()
-        self.head = Head(shape, segments[-1][0])
+        self.stem, self.head = Stem(shape, segments[0][0]), Head(shape, segments[-1][0])
+        self.order = ORDER[: 2 * len(segments) - 1]
+        for number, (width, heads, depth) in enumerate(segments):
+            self.add_module(ORDER[2 * number], nn.Sequential(*(Block(width, heads) for _ in range(depth))))
+            if number:
+                self.add_module(ORDER[2 * number - 1], nn.Linear(segments[number - 1][0], width))
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] images to [B, classes] logits."""
-        return self.head(self.high(self.stitch(self.low(self.stem(images)))))
+        tokens = self.stem(images)
+        for name in self.order:
+            tokens = self.get_submodule(name)(tokens)
+        return self.head(tokens)
 
 
 def renamed(name: str) -> str:

@@ -110,8 +110,8 @@ class Ancestry(nn.Module):
         return logits, *taps
 
 
-Needs = Literal["plain", "tokens", "logits"]
-"""What is used of a model of timm: its weights as a plain ViT's; its blocks' tokens; its logits alone."""
+Needs = Literal["row", "plain", "tokens", "logits"]
+"""What is used of a model of timm: its weights as a row's; as a plain ViT's; its blocks' tokens; its logits alone."""
 
 
 def timm_model(
@@ -119,13 +119,15 @@ def timm_model(
 ) -> nn.Module:
     """timm's model of that name for the run's input, with random weights.
 
-    key: the setting's, for messages. patch_size: for a plain ViT. UserError where timm has no such model, or it has not
-    what is needed of it.
+    key: the setting's, for messages. patch_size: a row's, or what a plain ViT must have. UserError where timm has no
+    such model, or it has not what is needed of it.
     """
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
         raise UserError(f"{key}.model is {name!r}, which timm does not have: choose another{_like(near)}.")
     shape = {"in_chans": channels, "num_classes": num_classes}
+    if needs == "row":
+        shape["patch_size"] = patch_size
     try:
         model = timm.create_model(name, img_size=image_size, **shape)
     except TypeError:  # a model for images of any size
@@ -136,7 +138,7 @@ def timm_model(
             f"{key}.model {name} cannot be built for images of {image_size} pixels ({reason}): choose another, or set "
             "ancestry.image_size."
         ) from error
-    if needs == "plain" and not (is_plain(model) and model.patch_embed.patch_size == (patch_size, patch_size)):
+    if needs in ("row", "plain") and not (is_plain(model) and model.patch_embed.patch_size == (patch_size, patch_size)):
         raise UserError(
             f"{key}.model {name} is not a plain ViT with one class token and patch size {patch_size}, whose weights "
             f"rows could take: choose one, set model.patch_size{_or_learn(key)}."

@@ -100,7 +100,9 @@ def pool_of_rows(config: RunConfig, rows: list[VisionTransformer]) -> LearngeneP
     space = space_of(config)
     if isinstance(space, DepthSpace):
         return expand(space, rows[0], heads_of(config))
-    return NestedPool(space, rows[0]) if isinstance(space, NestedSpace) else LearngenePool(space, rows)
+    if isinstance(space, NestedSpace):
+        return NestedPool(space, rows[0])
+    return LearngenePool(space, rows, config.model.stitch_rank)
 
 
 def build_pool(
@@ -112,8 +114,10 @@ def build_pool(
     engine compiles its blocks and makes them recompute activations when it wraps the pool (`engine.trainer`).
     """
     space = space_of(config)
-    kind = NestedPool if isinstance(space, NestedSpace) else LearngenePool
-    pool = kind.empty(space, heads_of(config))
+    if isinstance(space, NestedSpace):
+        pool: LearngenePool = NestedPool.empty(space, heads_of(config))
+    else:
+        pool = LearngenePool.empty(space, heads_of(config), config.model.stitch_rank)
     if state is not None:
         pool.load_state_dict(state, strict=True)
     pool.to(device).train(training)

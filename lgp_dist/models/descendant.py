@@ -18,21 +18,28 @@ from lgp_dist.paths.path import Path, Space
 from lgp_dist.paths.space import space_from
 from lgp_dist.paths.stitched import PathSpace
 
+PARTS = (("low", "stitch"), ("high", "stitch_back"), ("back", ""))
+"""Names of a stitched model's segments and of the stitch layer after each. A third is back in the first one's row."""
+
 
 class StitchedViT(nn.Module):
-    """A stitched path: stem and first blocks of one row, a stitch layer, last blocks and head of the next."""
+    """A stitched path: stem and first blocks of one row, a stitch layer, blocks of another; perhaps back; its head."""
 
     def __init__(self, space: PathSpace, heads: tuple[int, ...], path: Path):
         """With random weights. heads: attention heads of each row."""
         super().__init__()
-        low, high = path.segments
-        self.stem, low_blocks, _ = split_vit(row_vit(space, low.row, heads))
-        _, high_blocks, self.head = split_vit(row_vit(space, high.row, heads))
-        self.low = nn.Sequential(*low_blocks[low.start : low.stop])
-        self.stitch = StitchLayer(space.widths[low.row], space.widths[high.row])
-        self.high = nn.Sequential(*high_blocks[high.start : high.stop])
+        self.order: tuple[str, ...] = ()
+        for (name, stitch), part, index in zip(PARTS, path.segments, (*path.stitches, None), strict=False):
+            stem, blocks, self.head = split_vit(row_vit(space, part.row, heads))
+            if not self.order:
+                self.stem = stem
+            setattr(self, name, nn.Sequential(*blocks[part.start : part.stop]))
+            self.order += (name,)
+            if index is not None:
+                setattr(self, stitch, StitchLayer(*space.stitch_widths[index]))
+                self.order += (stitch,)
         self.has_norm = space.has_norm(path)
-        self.num_classes, self.num_features = space.num_classes, space.widths[high.row]
+        self.num_classes, self.num_features = space.num_classes, space.widths[path.last_row]
         self.grad_checkpointing = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -48,15 +55,22 @@ class StitchedViT(nn.Module):
         """[B, C, H, W] images to [B, classes] logits."""
         return classify(self.head, self._tokens(images), self.has_norm)
 
+    @property
+    def segments(self) -> tuple[nn.Sequential, ...]:
+        """The blocks of each segment, in the order in which they run."""
+        return tuple(getattr(self, name) for name in self.order[::2])
+
     def _tokens(self, images: Tensor) -> Tensor:
-        again = self.grad_checkpointing and torch.is_grad_enabled()
-        run = checkpoint_seq if again else (lambda blocks, tokens: blocks(tokens))
-        return run(self.high, self.stitch(run(self.low, embed(self.stem, images))))
+        again, tokens = self.grad_checkpointing and torch.is_grad_enabled(), embed(self.stem, images)
+        for name in self.order:
+            part = getattr(self, name)
+            tokens = checkpoint_seq(part, tokens) if again and isinstance(part, nn.Sequential) else part(tokens)
+        return tokens
 
 
 def empty_descendant(space: Space, heads: tuple[int, ...], path: Path) -> VisionTransformer | StitchedViT:
     """A model of the path's shape: a stock timm ViT for a row alone, a `StitchedViT` for a stitched path."""
-    if path.stitch is None:
+    if path.is_row:
         return row_vit(space, path.first_row, heads)
     return StitchedViT(space, heads, path)
 
@@ -71,22 +85,25 @@ def descendant_from_path(pool: LearngenePool, heads: tuple[int, ...], path: Path
 
 def descendant_state(pool: LearngenePool, path: Path) -> dict[str, Tensor]:
     """The path's weights under the names of its standalone model."""
-    if path.stitch is None:
+    if path.is_row:
         return pool.row_state(path.first_row)
-    low, high = path.segments
-    parts: dict[str, nn.Module] = {"stem": pool.stem.rows[low.row], "head": pool.head.rows[high.row]}
-    for name, segment in (("low", low), ("high", high)):
-        for index in range(segment.start, segment.stop):
-            parts[f"{name}.{index - segment.start}"] = pool.units[f"row{segment.row}_block{index}"].block
-    parts["stitch"] = pool.stitch(path.stitch)
-    return {f"{prefix}.{name}": value for prefix, part in parts.items() for name, value in part.state_dict().items()}
+    parts = {
+        "stem": pool.stem.rows[path.first_row].state_dict(),
+        "head": pool.head.rows[path.last_row].state_dict(),
+    }
+    for (name, stitch), part, layer in zip(PARTS, path.segments, (*path.stitches, None), strict=False):
+        for index in range(part.start, part.stop):
+            parts[f"{name}.{index - part.start}"] = pool.units[f"row{part.row}_block{index}"].block.state_dict()
+        if layer is not None:
+            parts[stitch] = pool.stitch(layer).merged()
+    return {f"{prefix}.{name}": value for prefix, part in parts.items() for name, value in part.items()}
 
 
 def shape_of(model: VisionTransformer | StitchedViT) -> dict[str, Any]:
     """What `export/modeling_descendant.py` needs to build the model again, read from the model itself."""
     stitched = isinstance(model, StitchedViT)
     stem, head = (model.stem, model.head) if stitched else (model, model)
-    rows = [model.low, model.high] if stitched else [model.blocks]
+    rows = model.segments if stitched else (model.blocks,)
     return {
         "segments": [
             {"width": row[0].norm1.weight.numel(), "heads": row[0].attn.num_heads, "depth": len(row)} for row in rows
@@ -171,7 +188,7 @@ def timm_config(
     with torch.device("meta"):
         model = empty_descendant(space, heads, path)
     about = {"path": path.key, "space": dataclasses.asdict(space), "heads": list(heads)}
-    arguments = vit_arguments(model) if path.stitch is None else about
+    arguments = vit_arguments(model) if path.is_row else about
     return exported_config(model, data, arguments, about, classes)
 
 

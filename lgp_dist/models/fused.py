@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.models.vision_transformer import Attention, Block
-from torch import Tensor, nn
+from torch import Tensor
 
 from lgp_dist.config.run_config import Ops
+from lgp_dist.models.stitch import StitchLayer
 from lgp_dist.ops import dispatch
 
 
-def stitch(layer: nn.Linear, tokens: Tensor, eps: float, ops: Ops) -> tuple[Tensor, ...]:
-    """[B, N, narrow] to tokens [B, N, wide] and, without gradient, their standardised rows of the same shape, and the
+def stitch(layer: StitchLayer, tokens: Tensor, eps: float, ops: Ops) -> tuple[Tensor, ...]:
+    """[B, N, source] to tokens [B, N, target] and, without gradient, their standardised rows of the same shape, and the
     rows' means and 1 / std [B N]. eps: of the blocks' norms."""
-    return dispatch.stitch_rows(tokens, layer.weight, layer.bias, eps, ops)
+    return dispatch.stitch_rows(tokens, layer.matrix, layer.bias, eps, ops)
 
 
 def fused_block(block: Block, ops: Ops, tokens: Tensor, *rows: Tensor) -> Tensor:

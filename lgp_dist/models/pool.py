@@ -1,9 +1,8 @@
 """The learngene pool: rows of instances, joined by stitch layers.
 
-A forward calls all units in one order, whatever the path: stem, blocks of the narrow row, stitch layers, blocks of the
-next row, ..., head. A unit that is not on the path returns its tokens unchanged. So ranks on different paths run the
-same sequence of modules, which ZeRO-3 and DistributedDataParallel need. The path is an argument; the pool never draws
-one and keeps none.
+A forward calls all units in one order, whatever the path: stem, blocks and stitch layers (`Space.unit_order`), head. A
+unit that is not on the path returns its tokens unchanged. So ranks on different paths run the same sequence of modules,
+which ZeRO-3 and DistributedDataParallel need. The path is an argument; the pool never draws one and keeps none.
 """
 
 from collections.abc import Callable
@@ -71,10 +70,10 @@ class StitchUnit(nn.Module):
 
     def runs(self, path: Path) -> bool:
         """Whether the path uses this layer."""
-        return path.stitch == self.index
+        return self.index in path.stitches
 
     def forward(self, tokens: Tensor, path: Path, *rows: Tensor) -> Tokens:
-        """[B, N, narrow] to [B, N, wide]; unchanged if the path does not use this layer."""
+        """[B, N, D of one row] to [B, N, D of the next]; unchanged if the path does not use this layer."""
         if not self.runs(path):
             return (tokens, *rows) if rows else tokens
         function = self.fused or self.layer
@@ -96,22 +95,23 @@ class HeadUnit(nn.Module):
 class LearngenePool(nn.Module):
     """Rows, stitch layers and the order in which a forward calls them."""
 
-    def __init__(self, space: Space, rows: list[VisionTransformer]):
-        """rows: timm ViTs from narrow to wide; the pool takes their tensors, and they cannot be used afterwards."""
+    def __init__(self, space: Space, rows: list[VisionTransformer], stitch_rank: int = 0):
+        """rows: timm ViTs from narrow to wide; the pool takes their tensors, and they cannot be used afterwards.
+
+        stitch_rank: of `StitchLayer`.
+        """
         super().__init__()
         self.space = space
         self.stem, self.units = StemUnit([]), nn.ModuleDict()
-        heads = []
-        for row, vit in enumerate(rows):
-            stem, blocks, head = split_vit(vit)
-            self.stem.rows.append(stem)
-            heads.append(head)
-            for index, block in enumerate(blocks):
-                self.units[f"row{row}_block{index}"] = BlockUnit(row, index, block)
-            first = row * space.stitches_per_pair
-            for index in range(first, first + space.stitches_per_pair if row + 1 < len(rows) else first):
-                self.units[f"stitch{index}"] = StitchUnit(index, StitchLayer(*space.stitch_widths[index]))
-        self.head = HeadUnit(space, heads)
+        stems, blocks, heads = zip(*map(split_vit, rows), strict=True)
+        self.stem.rows.extend(stems)
+        for unit in space.unit_order:
+            if isinstance(unit, int):
+                self.units[f"stitch{unit}"] = StitchUnit(unit, StitchLayer(*space.stitch_widths[unit], stitch_rank))
+            else:
+                row, index = unit
+                self.units[f"row{row}_block{index}"] = BlockUnit(row, index, blocks[row][index])
+        self.head = HeadUnit(space, list(heads))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether every unit but the head recomputes its activations in backward, under timm's name."""
@@ -153,18 +153,24 @@ class LearngenePool(nn.Module):
             return frozenset(runs | {head})
         return frozenset(runs | {f"{head}.head"} | ({f"{head}.norm"} if self.space.has_norm(path) else set()))
 
+    @property
+    def fixed_weights(self) -> frozenset[str]:
+        """Names of the parameters that training leaves as they are: weights of stitch layers with a rank."""
+        layers = {name: unit.layer for name, unit in self.units.items() if isinstance(unit, StitchUnit)}
+        return frozenset(f"units.{name}.layer.weight" for name, layer in layers.items() if layer.rank)
+
     def row_modules(self, row: int) -> tuple[str, ...]:
         """Those of `skippable_modules` that belong to one row; a stitch layer belongs to no row."""
         starts = (f"stem.rows.{row}", f"units.row{row}_", f"head.rows.{row}")
         return tuple(name for name in self.skippable_modules if name in starts or name.startswith(starts[1]))
 
     @classmethod
-    def empty(cls, space: Space, heads: tuple[int, ...]) -> "LearngenePool":
-        """A pool with timm's random weights; heads: attention heads of each row."""
-        return cls(space, [row_vit(space, row, heads) for row in range(len(space.widths))])
+    def empty(cls, space: Space, heads: tuple[int, ...], stitch_rank: int = 0) -> "LearngenePool":
+        """A pool with timm's random weights; heads: attention heads of each row. stitch_rank: of `StitchLayer`."""
+        return cls(space, [row_vit(space, row, heads) for row in range(len(space.widths))], stitch_rank)
 
     def stitch(self, index: int) -> StitchLayer:
-        """One of the stitch layers, counted over all pairs of rows."""
+        """One of the stitch layers, by its index."""
         return self.units[f"stitch{index}"].layer
 
     def forward(self, images: Tensor, path: Path, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:

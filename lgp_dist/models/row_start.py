@@ -1,11 +1,17 @@
 """Initial weights of rows: pretrained anchors, the ancestry's last blocks, or a selection of its weights."""
 
+import re
+from collections.abc import Mapping
+from math import isqrt
+
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp_dist.errors import UserError
 
+LAYER_SCALE = re.compile(r"\.ls([12])\.gamma$")
 TAIL = 3
 """Blocks of the ancestry that vanilla learngene keeps."""
 
@@ -23,6 +29,26 @@ def check_row(vit: VisionTransformer, stock: VisionTransformer, name: str, key: 
         )
 
 
+def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A plain ViT's weights as a row has them, of the same function: without layer scale, and with a class position.
+
+    Layer scale multiplies the outputs of a linear layer, so it is folded into that layer's weights. Where a model adds
+    no position to its class token, as DeiT-3, that position is zero.
+    """
+    plain = {name: tensor for name, tensor in state.items() if not LAYER_SCALE.search(name)}
+    for name, factor in state.items():
+        if match := LAYER_SCALE.search(name):
+            layer = name[: match.start()] + (".attn.proj" if match[1] == "1" else ".mlp.fc2")
+            for part in (f"{layer}.weight", f"{layer}.bias"):
+                if part in plain:
+                    scale = factor.double()
+                    plain[part] = (plain[part].double() * (scale[:, None] if plain[part].ndim == 2 else scale)).float()
+    positions = plain.get("pos_embed")
+    if positions is not None and positions.ndim == 3 and isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+        plain["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
+    return plain
+
+
 def take_tail(vit: VisionTransformer, ancestry: VisionTransformer, key: str) -> None:
     """Copies the ancestry's last blocks, final norm and head into a row; its other tensors stay as they are.
 
@@ -35,8 +61,11 @@ def take_tail(vit: VisionTransformer, ancestry: VisionTransformer, key: str) -> 
             f"ancestry {theirs[0]}, {theirs[1]} and {theirs[2]}: give the row the ancestry's width and heads, and both "
             f"{TAIL} blocks or more."
         )
-    for mine, source in zip(vit.blocks[-TAIL:], ancestry.blocks[-TAIL:], strict=True):
-        mine.load_state_dict(source.state_dict(), strict=True)
+    source = plain_weights(ancestry.state_dict())
+    for number, mine in enumerate(vit.blocks[-TAIL:], theirs[2] - TAIL):
+        prefix = f"blocks.{number}."
+        parts = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
+        mine.load_state_dict(parts, strict=True)
     vit.norm.load_state_dict(ancestry.norm.state_dict(), strict=True)
     vit.head.load_state_dict(ancestry.head.state_dict(), strict=True)
 
@@ -55,7 +84,7 @@ def select_weights(vit: VisionTransformer, ancestry: VisionTransformer, key: str
             f"ancestry {theirs[0]}, {theirs[1]} and {theirs[2]}: make the row no larger, with the same heads where the "
             "widths are equal, or set start to random."
         )
-    source, chosen = ancestry.state_dict(), {}
+    source, chosen = plain_weights(ancestry.state_dict()), {}
     for name, tensor in vit.state_dict().items():
         theirs_name = name
         if name.startswith("blocks."):

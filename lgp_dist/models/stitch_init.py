@@ -12,7 +12,6 @@ from lgp_dist.models.auxiliary import AuxiliaryViT
 from lgp_dist.models.stitch import Affine, LeastSquares, from_pinv, from_transpose, mean_affine
 from lgp_dist.models.transformation import Level
 from lgp_dist.models.vit import embed, forward_with_taps
-from lgp_dist.paths.path import Path
 from lgp_dist.paths.stitched import PathSpace
 
 Starts = dict[int, Affine]
@@ -34,10 +33,10 @@ def transformation_starts(
     """
     starts: Starts = {}
     for path in space.paths:
-        if path.stitch is None or path.stitch in starts:
+        if path.is_row or path.stitches[0] in starts:
             continue
         # The first path of a window leaves the narrow row after the window's first block.
-        index, pair, block = path.stitch, path.first_row, path.segments[0].stop - 1
+        index, pair, block = path.stitches[0], path.first_row, path.segments[0].stop - 1
         narrow, wide = space.stitch_widths[index]
         row = rows[pair]
         maps: list[nn.Module] = list(row.bank.inverse if init == "transformation" else row.bank.block)
@@ -73,30 +72,26 @@ def ancestry_means(ancestry: Ancestry, levels: Iterable[Level], images: Iterable
 
 @torch.no_grad()
 def least_squares_starts(space: PathSpace, rows: list[AuxiliaryViT], images: Iterable[Tensor], ridge: float) -> Starts:
-    """Ridge regression for every (j, k), from the output of the narrow row's block j to the input of the wide row's k.
+    """Ridge regression for every path of one stitch, from the output of the block before to the input of that after.
 
     Solutions of pairs that share a layer are averaged, since no single one is exact for all of them. Rows must be in
     eval mode. images: [B, C, H, W] each.
     """
-    stitched = [path for path in space.paths if path.stitch is not None]
-    problems = {path: LeastSquares(*space.stitch_widths[path.stitch]) for path in stitched}
+    problems = {
+        path: LeastSquares(*space.stitch_widths[path.stitches[0]]) for path in space.paths if len(path.stitches) == 1
+    }
     for batch in images:
-        outputs = [forward_with_taps(row.vit, batch, range(space.depth))[1] for row in rows]
+        outputs = [forward_with_taps(row.vit, batch, range(len(row.vit.blocks)))[1] for row in rows]
         inputs = [{0: embed(row.vit, batch), **_shifted(found)} for row, found in zip(rows, outputs, strict=True)]
         for path, problem in problems.items():
             low, high = path.segments
             problem.add(outputs[low.row][low.stop - 1].cpu(), inputs[high.row][high.start].cpu())
     shared: dict[int, list[Affine]] = {}
     for path, problem in problems.items():
-        shared.setdefault(_stitch(path), []).append(problem.solve(ridge))
+        shared.setdefault(path.stitches[0], []).append(problem.solve(ridge))
     return {index: mean_affine(parts) for index, parts in shared.items()}
 
 
 def _shifted(outputs: dict[int, Tensor]) -> dict[int, Tensor]:
     """The inputs of all blocks but the first: the output of the block before."""
     return {block + 1: output for block, output in outputs.items()}
-
-
-def _stitch(path: Path) -> int:
-    assert path.stitch is not None
-    return path.stitch

@@ -40,9 +40,9 @@ class Path:
     """One model of a pool: which blocks of which rows run."""
 
     segments: tuple[Segment, ...]
-    """From narrow to wide: one, or two that a stitch layer joins."""
-    stitch: int | None = None
-    """Index of the stitch layer, counted over all pairs of rows; None for a row alone."""
+    """In the order in which they run. Two-way pools have up to three, other pools up to two, from narrow to wide."""
+    stitches: tuple[int, ...] = ()
+    """Index of the stitch layer after each segment but the last; empty for a row alone."""
     name: str = ""
     """Its key if that is not made from the segments."""
 
@@ -53,6 +53,11 @@ class Path:
         `r0.0-3+r1.4-5` leaves row 0 after block 3 and enters row 1 at block 4; `r0.0-5` is row 0 alone.
         """
         return self.name or "+".join(f"r{part.row}.{part.start}-{part.stop - 1}" for part in self.segments)
+
+    @property
+    def is_row(self) -> bool:
+        """Whether it is a row alone, without a stitch layer."""
+        return not self.stitches
 
     @property
     def first_row(self) -> int:
@@ -97,6 +102,7 @@ class PathFields(TypedDict):
     low_row: int | None
     high_row: int | None
     stitch: int | None
+    """Index of the first stitch layer; null for a row alone."""
     params: int
     params_paper: int
     flops: int
@@ -122,10 +128,8 @@ class Space(ABC):
     """Whether stitched paths apply the final norm of their last row; rows alone always do."""
     class_token: bool
     """Whether the head takes a class token; otherwise it takes the mean of all tokens."""
-    stitches_per_pair: int
-    """Stitch layers between two adjacent rows."""
     stitch_widths: tuple[tuple[int, int], ...]
-    """(narrow, wide) width of every stitch layer, in order."""
+    """(source, target) width of every stitch layer, in order."""
     stored_params: int
     """Parameters that make all paths."""
     paths: tuple[Path, ...]
@@ -133,6 +137,11 @@ class Space(ABC):
     @abstractmethod
     def _rows_of(self, path: Path) -> tuple[int, int, int | None, int | None]:
         """`low`, `high`, `low_row` and `high_row` of `PathFields`."""
+
+    @property
+    def unit_order(self) -> tuple[tuple[int, int] | int, ...]:
+        """Blocks, as (row, block), and stitch layers, by index, in an order that is every path's."""
+        return tuple((row, block) for row, depth in enumerate(self.depths) for block in range(depth))
 
     def by_key(self, key: str) -> Path:
         """The path with this key; UserError if the pool has none."""
@@ -149,7 +158,7 @@ class Space(ABC):
 
     def has_norm(self, path: Path) -> bool:
         """Whether the path applies its last row's final norm; it has the norm's parameters in any case."""
-        return self.final_norm or path.stitch is None
+        return self.final_norm or path.is_row
 
     @property
     def tokens(self) -> int:
@@ -168,11 +177,12 @@ class Space(ABC):
         flops += sum(count * block_flops(width, self.tokens) for width, count in blocks)
         flops += self.has_norm(path) * NORM_FLOPS * normed * last
         embeddings = (self.class_token + self.tokens) * first
-        if path.stitch is None:
+        if path.is_row:
             return PathCost(params + embeddings, params + embeddings, flops)
-        narrow, wide = self.stitch_widths[path.stitch]
-        params += (narrow + 1) * wide
-        return PathCost(params + embeddings, params, flops + self.tokens * narrow * wide)
+        for source, target in (self.stitch_widths[index] for index in path.stitches):
+            params += (source + 1) * target
+            flops += self.tokens * source * target
+        return PathCost(params + embeddings, params, flops)
 
     def describe(self, path: Path) -> PathFields:
         """The fields of paths.json that need no training."""
@@ -184,7 +194,7 @@ class Space(ABC):
             "high": high,
             "low_row": low_row,
             "high_row": high_row,
-            "stitch": path.stitch,
+            "stitch": path.stitches[0] if path.stitches else None,
             "params": cost.params,
             "params_paper": cost.params_paper,
             "flops": cost.flops,
@@ -200,7 +210,6 @@ class PlainSpace(Space):
     """Models without stitch layers: each is a plain ViT, a row of its own."""
 
     final_norm = True
-    stitches_per_pair = 0
     stitch_widths = ()
 
     def _rows_of(self, path: Path) -> tuple[int, int, int | None, int | None]:

@@ -18,6 +18,7 @@ from lgp_dist.paths.stratified import (
     balanced_pairs,
     draw_index,
     draw_order,
+    flops_bins,
     single_paths,
     systematic_sample,
 )
@@ -73,14 +74,18 @@ class PathSampler:
         paths = space.chosen(finetune.only)
         costs = path_costs(space, finetune.costs)
         row_weight = Fraction(str(finetune.row_weight))
-        weights = tuple(row_weight if path.stitch is None else Fraction(1) for path in paths)
+        weights = [row_weight if path.is_row else Fraction(1) for path in paths]
+        bins = flops_bins([space.cost(path).flops for path in paths], finetune.bin_flops) if finetune.bin_flops else []
+        for held in bins:
+            for index in held:
+                weights[index] /= len(held)
         return cls(
             paths,
             finetune.policy,
             config.seed,
             finetune.train.accumulate,
             tuple(costs[path.key] for path in paths),
-            () if row_weight == 1 else weights,
+            () if set(weights) == {1} else tuple(weights),
             finetune.meet,
             finetune.sandwich,
             finetune.paths_per_batch if finetune.lead_weight and finetune.policy != "in_turn" else 0,
@@ -208,7 +213,7 @@ class PathSampler:
     @cached_property
     def _rows(self) -> tuple[int, ...]:
         """Indices of the rows alone."""
-        return tuple(index for index, path in enumerate(self.paths) if path.stitch is None)
+        return tuple(index for index, path in enumerate(self.paths) if path.is_row)
 
     @cached_property
     def _whole_weights(self) -> tuple[int, ...]:

@@ -57,6 +57,17 @@ def systematic_sample(weights: Sequence[int], count: int, *key: int | str, toget
     return [picked[place] for place in draw_order(count, "places", *key)]
 
 
+def flops_bins(flops: Sequence[int], width: float) -> list[list[int]]:
+    """Indices of paths in bins, light to heavy: a bin begins with a path of more than `width` above the last one's
+    first (resource-constrained sampling of SN-Net v2, arXiv 2307.00154)."""
+    bins: list[list[int]] = []
+    for index in sorted(range(len(flops)), key=lambda index: (flops[index], index)):
+        if not bins or flops[index] > flops[bins[-1][0]] + width:
+            bins.append([])
+        bins[-1].append(index)
+    return bins
+
+
 @dataclass(frozen=True)
 class PathGroups:
     """Groups of paths that are assigned to ranks: a group is one path, or two paths that a rank runs in turn."""

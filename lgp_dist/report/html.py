@@ -12,7 +12,18 @@ from typing import Any
 from lgp_dist.paths.ledger import Ledger, PathDraws, under_drawn
 from lgp_dist.report.curves import Curves
 from lgp_dist.report.page import CSS, SCRIPT
-from lgp_dist.report.rows import amount, date, decimals, duration, flops_unit, kind_label, kind_of, kinds, pareto_front
+from lgp_dist.report.rows import (
+    amount,
+    date,
+    decimals,
+    duration,
+    flops_unit,
+    kind_label,
+    kind_of,
+    kinds,
+    pareto_front,
+    visits,
+)
 from lgp_dist.run.path_rows import PathRow
 
 LOAD = """\
@@ -196,8 +207,7 @@ def _paths(report: RunReport) -> str:
 
 def _strip(row: PathRow) -> str:
     """A path's blocks as small boxes, one colour for each row of the pool."""
-    parts = [(row["low_row"], row["low"]), (row["high_row"], row["high"])]
-    boxes = [f'<i class="r{index % 4}"></i>' * blocks for index, blocks in parts if index is not None and blocks]
+    boxes = [f'<i class="r{index % 4}"></i>' * blocks for index, blocks in visits(row)]
     return f'<span class="strip" aria-hidden="true">{"<i class=s></i>".join(boxes)}</span>'
 
 

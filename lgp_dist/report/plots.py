@@ -180,8 +180,8 @@ def new_panels(
 
 def kind_style(kind: Kind, all_kinds: Sequence[Kind]) -> tuple[str, str]:
     """Colour and marker of a kind of path, the same in every figure of a pool."""
-    if len(kind) == 2:
-        pairs = [each for each in all_kinds if len(each) == 2]
+    if len(kind) > 1:
+        pairs = [each for each in all_kinds if len(each) > 1]
         return STITCH_STYLES[pairs.index(kind) % len(STITCH_STYLES)]
     visited = sorted({index for each in all_kinds for index in each})
     if kind[0] == visited[0]:

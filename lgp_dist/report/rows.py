@@ -1,22 +1,32 @@
 """What parts of the report share: kinds of paths, the Pareto front, and units of costs."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from lgp_dist.run.path_rows import ModelRow, PathRow, number_of
 
 Kind = tuple[int, ...]
-"""The rows that a path visits, in order: (0,) is the narrow row alone, (0, 1) is stitched."""
+"""The rows that a path visits, in order: (0,) is the narrow row alone, (0, 1) stitched, (0, 1, 0) there and back."""
 Model = TypeVar("Model", bound=ModelRow)
 
 FIELDS = ("key", "low", "high", "low_row", "high_row", "stitch", "params", "params_paper", "flops", "top1", "top5")
 """The fields of a path's row, in the order in which files hold them."""
 
 
+def visits(row: PathRow) -> list[tuple[int, int]]:
+    """The rows that a path visits, in order, each with its number of blocks there."""
+    parts = [re.fullmatch(r"r(\d+)\.(\d+)-(\d+)", part) for part in row["key"].split("+")]
+    if found := [(int(part[1]), int(part[3]) - int(part[2]) + 1) for part in parts if part]:
+        return found
+    both = ((row["low_row"], row["low"]), (row["high_row"], row["high"]))
+    return [(index, blocks) for index, blocks in both if index is not None]
+
+
 def kind_of(row: PathRow) -> Kind:
     """The rows that a path visits. Kinds sort from the narrowest row to the widest."""
-    return tuple(index for index in (row["low_row"], row["high_row"]) if index is not None)
+    return tuple(index for index, _ in visits(row))
 
 
 def kinds(rows: Iterable[PathRow]) -> list[Kind]:
@@ -27,8 +37,9 @@ def kinds(rows: Iterable[PathRow]) -> list[Kind]:
 def kind_label(kind: Kind, all_kinds: Sequence[Kind]) -> str:
     """A kind in words; rows are numbered only in pools of three or more."""
     visited = sorted({index for each in all_kinds for index in each})
-    if len(kind) == 2:
-        return "Stitched" if len(visited) <= 2 else f"Stitched, row {kind[0]} to {kind[1]}"
+    if len(kind) > 1:
+        only = len({each for each in all_kinds if len(each) > 1}) == 1
+        return "Stitched" if only else f"Stitched, row {' to '.join(map(str, kind))}"
     if len(visited) > 1 and kind[0] == visited[0]:
         return "Narrow row alone"
     if len(visited) > 1 and kind[0] == visited[-1]:

@@ -110,6 +110,12 @@ def _check_ancestry(config: RunConfig) -> None:
 
 
 def _check_rows(config: RunConfig) -> None:
+    model, kind = config.model, "stages" if config.model.stages else "widths"
+    of_pools = {"two_way": model.two_way, "stitch_rank": model.stitch_rank}
+    of_pools |= {f"rows.{index}.depth": row.depth for index, row in enumerate(model.rows)}
+    for name, value in of_pools.items():
+        if value and (model.stages or model.widths):
+            raise UserError(f"model.{name} is for pools of stitched rows, but model.{kind} is set: leave it out.")
     for index, row in enumerate(config.model.rows):
         key = f"model.rows.{index}"
         if row.source == "hub" and not row.model:
@@ -133,6 +139,11 @@ def _check_rows(config: RunConfig) -> None:
                 f"{key}.start is ancestry, but source {row.source} brings its own weights or none: set start to "
                 "random, or source to distil or labels."
             )
+        if config.model.two_way and config.pool.stitch_init.startswith("transformation"):
+            raise UserError(
+                f"pool.stitch_init is {config.pool.stitch_init}, but model.two_way also joins the wide row to the "
+                "narrow one, for which none is learned: choose --pool.stitch-init least_squares."
+            )
         is_narrow, init = index + 1 < len(config.model.rows), config.pool.stitch_init
         if is_narrow and init.startswith("transformation") and row.source != "distil":
             raise UserError(
@@ -151,7 +162,7 @@ def _check_teachers(config: RunConfig, space: Space) -> None:
         )
     if not finetune.lead_weight:
         return
-    lead = [path for path in space.paths if path.stitch is None][-1]
+    lead = [path for path in space.paths if path.is_row][-1]
     if finetune.paths_per_batch < 2:
         raise UserError(
             "finetune.lead_weight is above 0, but finetune.paths_per_batch is 1, so that no path takes the lead path's "
@@ -188,6 +199,8 @@ def _check_nested(config: RunConfig) -> None:
     """UserError where nested widths would not train, or another pool in turn."""
     finetune, widths = config.finetune, config.model.widths
     count, train = len(finetune.only or widths), finetune.train
+    if widths and finetune.bin_flops:
+        raise UserError("finetune.bin_flops is for random draws, but model.widths trains its models in turn: set it 0.")
     if not widths and finetune.policy == "in_turn":
         raise UserError("finetune.policy is in_turn, which is for model.widths: choose independent or balanced.")
     if not widths:

@@ -10,9 +10,16 @@ from torch.nn import Parameter
 from lgp_dist.engine.loop import TrainingPlan
 from lgp_dist.engine.optim import decays_matrix
 from lgp_dist.files import sha256
-from lgp_dist.models.ancestry import Ancestry, hub_weights, load_weights, timm_model
+from lgp_dist.models.ancestry import (
+    Ancestry,
+    adapted_weights,
+    hub_weights,
+    load_weights,
+    timm_model,
+    without_wrappers,
+)
 from lgp_dist.models.build import auxiliary_rows, model_input
-from lgp_dist.models.row_start import check_row, select_weights, take_tail
+from lgp_dist.models.row_start import check_row, plain_weights, select_weights, take_tail
 from lgp_dist.paths.cost import ancestry_flops, trained_rows_flops, work
 from lgp_dist.run.facts import DistilFacts, RowFacts
 from lgp_dist.run.tensors import load_tensors, save_tensors
@@ -67,10 +74,15 @@ def start(context: Context, number: int, vit: VisionTransformer, ancestry: Ances
         return facts
     weights, name, digest = Path(row.weights), row.weights, context.run.settings.get(f"{key}.weights")
     if row.source == "hub":
-        stock = timm_model(row.model, key, "plain", **model_input(config))
+        stock = timm_model(row.model, key, "row", **model_input(config))
         check_row(vit, stock, row.model, key)
         weights, name = hub_weights(stock, key), stock.pretrained_cfg["hf_hub_id"]
         digest = context.workers.once_per_node(lambda: sha256(weights))
-    settings = f"{key}.width, model.depth and data.num_classes"
-    load_weights(vit, load_tensors(weights), str(weights), f"row {number}", settings)
+    settings = f"{key}.width, {'model' if not row.depth else key}.depth and data.num_classes"
+    state = without_wrappers(load_tensors(weights), str(weights))
+    adapted = adapted_weights(vit, plain_weights(state), head=True)
+    changed = [name for name in adapted if name in state and adapted[name].shape != state[name].shape]
+    if changed:
+        log.info("distil: row %d: %s as timm adapts them to this input", number, ", ".join(changed))
+    load_weights(vit, adapted, str(weights), f"row {number}", settings)
     return {**facts, "weights": name, "weights_sha256": digest}

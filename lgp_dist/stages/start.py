@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.config.flat import STAGES, flatten, stage_settings
+from lgp_dist.config.flat import STAGES, depends_on, flatten, stage_settings
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.data.shards.manifest import ShardManifest
@@ -25,7 +25,7 @@ from lgp_dist.files import LOCK, check_unlocked, locked, write_json
 from lgp_dist.models.pretrained import check_images
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
-from lgp_dist.recipes import differences
+from lgp_dist.recipes import RECIPES
 from lgp_dist.run.artifacts import RunDirectory, fingerprint
 from lgp_dist.run.checks import check_classes, check_config
 from lgp_dist.run.log import end_log, open_log
@@ -220,3 +220,24 @@ def check_world(config: RunConfig, stages: tuple[str, ...], world: int, images: 
             check_batch(trains[stage], world, images, f"{stage}.train.")
     if "finetune" in stages:
         PathSampler.from_config(config, space_of(config)).check(world)
+
+
+def differences(config: RunConfig, stage: str = STAGES[-1]) -> list[str]:
+    """What differs from the configuration's recipe, as "key value (recipe value)"; nothing without a recipe.
+
+    stage: the last that runs; settings of later ones are marked.
+    """
+    now = flatten(config)
+    later = depends_on(now, STAGES[-1]).keys() - depends_on(now, stage).keys()
+    own = flatten(RECIPES[config.recipe]()) if config.recipe in RECIPES else now
+    keys = [key for key in {**own, **now} if own.get(key) != now.get(key) and key != "run_dir"]
+    return [
+        f"{key} {_shown(now.get(key))} (recipe {_shown(own.get(key))})"
+        + f": of a later stage, not read by {stage}" * (key in later)
+        for key in keys
+    ]
+
+
+def _shown(value: Any) -> str:
+    """A value as on the command line; "none" if it is empty."""
+    return (" ".join(map(str, value)) if isinstance(value, list) else str(value)) or "none"

@@ -6,6 +6,7 @@ from typing import Any
 
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
+from lgp_dist.paths.space import space_of
 from lgp_dist.recipes import RECIPES
 from lgp_dist.study.equal_cost import with_equal_cost
 from lgp_dist.study.settings import changed_values, with_values
@@ -277,4 +278,36 @@ POOLS = Question(
     "tiny",
 )
 
-QUESTIONS = {question.name: question for question in (STITCH_INIT, ROWS, POLICY, INSTANCES, ANCESTRY, SYSTEMS, POOLS)}
+ONE_WAY = {
+    "model.two_way": False,
+    "model.stitch_rank": 0,
+    "pool.stitch_init": "least_squares",
+    "finetune.bin_flops": 0.0,
+}
+TWO_WAY = {**ONE_WAY, "model.two_way": True}
+BINS = {"finetune.bin_flops": lambda config: round(path_gap(config) / 5)}
+
+
+def path_gap(config: RunConfig) -> float:
+    """FLOPs between two paths of neighbouring positions, on average."""
+    space = space_of(config)
+    narrow, *_, wide = (space.cost(path).flops for path in space.paths if path.is_row)
+    return (wide - narrow) / space.depths[0]
+
+
+DIRECTIONS = Question(
+    "directions",
+    "What do stitch layers in both directions give (SN-Net v2), at equal multiply-adds in training?",
+    (
+        Variant("narrow_to_wide", "from the narrow row to the wide one", ONE_WAY, equal_cost=True),
+        Variant("both", "also back", TWO_WAY, equal_cost=True),
+        Variant("both_bins", "both, drawn by bins of FLOPs", {**TWO_WAY, **BINS}, equal_cost=True),
+        Variant("both_rank", "both, low-rank updates", {**TWO_WAY, "model.stitch_rank": 8}, equal_cost=True),
+        Variant("snnet_v2", "all three", {**TWO_WAY, **BINS, "model.stitch_rank": 8}, equal_cost=True),
+    ),
+    "narrow_to_wide",
+)
+
+QUESTIONS = {
+    question.name: question for question in (STITCH_INIT, ROWS, POLICY, INSTANCES, ANCESTRY, SYSTEMS, POOLS, DIRECTIONS)
+}

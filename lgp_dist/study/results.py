@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from lgp_dist.report.compare import evaluated_stages
-from lgp_dist.report.rows import row_alone
+from lgp_dist.report.rows import pareto_front, row_alone
 from lgp_dist.run.artifacts import specialised_folder
 from lgp_dist.run.metrics import read_lines, read_metrics
 from lgp_dist.run.path_rows import PathRow, read_rows
@@ -33,6 +33,7 @@ MEASURES = {
     "mean": "all paths",
     "stitched": "stitched paths",
     "best": "best",
+    "front": "front",
     "r2": "R²",
     "step_ms": "step (ms)",
     "cost": "cost (T)",
@@ -40,9 +41,10 @@ MEASURES = {
 }
 """What is compared, in the order of the table.
 
-Accuracies are top-1 in percent: those at a step on `finetune.watch_images` images, all others on the whole validation
-split. Cost is training's, in 1e12 multiply-adds. CPU seconds are those of the trial's own processes that ended while
-the study ran: linked stages and killed processes are not included.
+Accuracies are top-1 in percent; the front's is its mean over FLOPs from the narrow row's to the wide row's. Those at a
+step are on `finetune.watch_images` images, all others on the whole validation split. Cost is training's, in 1e12
+multiply-adds. CPU seconds are those of the trial's own processes that ended while the study ran: linked stages and
+killed processes are not included.
 """
 PAIRED = [name for name in MEASURES if name not in ("narrow_before", "wide_before", "step_ms", "cost", "cpu_s")]
 """The measures in the table of differences; study.json has all."""
@@ -112,6 +114,7 @@ def measures(record: Record) -> dict[str, float]:
         "mean": fmean(row["top1"] for row in rows),
         "stitched": fmean(stitched) if (stitched := [r["top1"] for r in rows if r["stitch"] is not None]) else None,
         "best": max(row["top1"] for row in rows),
+        "front": front_mean(rows),
         "r2": fmean(record["r2"].values()) if record["r2"] else None,
         "step_ms": record["step_ms"],
         "cost": None if record["flops"] is None else record["flops"] / 1e12,
@@ -120,6 +123,22 @@ def measures(record: Record) -> dict[str, float]:
     for step in CURVE:
         found[f"mean_{step}"] = fmean(record["curve"][step].values()) if step in record["curve"] else None
     return {name: value for name in MEASURES if (value := found[name]) is not None}
+
+
+def front_mean(rows: Sequence[PathRow]) -> float | None:
+    """Top-1 of the best path within a budget, averaged over budgets from the narrow row's FLOPs to the wide row's.
+
+    None without two rows alone that differ.
+    """
+    ends = [row_alone(rows, wide=wide) for wide in (False, True)]
+    low, high = (None if row is None else row["flops"] for row in ends)
+    if low is None or high is None or low == high:
+        return None
+    front = pareto_front(row for row in rows if row["flops"] <= high)
+    costs = [max(low, row["flops"]) for row in front] + [high]
+    return sum(row["top1"] * (end - start) for row, start, end in zip(front, costs, costs[1:], strict=False)) / (
+        high - low
+    )
 
 
 def _top1(row: PathRow | None) -> float | None:

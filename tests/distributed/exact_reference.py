@@ -79,6 +79,7 @@ def build_optimizer(trial: Trial, pool: nn.Module) -> torch.optim.Optimizer:
     rate, groups = 0.1 if trial.optimizer == "sgd" else 1e-2, []
     for name, parameter in pool.named_parameters():
         matrix = parameter.ndim > 1 and "cls_token" not in name and "pos_embed" not in name
+        matrix = matrix and not (trial.stitch_rank and re.fullmatch(r"units\.stitch\d+\.layer\.weight", name))
         row = re.match(r"(?:stem\.rows\.|units\.row|head\.rows\.)(\d+)", name)
         factor = trial.row_lr[int(row[1])] if row and trial.row_lr else 1.0
         groups.append({"params": [parameter], "weight_decay": 0.1 if matrix else 0.0, "lr": rate * factor})

@@ -55,6 +55,9 @@ class Trial:
     rows: int = 2
     final_norm: bool = True
     stitch_sharing: StitchSharing = "window"
+    two_way: bool = False
+    """Rows of three and six blocks, stitched in both directions."""
+    stitch_rank: int = 0
     feature_weight: float = 0.0
     lead_weight: float = 0.0
     """Above 0: all micro-steps of a rank are one group on the same images, which the widest row leads."""
@@ -80,7 +83,8 @@ class Trial:
         words += [f"row rates {' '.join(map(str, self.row_lr))}"] * bool(self.row_lr)
         words += [f"loss scale {self.loss_scale:g}"] * (self.loss_scale != 2.0**16)
         words += [f"broken {self.broken}", f"audit {self.audit}"] * bool(self.broken)
-        words += ["a stitch layer for each path"] * (self.stitch_sharing == "path")
+        words += ["a stitch layer for each path"] * (self.stitch_sharing == "path") + ["two-way"] * self.two_way
+        words += [f"stitches of rank {self.stitch_rank}"] * bool(self.stitch_rank)
         words += [f"features {self.feature_weight}"] * bool(self.feature_weight)
         words += [f"lead path {self.lead_weight}"] * bool(self.lead_weight)
         words += [f"ema {self.ema}"] * bool(self.ema) + ["nested widths"] * self.nested
@@ -140,7 +144,10 @@ class Trial:
         )
 
     def build(self) -> tuple[LearngenePool, Ancestry, PathSampler]:
-        """A pool of rows of six blocks (18 paths with two rows), an ancestry and the schedule; the same everywhere."""
+        """A pool of rows of six blocks (18 paths with two rows), an ancestry and the schedule; the same everywhere.
+
+        A two-way pool has rows of three and six blocks and 8 paths.
+        """
         choose_attention("cpu", self.precision)
         torch.manual_seed(1)
         depth = 6 if self.rows == 2 else 3
@@ -149,8 +156,10 @@ class Trial:
             space = NestedSpace((8, 16, 24), 3, 8, **IMAGE)
             pool = NestedPool.empty(space, space.heads)
         else:
+            if self.two_way:
+                shape |= {"two_way": True, "row_depths": (3, 6)}
             space = PathSpace((8, 16, 24)[: self.rows], depth, **IMAGE, **shape)
-            pool = LearngenePool.empty(space, (1, 2, 3)[: self.rows])
+            pool = LearngenePool.empty(space, (1, 2, 3)[: self.rows], self.stitch_rank)
             pool.set_ops(self.ops)
         width = space.widths[-1] if self.feature_weight else 8
         vit = build_vit(image_size=14, patch_size=7, channels=1, num_classes=5, width=width, depth=1, heads=1)
@@ -187,7 +196,7 @@ def table(worlds: tuple[int, ...] = (2, 4)) -> list[Trial]:
 
 def extras() -> list[Trial]:
     """What the table leaves out: fp16, other rules for unused parameters, three rows or one, stitched paths without the
-    final norm, the options beyond the paper, nested widths, offload, union, compilation, a launch of one rank."""
+    final norm, the options beyond the paper, both directions, nested widths, offload, union, compilation, one rank."""
     trials = []
     for engine in ENGINES:
         base = Trial(engine, 2, accumulate=2, clip=0.5)
@@ -205,6 +214,8 @@ def extras() -> list[Trial]:
             replace(base, lead_weight=1.0, feature_weight=0.5, rows=3, accumulate=3),
             replace(base, lead_weight=1.0, nested=True, accumulate=3, checkpointed=engine == "zero3"),
             Trial(engine, 4, accumulate=2, lead_weight=1.0, feature_weight=0.5, rows=3, stitch_sharing="path", ema=0.8),
+            replace(base, two_way=True, stitch_rank=2, steps=6),
+            Trial(engine, 4, two_way=True, stitch_rank=2, feature_weight=0.5, checkpointed=True),
         ]
         if engine in ("zero1", "zero2"):
             trials += [replace(base, reduction="union", unused=unused) for unused in ("skip", "zero")]

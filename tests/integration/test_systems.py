@@ -10,6 +10,7 @@ import timm
 import torch
 from run_helpers import PLAIN, SMALL, Lgp, has, refused
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 from lgp_dist.config.flat import STAGES
 from lgp_dist.errors import UserError
@@ -17,7 +18,7 @@ from lgp_dist.models.descendant import load_descendant
 from lgp_dist.models.row_start import take_tail
 from lgp_dist.models.vit import build_vit
 from lgp_dist.paths.stitched import PathSpace
-from lgp_dist.recipes import tiny
+from lgp_dist.recipes import snnet_v2_tiny, tiny
 from lgp_dist.run.metrics import read_lines, read_metrics
 
 pytestmark = pytest.mark.slow  # runs of whole stages
@@ -44,6 +45,7 @@ POOL = [path.key for path in PathSpace.from_config(tiny()).paths]
 SYSTEMS = {
     "tiny": POOL,
     "snnet_tiny": POOL,
+    "snnet_v2_tiny": [path.key for path in PathSpace.from_config(snnet_v2_tiny()).paths],
     "vanilla_tiny": ["r0.0-5"],
     "scratch_tiny": ["r0.0-3+r1.4-5"],
     "sws_tiny": ["d3", "d4", "d5", "d6"],
@@ -141,6 +143,20 @@ def test_an_anchor_from_the_hub_is_the_hubs(lgp: Lgp, place: Path, hub: Path) ->
     assert row["weights"] == HUB and re.fullmatch("[0-9a-f]{64}", row["weights_sha256"])
 
 
+def test_an_anchor_for_other_images_is_adapted_as_timm_does(lgp: Lgp, place: Path, hub: Path) -> None:
+    """Another size of images and of patches: positions and patch embedding are resampled, and the log says so."""
+    other = ("--data.image-size=48", "--model.patch-size=12", "--model.rows.0.model=test_vit.r160_in1k")
+    done = lgp("distil", *ANCHOR, *SMALL, *other)
+    assert done.status == 0, done.err
+    has(done.err, "row 0: ", "patch_embed.proj.weight", "pos_embed", "as timm adapts them")
+    theirs = timm.create_model("test_vit", img_size=48, patch_size=12)
+    state = checkpoint_filter_fn(load_file(hub), theirs)
+    rows = load_file("run/distil/rows.safetensors")
+    for name, value in state.items():
+        assert torch.equal(rows[f"rows.0.vit.{name}"], value), name
+    assert state["pos_embed"].shape == (1, 17, 64) and state["patch_embed.proj.weight"].shape[-1] == 12
+
+
 @pytest.mark.parametrize(
     ("overrides", "pieces"),
     [
@@ -151,7 +167,6 @@ def test_an_anchor_from_the_hub_is_the_hubs(lgp: Lgp, place: Path, hub: Path) ->
             ["timm's weights of test_vit (model.rows.0) expect data.std", "set --data.std 0.5 0.5 0.5"],
         ),
         (("--data.num-classes=10",), ["does not fit the recipe's row 0", "head.bias", "data.num_classes"]),
-        (("--model.rows.0.model=test_vit.r160_in1k", "--data.image-size=48"), ["row 0", "pos_embed"]),
     ],
 )
 def test_anchors_of_another_shape_are_refused(

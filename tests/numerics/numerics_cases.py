@@ -22,16 +22,18 @@ THREE = PathSpace((16, 32, 48), 3, image_size=28, patch_size=7, channels=1, num_
 ONE = PathSpace((16,), 3, image_size=28, patch_size=7, channels=1, num_classes=10)
 BARE = replace(THREE, final_norm=False)
 OWN = replace(THREE, stitch_sharing="path")
-HEADS = {TWO: (2, 4), THREE: (1, 2, 4), ONE: (2,), BARE: (1, 2, 4), OWN: (1, 2, 4)}
+UNEQUAL = replace(TWO, depth=2, row_depths=(2, 6))
+BOTH_WAYS = replace(TWO, depth=3, row_depths=(3, 6), two_way=True)
+HEADS = {**dict.fromkeys((THREE, BARE, OWN), (1, 2, 4)), **dict.fromkeys((TWO, UNEQUAL, BOTH_WAYS), (2, 4)), ONE: (2,)}
 """Heads are no fixed share of the width, so that a wrong number of heads changes the logits."""
-SPACES = [TWO, THREE, ONE, BARE, OWN]
+SPACES = [TWO, THREE, ONE, BARE, OWN, UNEQUAL, BOTH_WAYS]
 EVERY_PATH = [(space, path) for space in SPACES for path in space.paths]
 
 
 def path_id(value: object) -> str | None:
     """Names test cases after rows and path."""
     if isinstance(value, PathSpace):
-        return f"{len(value.widths)}rows{'' if value.final_norm else '-bare'}"
+        return f"{len(value.widths)}rows{'' if value.final_norm else '-bare'}{'-both-ways' if value.two_way else ''}"
     return value.key if isinstance(value, Path) else None
 
 
@@ -53,7 +55,7 @@ def stock_vit(width: int, depth: int, heads: int, drop_path: float = 0.0) -> Vis
 
 def stock_rows(space: PathSpace) -> list[VisionTransformer]:
     """A stock ViT for every row of a space."""
-    return [stock_vit(width, space.depth, heads) for width, heads in zip(space.widths, HEADS[space], strict=True)]
+    return [stock_vit(*shape) for shape in zip(space.widths, space.depths, HEADS[space], strict=True)]
 
 
 @torch.no_grad()

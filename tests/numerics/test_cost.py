@@ -21,7 +21,7 @@ def test_cost_of_a_path_is_that_of_its_descendant(space: PathSpace, path: Path) 
     pool = LearngenePool(space, stock_rows(space))
     model, cost = descendant_from_path(pool, HEADS[space], path), space.cost(path)
     assert cost.params == count(model)
-    assert cost.params_paper == count(model, without=() if path.stitch is None else EMBEDDINGS)
+    assert cost.params_paper == count(model, without=() if path.is_row else EMBEDDINGS)
     assert cost.flops == counted_flops(model, images(1))
 
 

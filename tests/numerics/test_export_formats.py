@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from numerics_cases import EVERY_PATH, HEADS, THREE, TWO, path_id, shake
+from numerics_cases import BOTH_WAYS, EVERY_PATH, HEADS, THREE, TWO, path_id, shake
 from run_helpers import LIMIT_S
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -189,7 +189,9 @@ def test_transformers_loads_a_row(tmp_path: File, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("space", "key"), [(TWO, "r1.0-3"), (TWO, "r0.0-1+r1.2-3"), (THREE, "r1.0-1+r2.1-2")], ids=path_id
+    ("space", "key"),
+    [(TWO, "r1.0-3"), (TWO, "r0.0-1+r1.2-3"), (THREE, "r1.0-1+r2.1-2"), (BOTH_WAYS, "r1.0-1+r0.1-1+r1.4-5")],
+    ids=path_id,
 )
 def test_folder_of_all_formats(space: PathSpace, key: str, tmp_path: File) -> None:
     """ONNX and torch.export take any batch; what verify.json says of the largest differences is so."""
@@ -229,7 +231,7 @@ def test_folder_of_all_formats(space: PathSpace, key: str, tmp_path: File) -> No
     assert (tmp_path / "model.int8.onnx").stat().st_size < (tmp_path / "model.onnx").stat().st_size
     card = (tmp_path / "README.md").read_text()
     assert all(text in card for text in (f"`{key}`", "0123abcd", "onnxruntime", "torch.export.load", "local-dir:"))
-    assert ("lgp_dist.timm_models" in card) == (path.stitch is not None) == ("transformers" not in card)
+    assert ("lgp_dist.timm_models" in card) == (not path.is_row) == ("transformers" not in card)
 
 
 def test_an_export_that_differs_leaves_nothing(tmp_path: File) -> None:

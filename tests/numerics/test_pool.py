@@ -37,29 +37,28 @@ def build(space: PathSpace) -> tuple[LearngenePool, list[VisionTransformer]]:
 
 def recompute(pool: LearngenePool, rows: list[VisionTransformer], path: Path, batch: Tensor) -> Tensor:
     """Logits of a stitched path from timm's modules and the stitch's weight, written out."""
-    low, high = path.segments
-    first, last = rows[low.row], rows[high.row]
+    first, last = rows[path.first_row], rows[path.last_row]
     tokens = first.patch_embed(batch)
     tokens = torch.cat([first.cls_token.expand(len(batch), -1, -1), tokens], dim=1) + first.pos_embed
-    for index in range(low.stop):
-        tokens = first.blocks[index](tokens)
-    stitch = pool.stitch(path.stitch)
-    tokens = F.linear(tokens, stitch.weight, stitch.bias)
-    for index in range(high.start, len(last.blocks)):
-        tokens = last.blocks[index](tokens)
+    for number, part in enumerate(path.segments):
+        if number:
+            stitch = pool.stitch(path.stitches[number - 1])
+            tokens = F.linear(tokens, stitch.weight, stitch.bias)
+        for index in range(part.start, part.stop):
+            tokens = rows[part.row].blocks[index](tokens)
     return last.head((last.norm(tokens) if pool.space.final_norm else tokens)[:, 0])
 
 
 def own_prefixes(path: Path) -> tuple[str, ...]:
     """Where a path's parameters live in the pool."""
     blocks = [f"units.row{part.row}_block{i}." for part in path.segments for i in range(part.start, part.stop)]
-    stitch = [] if path.stitch is None else [f"units.stitch{path.stitch}."]
-    return (f"stem.rows.{path.segments[0].row}.", *blocks, *stitch, f"head.rows.{path.segments[-1].row}.")
+    stitches = [f"units.stitch{index}." for index in path.stitches]
+    return (f"stem.rows.{path.segments[0].row}.", *blocks, *stitches, f"head.rows.{path.segments[-1].row}.")
 
 
 def idle_norm(space: PathSpace, path: Path) -> tuple[str, ...]:
     """Where the norm is that a path has and does not apply."""
-    return () if space.final_norm or path.stitch is None else (f"head.rows.{path.segments[-1].row}.norm.",)
+    return () if space.final_norm or path.is_row else (f"head.rows.{path.segments[-1].row}.norm.",)
 
 
 @pytest.mark.parametrize(("space", "path"), EVERY_PATH, ids=path_id)
@@ -90,7 +89,7 @@ def test_row_alone_is_a_stock_vit(space: PathSpace, row: int) -> None:
     """A row gives its timm model's logits bit for bit, and its state loads strictly into a fresh one."""
     pool, rows = build(space)
     batch, path = images(3), space.paths[row]
-    assert (path.first_row, path.last_row, path.stitch) == (row, row, None)
+    assert (path.first_row, path.last_row, path.stitches) == (row, row, ())
     fresh = stock_rows(space)[row]
     fresh.load_state_dict(pool.row_state(row), strict=True)
     with torch.no_grad():

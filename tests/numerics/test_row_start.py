@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from numerics_cases import array, images, stock_vit
+from numerics_cases import array, images, shake, stock_vit
+from timm.models.vision_transformer import VisionTransformer
 
 from lgp_dist.errors import UserError
-from lgp_dist.models.row_start import select_weights
+from lgp_dist.models.row_start import plain_weights, select_weights, take_tail
 
 
 def test_a_row_of_the_ancestrys_width_takes_every_second_block() -> None:
@@ -37,6 +38,46 @@ def test_a_narrower_row_takes_evenly_spaced_channels() -> None:
     assert np.array_equal(array(block.mlp.fc2.weight), array(source.mlp.fc2.weight)[np.ix_(channels, hidden)])
     assert np.array_equal(array(row.pos_embed), array(ancestry.pos_embed)[..., channels])
     assert np.array_equal(array(row.head.weight), array(ancestry.head.weight)[:, channels])
+
+
+def deit3(width: int, depth: int, heads: int) -> VisionTransformer:
+    """A ViT as DeiT-3 has it, with layer scale and no position of the class token; no parameter at a special value."""
+    vit = VisionTransformer(
+        img_size=28,
+        patch_size=7,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        init_values=0.5,
+        no_embed_class=True,
+    )
+    shake(vit)
+    return vit.eval()
+
+
+def test_layer_scale_and_a_missing_position_become_plain_weights() -> None:
+    """timm's model and a plain ViT with its weights are one function; the plain ViT's own weights stay as they are."""
+    scaled, plain, batch = deit3(32, 3, 4), stock_vit(32, 3, 4), images(3)
+    assert not torch.allclose(plain(batch), scaled(batch), atol=1e-2)
+    own = plain_weights(plain.state_dict())
+    assert all(torch.equal(own[name], value) for name, value in plain.state_dict().items())
+    plain.load_state_dict(plain_weights(scaled.state_dict()), strict=True)
+    assert torch.allclose(plain(batch), scaled(batch), atol=1e-5)
+
+
+def test_rows_start_from_an_ancestry_with_layer_scale() -> None:
+    """As from a plain ViT of the same function: all of its blocks, or its last three."""
+    ancestry, batch = deit3(32, 6, 4), images(2)
+    row = stock_vit(32, 6, 4)
+    select_weights(row, ancestry, "model.rows.1")
+    assert torch.allclose(row(batch), ancestry(batch), atol=1e-5)
+    tail = stock_vit(32, 3, 4)
+    take_tail(tail, ancestry, "model.rows.1")
+    tokens = torch.randn(2, 17, 32)
+    for mine, theirs in zip(tail.blocks, ancestry.blocks[3:], strict=True):
+        assert torch.allclose(mine(tokens), theirs(tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(48, 6, 4), (32, 13, 4), (32, 6, 2)])

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numerics_cases import Array, array, capture, images, shake, stock_vit
+from numerics_cases import HEADS, TWO, Array, array, capture, images, shake, stock_vit
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from lgp_dist.config.run_config import DistilConfig, PoolConfig, RowConfig
+from lgp_dist.config.run_config import DistilConfig, PoolConfig, RowConfig, TrainConfig
+from lgp_dist.engine.optim import build_optimizer, decays_matrix
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryViT, build_rows
@@ -65,6 +66,32 @@ def test_transformation_applies_the_inverse_map(depth: int) -> None:
         inverse = rows[0].bank.inverse[level]
         expected = array(tokens) @ array(inverse.weight).T + array(inverse.bias)
         np.testing.assert_allclose(stitched(starts[index], tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_low_rank_update_leaves_the_weight_and_starts_at_nothing() -> None:
+    """tokens times (W + B A / r): the plain layer before training; AdamW with decay then moves A, B and bias alone."""
+    layer = StitchLayer(16, 32, rank=4)
+    layer.start_from((torch.randn(16, 32), torch.randn(32)))
+    tokens, start = torch.randn(2, 5, 16), array(layer.weight)
+    np.testing.assert_allclose(array(layer(tokens)), array(tokens) @ start.T + array(layer.bias), rtol=1e-4, atol=1e-5)
+    pool = LearngenePool.empty(PathSpace((16, 32), 3, two_way=True), (2, 2), stitch_rank=4)
+    fixed = pool.fixed_weights
+    assert fixed == {f"units.stitch{index}.layer.weight" for index in range(4)}
+    pool.units["stitch1"].layer = layer
+    optimizer = build_optimizer(
+        pool, TrainConfig(lr=0.01), lambda name, weight: decays_matrix(name, weight) and name not in fixed
+    )
+    for _ in range(3):
+        layer(tokens).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert np.array_equal(array(layer.weight), start) and layer.up.abs().max() > 0
+    whole = start + array(layer.up) @ array(layer.down) / 4
+    np.testing.assert_allclose(array(layer(tokens)), array(tokens) @ whole.T + array(layer.bias), rtol=1e-4, atol=1e-5)
+    merged = StitchLayer(16, 32)
+    merged.load_state_dict(layer.merged(), strict=True)
+    assert torch.equal(merged(tokens), layer(tokens))
+    assert LearngenePool.empty(TWO, HEADS[TWO]).fixed_weights == frozenset()
 
 
 def test_transformation_paper_is_the_mean_of_w_transposed() -> None:
@@ -187,7 +214,7 @@ def test_start_reaches_the_pool() -> None:
     tokens = torch.randn(2, 17, 16)
     for path in space.paths:
         out = pool.units["stitch1"](tokens, path)
-        if path.stitch == 1:
+        if path.stitches == (1,):
             np.testing.assert_allclose(array(out), array(tokens) @ array(matrix) + array(bias), rtol=1e-4, atol=1e-4)
         else:
             assert out is tokens

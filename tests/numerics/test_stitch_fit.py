@@ -20,12 +20,11 @@ def test_r2_is_that_of_numpy(space: PathSpace) -> None:
     for index in range(len(space.stitch_widths)):
         shake(pool.stitch(index))
     found = stitch_fits(pool, batch.split(4))
-    assert found.keys() == {path.key for path in space.paths if path.stitch is not None}
-    for path in space.paths:
-        if path.stitch is None:
-            continue
+    once = [path for path in space.paths if len(path.stitches) == 1]
+    assert found.keys() == {path.key for path in once}
+    for path in once:
         low, high = path.segments
-        layer = pool.stitch(path.stitch)
+        layer = pool.stitch(path.stitches[0])
         given = seen[low.row].blocks[low.stop - 1] @ array(layer.weight).T + array(layer.bias)
         wanted = seen[high.row].inputs[high.start]
         spread = ((wanted - wanted.mean((0, 1))) ** 2).sum()
@@ -38,7 +37,7 @@ def test_a_stitch_that_gives_the_mean_alone_has_zero() -> None:
     stock, batch = stock_rows(space), images(6)
     wide = capture(stock[1], batch)
     pool = LearngenePool(space, stock).eval()
-    path = next(path for path in space.paths if path.stitch == 1)
+    path = next(path for path in space.paths if path.stitches == (1,))
     mean = wide.inputs[path.segments[1].start].mean((0, 1))
     pool.stitch(1).start_from((torch.zeros(space.stitch_widths[1]), torch.tensor(mean)))
     assert np.isclose(stitch_fits(pool, [batch])[path.key], 0.0, atol=1e-6)

@@ -11,7 +11,6 @@ from lgp_dist.config.flat import STAGES, changed_keys, depends_on, flatten, stag
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.recipes import (
     RECIPES,
-    differences,
     pool12,
     pool18,
     snnet_deit,
@@ -22,6 +21,7 @@ from lgp_dist.recipes import (
     tiny,
     tiny_paper,
 )
+from lgp_dist.stages.start import differences
 
 RUNTIME_ONLY = {
     "cache",

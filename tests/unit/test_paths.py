@@ -1,16 +1,20 @@
 """The path rule, its keys and its costs, against an enumeration of windows and the published tables."""
 
+import csv
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path as File
+from typing import Any
 
 import pytest
 
 from lgp_dist.errors import UserError
 from lgp_dist.paths.path import Path, Segment
 from lgp_dist.paths.stitched import PathSpace
-from lgp_dist.recipes import pool12, pool18, tiny
+from lgp_dist.paths.stratified import flops_bins
+from lgp_dist.recipes import pool12, pool18, snnet_v2_b_l, snnet_v2_s_l, tiny
 
 POOL12, POOL18 = PathSpace((192, 768), 6), PathSpace((192, 768), 9)
 SNNET = PathSpace((192, 384, 768), 12)
@@ -86,22 +90,22 @@ def test_paths_are_those_of_the_windows(widths: tuple[int, ...], depth: int) -> 
     space = PathSpace(widths, depth)
     alone, stitched = space.paths[: len(widths)], space.paths[len(widths) :]
     assert [path.segments for path in alone] == [(Segment(row, 0, depth),) for row in range(len(widths))]
-    assert all(path.stitch is None for path in alone)
+    assert all(path.is_row for path in alone)
     expected = {
         (Segment(row, 0, j + 1), Segment(row + 1, k, depth)): row * (depth - 1) + window
         for row in range(len(widths) - 1)
         for (j, k), window in first_windows(depth).items()
     }
-    assert {path.segments: path.stitch for path in stitched} == expected
+    assert {path.segments: path.stitches for path in stitched} == {ends: (i,) for ends, i in expected.items()}
     assert len(stitched) == len(expected) == (len(widths) - 1) * (3 * depth - 2)
-    assert [path.stitch for path in stitched] == sorted(path.stitch for path in stitched)
+    assert [path.stitches for path in stitched] == sorted(path.stitches for path in stitched)
     assert set(expected.values()) == set(range(len(space.stitch_widths)))
 
 
 @pytest.mark.parametrize(("widths", "depth"), SHAPES[1:])
 def test_stitched_paths_have_about_as_many_blocks_as_a_row(widths: tuple[int, ...], depth: int) -> None:
     """Low and high blocks add up to L, L + 1 or L + 2, every sum that a window allows occurs, and neither is empty."""
-    stitched = [path for path in PathSpace(widths, depth).paths if path.stitch is not None]
+    stitched = [path for path in PathSpace(widths, depth).paths if not path.is_row]
     assert {sum(blocks_of(path)) for path in stitched} == {depth, depth + 1, depth + 2}
     assert {count for path in stitched for count in blocks_of(path)} == set(range(1, depth + 1))
 
@@ -117,14 +121,100 @@ def test_published_pools(space: PathSpace, paths: int, stitches: int, stored: fl
     assert millions(space.stored_params) == stored
 
 
+def published_v2() -> list[tuple[int, int]]:
+    """SN-Net v2's number and FLOPs of every path, from its authors' results of DeiT-3 S and L."""
+    with (FIXTURES / "snnet_v2_s_l.csv").open() as file:
+        return [(int(line["cfg_id"]), int(line["flops"])) for line in csv.DictReader(file)]
+
+
+def test_published_paths_in_both_directions() -> None:
+    """SN-Net v2's 134 paths of DeiT-3 S and L in its order and under its numbers, each with its published FLOPs."""
+    space = PathSpace.from_config(snnet_v2_s_l())
+    found = [(row["cfg_id"], row["flops"]) for row in map(space.describe, space.paths)]
+    assert found == published_v2() and len(found) == 134
+    assert len(PathSpace.from_config(snnet_v2_b_l()).paths) == 134
+    assert len({path.key for path in space.paths}) == 134
+    visits = [tuple(part.row for part in path.segments) for path in space.paths]
+    counts = {(0,): 1, (1,): 1, (0, 1): 11, (1, 0): 11, (1, 0, 1): 55, (0, 1, 0): 55}
+    assert Counter(visits) == counts
+    bins = flops_bins([flops for _, flops in found], 1e9)
+    assert len(bins) == 13 and bins[0] == [0] and bins[-1] == [1]
+    assert sorted(index for each in bins for index in each) == list(range(134))
+
+
+@pytest.mark.parametrize("depths", [(3, 3), (2, 6), (4, 8)])
+def test_two_way_paths_keep_their_position(depths: tuple[int, int]) -> None:
+    """Whatever a path does, it runs the share of the narrow row's blocks and of the wide row's that is left, and one
+    stitch layer of its own position and direction stands between two segments."""
+    space = PathSpace((32, 96), depths[0], row_depths=depths, two_way=True)
+    group, layers = depths[1] // depths[0], depths[0] - 1
+    assert space.stitch_widths == ((32, 96),) * layers + ((96, 32),) * layers
+    for path in space.paths:
+        place = 0
+        for number, part in enumerate(path.segments):
+            size = group if part.row else 1
+            assert part.start == place * size and part.stop % size == 0 and part.stop > part.start
+            if number:
+                assert path.stitches[number - 1] == (place - 1 if part.row else layers + place - 1)
+            place = part.stop // size
+        assert place == depths[0] and len(path.stitches) == len(path.segments) - 1
+    used = {index for path in space.paths for index in path.stitches}
+    assert used == set(range(2 * layers))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        *(POOL12, SNNET, PathSpace((32, 96), 2, row_depths=(2, 6)), PathSpace((32, 64, 96), 3, stitch_sharing="path")),
+        *(PathSpace((32, 96), 3, two_way=True), PathSpace((32, 96), 3, row_depths=(3, 6), two_way=True)),
+    ],
+)
+def test_one_order_holds_every_path(space: PathSpace) -> None:
+    """Every block and stitch layer once, and each path's own in the order in which it runs them."""
+    blocks = {(row, block) for row, depth in enumerate(space.depths) for block in range(depth)}
+    assert len(space.unit_order) == len(set(space.unit_order))
+    assert set(space.unit_order) == blocks | set(range(len(space.stitch_widths)))
+    for path in space.paths:
+        own: list[tuple[int, int] | int] = []
+        for number, part in enumerate(path.segments):
+            own += [path.stitches[number - 1]] if number else []
+            own += [(part.row, block) for block in range(part.start, part.stop)]
+        places = [space.unit_order.index(unit) for unit in own]
+        assert places == sorted(places)
+
+
+def test_a_deeper_row_is_entered_in_proportion() -> None:
+    """Rows of 2 and 6 blocks: every second window pair, scaled by three."""
+    space = PathSpace((32, 96), 2, row_depths=(2, 6))
+    assert [path.key for path in space.paths] == [
+        *("r0.0-1", "r1.0-5"),
+        *("r0.0-0+r1.0-5", "r0.0-0+r1.3-5", "r0.0-1+r1.0-5", "r0.0-1+r1.3-5"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "pieces"),
+    [
+        ({"row_depths": (4, 6)}, ["model.rows.1 has 6 blocks", "before 4", "multiple"]),
+        ({"widths": (1, 2, 3), "two_way": True}, ["model.two_way", "3 rows"]),
+        ({"two_way": True, "stitch_sharing": "path"}, ["model.two_way", "stitch_sharing is path"]),
+    ],
+)
+def test_pools_that_cannot_be_stitched_are_refused(shape: dict[str, Any], pieces: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        PathSpace(**{"widths": (32, 96), "depth": 4, **shape})
+    assert all(piece in str(caught.value) for piece in pieces)
+
+
 def test_a_stitch_layer_for_each_path() -> None:
     """The same paths in the same order; 3L - 2 layers for each pair of rows, none crossed by two paths."""
     shared = PathSpace((192, 384, 768), 6)
     own = replace(shared, stitch_sharing="path")
     assert [path.key for path in own.paths] == [path.key for path in shared.paths]
-    stitches = [path.stitch for path in own.paths if path.stitch is not None]
-    assert stitches == list(range(2 * 16)) and len(own.stitch_widths) == 32
-    assert all(own.stitch_widths[p.stitch] == (own.widths[p.first_row], own.widths[p.last_row]) for p in own.paths[3:])
+    stitches = [path.stitches for path in own.paths if not path.is_row]
+    assert stitches == [(index,) for index in range(2 * 16)] and len(own.stitch_widths) == 32
+    ends = [(own.widths[path.first_row], own.widths[path.last_row]) for path in own.paths[3:]]
+    assert [own.stitch_widths[path.stitches[0]] for path in own.paths[3:]] == ends
     assert own.stored_params - shared.stored_params == 11 * (193 * 384 + 385 * 768)
     assert [own.cost(path) for path in own.paths] == [shared.cost(path) for path in shared.paths]
 
@@ -176,7 +266,7 @@ def test_every_path_of_sn_net_has_the_counts_of_its_released_results() -> None:
         rows = [space.describe(path) for path in space.paths]
         found = [{"cfg_id": row["cfg_id"], "flops": row["flops"], "params": row["params_paper"]} for row in rows]
         same = [ours == theirs for ours, theirs in zip(found, released, strict=True)]
-        assert same == [path.stitch is None or space is without for path in space.paths]
+        assert same == [path.is_row or space is without for path in space.paths]
     assert millions(without.stored_params) == 118.40
 
 
@@ -186,12 +276,12 @@ def test_cost_is_the_sum_of_its_parts(widths: tuple[int, ...], depth: int) -> No
     space = PathSpace(widths, depth)
     for path in space.paths:
         cost = space.cost(path)
-        embeddings = (1 + 197) * widths[path.first_row] if path.stitch is not None else 0
+        embeddings = (1 + 197) * widths[path.first_row] if not path.is_row else 0
         assert cost.params - cost.params_paper == embeddings
-        if path.stitch is None or blocks_of(path)[0] == depth:
+        if path.is_row or blocks_of(path)[0] == depth:
             continue
         low, high = path.segments
-        longer = Path((Segment(low.row, 0, low.stop + 1), high), path.stitch)
+        longer = Path((Segment(low.row, 0, low.stop + 1), high), path.stitches)
         width = widths[low.row]
         assert space.cost(longer).params - cost.params == 12 * width**2 + 13 * width
         assert space.cost(longer).flops - cost.flops == 197 * (12 * width**2 + 2 * 197 * width + 10 * width)
@@ -212,8 +302,8 @@ def test_keys_are_unique_and_lead_back(widths: tuple[int, ...], depth: int) -> N
 
 def test_keys_as_documented() -> None:
     """The two examples of the class's text."""
-    assert Path((Segment(0, 0, 4), Segment(1, 4, 6)), 3).key == "r0.0-3+r1.4-5"
-    assert POOL12.by_key("r0.0-3+r1.4-5") == Path((Segment(0, 0, 4), Segment(1, 4, 6)), 3)
+    assert Path((Segment(0, 0, 4), Segment(1, 4, 6)), (3,)).key == "r0.0-3+r1.4-5"
+    assert POOL12.by_key("r0.0-3+r1.4-5") == Path((Segment(0, 0, 4), Segment(1, 4, 6)), (3,))
     assert POOL12.by_key("r0.0-5") == POOL12.paths[0]
 
 

@@ -44,7 +44,7 @@ def make(policy: str, accumulate: int = 1, pool: str = "pool12", seed: int = 0, 
 
 def rows_first(weight: int | Fraction) -> tuple[int | Fraction, ...]:
     """Weights of POOL12's paths in which rows alone have another."""
-    return tuple(weight if path.stitch is None else 1 for path in POOL12.paths)
+    return tuple(weight if path.is_row else 1 for path in POOL12.paths)
 
 
 def chi_square_fits(counts: Counter, shares: dict[Path, float]) -> bool:
@@ -189,7 +189,7 @@ def test_long_run_shares(policy: str, accumulate: int, setting: str) -> None:
     sampler.check(world)
     slots = accumulate * (1 if policy == "shared" else world)
     row = {"weights": 2.5 / 21, "sandwich": max(1 / slots, 1 / 18)}.get(setting, 1 / 18)
-    shares = {path: row if path.stitch is None else (1 - 2 * row) / 16 for path in sampler.paths}
+    shares = {path: row if path.is_row else (1 - 2 * row) / 16 for path in sampler.paths}
     assert sampler.shares(world) == pytest.approx(shares)
     plans = [sampler.plan(step, world) for step in range(steps)]
     for micro in range(accumulate):
@@ -207,7 +207,7 @@ def test_paths_of_all_lengths_appear(policy: str, pool: str) -> None:
     space, sampler = SPACES[pool], make(policy, 2, pool)
     steps = range(40 if pool != "three" else 120)
     drawn = {path for step in steps for row in sampler.plan(step, 4) for path in row}
-    stitched = {sum(part.stop - part.start for part in path.segments) for path in drawn if path.stitch is not None}
+    stitched = {sum(part.stop - part.start for part in path.segments) for path in drawn if not path.is_row}
     assert stitched == {space.depth, space.depth + 1, space.depth + 2}
     more = range(120 if policy != "shared" else 400)
     assert drawn | {path for step in more for row in sampler.plan(step, 16) for path in row} == set(space.paths)
@@ -299,7 +299,7 @@ def test_sandwich_has_both_rows_in_every_step(policy: str, pool: str, world: int
             sampler.check(world)
         return
     sampler.check(world)
-    rows = {path for path in sampler.paths if path.stitch is None}
+    rows = {path for path in sampler.paths if path.is_row}
     for step in range(60):
         assert rows <= {path for row in sampler.plan(step, world) for path in row}
     if policy == "balanced" and world > 1:
@@ -352,7 +352,7 @@ def test_the_widest_row_leads_every_group(policy: str, sandwich: bool) -> None:
     """On every rank the first of three micro-steps is the widest row; no other is; the others come as shares say."""
     sampler, world, steps = make(policy, 6, sandwich=sandwich, lead_every=3), 4, 1500
     sampler.check(world)
-    lead = max((path for path in sampler.paths if path.stitch is None), key=lambda path: path.last_row)
+    lead = max((path for path in sampler.paths if path.is_row), key=lambda path: path.last_row)
     counts: Counter = Counter()
     for step in range(steps):
         for micro, drawn in enumerate(sampler.plan(step, world)):
@@ -368,7 +368,7 @@ def test_the_widest_row_leads_every_group(policy: str, sandwich: bool) -> None:
         expected = share * counts.total() * 2 / 3
         assert abs(counts[path] - expected) < 6 * (expected * sampler.tied_slots(world)) ** 0.5
     if sandwich:
-        rows = {path for path in sampler.paths if path.stitch is None}
+        rows = {path for path in sampler.paths if path.is_row}
         plans = [sampler.plan(step, world) for step in range(200)]
         assert all(rows <= {path for drawn in plan for path in drawn} for plan in plans)
 
@@ -394,7 +394,7 @@ def test_row_weight_is_exact(weight: float) -> None:
     shares = from_config(with_finetune(pool12(), row_weight=weight)).shares(4)
     stitched = 1 / (16 + 2 * weight)
     for path, share in shares.items():
-        assert share == pytest.approx(stitched * (weight if path.stitch is None else 1), rel=1e-12)
+        assert share == pytest.approx(stitched * (weight if path.is_row else 1), rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_pairs_keep_every_share(name: str, weights: str) -> None:
     space, costs = SPACES[name], COSTS[name]
     chosen = {
         "equal": [1] * len(costs),
-        "rows": [5 if path.stitch is None else 2 for path in space.paths],
+        "rows": [5 if path.is_row else 2 for path in space.paths],
         "uneven": [1 + (7 * index) % 11 for index in range(len(costs))],
     }[weights]
     made, held = balanced_pairs(chosen, costs), Counter()
