@@ -141,7 +141,7 @@ def timm_model(
     if needs in ("row", "plain") and not (is_plain(model) and model.patch_embed.patch_size == (patch_size, patch_size)):
         raise UserError(
             f"{key}.model {name} is not a plain ViT with one class token and patch size {patch_size}, whose weights "
-            f"rows could take: choose one, set model.patch_size{_or_learn(key)}."
+            f"rows could take: choose one{_or_learn(key)}."
         )
     if needs == "tokens" and not has_token_blocks(model):
         raise UserError(
@@ -158,7 +158,7 @@ def timm_model(
 
 
 def _or_learn(key: str) -> str:
-    return ", or set start of all rows to random" if key == "ancestry" else ", or another source"
+    return ", set model.patch_size, or start of all rows to random" if key == "ancestry" else ", or another source"
 
 
 def hub_weights(model: nn.Module, key: str = "ancestry") -> Path:

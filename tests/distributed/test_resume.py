@@ -42,6 +42,7 @@ def trials() -> list[Trial]:
         Trial("zero3", 2, steps=STEPS, offload=True),
         Trial("zero1", 2, steps=STEPS, reduction="union", accumulate=2),
         Trial("zero3", 2, steps=STEPS, unused="zero", average="users"),
+        *(Trial(engine, 2, steps=STEPS, two_way=True, stitch_rank=2) for engine in ("zero2", "zero3")),
     ]
 
 

@@ -105,7 +105,8 @@ def test_sources_that_do_not_fit_are_refused(
     [
         ("no_such_vit", ["model.rows.0.model is 'no_such_vit'", "timm does not have"]),
         ("resnet18", ["model.rows.0.model resnet18", "plain ViT"]),
-        ("vit_tiny_patch16_224", ["model.rows.0.model vit_tiny_patch16_224", "patch size 7"]),
+        ("vit_small_patch14_reg4_dinov2", ["model.rows.0.model vit_small_patch14_reg4_dinov2", "plain ViT"]),
+        ("vit_tiny_patch16_224", ["model.rows.0.model vit_tiny_patch16_224", "has width 192, 3 heads and 12 blocks"]),
     ],
 )
 def test_anchors_that_are_no_rows_are_refused(lgp: Lgp, place: Path, model: str, pieces: list[str]) -> None:
