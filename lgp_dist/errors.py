@@ -16,6 +16,8 @@ PREEMPTED = 75
 """Asked to leave by a signal, saved and left: start it again (EX_TEMPFAIL of sysexits)."""
 INTERRUPTED = 130
 """Ctrl-C."""
+OUTPUT_CLOSED = 141
+"""Whoever read the output has left, as `head` does when it has enough (128 + SIGPIPE)."""
 
 
 class UserError(ValueError):

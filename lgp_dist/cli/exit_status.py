@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from lgp_dist.engine.watch.signals import asked_before
-from lgp_dist.errors import INTERRUPTED, PREEMPTED, USER, Preempted, UserError
+from lgp_dist.errors import INTERRUPTED, OUTPUT_CLOSED, PREEMPTED, USER, Preempted, UserError
 from lgp_dist.files import write_json
 
 NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
@@ -38,6 +38,9 @@ def guarded(call: Callable[[], Result], debug: bool, run_dir: str = "") -> Resul
         _fail(error, str(error), debug)
     except Preempted as stop:
         _leave(str(stop), PREEMPTED)
+    except BrokenPipeError:  # the reader of the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(OUTPUT_CLOSED)
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise

@@ -7,7 +7,7 @@ directory). Stages depend on all others, which are compared before an artifact i
 from dataclasses import dataclass
 from typing import Literal
 
-from lgp_dist.config.budget import Budget
+from lgp_dist.config.budget import Amount, Budget
 from lgp_dist.config.data_config import AugmentConfig as AugmentConfig
 from lgp_dist.config.data_config import DataConfig, runtime_only
 from lgp_dist.config.engine_config import AncestryPrecision, CheckpointConfig, EngineConfig, FaultConfig
@@ -230,7 +230,7 @@ class FinetuneConfig:
     micro-step (ZeRO-2, ZeRO-3)."""
     row_weight: float = 1.0
     """Probability of drawing a row alone, relative to that of a stitched path."""
-    bin_flops: float = 0.0
+    bin_flops: Amount = Amount(0)
     """Draw bins of paths equally often, and within a bin its paths, as in SN-Net v2. In order of FLOPs, a path of this
     many more than a bin's first begins a new one. 0 for no bins."""
     sandwich: bool = False

@@ -4,7 +4,7 @@ pool whose rows start from the ancestry."""
 from dataclasses import replace
 from typing import Any
 
-from lgp_dist.config.budget import Budget
+from lgp_dist.config.budget import Amount, Budget
 from lgp_dist.config.run_config import (
     FinetuneConfig,
     GradientConfig,
@@ -61,7 +61,7 @@ def both_ways(base: RunConfig, recipe: str, rank: int, bin_flops: float) -> RunC
         recipe=recipe,
         model=replace(base.model, two_way=True, stitch_rank=rank),
         pool=replace(base.pool, stitch_init="least_squares"),
-        finetune=replace(base.finetune, bin_flops=bin_flops, distil_weight=0.0, label_weight=1.0),
+        finetune=replace(base.finetune, bin_flops=Amount(bin_flops), distil_weight=0.0, label_weight=1.0),
     )
 
 

@@ -282,7 +282,7 @@ ONE_WAY = {
     "model.two_way": False,
     "model.stitch_rank": 0,
     "pool.stitch_init": "least_squares",
-    "finetune.bin_flops": 0.0,
+    "finetune.bin_flops": 0,
 }
 TWO_WAY = {**ONE_WAY, "model.two_way": True}
 BINS = {"finetune.bin_flops": lambda config: round(path_gap(config) / 5)}

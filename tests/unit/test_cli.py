@@ -1,6 +1,7 @@
 """What the command line offers, and that it answers at once."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from run_helpers import LIMIT_S, SAMPLE, Lgp, has
 from lgp_dist.cli import COMMANDS, GROUPS
 from lgp_dist.cli.stages import SUMMARIES
 from lgp_dist.config.flat import STAGES, depends_on, flatten, stage_settings
+from lgp_dist.errors import OUTPUT_CLOSED
 from lgp_dist.files import LOCK, locked
 from lgp_dist.recipes import RECIPES, tiny
 
@@ -176,6 +178,16 @@ def test_help_answers_without_torch() -> None:
     assert all(name in done.stdout for name in (*STAGES, "run", "paths", "shards", "bench", "study", "report"))
 
 
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    """`lgp ... | head` ends without a word once head has left; here it has left before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lgp_dist", "run", "tiny", "--help", "all"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (OUTPUT_CLOSED, "")
+
+
 def test_the_front_page_has_every_command(lgp: Lgp) -> None:
     """Each in one line, with what it does."""
     lines = lgp("--help").out.splitlines()
@@ -216,7 +228,7 @@ def test_actions_have_help(lgp: Lgp, words: str) -> None:
     assert listed.status == 0 and f"\n  {words.split()[1]} " in listed.out
 
 
-@pytest.mark.parametrize(("recipe", "count"), [("tiny", 18), ("pool12", 18), ("pool18", 27)])
+@pytest.mark.parametrize(("recipe", "count"), [("tiny", 18), ("pool12", 18), ("pool18", 27), ("snnet_v2_s_l", 134)])
 def test_paths_as_json(lgp: Lgp, recipe: str, count: int) -> None:
     result = lgp("paths", "--json", recipe)
     rows = json.loads(result.out)
