@@ -17,7 +17,7 @@ from lgp_dist.engine.launch.environment import Launch, check_ranks, check_reques
 from lgp_dist.errors import UserError
 from lgp_dist.files import LOCK, check_unlocked, existing
 from lgp_dist.paths.space import space_of
-from lgp_dist.run.checks import check_classes, check_config
+from lgp_dist.run.checks import check_classes, check_config, check_model
 from lgp_dist.run.text_table import text_table
 
 SUMMARIES = {
@@ -104,6 +104,7 @@ def check_start(config: RunConfig) -> None:
 
 def list_paths(action: Paths) -> None:
     """Prints the paths from cheap to dear."""
+    check_model(action.recipe)
     space = space_of(action.recipe)
     rows = sorted((space.describe(path) for path in space.paths), key=lambda row: row["flops"])
     if action.json:

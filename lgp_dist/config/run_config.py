@@ -148,10 +148,10 @@ class ModelConfig:
     """Which stitched paths share a stitch layer: those of a window, as the paper has it; or none: a layer for each
     path."""
     stitch_rank: int = 0
-    """Rank of what training adds to a stitch layer's initial weight, as in SN-Net v2; 0 trains the weight itself."""
+    """Rank of the update that training adds to a stitch layer's fixed initial weight (SN-Net v2); 0 for none."""
     two_way: bool = False
     """Stitch layers in both directions, one for each position and direction, as in SN-Net v2: paths lead from either of
-    two rows to the other, and back."""
+    two rows to the other, and some of them back."""
     final_norm: bool = True
     """Apply the final norm on stitched paths, as on rows alone; SN-Net's released code for DeiT does not."""
     stages: tuple[int, ...] = ()
@@ -231,8 +231,8 @@ class FinetuneConfig:
     row_weight: float = 1.0
     """Probability of drawing a row alone, relative to that of a stitched path."""
     bin_flops: Amount = Amount(0)
-    """Draw bins of paths equally often, and within a bin its paths, as in SN-Net v2. In order of FLOPs, a path of this
-    many more than a bin's first begins a new one. 0 for no bins."""
+    """Width of a bin of FLOPs. Bins are drawn equally often, and so are the paths of a bin, as in SN-Net v2. 0 for no
+    bins."""
     sandwich: bool = False
     """Draw each row alone at least once per step; ranks times micro-steps must exceed the number of rows."""
     row_lr: tuple[float, ...] = ()

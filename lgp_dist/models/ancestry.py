@@ -1,5 +1,6 @@
 """The frozen teacher, and pretrained models of timm."""
 
+import contextlib
 import logging
 import sys
 from collections.abc import Collection
@@ -206,7 +207,8 @@ def adapted_weights(model: nn.Module, state: dict[str, Tensor], head: bool) -> d
     if {name: tensor.shape for name, tensor in state.items()} == {name: each.shape for name, each in own.items()}:
         return state
     if to_timm := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
-        state = to_timm(state, model)
+        with contextlib.suppress(RuntimeError):  # what timm cannot adapt does not fit: `load_weights` says so
+            state = to_timm(state, model)
     first = f"{config.get('first_conv', 'patch_embed.proj')}.weight"
     if first in state and first in own and state[first].shape[1] != own[first].shape[1]:
         state[first] = adapt_input_conv(own[first].shape[1], state[first])

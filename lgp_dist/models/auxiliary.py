@@ -75,7 +75,7 @@ def build_rows(
     built = []
     for index, row in enumerate(rows):
         vit = row_vit(space, index, tuple(each.heads for each in rows), row.drop_path)
-        levels = levels_of(row.levels, ancestry_depth, space.depth)
+        levels = levels_of(row.levels, ancestry_depth, space.depths[index])
         bank = TransformationBank(ancestry_width, row.width, len(levels), inverse=distil.inverse_weight > 0)
         built.append(AuxiliaryViT(vit, bank, levels, distil.target_norm, index, row.source == "distil"))
     return built

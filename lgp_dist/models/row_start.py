@@ -35,14 +35,17 @@ def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Layer scale multiplies the outputs of a linear layer, so it is folded into that layer's weights. Where a model adds
     no position to its class token, as DeiT-3, that position is zero.
     """
-    plain = {name: tensor for name, tensor in state.items() if not LAYER_SCALE.search(name)}
+    plain = dict(state)
     for name, factor in state.items():
         if match := LAYER_SCALE.search(name):
             layer = name[: match.start()] + (".attn.proj" if match[1] == "1" else ".mlp.fc2")
-            for part in (f"{layer}.weight", f"{layer}.bias"):
-                if part in plain:
-                    scale = factor.double()
-                    plain[part] = (plain[part].double() * (scale[:, None] if plain[part].ndim == 2 else scale)).float()
+            parts = [part for part in (f"{layer}.weight", f"{layer}.bias") if part in state]
+            if any(state[part].shape[:1] != factor.shape for part in parts):
+                continue  # it stays, and is refused as a tensor that a row does not have
+            del plain[name]
+            for part in parts:
+                scale = factor.double().view(-1, *[1] * (state[part].ndim - 1))
+                plain[part] = (state[part].double() * scale).float()
     positions = plain.get("pos_embed")
     if positions is not None and positions.ndim == 3 and isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
         plain["pos_embed"] = F.pad(positions, (0, 0, 1, 0))

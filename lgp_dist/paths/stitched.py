@@ -51,17 +51,18 @@ class PathSpace(Space):
                 "before: reorder or change them."
             )
         for row, depth in enumerate(self.depths):
-            check_value(f"model.rows.{row}.depth", depth)
-            if depth % self.depths[max(0, row - 1)]:
+            if depth < 2:
+                raise UserError(f"model.rows.{row}.depth is {depth}, but a row has 2 blocks or more: change it.")
+            before = self.depths[max(0, row - 1)]
+            if depth % before:
                 raise UserError(
-                    f"model.rows.{row} has {depth} blocks and the row before {self.depths[row - 1]}, but a row has a "
-                    f"multiple of those: set model.rows.{row}.depth."
+                    f"model.rows.{row} has {depth} blocks, but must have a multiple of the {before} of row {row - 1}: "
+                    f"set model.rows.{row}.depth to {-(-depth // before) * before}, or change that row's."
                 )
-        if self.two_way and (len(self.widths) != 2 or self.stitch_sharing == "path"):
-            raise UserError(
-                f"model.two_way joins two rows by stitch layers of their own, but there are {len(self.widths)} rows "
-                f"and model.stitch_sharing is {self.stitch_sharing}: give it two rows and window, or turn it off."
-            )
+        if self.two_way and len(self.widths) != 2:
+            raise UserError(f"model.two_way joins two rows, but model.rows has {len(self.widths)}: turn it off.")
+        if self.two_way and self.stitch_sharing == "path":
+            raise UserError("model.two_way has a stitch layer for each position: set model.stitch_sharing to window.")
         self._check_patches()
 
     @classmethod
@@ -158,7 +159,7 @@ class PathSpace(Space):
 
     @cached_property
     def stored_params(self) -> int:
-        """All rows and all stitch layers."""
+        """All rows and all stitch layers, without low-rank updates, which are merged into these."""
         rows = sum(self.cost(path).params for path in self.paths if path.is_row)
         return rows + sum((source + 1) * target for source, target in self.stitch_widths)
 

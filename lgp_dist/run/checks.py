@@ -30,8 +30,10 @@ def check_classes(data: DataConfig, known: int) -> None:
         )
 
 
-def _check_shapes(config: RunConfig) -> None:
-    space = space_of(config)
+def check_model(config: RunConfig) -> None:
+    """UserError at the first setting of the model that is out of range or does not fit another."""
+    check_ranges(config.model, "model.")
+    space_of(config)
     widths = {f"model.rows.{index}": (row.width, row.heads) for index, row in enumerate(config.model.rows)}
     if config.ancestry.model == "vit":
         widths["ancestry"] = (config.ancestry.width, config.ancestry.heads)
@@ -41,6 +43,11 @@ def _check_shapes(config: RunConfig) -> None:
                 f"{key} has width {width} and {heads} heads, but heads must divide the width: change one of them."
             )
     _check_rows(config)
+
+
+def _check_shapes(config: RunConfig) -> None:
+    check_model(config)
+    space = space_of(config)
     if 0 < config.faults.spike <= 1:
         raise UserError(
             f"faults.spike is {config.faults.spike}, which a usual loss exceeds: set it above 1, or to 0 for no guard."
@@ -116,6 +123,12 @@ def _check_rows(config: RunConfig) -> None:
     for name, value in of_pools.items():
         if value and (model.stages or model.widths):
             raise UserError(f"model.{name} is for pools of stitched rows, but model.{kind} is set: leave it out.")
+    narrowest = min(row.width for row in model.rows)
+    if model.stitch_rank >= narrowest:
+        raise UserError(
+            f"model.stitch_rank is {model.stitch_rank}, but must be below the narrowest row's width {narrowest}, or it "
+            "saves nothing: lower it, or set it to 0."
+        )
     for index, row in enumerate(config.model.rows):
         key = f"model.rows.{index}"
         if row.source == "hub" and not row.model:
@@ -142,7 +155,7 @@ def _check_rows(config: RunConfig) -> None:
         if config.model.two_way and config.pool.stitch_init.startswith("transformation"):
             raise UserError(
                 f"pool.stitch_init is {config.pool.stitch_init}, but model.two_way also joins the wide row to the "
-                "narrow one, for which none is learned: choose --pool.stitch-init least_squares."
+                "narrow one, for which distillation learns no map: choose --pool.stitch-init least_squares."
             )
         is_narrow, init = index + 1 < len(config.model.rows), config.pool.stitch_init
         if is_narrow and init.startswith("transformation") and row.source != "distil":
@@ -200,7 +213,7 @@ def _check_nested(config: RunConfig) -> None:
     finetune, widths = config.finetune, config.model.widths
     count, train = len(finetune.only or widths), finetune.train
     if widths and finetune.bin_flops:
-        raise UserError("finetune.bin_flops is for random draws, but model.widths trains its models in turn: set it 0.")
+        raise UserError("finetune.bin_flops is for random draws, but model.widths trains in turn: set it to 0.")
     if not widths and finetune.policy == "in_turn":
         raise UserError("finetune.policy is in_turn, which is for model.widths: choose independent or balanced.")
     if not widths:

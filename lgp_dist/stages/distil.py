@@ -78,11 +78,12 @@ def start(context: Context, number: int, vit: VisionTransformer, ancestry: Ances
         check_row(vit, stock, row.model, key)
         weights, name = hub_weights(stock, key), stock.pretrained_cfg["hf_hub_id"]
         digest = context.workers.once_per_node(lambda: sha256(weights))
-    settings = f"{key}.width, {'model' if not row.depth else key}.depth and data.num_classes"
+    settings = f"{key}.width, {key}.depth and data.num_classes (a row is a plain ViT with one class token)"
     state = without_wrappers(load_tensors(weights), str(weights))
-    adapted = adapted_weights(vit, plain_weights(state), head=True)
-    changed = [name for name in adapted if name in state and adapted[name].shape != state[name].shape]
+    plain = plain_weights(state)
+    adapted = adapted_weights(vit, plain, head=True)
+    changed = [name for name in adapted if name in plain and adapted[name].shape != plain[name].shape]
     if changed:
-        log.info("distil: row %d: %s as timm adapts them to this input", number, ", ".join(changed))
+        log.info("distil: row %d: timm's functions adapted to its input: %s", number, ", ".join(changed))
     load_weights(vit, adapted, str(weights), f"row {number}", settings)
     return {**facts, "weights": name, "weights_sha256": digest}

@@ -285,7 +285,8 @@ ONE_WAY = {
     "finetune.bin_flops": 0,
 }
 TWO_WAY = {**ONE_WAY, "model.two_way": True}
-BINS = {"finetune.bin_flops": lambda config: round(path_gap(config) / 5)}
+BINS = {"finetune.bin_flops": lambda config: round(path_gap(config) / 5), "finetune.sandwich": False}
+"""Bins raise the share of rows alone, in place of the sandwich."""
 
 
 def path_gap(config: RunConfig) -> float:

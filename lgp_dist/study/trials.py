@@ -9,6 +9,7 @@ from lgp_dist.config.flat import STAGES, stage_settings
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError
 from lgp_dist.run.artifacts import RunDirectory, is_complete
+from lgp_dist.run.checks import check_config
 from lgp_dist.study.questions import Question, Variant
 
 WATCH_EVERY = 100
@@ -47,7 +48,7 @@ class Trial:
 
 
 def trials_of(question: Question, base: RunConfig, seeds: Sequence[int], out: Path) -> list[Trial]:
-    """All trials, one variant after the other. UserError if a seed is repeated or missing."""
+    """All trials, one variant after the other. UserError if a seed is repeated or missing, or a variant cannot be."""
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"--seeds is {' '.join(map(str, seeds))}, but must name one seed or more, each once.")
     if question.keeps_rows and not base.evaluate.before:
@@ -67,6 +68,7 @@ def trials_of(question: Question, base: RunConfig, seeds: Sequence[int], out: Pa
                 finetune=replace(config.finetune, watch_every=watch),
                 engine=replace(config.engine, threads=config.engine.threads or 1),
             )
+            check_config(config)
             found.append(Trial(variant, seed, config))
     return found
 

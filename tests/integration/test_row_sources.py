@@ -114,6 +114,16 @@ def test_anchors_that_are_no_rows_are_refused(lgp: Lgp, place: Path, model: str,
     has(refused(lgp, "distil", *overrides), *pieces)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "shape"), [("blocks.0.ls1.gamma", (16,)), ("pos_embed", (1, 32, 32))], ids=["layer scale", "positions"]
+)
+def test_weights_that_cannot_be_adapted_are_refused(lgp: Lgp, place: Path, tensor: str, shape: tuple[int, ...]) -> None:
+    """A layer scale of another width; positions of images that are not square."""
+    save_file(fresh(32, 1, seed=1) | {tensor: torch.ones(shape)}, "narrow.safetensors")
+    overrides = (*rows("file", "random"), "--model.rows.0.weights=narrow.safetensors", "--finetune.distil-weight=0")
+    has(refused(lgp, "distil", *overrides), "narrow.safetensors does not fit the recipe's row 0", tensor)
+
+
 def test_the_ancestry_as_the_wide_row_of_full_depth(lgp: Lgp, place: Path) -> None:
     """36 paths of rows of 12 blocks; the wide row before fine-tuning has the ancestry's accuracy, and the narrow one,
     which starts from the ancestry's channels, is distilled."""

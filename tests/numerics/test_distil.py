@@ -95,6 +95,18 @@ def reference(task: DistilTask, batch: Batch, levels: list[tuple[tuple[int, int]
     return {"loss": total, **named}
 
 
+def test_a_deeper_row_is_taught_at_its_own_last_block() -> None:
+    """Levels of each row by its own number of blocks, so that the ancestry's last block teaches the row's last."""
+    space = dataclasses.replace(SPACE, row_depths=(6, 12))
+    rows = (RowConfig(16, HEADS[0], "dense"), RowConfig(32, HEADS[1], "last", depth=12))
+    narrow, wide = build_rows(space, rows, DistilConfig(), ancestry_depth=12, ancestry_width=32)
+    assert [(level.ancestry, level.auxiliary) for level in narrow.levels] == [(3, 1), (7, 3), (11, 5)]
+    assert [(level.ancestry, level.auxiliary) for level in wide.levels] == [(11, 11)]
+    images = torch.randn(2, 1, 28, 28)
+    ancestry = {block: torch.randn(2, 17, 32) for block in (3, 7, 11)}
+    assert len(wide(images, ancestry, ancestry)["block"]) == 1 and len(narrow(images, ancestry, ancestry)["block"]) == 3
+
+
 @pytest.mark.parametrize("norm", ["layer", "none"])
 @pytest.mark.parametrize("narrow", LEVELS)
 @pytest.mark.parametrize("wide", LEVELS)

@@ -70,6 +70,12 @@ WRONG = {
     "bench sampler --policies shard": ("--policies names 'shard'", "the nearest is shared"),
     "bench sampler --recipe pool12,tyny": ("--recipe names 'tyny'", "the nearest is tiny"),
     # paths of a pool
+    "paths sws_tiny --model.two-way": ("model.two_way is for pools of stitched rows", "model.stages"),
+    "paths nested_tiny --model.rows.0.depth 3": ("model.rows.0.depth is for pools of stitched rows", "model.widths"),
+    "paths tiny --model.stitch-rank 32": ("model.stitch_rank is 32", "below the narrowest row's width 32"),
+    "paths tiny --model.rows.1.depth 1": ("model.rows.1.depth is 1", "2 blocks or more"),
+    "run tiny_paper --model.two-way": ("pool.stitch_init is transformation_paper", "least_squares"),
+    "run tiny --finetune.bin-flops -1": ("finetune.bin_flops is -1", "must be 0 or more"),
     "run tiny --export.path r0.0-9": ("The pool has no path 'r0.0-9'", "the nearest is r0.0-5", "lgp paths"),
     "run tiny --finetune.only r0.0-9": ("finetune.only names 'r0.0-9'", "the nearest is r0.0-5", "lgp paths"),
     "export run --path r1.0-9 --out new": ("The pool has no path 'r1.0-9'", "the nearest is r1.0-5"),

@@ -15,7 +15,9 @@ from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import FinetuneConfig, RunConfig
 from lgp_dist.config.systems import one_path_a_step
 from lgp_dist.errors import UserError
-from lgp_dist.recipes import RECIPES, pool12, snnet_tiny, tiny, tiny_paper
+from lgp_dist.paths.sampler import PathSampler
+from lgp_dist.paths.space import space_of
+from lgp_dist.recipes import RECIPES, pool12, snnet_tiny, sws_tiny, tiny, tiny_paper
 from lgp_dist.run.checks import check_config
 from lgp_dist.run.linked_stages import link_stages
 from lgp_dist.study.questions import QUESTIONS, systems, with_variants
@@ -25,7 +27,7 @@ from lgp_dist.study.statistics import T_95, difference, estimate
 from lgp_dist.study.trials import Trial, donor_of, shared_stages, trials_of
 
 VARIANTS = [(name, variant) for name, question in QUESTIONS.items() for variant in question.variants]
-SHARED = {"stitch_init": 2, "rows": 3, "policy": 3, "instances": 1, "ancestry": 0}
+SHARED = {"stitch_init": 2, "rows": 3, "policy": 3, "instances": 1, "ancestry": 0, "directions": 2}
 """Number of stages that all variants of a question share."""
 
 
@@ -123,6 +125,23 @@ def test_systems_are_recipes_with_the_same_changes() -> None:
     assert with_values(two, values, missing="ignore").model.rows[1].heads == 6
     with pytest.raises(KeyError, match="no.such"):
         with_values(two, values)
+
+
+def test_a_variant_that_cannot_be_is_refused_before_the_first_run() -> None:
+    with pytest.raises(UserError, match="model.two_way is for pools of stitched rows, but model.stages is set"):
+        trials("directions", base=sws_tiny())
+
+
+@pytest.mark.parametrize("base", [tiny, snnet_tiny], ids=lambda recipe: recipe.__name__)
+def test_bins_change_how_often_paths_come(base: Any) -> None:
+    """Of two variants that differ in bins alone, on each recipe: rows alone come as often as any bin."""
+    shares = {}
+    for trial in trials("directions", base=base()):
+        sampler = PathSampler.from_config(trial.config, space_of(trial.config))
+        shares[trial.variant.name] = {path.key: share for path, share in sampler.shares(1).items()}
+    for without, binned in (("both", "both_bins"), ("both_rank", "snnet_v2")):
+        assert shares[without] != shares[binned]
+        assert shares[binned]["r0.0-5"] == shares[binned]["r1.0-5"] == pytest.approx(1 / 7)
 
 
 @pytest.mark.parametrize(("seeds", "variants", "pieces"), [
