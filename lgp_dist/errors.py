@@ -34,10 +34,24 @@ def nearest(given: str, known: Iterable[str], otherwise: str) -> str:
     return f"the nearest is {found[0]}" if found else otherwise
 
 
-class Preempted(Exception):
-    """The run was asked to leave (SIGTERM, SIGUSR1, Ctrl-C); it has saved and can resume."""
+class Preempted(BaseException):
+    """The run was asked to leave (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) and can resume.
 
-    def __init__(self, stage: str, step: int, *, saved: bool):
+    Like KeyboardInterrupt no Exception, since a signal may raise it inside of code that handles all of these.
+    stage: that has trained `step` steps and saved; empty outside of training steps, where ranks leave one by one.
+    """
+
+    def __init__(self, stage: str = "", step: int = 0, *, saved: bool = True):
         what = "has saved: the same command resumes from there" if saved else "could not save: see the log"
-        super().__init__(f"Stage {stage} was asked to end at step {step} and {what}.")
+        outside = "The run was asked to end outside of training steps: the same command continues it."
+        super().__init__(f"Stage {stage} was asked to end at step {step} and {what}." if stage else outside)
         self.stage, self.step, self.saved = stage, step, saved
+
+
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""Parts of gloo's messages on a rank whose peer has exited."""
+
+
+def peer_gone(error: BaseException) -> bool:
+    """Whether an error only says that another rank has exited, which knows the reason."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_GONE)

@@ -85,6 +85,7 @@ def main() -> None:
     # DeepSpeed speaks while it is imported, before anything could lower its level.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.argv[1:2] = [word for word in sys.argv[1:2] if not word.replace("_", "-").startswith("--local-rank=")]
     guarded(lambda: check_variables(os.environ), debug=False)
     call = guarded(lambda: parse(sys.argv[1:], COMMANDS, GROUPS), debug=False)
     guarded(call, call.debug, call.run_dir)

@@ -28,8 +28,10 @@ from lgp_dist.config.run_config import (
 )
 from lgp_dist.engine.checkpoints.manifest import check_resume
 from lgp_dist.engine.launch.environment import Launch, check_ranks, check_requests
+from lgp_dist.engine.watch.signals import Preemption
 from lgp_dist.errors import UserError
 from lgp_dist.files import LOCK, beside, check_unlocked, locked
+from lgp_dist.run.run_status import ended
 
 
 @dataclass(frozen=True)
@@ -204,14 +206,16 @@ def specialise(action: SpecialiseRun) -> None:
 
 def finetune_descendant(action: Downstream) -> None:
     """Trains an exported descendant on another data set."""
-    check_ranks(os.environ)
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        check_requests(Launch.from_environment(os.environ), action.engine)
-        check_resume(action.config)
-        check_unlocked(Path(action.config.directory) / LOCK, "--out")
-        from lgp_dist.commands.exported import completed  # libraries of remote shards
+    out = Path(action.config.directory)
+    with Preemption(at_once=True), ended(out):
+        check_ranks(os.environ)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            check_requests(Launch.from_environment(os.environ), action.engine)
+            check_resume(action.config)
+            check_unlocked(out / LOCK, "--out")
+            from lgp_dist.commands.exported import completed  # libraries of remote shards
 
-        completed(action.folder, action.config)
-    from lgp_dist.commands import downstream  # torch, timm and deepspeed
+            completed(action.folder, action.config)
+        from lgp_dist.commands import downstream  # torch, timm and deepspeed
 
-    downstream.finetune_descendant(action.folder, action.config)
+        downstream.finetune_descendant(action.folder, action.config)

@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from lgp_dist.engine.watch.signals import asked_before
-from lgp_dist.errors import INTERRUPTED, OUTPUT_CLOSED, PREEMPTED, USER, Preempted, UserError
+from lgp_dist.errors import INTERRUPTED, OUTPUT_CLOSED, PREEMPTED, USER, Preempted, UserError, peer_gone
 from lgp_dist.files import write_json
 
 NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
-
-PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""Parts of gloo's messages on a rank whose peer has failed."""
 
 PATIENCE_S = 15.0
 """Seconds a rank waits for one that failed before it, whose sentence stands alone."""
@@ -49,9 +46,8 @@ def guarded(call: Callable[[], Result], debug: bool, run_dir: str = "") -> Resul
         sentence = f"{where} cannot be written ({error.strerror}): free space, or choose {other}."
         _fail(error, sentence, debug)
     except RuntimeError as error:
-        if not any(text in str(error) for text in PEER_GONE):
-            raise
-        _give_way(error)
+        if peer_gone(error):
+            _give_way(error)
         raise
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

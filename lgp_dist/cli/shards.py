@@ -1,7 +1,6 @@
 """`lgp shards`: its options and what they call."""
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from lgp_dist.data.build.options import BuildOptions, Layout, ReadOptions
+from lgp_dist.engine.launch.machine import usable_cpus
 from lgp_dist.errors import UserError
 from lgp_dist.files import write_json
 
@@ -103,7 +103,7 @@ def run_shards(action: Build | Index | VerifyShards | ShowShards | Reshard) -> N
         if action.sheet:
             show.contact_sheet(manifest, action.split, action.sheet, action.images, action.seed)
     else:
-        problems = verify.verify_shards(action.root, workers=action.workers or len(os.sched_getaffinity(0)))
+        problems = verify.verify_shards(action.root, workers=action.workers or usable_cpus())
         if action.out:
             write_json(action.out, [asdict(problem) for problem in problems])
         if problems:

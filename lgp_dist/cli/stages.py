@@ -14,10 +14,12 @@ from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.remote.address import local_path
 from lgp_dist.engine.checkpoints.manifest import check_resume
 from lgp_dist.engine.launch.environment import Launch, check_ranks, check_requests
+from lgp_dist.engine.watch.signals import Preemption
 from lgp_dist.errors import UserError
 from lgp_dist.files import LOCK, check_unlocked, existing
 from lgp_dist.paths.space import space_of
 from lgp_dist.run.checks import check_classes, check_config, check_model
+from lgp_dist.run.run_status import ended
 from lgp_dist.run.text_table import text_table
 
 SUMMARIES = {
@@ -64,15 +66,16 @@ def _running(name: str, stages: tuple[str, ...]) -> Callable[[RunConfig], None]:
 
             check(config)
             return
-        check_start(config)
-        if specialises:
-            from lgp_dist.commands.specialise import run_and_specialise  # torch, timm and deepspeed: 10 s
+        with Preemption(at_once=True), ended(Path(config.directory)):
+            check_start(config)
+            if specialises:
+                from lgp_dist.commands.specialise import run_and_specialise  # torch, timm and deepspeed: 10 s
 
-            run_and_specialise(config)
-        else:
-            from lgp_dist.pipeline import run_stages  # the same
+                run_and_specialise(config)
+            else:
+                from lgp_dist.pipeline import run_stages  # the same
 
-            run_stages(config, stages)
+                run_stages(config, stages)
 
     return run
 

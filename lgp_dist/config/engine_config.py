@@ -37,7 +37,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = runtime_only("auto")
     """Device of models and images; auto: the GPU if there is one."""
     threads: int = runtime_only(0)
-    """CPU threads per rank; 0 shares the machine's cores between its ranks."""
+    """CPU threads per rank. 0: OMP_NUM_THREADS, or else a share of the CPUs that affinity and cgroup allow."""
 
     def ancestry(self, precision: AncestryPrecision) -> Precision:
         """Precision of the ancestry's forwards."""

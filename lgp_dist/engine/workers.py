@@ -5,6 +5,8 @@ import gc
 import json
 import logging
 import os
+import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +23,8 @@ from torch import Tensor
 from lgp_dist.config.run_config import EngineConfig, Precision, TrainConfig
 from lgp_dist.engine.deepspeed_config import PRINTED
 from lgp_dist.engine.deepspeed_workarounds import skip_operator_probes
-from lgp_dist.engine.launch.environment import Launch, check_launch, check_ranks
+from lgp_dist.engine.launch.environment import Launch, check_launch, check_ranks, launcher
+from lgp_dist.engine.launch.machine import threads_asked, usable_cpus
 from lgp_dist.engine.launch.validate import checked_config
 from lgp_dist.engine.watch.watchdog import Watchdog, longest
 from lgp_dist.errors import UserError
@@ -85,7 +88,8 @@ class Workers:
         if device_type == "cpu":
             skip_operator_probes()
             choose_attention(device_type, engine.precision)
-            torch.set_num_threads(engine.threads or max(1, (os.cpu_count() or 1) // launch.local_world))
+            shared = max(1, usable_cpus() // launch.local_world)
+            torch.set_num_threads(engine.threads or threads_asked(os.environ) or shared)
         patience = max(TIMEOUT, timedelta(seconds=longest(timeout_s)) + LATER) if timeout_s else TIMEOUT
         state = _join(launch, device_type, patience)
         several = state.num_processes > 1
@@ -102,6 +106,19 @@ class Workers:
         """Type and name of the device."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor()
         return f"{self.device.type}: {name}"
+
+    def described(self) -> list[str]:
+        """Launcher, world, engine and precision in a line; then a line for each node with its devices. Every rank
+        calls it."""
+        threads = f", {torch.get_num_threads()} thread(s) per rank" if self.device.type == "cpu" else ""
+        told = self.gather([socket.gethostname(), self.device_name + threads])
+        lines = [f"launch: {launcher(os.environ)}, {self.launch}, precision {self.engine.precision}"]
+        each = self.launch.local_world
+        for first in range(0, self.world, each):
+            devices = Counter(device for _, device in told[first : first + each])
+            shown = ", ".join(f"{count} x {device}" for device, count in devices.items())
+            lines.append(f"node {first // each} ({told[first][0]}): {shown}")
+        return lines
 
     def autocast(self) -> torch.autocast:
         """`autocast` on this process's device in the recipe's precision."""

@@ -20,7 +20,7 @@ from lgp_dist.engine.checkpoints.manifest import check_resume
 from lgp_dist.engine.rank_consistency import COMPARED_S, REFUSAL, check_equal, facts_of
 from lgp_dist.engine.watch.watchdog import Watchdog
 from lgp_dist.engine.workers import Workers, check_trackers
-from lgp_dist.errors import Preempted, UserError
+from lgp_dist.errors import Preempted, UserError, peer_gone
 from lgp_dist.files import LOCK, check_unlocked, locked, write_json
 from lgp_dist.models.pretrained import check_images
 from lgp_dist.paths.sampler import PathSampler
@@ -30,7 +30,7 @@ from lgp_dist.run.artifacts import RunDirectory, fingerprint
 from lgp_dist.run.checks import check_classes, check_config
 from lgp_dist.run.log import end_log, open_log
 from lgp_dist.run.provenance import code_hashes, environment, repeated_options
-from lgp_dist.run.run_status import RunStatus, clear_run_status, write_run_status
+from lgp_dist.run.run_status import RunStatus, clear_run_status, read_run_status, status_of, write_run_status
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")
@@ -152,13 +152,12 @@ def recorded(context: Context, stage: str) -> Iterator[None]:
     All ranks leave together. stage: the last, which is done if the block ends well.
     """
     run, workers = context.run, context.workers
+    about_launch = workers.described()
     if workers.is_main:
         run.check_writable()
         clear_run_status(run.root)
         open_log(run.root / "log.txt")
-        if workers.launch.deepspeed:
-            log.info("launch: %s", workers.launch)
-        for line in [*repeated_options(), *differences(context.config, stage)]:
+        for line in [*about_launch, *repeated_options(), *differences(context.config, stage)]:
             log.info("%s", line)
         write_json(run.root / "config.json", context.settings)
         write_json(run.root / "environment.json", context.environment)
@@ -167,24 +166,21 @@ def recorded(context: Context, stage: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        status = status_of(error, *workers.watchdog.place)
+        with contextlib.suppress(UserError):  # the error itself is what a person must see
+            # A launcher ends rank 0 when another rank has failed: that rank says so before, and its word stands.
+            knows = isinstance(error, Exception) and not peer_gone(error)
+            if (workers.is_main or knows) and read_run_status(run.root) is None:
+                write_run_status(run.root, status)
         if workers.is_main:
-            with contextlib.suppress(UserError):  # the error itself is what a person must see
-                write_run_status(run.root, _status(error))
             end_log()
-        if isinstance(error, Preempted):
+        if isinstance(error, Preempted) and error.stage:
             workers.barrier()  # a launcher ends all ranks when the first has left
         raise
     if workers.is_main:
         write_run_status(run.root, RunStatus("complete", stage))
         end_log()
     workers.barrier()
-
-
-def _status(error: BaseException) -> RunStatus:
-    """How a run ended that raised an exception."""
-    if isinstance(error, Preempted):
-        return RunStatus("preempted", error.stage, error.step, str(error))
-    return RunStatus("failed", sentence=str(error) or type(error).__name__)
 
 
 def check_stages(config: RunConfig, stages: tuple[str, ...], run: RunDirectory, world: int, images: int) -> None:

@@ -6,16 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from exact_launch import HERE, ROOT
-from run_helpers import LIMIT_S, eventually, outcome_of
+from run_helpers import LIMIT_S, SMALL, Lgp, eventually, outcome_of
 
+from lgp_dist import pipeline
+from lgp_dist.config.flat import STAGES
 from lgp_dist.engine.watch import signals
 from lgp_dist.engine.watch.signals import Preemption
-from lgp_dist.errors import BUG, PREEMPTED, USER
+from lgp_dist.errors import BUG, PREEMPTED, USER, Preempted
+from lgp_dist.files import LOCK, locked
 from lgp_dist.run.run_status import RunStatus, clear_run_status, write_run_status
+from lgp_dist.stages import start
 
 SLURM = ROOT / "launch_configs" / "slurm" / "train.sbatch"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -24,9 +30,10 @@ SAVE_S = 33 if os.environ.get("LGP_LONG_TESTS") else 1
 """Seconds that ranks take to save; a launcher's own grace is 30."""
 
 FAKES = {
-    "srun": 'echo $$ > "$FAKE/task"; SLURM_NODEID=0 exec "${@:2}"',  # the first argument is an option
+    "srun": 'echo "$@" >> "$FAKE/srun.log"; echo $$ > "$FAKE/task"; SLURM_NODEID=0 exec "${@:3}"',  # after two options
     "scancel": 'echo "$@" >> "$FAKE/scancel.log"; kill -USR1 "$(cat "$FAKE/task")"',
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$FAKE/scontrol.log"; fi',
+    "lgp": 'echo "$@" >> "$FAKE/lgp.log"; eval "${LGP_TEST_CHECK:-true}"',
     "accelerate": 'echo "$@" > "$FAKE/accelerate.log"; eval exec "$LGP_TEST_LAUNCH"',
 }
 """The scheduler: srun starts one task here, scancel signals that task alone, as a cgroup's tracking does."""
@@ -128,12 +135,18 @@ def test_launcher_passes_signals_on(tmp_path: Path, mark: str, forwarded: bool) 
 def batch(folder: Path, mark: str, launch: str, **environment: str) -> subprocess.Popen[str]:
     """train.sbatch with a scheduler on PATH and another launcher in accelerate's place; the run directory is RUN."""
     programs = folder / "bin"
-    programs.mkdir()
+    programs.mkdir(exist_ok=True)
     for name, text in FAKES.items():
         (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (programs / name).chmod(0o755)
     (folder / "RUN").mkdir(exist_ok=True)
-    slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "RUN": str(folder / "RUN")}
+    slurm = {
+        "SLURM_CPUS_PER_TASK": "64",
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_NNODES": "1",
+        "RUN": str(folder / "RUN"),
+    }
     ours = {"FAKE": str(folder), "LGP_TEST_LAUNCH": launch, "LGP_TEST_MARK": mark, "PYTHONPATH": str(ROOT)}
     path = f"{programs}:{os.environ['PATH']}"
     return subprocess.Popen(
@@ -141,6 +154,7 @@ def batch(folder: Path, mark: str, launch: str, **environment: str) -> subproces
         env={**os.environ, "OMP_NUM_THREADS": "1", **slurm, **ours, **environment, "PATH": path},
         cwd=ROOT,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
@@ -160,8 +174,10 @@ def said(folder: Path, name: str) -> str:
         ("preempted", 1, 100, PREEMPTED, False),
         ("failed", 1, 0, 1, False),
         ("failed", 0, 0, 1, False),
-        (None, 1, 0, 1, False),
-        (None, 0, 0, 1, False),
+        (None, 138, 0, PREEMPTED, True),
+        (None, 0, 99, PREEMPTED, True),
+        (None, 138, 100, 138, False),
+        (None, 0, 100, 1, False),
     ],
 )
 def test_batch_script_decides(
@@ -178,8 +194,57 @@ def test_batch_script_decides(
     out, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == expected, out
     assert said(tmp_path, "scontrol") == ("requeue 42\n" if requeued else "")
-    assert "--num_machines 1 --num_processes 8 --main_process_ip localhost" in said(tmp_path, "accelerate")
+    where = "--num_machines 1 --num_processes 8 --main_process_ip localhost --main_process_port 10042"
+    assert where in said(tmp_path, "accelerate")
+    multinode = "launch check launch_configs/multinode.yaml"
+    assert said(tmp_path, "lgp") == f"{multinode} --nodes 1 --processes 8 --address localhost --port 10042\n"
+    assert said(tmp_path, "srun").startswith("--cpus-per-task=64 ")
     assert said(tmp_path, "accelerate").endswith(f"-m lgp_dist run tiny --seed=1 --run-dir={run}\n")
+
+
+def test_batch_script_gives_up_on_starts_that_say_nothing(tmp_path: Path, mark: str) -> None:
+    """After four in a row; a start that says how it ended begins the count again."""
+    requeued = []
+    for restarts, launch in enumerate(["false"] * 3 + ["cp $FAKE/outcome.json $RUN/"] + ["false"] * 4):
+        write_run_status(tmp_path, RunStatus("preempted"))
+        process = batch(tmp_path, mark, f"bash -c '{launch}'", SLURM_RESTART_COUNT=str(restarts))
+        process.communicate(timeout=LIMIT_S)
+        requeued.append(process.returncode)
+    assert requeued == [PREEMPTED] * 7 + [1]
+    assert said(tmp_path, "scontrol") == "requeue 42\n" * 7
+
+
+@pytest.mark.parametrize(("left", "starts"), [(200, False), (350, False), (500, True)])
+def test_batch_script_refuses_an_allocation_that_is_signalled_at_once(
+    tmp_path: Path, mark: str, left: int, starts: bool
+) -> None:
+    process = batch(tmp_path, mark, "true", SLURM_JOB_END_TIME=str(int(time.time()) + left), MAX_RESTARTS="0")
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert bool(said(tmp_path, "accelerate")) == starts == (process.returncode != USER), err
+    assert starts or "--signal asks the run to leave 300 s before the end" in err and "longer --time" in err
+    assert said(tmp_path, "scontrol") == "", "it would be the same again"
+
+
+def test_batch_script_is_asked_before_the_launcher_begins(tmp_path: Path, mark: str) -> None:
+    """During the check of the launch: nothing is started, and the job is requeued."""
+    process = batch(tmp_path, mark, "true", LGP_TEST_CHECK="kill -USR1 $PPID")
+    process.communicate(timeout=LIMIT_S)
+    assert process.returncode == PREEMPTED and said(tmp_path, "accelerate") == ""
+    assert said(tmp_path, "scontrol") == "requeue 42\n"
+
+
+@pytest.mark.slow
+def test_batch_script_checks_the_launch(tmp_path: Path, mark: str) -> None:
+    """By the real command: GPUs that the nodes do not have, and two nodes with a file whose address is wrong."""
+    check = {"LGP_TEST_CHECK": f'{sys.executable} -m lgp_dist "$@"', "CUDA_VISIBLE_DEVICES": "0,1"}
+    for more, words in (
+        ({"RANKS_PER_NODE": "2"}, "has none that torch can use"),
+        ({"RANKS_PER_NODE": "2", "CONFIG": "launch_configs/cpu_2.yaml", "SLURM_NNODES": "2"}, "loopback"),
+    ):
+        process = batch(tmp_path, mark, "true", **check, **more)
+        out, _ = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == USER and words in out, out
+        assert said(tmp_path, "accelerate") == said(tmp_path, "scontrol") == ""
 
 
 @pytest.mark.slow
@@ -191,10 +256,94 @@ def test_batch_script_lets_ranks_leave(tmp_path: Path, mark: str, grace: str, sa
     eventually(lambda: ready(run), "both ranks begin")
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == (PREEMPTED if saved else 1), out
+    assert process.returncode == PREEMPTED, out
+    assert ("without an outcome" in out) != saved
     assert said(tmp_path, "scancel") == "--signal=USR1 42\n"
-    assert said(tmp_path, "scontrol") == ("requeue 42\n" if saved else "")
+    assert said(tmp_path, "scontrol") == "requeue 42\n"
     assert len(list(run.glob("left-*"))) == (2 if saved else 0)
+
+
+def test_the_first_request_raises_outside_of_the_loop() -> None:
+    """Whatever the signal, and no later one disturbs the end, nor after the loop has taken a request."""
+    before = [signal.getsignal(number) for number in signals.SENT]
+    for number in signals.SENT:
+        with Preemption(at_once=True) as life:
+            with pytest.raises(Preempted):
+                os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert life.name == signal.Signals(number).name
+    with Preemption(at_once=True) as life:
+        with Preemption() as loop:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert loop.asked and not life.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert life.name == "SIGUSR2"
+    assert [signal.getsignal(number) for number in signals.SENT] == before
+
+
+def test_a_request_at_any_stage(lgp: Lgp, place: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In start-up, at the begin of each stage and in the report: outcome.json says so, and the run goes on to the same
+    end."""
+
+    def asked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*arguments: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return function(*arguments)
+
+        return ask
+
+    for stage in ("", *STAGES, "report"):
+        with monkeypatch.context() as patch:
+            if stage in pipeline.RUN:
+                patch.setitem(pipeline.RUN, stage, asked(pipeline.RUN[stage]))
+            else:
+                name, module = ("publish", pipeline) if stage else ("load_manifest", start)
+                patch.setattr(module, name, asked(getattr(module, name)))
+            done = lgp("run", *SMALL)
+        left = outcome_of(Path("run"))
+        assert (done.status, left.outcome, left.stage) == (PREEMPTED, "preempted", stage), done.err
+        assert done.err.endswith(f"lgp: {left.sentence}\n") and not Path("run/.lock").exists()
+    assert lgp("run", *SMALL).status == 0 and outcome_of(Path("run")).outcome == "complete"
+    for name in ("finetune/pool.safetensors", "evaluate/paths.json"):
+        assert Path("run", name).read_bytes() == (finished / "run" / name).read_bytes()
+
+
+def test_an_end_before_the_run_begins(lgp: Lgp, finished_place: Path) -> None:
+    """A refused start has failed, unless another process has the run directory; it makes no folder."""
+    clear_run_status(Path("run"))
+    assert lgp("run", *SMALL, "--data.num-classes=8").status == USER
+    left = outcome_of(Path("run"))
+    assert left.outcome == "failed" and "num_classes" in left.sentence
+    clear_run_status(Path("run"))
+    with locked(Path("run") / LOCK):
+        assert lgp("run", *SMALL, "--data.num-classes=8").status == USER
+    assert not Path("run/outcome.json").exists()
+    assert lgp("run", *SMALL, "--resume=latset", "--run-dir=new").status == USER and not Path("new").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "does", "expected"),
+    [
+        (0, "os.kill(os.getppid(), signal.SIGTERM)", RunStatus("preempted", "ancestry", 0, str(Preempted()))),
+        (1, "raise ArithmeticError('Rank 1 is broken.')", RunStatus("failed", "ancestry", 0, "Rank 1 is broken.")),
+    ],
+    ids=["the launcher is asked", "a rank fails"],
+)
+def test_ranks_that_end_outside_of_steps(place: Path, mark: str, rank: int, does: str, expected: RunStatus) -> None:
+    """Rank 0 computes when the launcher's signal comes, and rank 1 waits for it or has failed before."""
+    (place / "rank.py").write_text(
+        "import os, signal, time\nfrom lgp_dist import pipeline\nfrom lgp_dist.cli import main\n"
+        "stage, rank = pipeline.RUN['ancestry'], int(os.environ['RANK'])\n"
+        f"def instead(context):\n    if rank == {rank}:\n        {does}\n"
+        "    while rank == 0:\n        time.sleep(0.1)\n    stage(context)\n"
+        "pipeline.RUN['ancestry'] = instead\nmain()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LGP_TEST_MARK": mark}
+    done = subprocess.run(
+        [*TORCHRUN, "rank.py", "ancestry", *SMALL], env=environment, capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert done.returncode == 1 and outcome_of(place / "run") == expected, done.stderr
 
 
 def test_outcome_on_disk(tmp_path: Path) -> None:

@@ -3,13 +3,20 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from exact_launch import command
-from run_helpers import LIMIT_S, SMALL
+from exact_launch import ROOT, command
+from run_helpers import LIMIT_S, SMALL, outcome_of
 from safetensors.torch import load_file
+from torture import free_port
+
+from lgp_dist.errors import USER
+from lgp_dist.run.provenance import processor
+from lgp_dist.run.run_status import RunStatus
 
 pytestmark = pytest.mark.slow  # launches of several ranks
 
@@ -54,6 +61,69 @@ def runs(inputs: Path, calls: Path, tmp_path_factory: pytest.TempPathFactory) ->
         assert done.returncode == 0, done.stderr[-4000:]
         found[engine] = place / "run"
     return found
+
+
+def by_hand(*arguments: str, **variables: str) -> list[subprocess.Popen[str]]:
+    """`lgp ARGUMENTS` as two processes, with variables in which RANK stands for 0 and 1."""
+    command = [sys.executable, "-m", "lgp_dist", *arguments]
+    return [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **{name: value.replace("RANK", str(rank)) for name, value in variables.items()}},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+RANKS = {"RANK": "RANK", "LOCAL_RANK": "RANK", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+MPIRUN = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "RANK", "OMPI_COMM_WORLD_LOCAL_RANK": "RANK"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "RANK", "SLURM_LOCALID": "RANK"}
+LAUNCHERS = {
+    "torchrun": (["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"], "ddp"),
+    "torch.distributed.launch": (["torch.distributed.launch", "--nproc-per-node=2", "--master-port=PORT", "-m"], "ddp"),
+    "deepspeed": (["deepspeed.launcher.runner", "--num_gpus=2", "--master_port=PORT", "--module"], "zero1"),
+    "accelerate launch": (
+        ["accelerate.commands.launch", f"--config_file={ROOT / 'launch_configs' / 'cpu_2.yaml'}", "-m"],
+        "zero1",
+    ),
+    "RANK and WORLD_SIZE": ([], "ddp"),
+}
+"""How two ranks are started, and the engine that they get."""
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_joins_two_ranks(place: Path, mark: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """And the log says so first, with engine, precision and devices."""
+    (launch, engine), call = LAUNCHERS[name], ["ancestry", *SMALL, "--engine.device=cpu"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("LGP_TEST_MARK", mark)
+    port = str(free_port())
+    if launch:
+        command = [sys.executable, "-m", *(word.replace("PORT", port) for word in launch), "lgp_dist", *call]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        assert done.returncode == 0, done.stderr[-4000:]
+    else:
+        assert [rank.wait(LIMIT_S) for rank in by_hand(*call, **RANKS, MASTER_PORT=port)] == [0, 0]
+    said = [line[9:] for line in Path("run/log.txt").read_text().splitlines()]
+    shown = "torchrun" if name == "torch.distributed.launch" else name
+    assert said[0] == f"launch: {shown}, engine {engine} on 2 process(es), precision fp32"
+    assert said[1] == f"node 0 ({socket.gethostname()}): 2 x cpu: {processor()}, 1 thread(s) per rank"
+    assert outcome_of(Path("run")) == RunStatus("complete", "ancestry")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [(MPIRUN, "OMPI_COMM_WORLD_SIZE is 2"), (SRUN, "SLURM_STEP_NUM_TASKS is 2"), (RANKS, "MASTER_PORT are not set")],
+    ids=["mpirun", "srun", "no address"],
+)
+def test_ranks_without_a_launcher_are_refused(place: Path, variables: dict[str, str], words: str) -> None:
+    """Each with a sentence, before anything is written."""
+    for rank in by_hand("ancestry", *SMALL, **variables):
+        _, said = rank.communicate(timeout=LIMIT_S)
+        assert rank.returncode == USER and words in said and "accelerate launch" in said and said.count("\n") == 1
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("engine", ENGINES[1:])

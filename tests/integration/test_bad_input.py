@@ -18,6 +18,7 @@ from run_helpers import (
     break_images,
     has,
     index_of,
+    outcome_of,
     overwrite,
     refused,
     shared_memory_goes,
@@ -28,6 +29,7 @@ from lgp_dist.data.order import position_to_sample
 from lgp_dist.data.shards.index import index_shards
 from lgp_dist.files import LOCK, locked
 from lgp_dist.run.metrics import read_metrics
+from lgp_dist.run.run_status import RunStatus
 
 ROOT = Path(__file__).parents[2]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -333,6 +335,7 @@ def test_loss_that_becomes_infinite(lgp: Lgp, finished_place: Path) -> None:
     sentence = refused(lgp, "distil", "--force", *settings, begun=True)
     has(sentence, "step 1 of stage distil", "rank 0", *keys, "distil.train.lr", "--faults.skip-steps")
     assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl"), "distil")] == [0]
+    assert outcome_of(Path("run")) == RunStatus("failed", "distil", 1, sentence)
 
 
 # Two processes

@@ -1,6 +1,9 @@
 """What a launch file and a DeepSpeed file may ask for, and DeepSpeed's configuration that comes of it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,8 @@ import pytest
 
 from lgp_dist.config.run_config import EngineConfig, TrainConfig
 from lgp_dist.engine.deepspeed_config import deepspeed_config
-from lgp_dist.engine.launch.environment import Launch, check_launch, check_ranks, check_variables
+from lgp_dist.engine.launch.environment import Launch, check_launch, check_ranks, check_variables, launcher
+from lgp_dist.engine.launch.machine import threads_asked, usable_cpus
 from lgp_dist.engine.launch.validate import checked_config
 from lgp_dist.errors import UserError
 
@@ -55,10 +59,13 @@ NEUTRAL = {
     ("world", "gpus", "environment", "engine"),
     [
         (2, 0, {**DEEPSPEED, "CUDA_VISIBLE_DEVICES": ""}, EngineConfig(device="cpu")),
-        (2, 0, {**DEEPSPEED, "deepspeed_zero_stage": "0"}, EngineConfig()),
+        (2, 0, {**DEEPSPEED, "deepspeed_zero_stage": "0", "CUDA_VISIBLE_DEVICES": ""}, EngineConfig()),
+        (4, 0, {**DEEPSPEED, "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}, EngineConfig()),
+        (4, 0, {"LOCAL_WORLD_SIZE": "2"}, EngineConfig(device="cpu")),
+        (2, 0, {}, EngineConfig()),
         (2, 2, {**DEEPSPEED, "CUDA_VISIBLE_DEVICES": "0,1"}, EngineConfig(device="cuda")),
         (16, 8, {**DEEPSPEED, "LOCAL_WORLD_SIZE": "8"}, EngineConfig()),
-        (2, 0, {**DEEPSPEED, "deepspeed_zero_stage": "2"}, EngineConfig(offload_optimizer=True)),
+        (2, 0, {**DEEPSPEED, "deepspeed_zero_stage": "2", "use_cpu": "true"}, EngineConfig(offload_optimizer=True)),
         (2, 2, {**DEEPSPEED, "deepspeed_zero_stage": "3"}, EngineConfig(precision="fp16")),
         (4, 4, {}, EngineConfig()),
         (1, 0, {"ACCELERATE_MIXED_PRECISION": "bf16"}, EngineConfig(precision="bf16")),
@@ -134,7 +141,28 @@ REFUSALS: dict[str, tuple[int, int, dict[str, str], EngineConfig, tuple[str, ...
         4,
         {**DEEPSPEED, "LOCAL_WORLD_SIZE": "8"},
         EngineConfig(),
-        ("8 processes", "4 GPU(s)", "launch_configs/cpu_2.yaml"),
+        ("8 processes", "4 GPU(s)", "launch_configs/cpu_multinode.yaml"),
+    ),
+    "all of none": (
+        2,
+        0,
+        DEEPSPEED,
+        EngineConfig(),
+        ("takes all GPUs", "has none", "cpu_2.yaml for several processes"),
+    ),
+    "all of none on nodes": (
+        4,
+        0,
+        {"LOCAL_WORLD_SIZE": "2"},
+        EngineConfig(),
+        ("takes all GPUs", "has none", "cpu_multinode.yaml for several nodes"),
+    ),
+    "gpus of nodes": (
+        4,
+        0,
+        {**DEEPSPEED, "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"},
+        EngineConfig(),
+        ("GPUs 0,1", "cpu_multinode.yaml"),
     ),
     "offload": (
         1,
@@ -217,6 +245,9 @@ RANK = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0
         ({"OMPI_COMM_WORLD_SIZE": "2", "WORLD_SIZE": "1"}, "OMPI_COMM_WORLD_SIZE is 2"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
         ({**RANK, "RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
+        ({"RANK": "1"}, "RANK is 1, but WORLD_SIZE is 1"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "SLURM_STEP_NUM_TASKS is 2, .* by srun alone"),
+        ({**RANK, "SLURM_STEP_NUM_TASKS": "2"}, ""),  # train.sbatch on two nodes
     ],
 )
 def test_ranks_that_a_launcher_has_started(environment: dict[str, str], words: str) -> None:
@@ -225,6 +256,103 @@ def test_ranks_that_a_launcher_has_started(environment: dict[str, str], words: s
         return
     with pytest.raises(UserError, match=words):
         check_ranks(environment)
+
+
+def test_deepspeeds_launcher_is_understood() -> None:
+    """Its number of a node's ranks, and what it is for, unless other variables say otherwise."""
+    left = {**RANK, "CROSS_SIZE": "2", "LOCAL_SIZE": "1"}
+    check_variables(left)
+    check_ranks(left)
+    found = Launch.from_environment(left)
+    assert (found.world, found.local_world, found.engine_name, launcher(left)) == (2, 1, "zero1", "deepspeed")
+    left["ACCELERATE_USE_DEEPSPEED"] = "false"
+    check_variables(left)
+    assert Launch.from_environment(left).engine_name == "ddp"
+
+
+LAUNCHERS = {
+    "no launcher": {},
+    "RANK and WORLD_SIZE": RANK,
+    "torchrun": {**RANK, "TORCHELASTIC_RUN_ID": "none", "ACCELERATE_USE_DEEPSPEED": "true"},
+    "accelerate launch": {"ACCELERATE_MIXED_PRECISION": "no"},
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers_have_names(name: str) -> None:
+    assert launcher(LAUNCHERS[name]) == name
+
+
+@pytest.mark.parametrize("launched", [["accelerate.commands.launch"], ["torch.distributed.run", "--nproc-per-node=2"]])
+@pytest.mark.parametrize("given", ["", "1", "3"])
+def test_threads_that_are_asked_for(tmp_path: Path, launched: list[str], given: str) -> None:
+    """OMP_NUM_THREADS counts, under launchers too, which set it to 1 where it is unset."""
+    script = tmp_path / "show.py"
+    script.write_text(
+        "import os\nfrom pathlib import Path\nfrom lgp_dist.engine.launch.machine import threads_asked\n"
+        "Path(f\"asked-{os.environ.get('RANK', '0')}\").write_text(str(threads_asked(os.environ)))\n"
+        "Path('environment').write_text(os.environ['OMP_NUM_THREADS'])\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("OMP_NUM_THREADS", None)
+    environment |= {"OMP_NUM_THREADS": given} if given else {}
+    command = [sys.executable, "-m", *launched, str(script)]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "environment").read_text() == (given or "1")
+    assert {path.read_text() for path in tmp_path.glob("asked-*")} == {given or "0"}
+
+
+def test_threads_that_are_asked_for_without_a_launcher() -> None:
+    assert [threads_asked({"OMP_NUM_THREADS": text}) for text in ("1", "4,2", "many", "")] == [1, 4, 0, 0]
+
+
+def test_cpus_of_affinity() -> None:
+    """As many as the kernel lets the process run on."""
+    code = "from lgp_dist.engine.launch.machine import usable_cpus; print(usable_cpus())"
+    environment, cpus = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, os.sched_getaffinity(0)
+    for allowed in ({min(cpus)}, cpus):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {allowed}); {code}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert 1 <= int(done.stdout) <= len(allowed)
+
+
+QUOTAS = {
+    "version 2": ("0::/job/step\n", {"job/cpu.max": "150000 100000", "job/step/cpu.max": "max 100000"}, 2),
+    "version 2 in a container": ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+    "version 1": (
+        "3:cpu,cpuacct:/job\n1:cpuset:/\n",
+        {"cpu/job/cpu.cfs_quota_us": "300000", "cpu/job/cpu.cfs_period_us": "100000"},
+        3,
+    ),
+    "version 1 in a container": (
+        "3:cpuacct,cpu:/docker/1f\n",
+        {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"},
+        1,
+    ),
+    "no limit": (
+        "3:cpu:/\n0::/\n",
+        {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000", "cpu.max": "max 100000"},
+        64,
+    ),
+    "no cgroups": ("0::/\n", {}, 64),
+}
+"""/proc/self/cgroup and the files of cgroups, as the kernel's documentation has them, and CPUs of 64."""
+
+
+@pytest.mark.parametrize("name", QUOTAS)
+def test_cpus_of_cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    membership, files, usable = QUOTAS[name]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    (tmp_path / "cgroup").write_text(membership)
+    for path, text in files.items():
+        (tmp_path / "sys" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys" / path).write_text(f"{text}\n")
+    assert usable_cpus(tmp_path / "cgroup", tmp_path / "sys") == usable
 
 
 @pytest.mark.parametrize("gpus", ["NoDevFiles", "0", "0,1"])
@@ -286,7 +414,7 @@ def test_a_deepspeed_file_adds_what_does_not_change_the_result(tmp_path: Path) -
     }
     found = launch(2, **deepspeed_file(tmp_path, settings))
     assert found.zero_stage == 2
-    assert check_launch(found, EngineConfig(), 0) == "cpu"
+    assert check_launch(found, EngineConfig(device="cpu"), 0) == "cpu"
     config = deepspeed_config(2, 2, EngineConfig(), TrainConfig(), 8, found.file)
     assert config["zero_optimization"] == {
         "stage": 2,

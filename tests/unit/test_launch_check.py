@@ -168,6 +168,7 @@ TRAPS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     ),
     "precision": ({**CPU, "mixed_precision": "fp16"}, ("--recipe", "tiny"), ("fp16", "engine.precision fp32")),
     "no gpu": ({**CPU, "gpu_ids": "0,1"}, (), ("GPUs 0,1", "none that torch can use")),
+    "others' gpus": ({**CPU, "gpu_ids": "0,1"}, (), ("gpu_ids 0,1", "which is 2,3 here", "set gpu_ids to all")),
     "no data": (CPU, ("--recipe", "tiny", "--data", "/nowhere"), ("no folder /nowhere",)),
 }
 
@@ -176,11 +177,29 @@ TRAPS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
 def test_traps(tmp_path: Path, lgp: Lgp, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What accelerate takes without a word is a problem in one sentence."""
     settings, options, words = TRAPS[name]
-    if name == "no gpu":
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if name in ("no gpu", "others' gpus"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "" if name == "no gpu" else "2,3")
     problems = found(lgp, write(tmp_path, settings), *options)["problems"]
     assert any(all(word in problem for word in words) for problem in problems), problems
     assert all(problem.endswith(".") and "\n" not in problem for problem in problems)
+
+
+@pytest.mark.parametrize("name", ["cpu_2.yaml", "gpu_1.yaml", "gpu_8.yaml"])
+def test_a_file_for_one_node_never_logs_in_to_others(name: str) -> None:
+    """Started on two nodes, each starts its own ranks: no pdsh, which accelerate gives the whole environment in a file
+    `.deepspeed_env`."""
+    options = Given(num_machines=2, num_processes=16, main_process_ip="192.0.2.7", main_process_port=29533)
+    nodes = plan(ROOT / "launch_configs" / name, options, 2, ("run", "tiny"))
+    assert [node.rendezvous for node in nodes] == ["static 192.0.2.7:29533"] * 2
+    assert [node.ranks for node in nodes] == [(0, 7), (8, 15)]
+
+
+def test_the_multi_node_file_leaves_gpus_to_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    (node,) = plan(
+        ROOT / "launch_configs" / "multinode.yaml", Given(machine_rank=0, main_process_ip="192.0.2.7"), 2, ()
+    )
+    assert "CUDA_VISIBLE_DEVICES" not in node.environment, "it stays 2,3"
 
 
 def test_what_accelerate_does_not_read(tmp_path: Path) -> None:

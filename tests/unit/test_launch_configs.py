@@ -61,6 +61,7 @@ def test_slurm_asks_for_what_the_launch_file_starts() -> None:
     stored = read_launch_file(MULTINODE)
     assert int(options["nodes"]) == stored["num_machines"] and options["ntasks-per-node"] == "1"
     assert int(options["nodes"]) * int(options["gpus-per-node"]) == stored["num_processes"]
+    assert int(options["cpus-per-task"]) % int(options["gpus-per-node"]) == 0, "CPUs for each rank"
     assert "requeue" in options and options["signal"].startswith("B:USR1@")
 
 

@@ -195,7 +195,10 @@ def test_a_deeper_row_is_entered_in_proportion() -> None:
 @pytest.mark.parametrize(
     ("shape", "pieces"),
     [
-        ({"row_depths": (4, 6)}, ["model.rows.1 has 6 blocks", "multiple of the 4 of row 0", "model.rows.1.depth to 8"]),
+        (
+            {"row_depths": (4, 6)},
+            ["model.rows.1 has 6 blocks", "multiple of the 4 of row 0", "model.rows.1.depth to 8"],
+        ),
         ({"row_depths": (1, 6)}, ["model.rows.0.depth is 1", "2 blocks or more"]),
         ({"widths": (1, 2, 3), "two_way": True}, ["model.two_way joins two rows", "has 3"]),
         ({"two_way": True, "stitch_sharing": "path"}, ["model.two_way", "set model.stitch_sharing to window"]),

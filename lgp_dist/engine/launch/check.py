@@ -1,5 +1,7 @@
 """Everything about a launch that can be known before it starts: lists all problems, each in one sentence."""
 
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -106,7 +108,7 @@ def _traps(path: Path, settings: Mapping[str, Any]) -> Iterator[str]:
             f"num_processes {processes} is not a multiple of num_machines {nodes}: accelerate would start {each} on "
             f"each, {each * nodes} in all, so take {each * nodes or nodes} or {(each + 1) * nodes}."
         )
-    ids = [one for one in str(settings.get("gpu_ids", "all")).split(",") if one.strip()]
+    ids = _ids(settings.get("gpu_ids", "all"))
     if ids and ids not in (["all"], ["-1"]) and not rest and len(ids) != each:
         yield (
             f"gpu_ids names {len(ids)} GPU(s) of a node, but each of {nodes} node(s) starts {each} process(es): set "
@@ -114,6 +116,11 @@ def _traps(path: Path, settings: Mapping[str, Any]) -> Iterator[str]:
         )
     if rank is not None and rank >= nodes:
         yield f"machine_rank is {rank}, but num_machines is {nodes}: nodes count from 0 to {nodes - 1}."
+
+
+def _ids(text: str) -> list[str]:
+    """The GPUs of a list with commas."""
+    return [one.strip() for one in text.split(",") if one.strip()]
 
 
 def _several_nodes(path: Path, settings: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterator[str]:
@@ -137,7 +144,9 @@ def _several_nodes(path: Path, settings: Mapping[str, Any], stored: Mapping[str,
             f"{path} has several nodes and no main_process_ip, so nodes would look for None:{port}: give the address "
             "of node 0, as --main_process_ip to accelerate and as --address here."
         )
-    elif any(ip_address(found.partition("%")[0]).is_loopback for found in addresses(address)):
+    elif any(ip_address(found.partition("%")[0]).is_loopback for found in addresses(address)) and not (
+        address == socket.gethostname() and "GLOO_SOCKET_IFNAME" in os.environ  # another address on other nodes
+    ):
         yield (
             f"main_process_ip {address} is a loopback address here ({', '.join(addresses(address))}), so other nodes "
             "would connect to themselves: give the address of node 0 in the network that nodes share."
@@ -154,6 +163,12 @@ def _several_nodes(path: Path, settings: Mapping[str, Any], stored: Mapping[str,
 def _machine(settings: Mapping[str, Any], demand: Demand) -> Iterator[str]:
     """What this machine lacks."""
     nodes, port, address = settings["num_machines"], settings["main_process_port"], settings.get("main_process_ip")
+    named, visible = _ids(settings.get("gpu_ids", "all")), _ids(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    if visible and named not in ([], ["all"], ["-1"]) and set(named) != set(visible):
+        yield (
+            f"gpu_ids {','.join(named)} replaces CUDA_VISIBLE_DEVICES, which is {','.join(visible)} here, so that this "
+            "run would take GPUs of other jobs: set gpu_ids to all."
+        )
     if settings.get("machine_rank", 0) == 0 and not port_free(port):
         instead = "0 for any free port" if nodes == 1 else "one that is free on node 0"
         yield f"Port {port} is in use on this machine: set main_process_port to {instead}."

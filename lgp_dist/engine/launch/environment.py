@@ -11,8 +11,11 @@ from lgp_dist.errors import UserError
 COUNTS = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
 """Variables that a launcher sets for each rank -> the smallest value."""
 
-MPI = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"}
-"""Numbers of ranks that mpirun and srun set for programs of MPI."""
+MPI = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"}
+"""Numbers of processes that mpirun and srun set."""
+
+DEEPSPEED_SIZES = {"CROSS_SIZE", "LOCAL_SIZE"}
+"""Numbers of nodes and of a node's ranks, which DeepSpeed's own launcher sets."""
 
 READ = {
     *("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_DEEPSPEED_ZERO_STAGE"),
@@ -34,14 +37,35 @@ effect in a launch of this project; accelerate lists the names of all in ACCELER
 
 
 def check_variables(environment: MutableMapping[str, str]) -> None:
-    """Removes launchers' variables that are empty. UserError for a value that is not a number where one is needed."""
+    """Removes launchers' variables that are empty. UserError for a value that is not a number where one is needed.
+
+    What DeepSpeed's launcher says gets the names that other launchers use.
+    """
     for name in [*environment]:
         if (name in COUNTS or name in MPI or name.startswith("ACCELERATE_")) and not environment[name].strip():
             del environment[name]
+    if by_deepspeed(environment):
+        environment.setdefault("LOCAL_WORLD_SIZE", environment["LOCAL_SIZE"])
+        environment.setdefault("ACCELERATE_USE_DEEPSPEED", "true")
     for name, least in COUNTS.items():
         value = environment.get(name, str(least))
         if not (value.isascii() and value.isdigit() and int(value) >= least):
             raise UserError(f"{name} is {value!r}, but must be a whole number from {least}: unset it.")
+
+
+def by_deepspeed(environment: Mapping[str, str]) -> bool:
+    """Whether DeepSpeed's own launcher has started this rank."""
+    return environment.keys() >= {*DEEPSPEED_SIZES, "RANK"}
+
+
+def launcher(environment: Mapping[str, str]) -> str:
+    """What has started this rank, in words; for after `check_variables`."""
+    elastic = "TORCHELASTIC_RUN_ID" in environment
+    if by_deepspeed(environment):
+        return "deepspeed"
+    if "ACCELERATE_MIXED_PRECISION" in environment:
+        return "accelerate launch"
+    return "torchrun" if elastic else "RANK and WORLD_SIZE" if "RANK" in environment else "no launcher"
 
 
 def check_ranks(environment: Mapping[str, str]) -> None:
@@ -49,13 +73,16 @@ def check_ranks(environment: Mapping[str, str]) -> None:
     start = "start ranks with `accelerate launch` or torchrun (docs/launching.md)"
     for name in sorted(MPI & environment.keys()):
         if "RANK" not in environment and environment[name] != "1":
-            raise UserError(f"{name} is {environment[name]}, but lgp does not join ranks by MPI: {start}, or unset it.")
+            how = "srun alone" if name.startswith("SLURM") else "MPI"
+            raise UserError(
+                f"{name} is {environment[name]}, but lgp does not join ranks by {how}: {start}, or unset it."
+            )
     world = environment.get("WORLD_SIZE", "1")
-    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
-        if world != "1":
-            raise UserError(f"WORLD_SIZE is {world}, but {', '.join(missing)} are not set: {start}, or unset it.")
-    elif int(environment["RANK"]) >= int(world):
-        raise UserError(f"RANK is {environment['RANK']}, but WORLD_SIZE is {world}: {start}.")
+    if int(environment.get("RANK", "0")) >= int(world):
+        raise UserError(f"RANK is {environment['RANK']}, but WORLD_SIZE is {world}: {start}, or unset it.")
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing and world != "1":
+        raise UserError(f"WORLD_SIZE is {world}, but {', '.join(missing)} are not set: {start}, or unset it.")
 
 
 @dataclass(frozen=True)
@@ -187,23 +214,27 @@ def check_requests(launch: Launch, engine: EngineConfig) -> None:
 def _device(launch: Launch, engine: EngineConfig, cuda_devices: int) -> str:
     gpus, wants_cpu = (launch.gpu_ids or "").strip(), engine.device == "cpu" or launch.cpu
     wants_gpu = gpus not in ("", "-1")
-    if not cuda_devices and not wants_cpu and (wants_gpu or engine.device == "cuda"):
+    several = launch.world > launch.local_world
+    unsaid = launch.gpu_ids is None and launch.world > 1 and (several or launch.deepspeed)
+    cpu_file = f"launch_configs/{'cpu_multinode' if several else 'cpu_2'}.yaml"
+    if not cuda_devices and not wants_cpu and (wants_gpu or unsaid or engine.device == "cuda"):
         asked = "CUDA_VISIBLE_DEVICES, which a launch file sets by gpu_ids, asks for GPUs " + gpus
         asked = asked if wants_gpu else "The recipe has engine.device cuda"
+        asked = asked if wants_gpu or engine.device == "cuda" else "The launch takes all GPUs"
         raise UserError(
-            f"{asked}, but this machine has none that torch can use: choose --engine.device cpu (with "
-            "launch_configs/cpu_2.yaml for several processes), or a machine with a GPU."
+            f"{asked}, but this machine has none that torch can use: choose --engine.device cpu (with {cpu_file} for "
+            f"several {'nodes' if several else 'processes'}), or a machine with a GPU."
         )
     if not cuda_devices or wants_cpu and not launch.deepspeed:
         return "cpu"
     if wants_cpu:
         raise UserError(
             "The recipe has engine.device cpu, but a GPU is visible and accelerate would use it: take a launch file "
-            'with gpu_ids "" (launch_configs/cpu_2.yaml), or set CUDA_VISIBLE_DEVICES to nothing.'
+            f'with gpu_ids "" ({cpu_file}), or set CUDA_VISIBLE_DEVICES to nothing.'
         )
     if launch.local_world > cuda_devices:
         raise UserError(
             f"{launch.local_world} processes were launched on a machine with {cuda_devices} GPU(s): launch one process "
-            "per GPU, or take launch_configs/cpu_2.yaml."
+            f"per GPU, or take {cpu_file}."
         )
     return "cuda"

@@ -6,12 +6,55 @@ import re
 import resource
 import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 SHM = Path("/dev/shm")
 
 STALE_NAMES = re.compile(r"(deepspeed_allreduce_buffer_|nccl-|torch_\d|psm_|sem\.mp-|cuda\.shm\.)")
 """Names of files that training leaves in /dev/shm: DeepSpeed, NCCL, torch, Python, CUDA."""
+
+
+def usable_cpus(membership: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns how many CPUs this process may use: its affinity, and the quotas of its cgroups, rounded up.
+
+    membership, mounted: where the kernel names this process's cgroups, and shows them.
+    """
+    usable = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            root = mounted if not controllers else mounted / "cpu"
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            innermost = root / place.strip("/")  # a container sees its own cgroup as the root, whatever its name
+            for folder in (innermost, *innermost.parents):
+                if folder.is_relative_to(root):
+                    usable = min(usable, _quota(folder) or usable)
+    return usable
+
+
+def _quota(folder: Path) -> int:
+    """CPUs that a cgroup may use, of version 2 or 1; 0 for no limit."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        return 0 if quota in ("max", "-1") else max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        return 0
+
+
+def threads_asked(environment: Mapping[str, str]) -> int:
+    """Returns OMP_NUM_THREADS; 0 if it is unset, or the 1 that torchrun and accelerate set where it is unset."""
+    asked = environment.get("OMP_NUM_THREADS", "").split(",")[0]
+    launched = environment.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
+    if asked == "1" and launched:
+        with contextlib.suppress(OSError):  # what the launcher itself was started with
+            given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+            asked = asked if any(one.startswith(b"OMP_NUM_THREADS=1") for one in given) else ""
+    return int(asked) if asked.isascii() and asked.isdigit() else 0
 
 
 def port_free(port: int) -> bool:

@@ -100,6 +100,11 @@ class Watchdog:
         """Returns the watchdog for this rank, which the launcher's environment names before the ranks join."""
         return cls(folder, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), timeout_s)
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """Stage and step at which this rank is, or was last."""
+        return self._note.stage, self._note.step or 0
+
     def note(self, step: int, phase: str, path: str | None = None) -> None:
         """Notes a phase of a step. path: None keeps the last one. Does no I/O."""
         if self._first is None:
