@@ -145,6 +145,7 @@ RUNTIME_ONLY = {
     "force": True,
     "debug": True,
     "trackers": (),
+    "tracker_args": ("tensorboard.flush_secs=60",),
     "data.threads": 5,
     "data.max_bad": 7,
     "engine.threads": 3,
