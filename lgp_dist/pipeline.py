@@ -6,6 +6,7 @@ from collections.abc import Callable
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.report.publish import publish
 from lgp_dist.run.log import show
+from lgp_dist.run.path_rows import read_rows
 from lgp_dist.stages import ancestry, descend, distil, evaluate, export, finetune, pool
 from lgp_dist.stages.context import Context
 from lgp_dist.stages.start import check_pretrained, check_stages, joined, recorded
@@ -36,7 +37,7 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> None:
 def run_joined(context: Context, stages: tuple[str, ...]) -> None:
     """`run_stages` for ranks that have joined."""
     check_stages(context.config, stages, context.run, context.workers.world, context.train_images)
-    with recorded(context, stages[-1]):
+    with recorded(context, stages[-1]) as context:
         check_pretrained(context, stages)
         for stage in stages:
             if is_to_do(stage, context):
@@ -63,6 +64,10 @@ def report(context: Context, stages: tuple[str, ...]) -> None:
     run, workers = context.run, context.workers
     workers.watchdog.begin("report")
     if workers.is_main:
-        table = publish(run.root, context.config.recipe, context.settings, run.consistent(), workers.device_name)
+        artifacts = {artifact.record["stage"]: artifact for artifact in run.consistent()}
+        table = publish(run.root, context.config.recipe, context.settings, [*artifacts.values()], workers.device_name)
+        choice = next((artifacts[stage].facts for stage in ("export", "descend") if stage in artifacts), {})
+        rows = read_rows(run.root / "paths.json") if table else []
+        context.tracking.results(run.root, rows, choice)
         if table and "evaluate" in stages:
             show(f"\n{table}\n\nResults: {run.root}/report.html, paths.csv, pareto.png, export/\n")

@@ -47,7 +47,7 @@ LIMIT_S = 1200.0
 GONE_S = 120.0
 """Longest wait for the end of what has to end by itself: processes whose launcher has ended, and what they held."""
 
-ABOUT = ("config.json", "environment.json", "log.txt", "outcome.json", "heartbeats")
+ABOUT = ("config.json", "environment.json", "log.txt", "outcome.json", "heartbeats", "tracking")
 """Files and folders about the latest command; tests/unit/test_artifacts.py says what may become of them."""
 
 
@@ -126,9 +126,9 @@ def snapshot(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
 def refused(lgp: Lgp, stage: str, *arguments: str, run: str = "run", begun: bool = False) -> str:
     """The sentence of a stage that must fail and leave the run directory as it was.
 
-    begun: training had begun, so that the run's metrics and trackers may have more than before.
+    begun: training had begun, so that the run's metrics may have more than before.
     """
-    without = (*ABOUT, "metrics.jsonl", "tracking") if begun else ABOUT
+    without = (*ABOUT, "metrics.jsonl") if begun else ABOUT
     before = snapshot(Path(run), without)
     sentence = lgp(stage, *SMALL, *arguments).sentence
     assert snapshot(Path(run), without) == before

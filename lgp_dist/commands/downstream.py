@@ -44,7 +44,7 @@ def finetune_descendant(folder: Path, config: RunConfig) -> None:
         config, refusal = replace(config, data=replace(config.data, num_classes=1000)), error
     with joined(config, (STAGE,), refusal) as context:
         check_batch(config.finetune.train, context.workers.world, context.train_images, "train.")
-        with recorded(context, STAGE):
+        with recorded(context, STAGE) as context:
             _work(context, folder)
 
 

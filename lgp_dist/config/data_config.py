@@ -60,7 +60,7 @@ class DataConfig:
     threads: int = runtime_only(8)
     """Decoding threads per rank; 0 decodes in the training thread."""
     cache: str = runtime_only("")
-    """Folder on this node's disk for shards of a remote root; empty for $XDG_CACHE_HOME/lgp or ~/.cache/lgp."""
+    """Folder on this node's disk for shards of a remote root; empty for the user's, or TMPDIR if home is shared."""
     cache_bytes: int = runtime_only(200_000_000_000)
     """Size limit of the cache, bytes; the least recently used shards are removed."""
     timeout_s: float = runtime_only(60.0)

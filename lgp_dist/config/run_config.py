@@ -145,8 +145,7 @@ class ModelConfig:
     )
     """Rows from narrow to wide; a single row is a pool of one path."""
     stitch_sharing: StitchSharing = "window"
-    """Which stitched paths share a stitch layer: those of a window, as the paper has it; or none: a layer for each
-    path."""
+    """Which stitched paths share a stitch layer: those of a window, as in the paper; or none: each has its own."""
     stitch_rank: int = 0
     """Rank of the update that training adds to a stitch layer's fixed initial weight (SN-Net v2); 0 for none."""
     two_way: bool = False
@@ -304,8 +303,7 @@ class SpecialiseConfig:
     """Paths that `lgp run` trains alone, from the pool's weights, when the pool is done."""
 
     top: int = runtime_only(0)
-    """Budgets of parameters, at equal ratios up to the largest path, for each of which the best path is trained; 0 for
-    none."""
+    """Budgets of parameters, at equal ratios up to the largest path; the best path of each is trained. 0 for none."""
     paths: tuple[str, ...] = runtime_only(())
     """Keys of paths to train alone too."""
     epochs: float = runtime_only(0.0)
@@ -352,6 +350,8 @@ class RunConfig:
     """Folder for results; empty for runs/RECIPE."""
     trackers: tuple[str, ...] = runtime_only(("tensorboard",))
     """Experiment trackers of accelerate, such as tensorboard and wandb."""
+    tracker_args: tuple[str, ...] = runtime_only(())
+    """Arguments of trackers, as TRACKER.KEY=VALUE: wandb.entity=team, wandb.project=vits (in place of the recipe)."""
     resume: str = runtime_only("auto")
     """auto: from a stage's newest whole checkpoint, if there is one. latest: from it, and there must be one. never:
     from the start. A path: from this checkpoint."""

@@ -16,6 +16,7 @@ from lgp_dist.engine.meters import StepMeter, StepResult
 from lgp_dist.engine.optim import Decays, build_optimizer, build_schedule, decays_matrix, planned_steps, rate_of
 from lgp_dist.engine.saver import Saver, SaverConfig
 from lgp_dist.engine.step_filter import NotFinite, StepFilter
+from lgp_dist.engine.tracking import Tracking
 from lgp_dist.engine.trainer import Trainer, Watch
 from lgp_dist.engine.watch.signals import Preemption
 from lgp_dist.engine.workers import Workers
@@ -53,9 +54,8 @@ class RunSetup:
     batches: Batches
     steps_per_epoch: float
     run_dir: Path
-    """Metrics and trackers write here."""
-    trackers: tuple[str, ...] = ()
-    tracked_config: Mapping[str, Any] = field(default_factory=dict)
+    """Metrics are written here."""
+    tracking: Tracking = field(default_factory=Tracking)
     check: Callable[[list[dict[str, Any]]], None] = lambda lines: None
     """Called on every rank with finished lines of metrics, with batch facts summed over ranks; may raise."""
     step_filter: StepFilter | None = None
@@ -79,11 +79,10 @@ def train(plan: TrainingPlan, setup: RunSetup, workers: Workers) -> Training:
         optimizer = build_optimizer(module, config, plan.decays, skippable, plan.rates)
         schedule = build_schedule(optimizer, config, steps, setup.steps_per_epoch)
         step_filter = setup.step_filter or StepFilter(task, workers, config.accumulate, stage=stage)
-        log_dir = setup.run_dir / "tracking" / stage
-        trainer = Trainer(workers, task, optimizer, config, plan.gradients, setup.trackers, log_dir, step_filter)
-        trainer.accelerator.init_trackers(stage, config=_plain(setup.tracked_config))
+        trainer = Trainer(workers, task, optimizer, config, plan.gradients, step_filter)
         saver = Saver(setup.saver, trainer, stage, steps, stack.enter_context(Preemption())) if setup.saver else None
-        meter = partial(StepMeter, trainer, setup.run_dir / "metrics.jsonl", stage, steps, setup.check)
+        metrics = setup.run_dir / "metrics.jsonl"
+        meter = partial(StepMeter, trainer, metrics, setup.tracking, stage, steps, setup.check)
 
         def one_step(step: int, stream: Iterator[Batch], meter: StepMeter) -> None:
             schedule.step_update(step)
@@ -169,8 +168,3 @@ def _labels(task: Task, step: int, accumulate: int, world: int) -> dict[str, Any
             for name, value in task.labels(StepContext(step, micro, rank, world)).items():
                 labels.setdefault(name, []).append(value)
     return {"world": world, "accumulate": accumulate, **labels}
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that every tracker accepts: numbers and strings."""
-    return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lgp_dist.engine.progress import new_bar
+from lgp_dist.engine.tracking import Tracking
 from lgp_dist.engine.trainer import Trainer
 from lgp_dist.run.metrics import MetricsFile
 
@@ -41,6 +42,7 @@ class StepMeter:
         self,
         trainer: Trainer,
         metrics: Path,
+        tracking: Tracking,
         stage: str,
         steps: int,
         check: Callable[[list[dict[str, Any]]], None],
@@ -48,7 +50,7 @@ class StepMeter:
     ):
         """steps: of the whole run. first: the step to begin with. check: called with the lines of every report."""
         self.trainer, self.stage, self.steps, self.first, self.check = trainer, stage, steps, first, check
-        self.workers, self.every = trainer.workers, max(1, trainer.train.log_every)
+        self.tracking, self.workers, self.every = tracking, trainer.workers, max(1, trainer.train.log_every)
         self.file = MetricsFile(metrics, stage, first) if self.workers.is_main else None
         self.losses: list[dict[str, Tensor]] = []
         self.counts: list[Mapping[str, int]] = []
@@ -88,7 +90,7 @@ class StepMeter:
             if problem and first:
                 log.warning("%s cannot be written (%s): the run continues, lines are lost", self.file.path, problem)
             self._show()
-            self.trainer.tracking.add(self.lines)
+            self.tracking.add(self.stage, self.lines)
         done, self.losses, self.lines, self.counts = self.lines, [], [], []
         self.check(done)
 
@@ -111,7 +113,5 @@ class StepMeter:
     def close(self) -> None:
         """Ends the bar, and logs how many lines were lost."""
         self.bar.close()
-        if self.file is not None:
-            for place, count in ((self.file.path, self.file.lost), ("A tracker", self.trainer.tracking.lost)):
-                if count:
-                    log.warning("%s: %s has lost %d lines", self.stage, place, count)
+        if self.file is not None and self.file.lost:
+            log.warning("%s: %s has lost %d lines", self.stage, self.file.path, self.file.lost)

@@ -62,6 +62,8 @@ class StepVerdict:
     """Whether a gradient was not finite. A loss scale then halves."""
     stop: NotFinite | None = field(default=None, compare=False)
     """To be raised after the step was skipped, when the engine is ready for another."""
+    grad_norm: float = field(default=math.nan, compare=False)
+    """Of the given gradients of all ranks; `Trainer.finish` makes it that of the whole gradient before clipping."""
 
     @property
     def skipped(self) -> bool:
@@ -70,8 +72,9 @@ class StepVerdict:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For the step's line of metrics: `skipped`, 0 or 1, and with 1 the `reason`."""
-        return {"skipped": 1, "reason": self.reason} if self.reason else {"skipped": 0}
+        """For the step's line of metrics: `grad_norm` if it is finite, `skipped`, 0 or 1, and with 1 the `reason`."""
+        norm = {"grad_norm": self.grad_norm} if math.isfinite(self.grad_norm) else {}
+        return {**norm, "skipped": 1, "reason": self.reason} if self.reason else {**norm, "skipped": 0}
 
 
 class StepFilter:
@@ -110,13 +113,13 @@ class StepFilter:
         """
         table, squares = self._collect(losses, gradients)
         overflow = not sum(squares) <= LARGEST  # true for nan too
-        reason = self._reason(table, overflow, scaled)
+        reason, norm = self._reason(table, overflow, scaled), math.nan if overflow else math.sqrt(sum(squares))
         if reason in ("loss", "gradient", "spike"):
-            return StepVerdict(reason, overflow, self._fault(step, self._explain(step, reason, table, squares)))
+            return StepVerdict(reason, overflow, self._fault(step, self._explain(step, reason, table, squares)), norm)
         if not reason:
             self.good.append(fmean(table))
             self.skipped = 0
-        return StepVerdict(reason, overflow)
+        return StepVerdict(reason, overflow, grad_norm=norm)
 
     def _collect(
         self, losses: Sequence[Tensor], gradients: Iterable[tuple[str, Tensor]]

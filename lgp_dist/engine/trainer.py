@@ -5,10 +5,9 @@ A step is `begin`, then for each micro-step a forward of `module` and `backward`
 """
 
 import contextlib
-import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +28,6 @@ from lgp_dist.engine.optim import EMA, StepMask
 from lgp_dist.engine.step_filter import StepFilter, StepVerdict
 from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import StepContext, Task
-
-log = logging.getLogger("lgp")
 
 Watch = Callable[[nn.Module], dict[str, float]]
 """Measures the wrapped module while it trains, with the same number of forwards on every rank."""
@@ -84,32 +81,6 @@ class LossScale:
             self.value *= 2
 
 
-class Tracking:
-    """Passes lines to accelerate's trackers, which are other people's code and must not end a run; counts lost ones."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.lost = accelerator, 0
-
-    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Passes the numbers of finished steps, by name. Each line has a `step`."""
-        for line in lines:
-            try:
-                tracked = {name: value for name, value in line.items() if isinstance(value, float)}
-                self.accelerator.log(tracked, step=line["step"])
-            except Exception as error:  # noqa: BLE001  whatever a tracker raises
-                self.lost += 1
-                if self.lost == 1:
-                    log.warning("A tracker cannot take a line (%r): the run continues, lines are lost", error)
-
-    def close(self) -> None:
-        """Ends the trackers."""
-        for tracker in self.accelerator.trackers:
-            try:
-                tracker.finish()
-            except Exception as error:  # noqa: BLE001  whatever a tracker raises
-                log.warning("Tracker %s did not end well (%r)", tracker.name, error)
-
-
 class Trainer:
     """Module and optimizer of a task, wrapped for these workers until `close`."""
 
@@ -120,8 +91,6 @@ class Trainer:
         optimizer: Optimizer,
         train: TrainConfig,
         rules: GradientConfig,
-        trackers: tuple[str, ...] = (),
-        log_dir: Path = Path("."),
         step_filter: StepFilter | None = None,
     ):
         self.workers, self.task, self.optimizer, self.train, self.rules = workers, task, optimizer, train, rules
@@ -142,8 +111,7 @@ class Trainer:
         self.scaler = LossScale(engine.fp16_scale) if engine.precision == "fp16" else None
         self.schedule: list[frozenset[str]] = []
         prepare_module(task.module, workers)
-        self.accelerator = self._accelerator(trackers, log_dir)
-        self.tracking = Tracking(self.accelerator)
+        self.accelerator = self._accelerator()
         self.module: Any = self._wrapped(task.module)
         self._open = contextlib.ExitStack()
 
@@ -153,7 +121,7 @@ class Trainer:
             return self.accelerator.prepare(module, self.optimizer)[0]
         return self.accelerator.prepare(module) if self.workers.world > 1 else module.to(self.workers.device)
 
-    def _accelerator(self, trackers: tuple[str, ...], log_dir: Path) -> Accelerator:
+    def _accelerator(self) -> Accelerator:
         AcceleratorState._reset_state()  # each stage has a DeepSpeed configuration of its own; the group stays
         plugin, workers = None, self.workers
         if self.deepspeed:
@@ -166,8 +134,6 @@ class Trainer:
             cpu=not self.deepspeed and workers.device.type == "cpu",
             mixed_precision="no",
             deepspeed_plugin=plugin,
-            log_with=list(trackers) or None,
-            project_dir=str(log_dir),
         )
 
     def begin(self, step: int) -> None:
@@ -225,7 +191,10 @@ class Trainer:
             self.divergence_check.check(step, self.schedule)
         gradients = reduced_gradients(self.module) if self.partitioned else self._whole_gradients()
         scaled = self.scaler is not None and self.scaler.value > 1
-        verdict = self.step_filter.judge(step, self.losses, gradients, scaled)
+        # Without partitions every rank holds the whole gradient; with them, one that fp16's loss scale multiplies.
+        unit = (1 / self.scaler.value if self.scaler else 1.0) if self.partitioned else self.workers.world**-0.5
+        judged = self.step_filter.judge(step, self.losses, gradients, scaled)
+        verdict = replace(judged, grad_norm=unit * judged.grad_norm)
         self.step_mask.skip_all = verdict.skipped
         if self.partitioned and verdict.skipped:
             drop_gradients(self.module)
@@ -280,8 +249,7 @@ class Trainer:
         return {name: self.workers.sum(average) for name, average in whole.items()}
 
     def close(self) -> None:
-        """Ends trackers and engine, and leaves a plain module with whole weights. The process group stays."""
-        self.tracking.close()
+        """Ends the engine, and leaves a plain module with whole weights. The process group stays."""
         if self.deepspeed and self.stage == 3:
             make_whole(self.task.module)
         self.accelerator.free_memory()

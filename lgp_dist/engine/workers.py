@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
 from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor
 
@@ -219,17 +217,6 @@ def _separate_restarts(launch: Launch, options: dict[str, Any]) -> None:
         store, rank, world = next(torch.distributed.rendezvous("env://"))
         store = torch.distributed.PrefixStore(f"start-{count}", store)
         torch.distributed.init_process_group(store=store, rank=rank, world_size=world, **options)
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Raises UserError unless accelerate knows all these trackers and they are installed."""
-    known = sorted(str(name) for name in LoggerType.list() if name != "all")
-    installed = {str(name) for name in get_available_trackers()}
-    for name in names:
-        if name not in known:
-            raise UserError(f"trackers names {name!r}, which accelerate does not know: choose from {', '.join(known)}.")
-        if name not in installed:
-            raise UserError(f"trackers names {name!r}, which is not installed: `pip install {name}`, or leave it out.")
 
 
 def _quiet(*, prints: bool) -> None:

@@ -1,6 +1,9 @@
 """Settings that would train wrongly or fail late, refused before anything starts."""
 
+import contextlib
+import json
 import re
+from typing import Any
 
 from lgp_dist.config.data_config import DataConfig
 from lgp_dist.config.flat import STAGES, flatten
@@ -19,6 +22,23 @@ def check_config(config: RunConfig) -> None:
     check_ranges(config)
     check_data(config.data)
     _check_shapes(config)
+    tracker_options(config)
+
+
+def tracker_options(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """By tracker, the arguments that `tracker_args` gives it: JSON, or else text. UserError where that is malformed."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in config.trackers}
+    for word in config.tracker_args:
+        key, equals, text = word.partition("=")
+        tracker, _, option = key.partition(".")
+        if not equals or not option:
+            raise UserError(f"tracker_args has {word!r}: write TRACKER.KEY=VALUE, such as wandb.entity=team.")
+        if tracker not in found:
+            raise UserError(f"tracker_args sets {key}, but trackers are {' '.join(found) or 'none'}: add {tracker}.")
+        found[tracker][option] = text
+        with contextlib.suppress(ValueError):
+            found[tracker][option] = json.loads(text)
+    return found
 
 
 def check_classes(data: DataConfig, known: int) -> None:

@@ -32,6 +32,8 @@ class MetricsLine(TypedDict):
     """Keys of the paths: rank 0's micro-steps, then rank 1's."""
     loss: float | None
     """Mean over ranks and micro-steps; None if it was not finite."""
+    grad_norm: NotRequired[float]
+    """Of the whole gradient before clipping; left out if it was not finite."""
     images_per_s: float
     """Of all ranks."""
     data_wait_s: float

@@ -1,7 +1,7 @@
 """What every stage is given, and what several of them need."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from lgp_dist.engine.loop import RunSetup, TrainingPlan, train
 from lgp_dist.engine.progress import shown
 from lgp_dist.engine.saver import SaverConfig
 from lgp_dist.engine.step_filter import StepFilter
+from lgp_dist.engine.tracking import Tracking
 from lgp_dist.engine.workers import Workers
 from lgp_dist.models.ancestry import Ancestry, load_weights
 from lgp_dist.models.build import build_ancestry, build_pool
@@ -48,6 +49,8 @@ class Context:
     """Of the shards that it reads."""
     environment: Environment
     """What it was started with."""
+    tracking: Tracking = field(default_factory=Tracking)
+    """The run's experiment trackers, on rank 0."""
 
     @cached_property
     def space(self) -> Space:
@@ -109,8 +112,7 @@ class Context:
             batches=batches,
             steps_per_epoch=stream.steps_per_epoch,
             run_dir=self.run.root,
-            trackers=self.config.trackers,
-            tracked_config=self.settings,
+            tracking=self.tracking,
             check=stream.check_bad,
             step_filter=StepFilter(plan.task, workers, train_config.accumulate, self.config.faults, stage, describe),
             saver=self._saver_config(stage, stream),

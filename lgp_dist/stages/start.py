@@ -18,8 +18,9 @@ from lgp_dist.data.shards.manifest import ShardManifest
 from lgp_dist.data.stream import check_batch
 from lgp_dist.engine.checkpoints.manifest import check_resume
 from lgp_dist.engine.rank_consistency import COMPARED_S, REFUSAL, check_equal, facts_of
+from lgp_dist.engine.tracking import Tracking, check_trackers
 from lgp_dist.engine.watch.watchdog import Watchdog
-from lgp_dist.engine.workers import Workers, check_trackers
+from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import Preempted, UserError, peer_gone
 from lgp_dist.files import LOCK, check_unlocked, locked, write_json
 from lgp_dist.models.pretrained import check_images
@@ -27,13 +28,15 @@ from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
 from lgp_dist.recipes import RECIPES
 from lgp_dist.run.artifacts import RunDirectory, fingerprint
-from lgp_dist.run.checks import check_classes, check_config
+from lgp_dist.run.checks import check_classes, check_config, tracker_options
 from lgp_dist.run.log import end_log, open_log
 from lgp_dist.run.provenance import code_hashes, environment, repeated_options
 from lgp_dist.run.run_status import RunStatus, clear_run_status, read_run_status, status_of, write_run_status
 from lgp_dist.stages.context import Context
 
 log = logging.getLogger("lgp")
+
+TRACKERS_S, SOON_S = 60.0, 10.0  # in which trackers must start and end, and end when the run leaves or has failed
 
 
 @contextlib.contextmanager
@@ -146,12 +149,15 @@ def hashes_of(files: Mapping[str, Path], workers: Workers) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def recorded(context: Context, stage: str) -> Iterator[None]:
+def recorded(context: Context, stage: str) -> Iterator[Context]:
     """Keeps log, settings and environment in the run directory, and how the block ended in outcome.json.
 
-    All ranks leave together. stage: the last, which is done if the block ends well.
+    Yields the context with the run's trackers. All ranks leave together. stage: the last, which is done if the block
+    ends well.
     """
-    run, workers = context.run, context.workers
+    run, workers, config, tracking = context.run, context.workers, context.config, context.tracking
+    patience = min(TRACKERS_S, config.faults.timeout_s / 2)  # otherwise the watchdog would end the run
+    workers.watchdog.phase("start")
     about_launch = workers.described()
     if workers.is_main:
         run.check_writable()
@@ -161,10 +167,10 @@ def recorded(context: Context, stage: str) -> Iterator[None]:
             log.info("%s", line)
         write_json(run.root / "config.json", context.settings)
         write_json(run.root / "environment.json", context.environment)
-    workers.watchdog.phase("start")
+        tracking = Tracking.start(tracker_options(config), config.recipe, run.root, context.settings, patience)
     workers.barrier()  # if rank 0 cannot write, the others end with it
     try:
-        yield
+        yield replace(context, tracking=tracking)
     except BaseException as error:
         status = status_of(error, *workers.watchdog.place)
         with contextlib.suppress(UserError):  # the error itself is what a person must see
@@ -173,12 +179,14 @@ def recorded(context: Context, stage: str) -> Iterator[None]:
             if (workers.is_main or knows) and read_run_status(run.root) is None:
                 write_run_status(run.root, status)
         if workers.is_main:
+            tracking.close(min(SOON_S, patience))
             end_log()
         if isinstance(error, Preempted) and error.stage:
             workers.barrier()  # a launcher ends all ranks when the first has left
         raise
     if workers.is_main:
         write_run_status(run.root, RunStatus("complete", stage))
+        tracking.close(patience)
         end_log()
     workers.barrier()
 

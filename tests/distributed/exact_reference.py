@@ -13,11 +13,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @lru_cache(maxsize=64)
-def reference(trial: Trial, nudge: int = 0, left_out: tuple[int, ...] = ()) -> dict[str, Tensor]:
+def reference(
+    trial: Trial, nudge: int = 0, left_out: tuple[int, ...] = (), norms: list[float] | None = None
+) -> dict[str, Tensor]:
     """The weights after the last step. Gradients are summed over micro-steps first, then over ranks, as ranks do.
 
     nudge: where it is not 0, the seed with which every weight is moved after each step to a float beside it.
-    left_out: steps that are not applied.
+    left_out: steps that are not applied. norms: gets each step's norm of the gradient before clipping.
     """
     generator = torch.Generator().manual_seed(nudge)
     torch.set_num_threads(1)
@@ -64,7 +66,7 @@ def reference(trial: Trial, nudge: int = 0, left_out: tuple[int, ...] = ()) -> d
                 if parameter.grad is not None:
                     share = parameter.grad / world
                     totals[index] = share if totals[index] is None else totals[index] + share
-        scale = apply(trial, optimizer, parameters, totals, uses, scale)
+        scale = apply(trial, optimizer, parameters, totals, uses, scale, norms if norms is not None else [])
         for name, parameter in pool.named_parameters():
             if parameter.grad is not None:
                 averages[name] = trial.ema * averages[name] + (1 - trial.ema) * parameter.detach()
@@ -95,6 +97,7 @@ def apply(
     totals: list[Tensor | None],
     uses: list[int],
     scale: float,
+    norms: list[float],
 ) -> float:
     """Clips and steps; with fp16 leaves out a step whose gradients are not finite and halves the scale it returns."""
     draws = trial.world * trial.accumulate
@@ -108,6 +111,7 @@ def apply(
     present = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not math.isfinite(sum(float(gradient.abs().sum()) for gradient in present)):
         return scale / 2
+    norms.append(float(nn.utils.get_total_norm(present)))
     if trial.clip:
         nn.utils.clip_grad_norm_(parameters, trial.clip)
     optimizer.step()

@@ -53,6 +53,9 @@ def test_debug_shows_the_traceback(lgp: Lgp, place: Path) -> None:
     ("key", "value", "pieces"),
     [
         ("trackers", "nonsense", ["'nonsense'", "tensorboard"]),
+        ("tracker_args", "wandb.entity=me", ["wandb.entity", "tensorboard", "add wandb"]),
+        ("tracker_args", "entity=me", ["'entity=me'", "TRACKER.KEY=VALUE"]),
+        ("tracker_args", "tensorboard.comment", ["'tensorboard.comment'", "TRACKER.KEY=VALUE"]),
         ("export.path", "r0.0-9", ["'r0.0-9'", "lgp paths"]),
         ("model.rows.0.heads", "5", ["model.rows.0", "32", "5"]),
         ("model.rows.0.heads", "0", ["model.rows.0.heads", "0"]),

@@ -36,6 +36,7 @@ PASS: dict[str, Any] = {
     "finetune.train.log_every": 1,
     "run_dir": "there",
     "trackers": (),
+    "tracker_args": ("tensorboard.flush_secs=60",),
     "recipe": "another",
     "resume": "latest",
     "debug": True,

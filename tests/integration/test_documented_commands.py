@@ -82,6 +82,7 @@ ELSEWHERE = {
         "weights of the hub",
         "tests/integration/test_systems.py::test_an_anchor_from_the_hub_is_the_hubs",
     ),
+    r"lgp run pool12 --trackers": ("packages and keys", "tests/integration/test_tracking.py::test_wandb"),
     r"pip install": ("changes what is installed", "tests/unit/test_docs.py::test_every_command_is_one"),
     r"scripts/audit": ("asks PyPI", "tests/unit/test_lock.py::test_the_bill_of_materials_is_the_lock"),
     r"scripts/bench_engines": (

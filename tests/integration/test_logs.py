@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from run_helpers import LIMIT_S, SMALL
 from safetensors.torch import load_file
 
-from lgp_dist.engine.trainer import Tracking
 from lgp_dist.run.log import end_log, open_log
 from lgp_dist.run.metrics import MetricsFile, read_metrics
 
@@ -139,23 +137,3 @@ def test_run_is_what_it_would_be(ready: Path, finished: Path, limited: bool, gon
         assert "finetune: run/metrics.jsonl has lost 2 lines" in done.stderr
         assert re.search(r"run/log.txt has lost \d+ lines of the log", done.stderr)
         assert "Traceback" not in done.stderr
-
-
-def test_tracker_on_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: object) -> None:
-    """TensorBoard on a file system of 16 KiB takes some lines, then raises in its own thread and in ours."""
-    if shutil.which("mount") is None:
-        pytest.skip("there is no command mount")
-    options = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)]
-    mounted = subprocess.run(options, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount: {mounted.stderr.strip()}")
-    try:
-        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(tmp_path))
-        accelerator.init_trackers("x")
-        tracking = Tracking(accelerator)
-        tracking.add([{"step": step, "loss": 1.0, "lr": 0.1} for step in range(500)])
-        tracking.close()
-        assert shutil.disk_usage(tmp_path).free == 0 and 0 < tracking.lost < 500
-    finally:
-        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
-    assert "A tracker cannot take a line" in caplog.text and "No space left" in caplog.text

@@ -49,6 +49,7 @@ RUNTIME_ONLY = {
     "run_dir",
     "start_weights",
     "trackers",
+    "tracker_args",
     "force",
     "every",
     "keep",

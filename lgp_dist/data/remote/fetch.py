@@ -6,14 +6,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lgp_dist.data.remote.transfer import Answer, Remote, TransferError, cut_off, stalled
+from lgp_dist.data.remote.transfer import FLOOR, Answer, Remote, TransferError, cut_off, stalled
 from lgp_dist.errors import UserError
 from lgp_dist.files import sha256
 
 log = logging.getLogger("lgp")
 
-FLOOR = 64 * 2**10
-"""Bytes that must come within each timeout; a slower transfer counts as stalled."""
 WAIT_S = 30.0
 """Longest wait between two tries, seconds."""
 WEB_PAGE = (b"<!doctype html", b"<html")

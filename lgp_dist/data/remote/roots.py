@@ -1,11 +1,14 @@
 """data.root, local or remote: a local folder of manifest and indexes, and a source that opens its shards."""
 
+import logging
 import os
 import re
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+import psutil
 
 from lgp_dist.config.run_config import DataConfig
 from lgp_dist.data.remote.address import local_path
@@ -16,6 +19,11 @@ from lgp_dist.data.shards.index import read_sidecar, sidecar_path
 from lgp_dist.data.shards.manifest import INFO_NAME, MANIFEST_NAME, ShardManifest
 from lgp_dist.errors import UserError
 from lgp_dist.files import sha256
+
+log = logging.getLogger("lgp")
+
+NETWORKS = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "ceph", "glusterfs", "sshfs", "afs", "9p"}
+"""File systems of other machines: a cache there would send each shard over the network twice."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +79,28 @@ def open_root(data: DataConfig) -> LocalRoot | RemoteRoot:
     local = local_path(data.root)
     if local is not None:
         return LocalRoot(local)
-    named = data.cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lgp")
+    policy = RetryPolicy(data.timeout_s, data.retries)
+    return _open_remote(data.root.rstrip("/"), cache_folder(data.cache), data.cache_bytes, policy)
+
+
+def cache_folder(named: str) -> Path:
+    """The folder of cached shards: the named one, or the user's, or one of TMPDIR where that is on a network."""
+    wanted = named or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lgp")
     try:
-        folder = Path(named).expanduser()
+        folder = Path(wanted).expanduser()
     except RuntimeError:  # neither HOME nor an entry of this user
-        raise UserError(f"{named} needs a home directory, which this user does not have: set --data.cache.") from None
-    return _open_remote(data.root.rstrip("/"), folder, data.cache_bytes, RetryPolicy(data.timeout_s, data.retries))
+        raise UserError(f"{wanted} needs a home directory, which this user does not have: set --data.cache.") from None
+    mounts = {} if named else {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
+    place = folder.resolve()
+    kind = next((mounts[parent] for parent in (place, *place.parents) if parent in mounts), "")
+    if kind.removeprefix("fuse.") not in NETWORKS:
+        return folder
+    near = Path(tempfile.gettempdir(), f"lgp-{os.getuid()}")
+    make_folders(near)
+    if near.lstat().st_uid != os.getuid():
+        raise UserError(f"{near} belongs to another user: set --data.cache to a folder on a disk of this node.")
+    log.info("shards are cached in %s, since %s is on a network (%s)", near, folder, kind)
+    return near
 
 
 def load_manifest(data: DataConfig) -> ShardManifest:

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +15,10 @@ import fsspec
 from lgp_dist.data.remote.address import SCHEMES
 from lgp_dist.errors import UserError
 
+FLOOR = 64 * 2**10
+"""Bytes that must come within each timeout; a slower transfer counts as stalled."""
 PIECE = 8 * 2**20
-"""Bytes of one range request; http needs none, its answer is one stream."""
+"""Largest number of bytes of one range request; http needs none, its answer is one stream."""
 READ = 2**20
 """Largest number of bytes taken from an http answer at a time."""
 TEMPORARY = {408, 425, 429}
@@ -95,13 +98,24 @@ class Remote:
         return Answer(offset, None if span[2] == "*" else int(span[2]), False, chunks), stream
 
     def _ranges(self, url: str, offset: int) -> tuple[Answer, contextlib.AbstractContextManager[Any]]:
-        """Consecutive ranges of PIECE bytes."""
-        files = self._files
+        """Consecutive ranges. A try that fails loses one, so that a slow link gets short ones."""
+        try:
+            total = int(self._files.info(url)["size"])
+        except PermissionError:
+            self._files.cat_file(url, start=0, end=1)  # s3 gives its reason only to this request
+            raise
+        chunks = _translated_chunks(self._pieces(url, offset, total))
+        return Answer(offset, total, False, chunks), contextlib.nullcontext()
+
+    def _pieces(self, url: str, start: int, total: int) -> Iterator[bytes]:
+        """The bytes from `start` on. Ranges grow from FLOOR to PIECE bytes, or to an eighth of the timeout."""
         no_cache = {"cache_type": "none"} if self.scheme == "hf" else {}  # it would read 5 MiB ahead of each range
-        total = int(files.info(url)["size"])
-        spans = ((start, min(start + PIECE, total)) for start in range(offset, total, PIECE))
-        pieces = (files.cat_file(url, start=start, end=end, **no_cache) for start, end in spans)
-        return Answer(offset, total, False, _translated_chunks(pieces)), contextlib.nullcontext()
+        size = least = min(FLOOR, PIECE)
+        while start < total:
+            asked, end = time.monotonic(), min(start + size, total)
+            yield self._files.cat_file(url, start=start, end=end, **no_cache)
+            start, share = end, (time.monotonic() - asked) / self.timeout_s
+            size = min(2 * size, PIECE) if share < 1 / 8 else max(size // 2, least) if share > 1 / 4 else size
 
     @cached_property
     def _files(self) -> Any:
@@ -111,9 +125,12 @@ class Remote:
             timeout = aiohttp.ClientTimeout(total=None, connect=self.timeout_s, sock_read=self.timeout_s)
             options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
         elif self.scheme == "s3":
-            options["config_kwargs"] = {"connect_timeout": self.timeout_s, "read_timeout": self.timeout_s}
+            limits = dict.fromkeys(("connect_timeout", "read_timeout"), self.timeout_s)
+            options["config_kwargs"] = {**limits, "retries": {"total_max_attempts": 1}}  # `fetch` tries again
         try:
-            return fsspec.filesystem(self.scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+            files = fsspec.filesystem(self.scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+            files.retries = 1  # of s3fs and gcsfs
+            return files
         except ImportError as error:
             package = SCHEMES[self.scheme]
             raise UserError(
@@ -143,15 +160,20 @@ def _as_transfer_error(error: Exception) -> TransferError:
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, FileNotFoundError) or status == 404:
         return MissingFile("does not exist (404)", "check data.root and that everything was uploaded", final=True)
+    kind = type(error).__name__  # of botocore and google.auth, which this package need not have
+    if kind.endswith("CredentialsError"):
+        todo = "set them as shards/README.md says, or FSSPEC_S3 or FSSPEC_GS where the bucket is public"
+        return TransferError(f"needs credentials ({error})", todo, final=True)
     if status in (401, 403) or isinstance(error, PermissionError):
-        said = f" ({status})" if status else ""
+        word = getattr(error, "server_message", "") or getattr(error, "message", "") or error.args and error.args[-1]
+        said = f" ({': '.join(str(part) for part in (status, word) if part)})"
         return TransferError(f"may not be read{said}", "give this machine the right to read it", final=True)
     if status:
         final = status < 500 and status not in TEMPORARY
         return TransferError(f"answered with status {status}", "look at the server, or check data.root", final=final)
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError) or kind in ("ConnectTimeoutError", "ReadTimeoutError"):
         return stalled()
-    if isinstance(error, aiohttp.ClientConnectorError):
+    if isinstance(error, aiohttp.ClientConnectorError) or kind == "EndpointConnectionError":
         return TransferError(f"cannot be reached ({error})", "check the name, the network and the server")
     if isinstance(error, aiohttp.ClientError | ConnectionError | EOFError):
         return cut_off()
