@@ -165,11 +165,13 @@ def _looks(names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def compare_figure(systems: Sequence[System], *, title: str) -> Figure:
-    """Top-1 (percent) of every model against parameters, FLOPs and, if known, the cost of all training of its system.
+    """Top-1 (percent) of every model against parameters, FLOPs and, if known and not equal within 1 %, the cost of all
+    training of its system.
 
     Lines are Pareto fronts; against training cost they go from the worst of a system's models to the best.
     """
     known = [system.cost / 1e12 for system in systems if system.cost]
+    known = known if known and (len(known) == 1 or max(known) > 1.01 * min(known)) else []
     every = [row for system in systems for row in system.rows]
     looks = _looks([system.name for system in systems])
     with matplotlib.rc_context(STYLE):
@@ -186,7 +188,7 @@ def compare_figure(systems: Sequence[System], *, title: str) -> Figure:
                     x = [number_of(row, cost) / unit for row in rows]
                     panel.plot(x, [row["top1"] for row in rows], **look | more)
         for system, look in zip(systems, looks, strict=True):
-            if system.cost:
+            if known and system.cost:
                 top1, at = [row["top1"] for row in system.rows], system.cost / 1e12
                 axes[2].plot([at, at], [min(top1), max(top1)], color=look["color"], lw=1.2, alpha=0.6)
                 axes[2].plot(at, fmean(top1), **look | {"ms": 6.5, "ls": ""})

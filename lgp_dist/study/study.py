@@ -95,13 +95,13 @@ def publish(question: Question, trials: Sequence[Trial], out: Path) -> str:
         for name, each in found.items()
     }
     save_figure(variants_figure(means, curves, title=question.asks), out / "variants")
-    systems = [
-        System.of_paths(name, mean_rows(records, name), 1e12 * each["cost"][0] if "cost" in each else None)
-        for name, each in means.items()
-    ]
-    for name in found:
+    systems: list[System] = []
+    for name, each in means.items():
+        system = System.of_paths(name, mean_rows(records, name), 1e12 * each["cost"][0] if "cost" in each else None)
+        if system.rows not in [other.rows for other in systems]:  # variants may share their pool
+            systems.append(system)
         if rows := mean_rows(records, name, "specialised"):
-            systems.append(System(f"{name}, specialised", rows, None))
+            systems.append(System(f"{name}: paths trained alone afterwards", rows, None))
     save_figure(compare_figure(systems, title=question.asks), out / "paths")
     return text
 
