@@ -72,6 +72,9 @@ def test_table_and_figure_hold_every_system() -> None:
     svg = figure_svg(compare_figure(both, title="Two"))
     assert svg == figure_svg(compare_figure(both, title="Two"))
     assert len(compare_figure(both, title="Two").axes) == 3 and len(compare_figure(both[1:], title="One").axes) == 2
+    equal, other = (System.of_paths("second", rows, cost) for cost in (2.51e15, 2.6e15))
+    panels = [len(compare_figure([both[0], second], title="Equal or not").axes) for second in (equal, other)]
+    assert panels == [2, 3], "costs that are equal within 1 % have no panel"
 
 
 def test_variants_have_a_panel_of_curves_if_there_are_any() -> None:
