@@ -30,11 +30,12 @@ from lgp_dist.run.tensors import save_tensors
 pytestmark = pytest.mark.slow  # runs of whole stages
 
 STAGE = rf"({'|'.join(STAGES)})"
-RECIPE = r"(tiny|tiny_paper|sws_tiny|snnet_tiny|nested_tiny)"
+RECIPE = r"(tiny|tiny_paper|sws_tiny|snnet_tiny|snnet_v2_tiny|nested_tiny)"
 LIKE = {
     "pool12": "tiny_paper",
     "pool12_plus": "tiny",
     "snnet_deit": "snnet_tiny",
+    "snnet_v2_s_l": "snnet_v2_tiny",
     "sws_base": "sws_tiny",
     "nested_base": "nested_tiny",
 }

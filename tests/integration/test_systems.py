@@ -150,7 +150,7 @@ def test_an_anchor_for_other_images_is_adapted_as_timm_does(lgp: Lgp, place: Pat
     other = ("--data.image-size=48", "--model.patch-size=12", "--model.rows.0.model=test_vit.r160_in1k")
     done = lgp("distil", *SMALL, *ANCHOR, *other)
     assert done.status == 0, done.err
-    has(done.err, "row 0: ", "patch_embed.proj.weight", "pos_embed", "as timm adapts them")
+    has(done.err, "row 0: timm's functions adapted to its input: ", "patch_embed.proj.weight", "pos_embed")
     theirs = timm.create_model("test_vit", img_size=48, patch_size=12)
     state = checkpoint_filter_fn(load_file(hub), theirs)
     rows = load_file("run/distil/rows.safetensors")
