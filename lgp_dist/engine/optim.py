@@ -32,13 +32,16 @@ def build_optimizer(
 ) -> Optimizer:
     """Returns the optimizer, with two parameter groups per skippable module: with and without weight decay.
 
+    module: weights that it names in `fixed_weights` have no decay, since training leaves them as they are.
     skippable: names of the modules that a step may skip. A group's key `module` names its module, "" for parameters of
     none of them. rates: learning rate factors by module, 1 by default; timm's schedule applies a group's `lr_scale`.
     """
     groups: dict[tuple[str, bool], list[Parameter]] = {}
+    fixed = getattr(module, "fixed_weights", ())
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((skippable_module_of(name, skippable), decays(name, parameter)), []).append(parameter)
+            decay = name not in fixed and decays(name, parameter)
+            groups.setdefault((skippable_module_of(name, skippable), decay), []).append(parameter)
     settings = [
         {
             "params": parameters,

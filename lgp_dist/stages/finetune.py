@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import nn
 
 from lgp_dist.engine.loop import TrainingPlan
-from lgp_dist.engine.optim import decays_matrix
 from lgp_dist.files import write_json
 from lgp_dist.models.ancestry import load_weights
 from lgp_dist.models.build import prepare_ancestry
@@ -46,7 +45,6 @@ def run(context: Context) -> None:
         finetune_task(context.config, pool, ancestry, sampler),
         config.train,
         gradients=config.gradients,
-        decays=lambda name, parameter: decays_matrix(name, parameter) and name not in pool.fixed_weights,
         rates={module: factor for row, factor in enumerate(config.row_lr) for module in pool.row_modules(row)},
         watch=partial(measure, context),
         watch_every=config.watch_every,

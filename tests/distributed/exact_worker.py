@@ -22,7 +22,6 @@ from lgp_dist.engine.comm_stats import Gathered
 from lgp_dist.engine.deepspeed_workarounds import gathered
 from lgp_dist.engine.divergence_check import bits
 from lgp_dist.engine.loop import Batches, RunSetup, TrainingPlan, train
-from lgp_dist.engine.optim import decays_matrix
 from lgp_dist.engine.workers import Workers
 from lgp_dist.protocols import Batch, StepContext
 from lgp_dist.run.facts import Training
@@ -106,7 +105,6 @@ def run(trial: Trial, started: Workers, folder: Path, index: int) -> None:
         answers.append(found)
         return found
 
-    fixed = getattr(pool, "fixed_weights", frozenset())
     task = Watched(pool, ancestry, sampler, trial.finetune_config())
     done = train_trial(
         task,
@@ -115,7 +113,6 @@ def run(trial: Trial, started: Workers, folder: Path, index: int) -> None:
         workers,
         folder,
         index,
-        decays=lambda name, weight: decays_matrix(name, weight) and name not in fixed,
         rates={part: rate for row, rate in enumerate(trial.row_lr) for part in pool.row_modules(row)},
         watch=watch,
         watch_every=trial.steps,

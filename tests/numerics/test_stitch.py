@@ -12,7 +12,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from lgp_dist.config.run_config import DistilConfig, PoolConfig, RowConfig, TrainConfig
-from lgp_dist.engine.optim import build_optimizer, decays_matrix
+from lgp_dist.engine.optim import build_optimizer
 from lgp_dist.errors import UserError
 from lgp_dist.models.ancestry import Ancestry
 from lgp_dist.models.auxiliary import AuxiliaryViT, build_rows
@@ -78,9 +78,7 @@ def test_a_low_rank_update_leaves_the_weight_and_starts_at_nothing() -> None:
     fixed = pool.fixed_weights
     assert fixed == {f"units.stitch{index}.layer.weight" for index in range(4)}
     pool.units["stitch1"].layer = layer
-    optimizer = build_optimizer(
-        pool, TrainConfig(lr=0.01), lambda name, weight: decays_matrix(name, weight) and name not in fixed
-    )
+    optimizer = build_optimizer(pool, TrainConfig(lr=0.01))
     for _ in range(3):
         layer(tokens).square().mean().backward()
         optimizer.step()
