@@ -111,10 +111,10 @@ def check_value(key: str, value: Any) -> None:
         return
     low, high = RANGES[key_of_all_rows]
     if not low <= value <= high:
-        least = "above 0" if low == POSITIVE else f"{low:.12g} or more"
-        allowed = least if high == math.inf else f"from {low:.12g} to {high:.12g}"
-        if low == POSITIVE and high < math.inf:
-            allowed = f"above 0 and at most {high:.12g}"
+        if high == math.inf:
+            allowed = "above 0" if low == POSITIVE else f"{low:.12g} or more"
+        else:
+            allowed = f"above 0 and at most {high:.12g}" if low == POSITIVE else f"from {low:.12g} to {high:.12g}"
         raise UserError(f"{key} is {value}, but must be {allowed}: choose another value.")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +38,11 @@ def path_id(value: object) -> str | None:
     return value.key if isinstance(value, Path) else None
 
 
-def stock_vit(width: int, depth: int, heads: int, drop_path: float = 0.0) -> VisionTransformer:
-    """timm's ViT for 28 x 28 grey images and 10 classes, in eval mode, no parameter at a special value."""
+def stock_vit(width: int, depth: int, heads: int, drop_path: float = 0.0, **more: Any) -> VisionTransformer:
+    """timm's ViT for 28 x 28 grey images and 10 classes, in eval mode, no parameter at a special value.
+
+    more: of timm's arguments.
+    """
     vit = VisionTransformer(
         img_size=28,
         patch_size=7,
@@ -48,6 +52,7 @@ def stock_vit(width: int, depth: int, heads: int, drop_path: float = 0.0) -> Vis
         depth=depth,
         num_heads=heads,
         drop_path_rate=drop_path,
+        **more,
     )
     shake(vit)
     return vit.eval()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from numerics_cases import array, images, shake, stock_vit
+from numerics_cases import array, images, stock_vit
 from timm.models.vision_transformer import VisionTransformer
 
 from lgp_dist.errors import UserError
@@ -42,19 +42,7 @@ def test_a_narrower_row_takes_evenly_spaced_channels() -> None:
 
 def deit3(width: int, depth: int, heads: int) -> VisionTransformer:
     """A ViT as DeiT-3 has it, with layer scale and no position of the class token; no parameter at a special value."""
-    vit = VisionTransformer(
-        img_size=28,
-        patch_size=7,
-        in_chans=1,
-        num_classes=10,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        init_values=0.5,
-        no_embed_class=True,
-    )
-    shake(vit)
-    return vit.eval()
+    return stock_vit(width, depth, heads, init_values=0.5, no_embed_class=True)
 
 
 def test_layer_scale_and_a_missing_position_become_plain_weights() -> None:
