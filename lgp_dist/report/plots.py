@@ -23,8 +23,8 @@ from lgp_dist.run.path_rows import ModelRow, PathRow, number_of
 INK, FAINT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
 SINGLE_STYLES = (("#0072B2", "s"), ("#009E73", "D"), ("#56B4E9", "^"))
 """Colour and marker of the narrowest row alone, the widest, and those between (palette of Okabe and Ito)."""
-STITCH_STYLES = (("#D55E00", "o"), ("#CC79A7", "v"), ("#E69F00", "P"))
-"""Colour and marker of stitched paths, one for each pair of rows."""
+STITCH_STYLES = (("#D55E00", "o"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#000000", "X"))
+"""Colour and marker of stitched paths, one for each kind: a two-way pool has four."""
 LINE_STYLES = tuple(
     (colour, dash) for dash in ("-", "--", ":") for colour in ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 )
@@ -164,7 +164,9 @@ def new_panels(
 
     height: inches without the legend. gap: between panels, as a share of their width. width: inches.
     """
-    lines = math.ceil(len(handles) / int(width / 1.65))
+    longest = max((len(str(handle.get_label())) for handle in handles), default=0)
+    column = max(1.65, 0.52 + 0.057 * longest)  # inches: handle, gaps and text
+    lines = math.ceil(len(handles) / max(1, int(width / column)))
     legend = 0.12 + 0.24 * lines if lines else 0.0
     figure = Figure(figsize=(width, height + legend))
     axes = list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])

@@ -10,13 +10,15 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lgp_dist.config.flat import STAGES, flatten
 from lgp_dist.errors import UserError
+from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.recipes import tiny
 from lgp_dist.report.curves import Curves, curves_of
 from lgp_dist.report.html import RunReport, render_report
-from lgp_dist.report.plots import figure_svg, loss_figure, pareto_figure, report_figures, save_figure
+from lgp_dist.report.plots import figure_svg, kind_style, loss_figure, pareto_figure, report_figures, save_figure
 from lgp_dist.report.publish import publish
 from lgp_dist.report.rows import FIELDS, kind_label, kind_of, kinds, pareto_front
 from lgp_dist.report.tables import paths_table, write_paths_csv, write_paths_json
@@ -196,6 +198,19 @@ def test_figures_of_almost_nothing(rows, metrics, count):
 def drawn(figure):
     """What the curves of a figure show, by name."""
     return {line.get_label() for line in figure.axes[0].get_lines() if not line.get_label().startswith("_")}
+
+
+def test_kinds_of_a_two_way_pool_are_told_apart() -> None:
+    """Six kinds with as many looks, and a legend that lies inside the figure."""
+    space = PathSpace((32, 96), 4, 28, 7, 1, 10, two_way=True)
+    rows = [{**space.describe(path), "top1": 80.0 + place, "top5": 99.0} for place, path in enumerate(space.paths)]
+    assert len(kinds(rows)) == len({kind_style(kind, kinds(rows)) for kind in kinds(rows)}) == 6
+    for system in (rows, rows[:3]):
+        figure = pareto_figure(system, title="Two-way")
+        FigureCanvasAgg(figure).draw()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0
 
 
 def test_loss_figures_show_losses_alone(rows, metrics):
