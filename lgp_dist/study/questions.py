@@ -231,6 +231,8 @@ def distilled_for(share: float) -> Values:
 
 
 QUARTER = {**START, **distilled_for(0.25)}
+SAME_IMAGES = {"finetune.train.epochs": lambda config: config.finetune.train.epochs + 0.75 * config.distil.train.epochs}
+"""What a quarter of stage distil saves in images, spent on fine-tuning."""
 
 
 def before_with(name: str, what: str, *changes: Values) -> Variant:
@@ -265,6 +267,10 @@ POOLS = Question(
         before_with("half_distil", "half of stage distil", distilled_for(0.5)),
         before_with("start_half", "start, half of stage distil", START, distilled_for(0.5)),
         before_with("start_quarter", "start, a quarter of stage distil", QUARTER),
+        replace(
+            before_with("quarter_images", "start_quarter, with as many images as tiny", QUARTER, SAME_IMAGES),
+            equal_cost=False,
+        ),
         before_with("start_eighth", "start, an eighth of stage distil", START, distilled_for(0.125)),
         before_with("quarter_features", "start_quarter, features", QUARTER, FEATURES),
         before_with("quarter_per_path", "start_quarter, stitch_per_path", QUARTER, PER_PATH),

@@ -147,10 +147,10 @@ def counted(line: str) -> dict[str, Any]:
 
 
 def of_values(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first field in which two objects differ."""
-    for name in dict.fromkeys([*old, *new]):
-        if name not in old or name not in new or old[name] != new[name]:
-            return f"{name} is {old.get(name, 'absent')} and {new.get(name, 'absent')}"
+    """The first field of REV in which two objects differ; fields that this tree adds are no difference."""
+    for name in old:
+        if name not in new or old[name] != new[name]:
+            return f"{name} is {old[name]} and {new.get(name, 'absent')}"
     return ""
 
 
