@@ -18,6 +18,7 @@ from lgp_dist.engine.watch.signals import Preemption
 from lgp_dist.errors import UserError
 from lgp_dist.files import LOCK, check_unlocked, existing
 from lgp_dist.paths.space import space_of
+from lgp_dist.report.rows import flops_unit
 from lgp_dist.run.checks import check_classes, check_config, check_model
 from lgp_dist.run.run_status import ended
 from lgp_dist.run.text_table import text_table
@@ -114,11 +115,13 @@ def list_paths(action: Paths) -> None:
         unmeasured = [{**row, "top1": None, "top5": None} for row in rows]
         sys.stdout.write(json.dumps(unmeasured, indent=2) + "\n")
         return
+    divisor, letter = flops_unit(rows)
     lines = [
         [row["key"], str(row["low"]), str(row["high"])]
-        + [f"{row[name] / unit:.2f}" for name, unit in (("params", 1e6), ("params_paper", 1e6), ("flops", 1e9))]
+        + [f"{row[name] / unit:.2f}" for name, unit in (("params", 1e6), ("params_paper", 1e6), ("flops", divisor))]
         for row in rows
     ]
-    table = text_table(["key", "low", "high", "params M", "paper M", "GFLOPs"], lines)
+    head = ["path", "low", "high", "params (M)", "params, paper (M)", f"FLOPs ({letter})"]
+    table = text_table(head, lines)
     total = f"{len(rows)} paths, {len(space.stitch_widths)} stitch layers, {space.stored_params / 1e6:.2f} M stored"
     sys.stdout.write(f"{table}\n{total}\n")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from lgp_dist.paths.path import PathFields
 from lgp_dist.run.path_rows import ModelRow, PathRow, number_of
 
 Kind = tuple[int, ...]
@@ -67,7 +68,7 @@ def pareto_front(rows: Iterable[Model], cost: str = "flops") -> list[Model]:
     return front
 
 
-def flops_unit(rows: Iterable[ModelRow]) -> tuple[float, str]:
+def flops_unit(rows: Iterable[ModelRow | PathFields]) -> tuple[float, str]:
     """Divisor and letter for a column of FLOPs: G if the largest model has 1e9 multiply-adds or more, else M."""
     return (1e9, "G") if max((row["flops"] for row in rows), default=0) >= 1e9 else (1e6, "M")
 

@@ -253,6 +253,14 @@ def test_paths_as_text_has_the_published_numbers(lgp: Lgp) -> None:
     assert lines[-1] == "18 paths, 5 stitch layers, 47.83 M stored"
 
 
+def test_paths_as_text_shows_the_cost_of_small_models_too(lgp: Lgp) -> None:
+    lines = lgp("paths", "tiny").out.splitlines()
+    shown = [float(line.split()[-1]) for line in lines[1:-1]]
+    assert lines[0].endswith("FLOPs (M)")
+    exact = [row["flops"] / 1e6 for row in json.loads(lgp("paths", "tiny", "--json").out)]
+    assert shown == pytest.approx(exact, abs=0.005)
+
+
 def test_overrides_reach_the_paths(lgp: Lgp) -> None:
     assert len(json.loads(lgp("paths", "pool12", "--json", "--model.depth", "4").out)) == 12
     assert len(json.loads(lgp("paths", "--model.depth", "4", "--json", "pool12").out)) == 12
