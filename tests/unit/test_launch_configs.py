@@ -6,15 +6,19 @@ What accelerate's files hold is checked in test_launch_check.py, the Slurm scrip
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from run_helpers import call_main
 
+from lgp_dist.cli.parse import Call
 from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.launch.file import read_launch_file
 
@@ -179,3 +183,48 @@ def test_skypilot(tmp_path: Path) -> None:
         " --main_process_ip 10.0.0.5 -m lgp_dist run pool12 --data.root=s3://bucket/imagenet --run-dir=/runs/pool12"
     )
     assert " ".join(done.stdout.split()) == words
+
+
+def dockerfile() -> list[list[str]]:
+    """Instructions of the Dockerfile, each as its words."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    return [shlex.split(line) for line in text.replace("\\\n", " ").splitlines() if line]
+
+
+def test_the_image_has_what_it_copies() -> None:
+    """Sources are in the repository and not ignored; together they hold the package; the environment is the lock's."""
+    sources = [word for name, *words in dockerfile() if name == "COPY" for word in words[:-1] if word[:2] != "--"]
+    ignored = [line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines()]
+    for source in sources:
+        tracked = subprocess.run(["git", "ls-files", source], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert tracked.stdout and not any(fnmatch(part, rule) for part in Path(source).parts for rule in ignored)
+    assert {"lgp_dist", "scripts", "launch_configs", "shards/sample"} < {*sources}
+    before = sources[: sources.index("scripts/environment.sh") + 1]
+    assert {"pyproject.toml", "requirements.lock", "README.md", "LICENSE", "lgp_dist/__init__.py"} < {*before}
+    environment = (ROOT / "scripts" / "environment.sh").read_text()
+    assert "lgp_environment()" in environment and "--require-hashes -r requirements.lock" in environment
+
+
+def test_the_image_is_of_the_locks_cuda_and_not_of_root() -> None:
+    """Before anything of the project is copied; its last stage, which has no test in it, is the one that is built."""
+    lock = (ROOT / "requirements.lock").read_text()
+    cuda = re.search(r"^cuda-toolkit==(\d+\.\d+)", lock, flags=re.MULTILINE)
+    stages = [words for name, *words in dockerfile() if name == "FROM"]
+    assert cuda and stages[0][0].startswith(f"nvidia/cuda:{cuda[1]}.")
+    assert [words[0] for words in stages[1:]] == ["image", "image"] and stages[1][1:] == ["AS", "test"]
+    names = [name for name, *_ in dockerfile()]
+    assert ["USER", "lgp"] in dockerfile() and names.index("USER") < names.index("COPY") and names.count("USER") == 1
+    image = trainjob()["spec"]["trainer"]["image"]
+    assert f"docker build -t {image} ." in (ROOT / "Dockerfile").read_text()
+
+
+def test_commands_in_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it runs as its test, and what it says for people, is understood by the scripts and by `lgp`."""
+    monkeypatch.setattr(Call, "__call__", lambda call: None)
+    (words,) = [words for name, *words in dockerfile() if name == "RUN" and words[0].startswith("scripts/")]
+    script, *rest = words[: words.index("&&")]
+    assert script == "scripts/quickstart" and os.access(ROOT / script, os.X_OK)
+    shown = re.findall(r"^# +docker run .* (lgp .*)$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    commands = [["run", "tiny", *rest], words[words.index("lgp") + 1 :], *(shlex.split(line)[1:] for line in shown)]
+    assert len(commands) == 3 and [call_main(tuple(command)) for command in commands] == [0, 0, 0]
+    assert call_main(("run", "tiny", "--distil.train.max-step", "2")) == 2
