@@ -7,6 +7,7 @@ which ZeRO-3 and DistributedDataParallel need. The path is an argument; the pool
 
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -192,6 +193,33 @@ class LearngenePool(nn.Module):
             block = self.units[f"row{row}_block{index}"].block.state_dict()
             state.update({f"blocks.{index}.{name}": value for name, value in block.items()})
         return state | self.head.rows[row].state_dict()
+
+
+class SharedForwards:
+    """Forwards along several paths of the same images, one after the other, on a pool in eval mode without gradients.
+
+    What a path has in common with the one before it is computed once: call them in the order of `route`.
+    """
+
+    def __init__(self, pool: LearngenePool):
+        self.pool, self._images = pool, torch.empty(0)
+        self._kept: list[tuple[int, Tensor]] = []
+        """The route of the latest path, with what stem and units returned."""
+
+    def route(self, path: Path) -> tuple[int, ...]:
+        """The first row of a path and the numbers of the units that it runs."""
+        return (path.first_row, *(number for number, unit in enumerate(self.pool.units.values()) if unit.runs(path)))
+
+    def __call__(self, images: Tensor, path: Path) -> Tensor:
+        """[B, C, H, W] images along a path to [B, classes] logits."""
+        route, units = self.route(path), [*self.pool.units.values()]
+        same = takewhile(lambda pair: pair[0] == pair[1][0], zip(route, self._kept, strict=False))
+        common = len([*same]) if images is self._images else 0
+        self._images, self._kept = images, self._kept[:common]
+        for number in route[common:]:
+            tokens = units[number](self._kept[-1][1], path) if self._kept else self.pool.stem(images, path)
+            self._kept.append((number, tokens))
+        return self.pool.head(self._kept[-1][1], path)
 
 
 def row_vit(space: Space, row: int, heads: tuple[int, ...], drop_path: float = 0.0) -> VisionTransformer:

@@ -5,8 +5,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+from lgp_dist.engine.evaluate import Forward
 from lgp_dist.files import write_json
-from lgp_dist.models.pool import LearngenePool
+from lgp_dist.models.pool import LearngenePool, SharedForwards
 from lgp_dist.run.facts import EvaluateFacts
 from lgp_dist.run.path_rows import PathRow
 from lgp_dist.stages.context import Context
@@ -36,7 +37,11 @@ def run(context: Context) -> None:
 def path_rows(context: Context, pool: LearngenePool, what: str) -> list[PathRow]:
     """A row for every path, or those of `finetune.only`, cheapest first. what: is measured, in words."""
     chosen = context.space.chosen(context.config.finetune.only)
-    measured = context.accuracies({path.key: partial(pool, path=path) for path in chosen}, what=what)
+    forwards: dict[str, Forward] = {path.key: partial(pool, path=path) for path in chosen}
+    if pool.skippable_modules:  # otherwise every path runs a part of every module, and paths have nothing in common
+        shared = SharedForwards(pool)
+        forwards = {path.key: partial(shared, path=path) for path in sorted(chosen, key=shared.route)}
+    measured = context.accuracies(forwards, what=what)
     rows: list[PathRow] = []
     for path in chosen:
         top1, top5 = measured[path.key]

@@ -16,9 +16,10 @@ from torch import Tensor
 from lgp_dist.config.run_config import DataConfig
 from lgp_dist.engine.gradients import skippable_module_of
 from lgp_dist.models.descendant import descendant_from_path, load_descendant, timm_config
-from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths.path import Path
+from lgp_dist.models.pool import LearngenePool, SharedForwards
+from lgp_dist.paths.path import Path, block_flops
 from lgp_dist.paths.stitched import PathSpace
+from lgp_dist.recipes import RECIPES
 
 DATA = DataConfig(
     image_size=28, channels=1, num_classes=10, mean=(0.2856,), std=(0.3527,), crop_pct=0.9, interpolation="bilinear"
@@ -196,3 +197,58 @@ def test_rows_start_as_timm_starts_them() -> None:
         state = pool.row_state(row)
         assert 0.015 < state["pos_embed"].std() < 0.025 and 0.015 < state["blocks.3.mlp.fc1.weight"].std() < 0.025
         assert state["blocks.0.attn.qkv.bias"].abs().max() == 0 and (state["norm.weight"] == 1).all()
+
+
+def steps(space: PathSpace, path: Path) -> list[tuple[tuple[str, int, int], int]]:
+    """What a path runs before its head, one after the other, with the multiply-adds of each."""
+    width, stem = space.widths[path.first_row], space.channels * space.patch_size**2
+    found = [(("stem", path.first_row, 0), (space.tokens - 1) * stem * width)]
+    for number, part in enumerate(path.segments):
+        if number:
+            source, target = space.stitch_widths[path.stitches[number - 1]]
+            found.append((("stitch", path.stitches[number - 1], 0), space.tokens * source * target))
+        cost = block_flops(space.widths[part.row], space.tokens)
+        found += [(("block", part.row, index), cost) for index in range(part.start, part.stop)]
+    return found
+
+
+def distinct(space: PathSpace) -> dict[tuple[object, ...], int]:
+    """The beginnings of all paths, each once, with the multiply-adds of its last step."""
+    found = {}
+    for path in space.paths:
+        names, costs = zip(*steps(space, path), strict=True)
+        found |= {names[: end + 1]: cost for end, cost in enumerate(costs)}
+    return found
+
+
+@pytest.mark.parametrize("space", SPACES, ids=path_id)
+def test_shared_forwards_are_those_of_each_path(space: PathSpace) -> None:
+    """Bit for bit, in their own order and in another, for one batch after the other. In their own order each beginning
+    of a path runs once."""
+    pool, _ = build(space)
+    shared, calls = SharedForwards(pool), []
+    in_order = sorted(space.paths, key=shared.route)
+    hooks = [unit.register_forward_hook(lambda *_: calls.append(1)) for unit in (pool.stem, *pool.units.values())]
+    batch = torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        for path in in_order:
+            shared(batch, path)
+        assert len(calls) == len(distinct(space))
+        for hook in hooks:
+            hook.remove()
+        for paths in (in_order, space.paths, in_order[::-1]):
+            batch = torch.randn(2, 1, 28, 28)
+            for path in paths:
+                assert torch.equal(shared(batch, path), pool(batch, path)), path.key
+
+
+@pytest.mark.parametrize(
+    ("recipe", "saved"), [("tiny", 10.0), ("pool12", 6.5), ("pool18", 6.6), ("pool36", 20.4), ("snnet_v2_s_l", 63.0)]
+)
+def test_what_sharing_saves(recipe: str, saved: float) -> None:
+    """In per cent of the multiply-adds of all paths (docs/descendants.md)."""
+    space = PathSpace.from_config(RECIPES[recipe]())
+    apart = sum(space.cost(path).flops for path in space.paths)
+    each = sum(cost for path in space.paths for _, cost in steps(space, path))
+    assert 0.99 * apart < each <= apart, "all but norms and heads"
+    assert 100 * (each - sum(distinct(space).values())) / apart == pytest.approx(saved, abs=0.05)
