@@ -48,10 +48,15 @@ class Preempted(BaseException):
         self.stage, self.step, self.saved = stage, step, saved
 
 
+class RankExited(RuntimeError):
+    """Another rank has exited, of itself, killed or with its node, while this one worked with it. The text names it."""
+
+
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """Parts of gloo's messages on a rank whose peer has exited."""
 
 
 def peer_gone(error: BaseException) -> bool:
     """Whether an error only says that another rank has exited, which knows the reason."""
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_GONE)
+    by_gloo = isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_GONE)
+    return by_gloo or isinstance(error, RankExited)

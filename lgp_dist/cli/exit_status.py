@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from lgp_dist.engine.watch.signals import asked_before
-from lgp_dist.errors import INTERRUPTED, OUTPUT_CLOSED, PREEMPTED, USER, Preempted, UserError, peer_gone
+from lgp_dist.errors import INTERRUPTED, OUTPUT_CLOSED, PREEMPTED, USER, Preempted, RankExited, UserError, peer_gone
 from lgp_dist.files import write_json
 
 NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
@@ -47,13 +47,15 @@ def guarded(call: Callable[[], Result], debug: bool, run_dir: str = "") -> Resul
         _fail(error, sentence, debug)
     except RuntimeError as error:
         if peer_gone(error):
-            _give_way(error)
+            _give_way(error.__cause__ or error)
+        if isinstance(error, RankExited):
+            _leave(str(error), USER)
         raise
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
 
-def _give_way(error: Exception) -> None:
+def _give_way(error: BaseException) -> None:
     """Waits for the launcher to end this rank, since another failed first and says why."""
     if asked_before(error):
         signal.raise_signal(signal.SIGTERM)  # the launcher has sent it already

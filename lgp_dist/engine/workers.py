@@ -5,14 +5,17 @@ import gc
 import json
 import logging
 import os
-import socket
+import re
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache
+from socket import AF_INET, AF_INET6
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
 from timm.layers import set_fused_attn, use_fused_attn
@@ -25,13 +28,18 @@ from lgp_dist.engine.launch.environment import Launch, check_launch, check_ranks
 from lgp_dist.engine.launch.machine import threads_asked, usable_cpus
 from lgp_dist.engine.launch.validate import checked_config
 from lgp_dist.engine.watch.watchdog import Watchdog, longest
-from lgp_dist.errors import UserError
+from lgp_dist.errors import RankExited, UserError
+from lgp_dist.files import Holder
 from lgp_dist.run.provenance import processor
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for other ranks without a watchdog."""
 LATER = timedelta(minutes=5)
 """How much longer it waits than the watchdog, which names the rank that is waited for."""
+ADDRESS = re.compile(r"\[([\da-fA-F.:]+)\]:\d")
+"""Where gloo's messages name a peer."""
+EXIT_S = 2.0
+"""Seconds between the moment at which a process that exits closes its connections and the one at which it is gone."""
 FUSED = use_fused_attn(), use_fused_attn(experimental=True)
 """timm's own choice, from its environment variables."""
 
@@ -68,6 +76,8 @@ class Workers:
     """Group of all ranks for tensors in host memory (gloo); None for one process."""
     watchdog: Watchdog = field(default_factory=Watchdog.off)
     """Notes where this rank is."""
+    peers: Sequence[tuple[Holder, Sequence[str]]] = ()
+    """The process of each rank, and the network addresses of its machine."""
 
     @classmethod
     def start(cls, engine: EngineConfig, timeout_s: float = 0.0) -> "Workers":
@@ -92,7 +102,9 @@ class Workers:
         state = _join(launch, device_type, patience)
         several = state.num_processes > 1
         host = torch.distributed.new_group(backend="gloo", timeout=patience) if several else None
-        return cls(launch, engine, state.process_index, state.num_processes, state.device, host)
+        workers = cls(launch, engine, state.process_index, state.num_processes, state.device, host)
+        told = workers.gather([asdict(Holder.this_process()), addresses()])
+        return replace(workers, peers=[(Holder(**holder), reached) for holder, reached in told])
 
     @property
     def is_main(self) -> bool:
@@ -109,13 +121,13 @@ class Workers:
         """Launcher, world, engine and precision in a line; then a line for each node with its devices. Every rank
         calls it."""
         threads = f", {torch.get_num_threads()} thread(s) per rank" if self.device.type == "cpu" else ""
-        told = self.gather([socket.gethostname(), self.device_name + threads])
+        told = self.gather(self.device_name + threads)
         lines = [f"launch: {launcher(os.environ)}, {self.launch}, precision {self.engine.precision}"]
         each = self.launch.local_world
         for first in range(0, self.world, each):
-            devices = Counter(device for _, device in told[first : first + each])
+            devices = Counter(told[first : first + each])
             shown = ", ".join(f"{count} x {device}" for device, count in devices.items())
-            lines.append(f"node {first // each} ({told[first][0]}): {shown}")
+            lines.append(f"node {first // each} ({self.peers[first][0].host}): {shown}")
         return lines
 
     def autocast(self) -> torch.autocast:
@@ -173,6 +185,28 @@ class Workers:
                 raise UserError(problem)
         return told[self.first_of_node][0]
 
+    def exited(self, error: BaseException) -> RankExited:
+        """Says which rank has exited, by gloo's message about it.
+
+        On this machine a process shows that it is dead. On another, gloo's message has the address of the machine.
+        """
+        others = [rank for rank in range(len(self.peers)) if rank != self.rank]
+        found, until = ADDRESS.search(str(error)), time.monotonic() + EXIT_S
+        there = [rank for rank in others if found and found[1] in self.peers[rank][1]] or others
+        while True:
+            lives = {rank: self.peers[rank][0].lives(self.peers[self.rank][0]) for rank in there}
+            if False in lives.values() or True not in lives.values() or time.monotonic() > until:
+                break
+            time.sleep(0.05)
+        gone = [rank for rank in there if lives[rank] is False] or [rank for rank in there if lives[rank] is None]
+        hosts = {self.peers[rank][0].host for rank in gone}
+        who = "Another rank"
+        if len(hosts) == 1:
+            who = f"Rank {gone[0]}" if len(gone) == 1 else f"One of ranks {', '.join(map(str, gone))}"
+            who += f" on {hosts.pop()}"
+        why = "its own message or its launcher's says why, and the same command resumes the run"
+        return RankExited(f"{who} has exited; {why}.")
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         PartialState().wait_for_everyone()
@@ -188,6 +222,13 @@ class Workers:
         """Leaves the process group."""
         if torch.distributed.is_initialized():
             PartialState().destroy_process_group()
+
+
+def addresses() -> list[str]:
+    """Of this machine in networks that it shares with others."""
+    entries = [entry for entries in psutil.net_if_addrs().values() for entry in entries]
+    found = {entry.address.partition("%")[0] for entry in entries if entry.family in (AF_INET, AF_INET6)}
+    return sorted(address for address in found if not address.startswith("127.") and address != "::1")
 
 
 def check_backend(name: str) -> None:

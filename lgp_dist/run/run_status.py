@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from lgp_dist.errors import Preempted, UserError, peer_gone
+from lgp_dist.errors import Preempted, RankExited, UserError, peer_gone
 from lgp_dist.files import LOCK, write_json
 
 NAME = "outcome.json"
@@ -21,8 +21,8 @@ NAME = "outcome.json"
 class RunStatus:
     """The end of one start of a run."""
 
-    outcome: Literal["complete", "preempted", "failed"]
-    """preempted: saved; start it again."""
+    outcome: Literal["complete", "preempted", "failed", "lost"]
+    """preempted: saved; start it again. lost: a rank was killed, or died with its node; start it again."""
     stage: str = ""
     """The stage that was at work; empty where none was."""
     step: int = 0
@@ -35,8 +35,8 @@ def status_of(error: BaseException, stage: str = "", step: int = 0) -> RunStatus
     """That of a run which this exception ended, at a step of a stage."""
     if isinstance(error, Preempted):
         return RunStatus("preempted", error.stage or stage, error.step or step, str(error))
-    gone = "Another rank has exited: its own message or its launcher's says why."
-    return RunStatus("failed", stage, step, gone if peer_gone(error) else str(error) or type(error).__name__)
+    outcome: Literal["lost", "failed"] = "lost" if isinstance(error, RankExited) else "failed"
+    return RunStatus(outcome, stage, step, str(error) or type(error).__name__)
 
 
 @contextlib.contextmanager

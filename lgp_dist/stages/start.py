@@ -21,7 +21,7 @@ from lgp_dist.engine.rank_consistency import COMPARED_S, REFUSAL, check_equal, f
 from lgp_dist.engine.tracking import Tracking, check_trackers
 from lgp_dist.engine.watch.watchdog import Watchdog
 from lgp_dist.engine.workers import Workers
-from lgp_dist.errors import Preempted, UserError, peer_gone
+from lgp_dist.errors import Preempted, RankExited, UserError, peer_gone
 from lgp_dist.files import LOCK, check_unlocked, locked, write_json
 from lgp_dist.models.pretrained import check_images
 from lgp_dist.paths.sampler import PathSampler
@@ -64,7 +64,12 @@ def joined(config: RunConfig, stages: tuple[str, ...], refusal: UserError | None
         engine = replace(config.engine, threads=0) if refusal else config.engine
         workers = replace(Workers.start(engine, timeout_s), watchdog=watchdog)
         watchdog.phase("compare", COMPARED_S)
-        yield agreed(config, stages, workers, refusal)
+        try:
+            yield agreed(config, stages, workers, refusal)
+        except RuntimeError as error:
+            if peer_gone(error) and not isinstance(error, RankExited):
+                raise workers.exited(error) from error
+            raise
     workers.close()
 
 
@@ -171,18 +176,19 @@ def recorded(context: Context, stage: str) -> Iterator[Context]:
     workers.barrier()  # if rank 0 cannot write, the others end with it
     try:
         yield replace(context, tracking=tracking)
-    except BaseException as error:
-        status = status_of(error, *workers.watchdog.place)
+    except BaseException as failure:
+        error = workers.exited(failure) if peer_gone(failure) else failure
         with contextlib.suppress(UserError):  # the error itself is what a person must see
             # A launcher ends rank 0 when another rank has failed: that rank says so before, and its word stands.
-            knows = isinstance(error, Exception) and not peer_gone(error)
-            if (workers.is_main or knows) and read_run_status(run.root) is None:
-                write_run_status(run.root, status)
+            if (workers.is_main or isinstance(error, Exception)) and read_run_status(run.root) is None:
+                write_run_status(run.root, status_of(error, *workers.watchdog.place))
         if workers.is_main:
             tracking.close(min(SOON_S, patience))
             end_log()
         if isinstance(error, Preempted) and error.stage:
             workers.barrier()  # a launcher ends all ranks when the first has left
+        if error is not failure:
+            raise error from failure
         raise
     if workers.is_main:
         write_run_status(run.root, RunStatus("complete", stage))

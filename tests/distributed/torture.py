@@ -41,7 +41,7 @@ from lgp_dist.data.shards.index import index_shards
 from lgp_dist.engine.checkpoints.disk import Disk
 from lgp_dist.engine.checkpoints.manifest import read_manifest
 from lgp_dist.engine.watch.watchdog import longest
-from lgp_dist.errors import HUNG, PREEMPTED, UserError
+from lgp_dist.errors import BUG, HUNG, PREEMPTED, USER, UserError
 from lgp_dist.run.provenance import environment
 
 STEPS, EVERY = 18, 2
@@ -501,7 +501,7 @@ class Campaign:
             at_once = -signal.Signals[kind.split()[0]]
             allowed = {0, PREEMPTED, at_once}
             if at_once in statuses:  # the other may notice the exit before its own second signal
-                allowed.add(1)
+                allowed |= {BUG, USER}
             if set(statuses) - allowed and -signal.SIGKILL not in statuses:
                 self._violation(said, story, f"statuses {statuses}")
         elif kind == "stop one" and HUNG in statuses:
