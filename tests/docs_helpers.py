@@ -40,6 +40,7 @@ PLACEHOLDERS = {
     "NAME": "name",
     "N": "1",
     "S": "1",
+    "%a": "1",
     "$NODE_RANK": "0",
     "$HEAD_NODE": "10.0.0.5",
     "--dotted.overrides": "--finetune.policy shared",

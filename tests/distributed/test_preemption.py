@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -132,7 +133,7 @@ def test_launcher_passes_signals_on(tmp_path: Path, mark: str, forwarded: bool) 
     assert (tmp_path / "left-0").read_text().split()[0] == (tmp_path / "left-1").read_text().split()[0]
 
 
-def batch(folder: Path, mark: str, launch: str, **environment: str) -> subprocess.Popen[str]:
+def batch(folder: Path, mark: str, launch: str, *words: str, **environment: str) -> subprocess.Popen[str]:
     """train.sbatch with a scheduler on PATH and another launcher in accelerate's place; the run directory is RUN."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
@@ -150,7 +151,7 @@ def batch(folder: Path, mark: str, launch: str, **environment: str) -> subproces
     ours = {"FAKE": str(folder), "LGP_TEST_LAUNCH": launch, "LGP_TEST_MARK": mark, "PYTHONPATH": str(ROOT)}
     path = f"{programs}:{os.environ['PATH']}"
     return subprocess.Popen(
-        ["bash", SLURM, "run", "tiny", "--seed=1"],
+        ["bash", SLURM, "run", "tiny", "--seed=1", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1", **slurm, **ours, **environment, "PATH": path},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -174,6 +175,8 @@ def said(folder: Path, name: str) -> str:
         ("preempted", 1, 100, PREEMPTED, False),
         ("failed", 1, 0, 1, False),
         ("failed", 0, 0, 1, False),
+        ("lost", 1, 0, PREEMPTED, True),
+        ("lost", 1, 100, 1, False),
         (None, 138, 0, PREEMPTED, True),
         (None, 0, 99, PREEMPTED, True),
         (None, 138, 100, 138, False),
@@ -197,16 +200,29 @@ def test_batch_script_decides(
     where = "--num_machines 1 --num_processes 8 --main_process_ip localhost --main_process_port 10042"
     assert where in said(tmp_path, "accelerate")
     multinode = "launch check launch_configs/multinode.yaml"
-    assert said(tmp_path, "lgp") == f"{multinode} --nodes 1 --processes 8 --address localhost --port 10042\n"
+    assert said(tmp_path, "lgp") == f"{multinode} --nodes 1 --processes 8 --rank 0 --address localhost --port 10042\n"
     assert said(tmp_path, "srun").startswith("--cpus-per-task=64 ")
     assert said(tmp_path, "accelerate").endswith(f"-m lgp_dist run tiny --seed=1 --run-dir={run}\n")
 
 
+def test_batch_script_in_an_array(tmp_path: Path, mark: str) -> None:
+    """Each task has its own run directory, and is requeued alone: one of them has the number of the whole array."""
+    task = {"SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": "3"}
+    for run, expected in ((tmp_path / "RUN", "RUN/3"), (tmp_path / "seed-%a", "seed-3")):
+        process = batch(tmp_path, mark, "true", "--name=%a%a", **task, RUN=str(run))
+        process.communicate(timeout=LIMIT_S)
+        assert process.returncode == PREEMPTED and (tmp_path / expected / "starts-lost").exists()
+        words = said(tmp_path, "accelerate")
+        assert words.endswith(f"-m lgp_dist run tiny --seed=1 --name=33 --run-dir={tmp_path / expected}\n")
+    assert said(tmp_path, "scontrol") == "requeue 42_3\n" * 2
+
+
 def test_batch_script_gives_up_on_starts_that_say_nothing(tmp_path: Path, mark: str) -> None:
-    """After four in a row; a start that says how it ended begins the count again."""
+    """After four in a row; a start that says how it ended, unless it lost a rank, begins the count again."""
     requeued = []
-    for restarts, launch in enumerate(["false"] * 3 + ["cp $FAKE/outcome.json $RUN/"] + ["false"] * 4):
-        write_run_status(tmp_path, RunStatus("preempted"))
+    for restarts, outcome in enumerate(["", "", "lost", "preempted", "lost", "", "lost", ""]):
+        write_run_status(tmp_path, RunStatus(outcome or "preempted"))
+        launch = "cp $FAKE/outcome.json $RUN/" if outcome else "false"
         process = batch(tmp_path, mark, f"bash -c '{launch}'", SLURM_RESTART_COUNT=str(restarts))
         process.communicate(timeout=LIMIT_S)
         requeued.append(process.returncode)
@@ -344,6 +360,44 @@ def test_ranks_that_end_outside_of_steps(place: Path, mark: str, rank: int, does
         [*TORCHRUN, "rank.py", "ancestry", *SMALL], env=environment, capture_output=True, text=True, timeout=LIMIT_S
     )
     assert done.returncode == 1 and outcome_of(place / "run") == expected, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit", [1, 0])
+def test_a_node_that_dies(place: Path, mark: str, culprit: int) -> None:
+    """kill -9 of one of two ranks and of its launcher, while the other waits for it: that one names it, and ends.
+
+    It takes 15 s in which the launcher of a rank that failed first would end the other.
+    """
+    (place / "rank.py").write_text(
+        "import os, signal\nfrom lgp_dist import pipeline\nfrom lgp_dist.cli import main\n"
+        f"def instead(context):\n    if context.workers.rank == {culprit}:\n"
+        "        for process in (os.getppid(), os.getpid()):\n            os.kill(process, signal.SIGKILL)\n"
+        "    context.workers.barrier()\n"
+        "pipeline.RUN['ancestry'] = instead\nmain()\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launch += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LGP_TEST_MARK": mark}
+    nodes = [
+        subprocess.Popen(
+            [*launch, f"--node-rank={node}", "rank.py", "ancestry", *SMALL],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    _, said = nodes[1 - culprit].communicate(timeout=LIMIT_S)
+    nodes[culprit].communicate(timeout=LIMIT_S)
+    assert [node.returncode for node in nodes] == ([1, -signal.SIGKILL] if culprit else [-signal.SIGKILL, 1])
+    left = outcome_of(place / "run")
+    assert left == RunStatus("lost", "ancestry", 0, left.sentence)
+    assert left.sentence.startswith(f"Rank {culprit} on {socket.gethostname()} has exited;")
+    assert f"lgp{'' if culprit else ' (rank 1)'}: {left.sentence}\n" in said and "Connection" not in said, said
 
 
 def test_outcome_on_disk(tmp_path: Path) -> None:

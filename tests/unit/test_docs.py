@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from lgp_dist.config.flat import flatten
 from lgp_dist.recipes import RECIPES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-WITH_OPTIONS = ("prove_exact", "same_numbers", "soak", "torture")
+WITH_OPTIONS = ("prove_exact", "same_numbers", "soak", "torture", "try_slurm")
 """Scripts whose options the file of the same name in tests/distributed reads."""
 
 
@@ -67,6 +68,7 @@ def complaint(command: Command, parse: Callable[..., str]) -> str:
     if program == "torchrun":
         return launched(torchrun.get_args_parser(), rest, "lgp_dist", parse)
     if program == "sbatch":
+        rest = list(dropwhile(lambda word: word.startswith("--"), rest))
         return not_a_script(rest[0]) or parse(*rest[1:])
     if program == "pip":
         wanted = [
