@@ -110,6 +110,7 @@ ELSEWHERE = {
     r"scripts/soak": ("minutes", "tests/distributed/test_soak.py::test_a_process_is_seen_as_it_is"),
     r"scripts/test": ("runs this", "tests/unit/test_docs.py::test_every_command_is_one"),
     r"scripts/torture": ("minutes", "tests/distributed/test_torture.py::test_a_minute_of_faults"),
+    r"scripts/try_slurm": ("root, and Slurm", "tests/distributed/test_preemption.py::test_batch_script_in_an_array"),
 }
 """What a command begins with that is not run here -> why, and the test of the nearest thing."""
 
@@ -223,8 +224,9 @@ def arguments(command: Command) -> tuple[str, ...]:
         return ()
     if words[0] == "scripts/quickstart":
         return ("run", "tiny", *words[1:])
-    first = {"lgp": 1, "sbatch": 2}.get(words[0])
-    return words[first or (words.index("lgp_dist") + 1 if "lgp_dist" in words else len(words)) :]
+    if words[0] == "sbatch":
+        return words[words.index("launch_configs/slurm/train.sbatch") + 1 :]
+    return words[1 if words[0] == "lgp" else (words.index("lgp_dist") + 1 if "lgp_dist" in words else len(words)) :]
 
 
 def possible(words: tuple[str, ...]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from run_helpers import call_main
+from slurm_cluster import INSIDE, missing
 
 from lgp_dist.cli.parse import Call
 from lgp_dist.engine.launch.environment import Launch
@@ -71,6 +72,21 @@ def test_slurm_asks_for_what_the_launch_file_starts() -> None:
     assert int(options["nodes"]) * int(options["gpus-per-node"]) == stored["num_processes"]
     assert int(options["cpus-per-task"]) % int(options["gpus-per-node"]) == 0, "CPUs for each rank"
     assert "requeue" in options and options["signal"].startswith("B:USR1@")
+
+
+@pytest.mark.slow
+def test_slurm_is_tried_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere scripts/try_slurm says what is missing, and ends well."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(INSIDE, raising=False)
+    for user, expected in ((1000, "only root may start its daemons"), (0, "there is no munged: install slurm-wlm, ")):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        assert missing().startswith(expected)
+    script = [sys.executable, ROOT / "tests" / "distributed" / "try_slurm.py"]
+    done = subprocess.run(
+        script, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("scripts/try_slurm: skipped, since "), done.stderr
 
 
 def test_trainjob_fits_kubeflows_models() -> None:
