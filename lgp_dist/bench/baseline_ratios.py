@@ -29,6 +29,7 @@ FIELDS = {
         ("recipe", "policy", "meet", "ranks", "micro_steps", "steps", "seed"),
         dict.fromkeys(("efficiency", "efficiency_micro_step", "efficiency_with_ancestry", "coverage", "blocks"), ""),
     ),
+    "latency": Fields(("key",), {"latency_ms": ""}),
     "paths": Fields(("recipe", "precision", "batch", "path"), {"seconds": "spread"}),
     "engine": Fields(
         ("recipe", "engine", "reduction", "policy", "ranks", "micro_steps", "widths", "images", "precision"),

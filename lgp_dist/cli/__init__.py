@@ -12,10 +12,12 @@ from lgp_dist.cli.descendants import (
     DescendRun,
     Downstream,
     ExportRun,
+    Push,
     SpecialiseRun,
     descend,
     export,
     finetune_descendant,
+    push,
     specialise,
 )
 from lgp_dist.cli.doctor import Doctor, run_doctor
@@ -40,6 +42,7 @@ COMMANDS = {
     **stage_commands({"descend": Command(DescendRun, descend), "export": Command(ExportRun, export)}),
     "specialise": Command(SpecialiseRun, specialise),
     "finetune-descendant": Command(Downstream, finetune_descendant),
+    "push": Command(Push, push),
     "report": Command(ReportRuns, run_report),
     "doctor": Command(Doctor, run_doctor),
     "launch check": Command(Check, run_launch),
@@ -58,6 +61,7 @@ GROUPS = {
         "export RUN": ExportRun.__doc__,
         "specialise RUN": SpecialiseRun.__doc__,
         "finetune-descendant": Downstream.__doc__,
+        "push": Push.__doc__,
         "report": ReportRuns.__doc__,
     },
     "Before a run:": {

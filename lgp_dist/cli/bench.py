@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from lgp_dist.cli.recipe import Recipe
 from lgp_dist.files import beside, locked
@@ -76,6 +78,20 @@ class BenchPaths(OneProcess):
 
     out: Path
     """File to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLatency(Compared):
+    """Latency of every path of an exported pool in onnxruntime, for lgp descend --latency-table."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder that `lgp export RUN --all` wrote."""
+    out: Path
+    """CSV file to write."""
+    batch: int = 1
+    """Images of a forward."""
+    threads: int = 0
+    """Threads of onnxruntime; 0 for its choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +190,7 @@ Columns = Mapping[str, Sequence[Column]] | Sequence[Sequence[Column]]
 BENCHES: dict[str, tuple[type[Compared], str]] = {
     "sampler": (BenchSampler, "sampler"),
     "paths": (BenchPaths, "paths"),
+    "latency": (BenchLatency, "latency"),
     "engine": (BenchEngine, "engine"),
     "checkpoint": (BenchCheckpoint, "checkpoint"),
     "op": (BenchOp, "op"),

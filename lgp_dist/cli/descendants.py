@@ -1,4 +1,4 @@
-"""`lgp descend RUN`, `lgp export RUN` and `lgp finetune-descendant FOLDER`: what is done with a finished run."""
+"""What is done with a finished run: `lgp descend RUN`, `export`, `specialise`, `finetune-descendant` and `push`."""
 
 import json
 import os
@@ -31,6 +31,8 @@ from lgp_dist.engine.launch.environment import Launch, check_ranks, check_reques
 from lgp_dist.engine.watch.signals import Preemption
 from lgp_dist.errors import UserError
 from lgp_dist.files import LOCK, beside, check_unlocked, locked
+from lgp_dist.run.latency_table import with_table
+from lgp_dist.run.path_rows import PathRow, read_rows
 from lgp_dist.run.run_status import ended
 
 
@@ -42,6 +44,8 @@ class DescendRun:
     """Run directory."""
     budget: tyro.conf.OmitArgPrefixes[Budget] = Budget()
     """Limits; 0 for none."""
+    latency_table: Path | None = None
+    """CSV or JSON file with latencies of all paths that were measured elsewhere; `lgp bench latency` makes one."""
     plot: bool = False
     """Draw accuracy against parameters, FLOPs and latency, with the choice marked: RUN/descend.png and .svg."""
     json: bool = False
@@ -52,16 +56,20 @@ class DescendRun:
 
 @dataclass(frozen=True)
 class ExportRun:
-    """Write a path of a finished run as a standalone model."""
+    """Write a path of a finished run as a standalone model, or all paths with weights that are stored once."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
-    path: str
-    """Key of the path."""
     out: Path
     """Folder to write; must be empty or not exist."""
+    path: str = ""
+    """Key of the path."""
+    all: bool = False
+    """All evaluated paths, in place of one."""
+    latency_table: Path | None = None
+    """With --all: latencies in place of those of this machine, as for `lgp descend`."""
     formats: tuple[Format, ...] = ExportConfig().formats
-    """Formats in addition to safetensors, as --export.formats."""
+    """Formats in addition to safetensors, as --export.formats; of these --all takes onnx alone."""
     images: int = ExportConfig().images
     """Validation images on which each format is compared with the path."""
     data: str = ""
@@ -90,6 +98,20 @@ class SpecialiseRun:
     """Root of the shards; empty for the one that the run names."""
     resume: str = "auto"
     """auto, latest, never or a path, as --resume of a run."""
+    debug: bool = False
+    """Show the traceback of an error before its sentence."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload an exported folder to Hugging Face's hub, in one commit."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder that `lgp export` wrote."""
+    name: Annotated[str, tyro.conf.Positional]
+    """Repository: USER/NAME. It is made if it does not exist."""
+    private: bool = False
+    """Whether a new repository is private."""
     debug: bool = False
     """Show the traceback of an error before its sentence."""
 
@@ -158,27 +180,54 @@ class Downstream:
 
 def descend(action: DescendRun) -> None:
     """Prints the best path of a finished run."""
+    here = (action.budget.device, action.budget.batch, action.budget.dtype)
+    if action.latency_table and here != (Budget().device, Budget().batch, Budget().dtype):
+        raise UserError("--latency-table was measured elsewhere: leave out --device, --batch and --dtype.")
     run = FinishedRun.open(action.run, budget=action.budget)
+    rows = _rows(run, action.latency_table)
     from lgp_dist.commands.descendants import choice_text, choose_of_run  # torch and timm
 
-    row = choose_of_run(run, action.budget, plot=action.plot)
+    row = choose_of_run(run, rows, action.budget, plot=action.plot)
     text = json.dumps(row, indent=2) if action.json else choice_text(action.run, row, plot=action.plot)
     sys.stdout.write(text + "\n")
 
 
+def _rows(run: FinishedRun, table: Path | None) -> list[PathRow]:
+    """The evaluated paths of a run, with latencies if there is a table of them."""
+    rows = read_rows(run.evaluated.folder / "paths.json")
+    return with_table(rows, table) if table else rows
+
+
 def export(action: ExportRun) -> None:
-    """Writes a path of a finished run as a folder."""
+    """Writes a path of a finished run, or all of them, as a folder."""
+    if bool(action.path) == action.all:
+        raise UserError("lgp export RUN writes one path or all: give either --path KEY or --all.")
+    if action.latency_table and not action.all:
+        raise UserError("--latency-table is for the paths of --all, but --path names one: leave it out.")
     if action.out.exists() and (not action.out.is_dir() or any(action.out.iterdir())):
         raise UserError(f"{action.out} is there already: choose another --out, or remove it.")
     settings = ExportConfig(path=action.path, formats=action.formats, images=action.images)
     run = FinishedRun.open(action.run, export=settings)
+    rows = _rows(run, action.latency_table) if action.all else []
+    if action.all and run.config.model.widths:
+        raise UserError(
+            f"{action.run} has nested widths, whose models are slices of one ViT and no whole tensors of a file: "
+            "export each of them with --path KEY."
+        )
     config = replace(run.config, engine=replace(run.config.engine, device="auto"))
     if action.data:
         config = replace(config, data=replace(config.data, root=action.data))
     with locked(beside(action.out), "--out"):
         from lgp_dist.commands.descendants import export_of_run  # torch and timm
 
-        sys.stdout.write(export_of_run(replace(run, config=config), action.out) + "\n")
+        sys.stdout.write(export_of_run(replace(run, config=config), action.out, rows) + "\n")
+
+
+def push(action: Push) -> None:
+    """Uploads an exported folder."""
+    from lgp_dist.commands import push as hub  # huggingface_hub
+
+    sys.stdout.write(hub.push(action.folder, action.name, private=action.private) + "\n")
 
 
 def specialise(action: SpecialiseRun) -> None:

@@ -128,3 +128,67 @@ def int8_words(int8: Int8Accuracy) -> str:
         f"int8: top-1 {int8['top1']:.2f} %, the path {int8['top1_path']:.2f} %: {abs(int8['loss']):.2f} points "
         f"{change} on {int8['images']} images"
     )
+
+
+POOL = """\
+# A pool of {count} models
+
+All paths of a learngene pool, extracted by `lgp_dist`. They share the weights in `model.safetensors`. `paths.json` has
+what each path runs of them, and how images are normalised.
+
+| path | parameters | FLOPs (multiply-adds per image) | top-1 % | top-5 % | latency ms |
+|---|---|---|---|---|---|
+{rows}
+
+Latency: {on}.
+
+{origin}
+
+## Loading
+
+```python
+import sys
+
+sys.path.insert(0, "FOLDER")
+from modeling_descendant import load_pool  # needs torch and safetensors
+
+pool = load_pool("FOLDER")
+pool.select(max_latency_ms=8)  # also max_params, max_flops, or a key; loads nothing
+logits = pool(images)
+```
+
+With graphs (`KEY.onnx`), whose sessions share the weights:
+
+```python
+from onnx_paths import open_path  # needs onnxruntime
+
+session = open_path("FOLDER", "{key}")
+(logits,) = session.run(["logits"], {{"images": images}})  # NumPy float32, any batch size
+```
+
+## Checks
+
+Largest difference between a logit of any path and of the same path in the pool, on {images} real images:
+
+| file | largest difference | bound |
+|---|---|---|
+{checked}
+"""
+
+
+def pool_card(table: dict[str, Any], verdict: Verification) -> str:
+    """The card of a folder with all paths. table: of paths.json. verdict: of verify.json."""
+    paths = table["paths"]
+    return POOL.format(
+        count=len(paths),
+        rows="\n".join(
+            f"| `{path['key']}` | {path['params']:,} | {path['flops']:,} | {path['top1']:.2f} | {path['top5']:.2f} | "
+            f"{path['latency_ms']:.3f} |"
+            for path in paths
+        ),
+        on=paths[0]["latency_on"],
+        origin="\n".join(f"* {name}: `{value}`" for name, value in table["origin"].items()),
+        key=paths[0]["key"],
+        images=verdict["images"],
+        checked=_checked(verdict),
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lgp_dist.config.run_config import ExportConfig
 from lgp_dist.errors import UserError
 from lgp_dist.export.card import int8_words, model_card
-from lgp_dist.export.formats import FORMATS, Int8Accuracy, Verification, wanted
+from lgp_dist.export.formats import FORMATS, CheckedFile, Int8Accuracy, Verification, wanted
 from lgp_dist.files import write_json
 from lgp_dist.protocols import Batch
 from lgp_dist.run.path_rows import PathRow
@@ -54,14 +54,11 @@ def write_folder(
     verdict: Verification = {"images": images, "formats": {}, "left_out": left_out}
     for name in names:
         run, bound = FORMATS[name].open(folder), FORMATS[name].bound
-        difference = largest_difference(run, reference, batches(settings.images))
-        verdict["formats"][name] = {"file": FORMATS[name].file, "largest_difference": difference, "bound": bound}
-        if bound is not None and not difference <= bound:
-            advice = f"leave {name} out of --export.formats, and report it" if name in settings.formats else "report it"
-            raise UserError(
-                f"{FORMATS[name].file} of {exported.facts['key']} differs from its path by {difference:.3g}, more than "
-                f"{bound:g}, so nothing was exported: {advice}."
-            )
+        file, key = FORMATS[name].file, exported.facts["key"]
+        found = checked(
+            CheckedFile(file=file, largest_difference=0.0, bound=bound), key, run, reference, batches(settings.images)
+        )
+        verdict["formats"][name] = found
     if "int8" in names:
         verdict["int8"] = _accuracy_loss(reference, FORMATS["int8"].open(folder), batches(settings.int8_images))
     write_json(folder / "verify.json", verdict)
@@ -76,6 +73,23 @@ def told(verdict: Verification) -> list[str]:
     lines = [f"largest difference of a logit on {verdict['images']} images: {found}"]
     lines += [int8_words(verdict["int8"])] if "int8" in verdict else []
     return [*lines, verdict["left_out"]] if verdict["left_out"] else lines
+
+
+def checked(
+    before: CheckedFile,
+    key: str,
+    run: Callable[[Tensor], Tensor],
+    reference: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+) -> CheckedFile:
+    """What was found of a file, now with the path `key`. UserError if a logit differs by more than the file's bound."""
+    difference, bound = largest_difference(run, reference, batches), before["bound"]
+    if bound is not None and not difference <= bound:
+        raise UserError(
+            f"{before['file']} of {key} differs from its path by {difference:.3g}, more than {bound:g}, so nothing was "
+            "exported: leave the format out, if it was asked for, and report it."
+        )
+    return {**before, "largest_difference": max(difference, before["largest_difference"])}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import io
 import logging
 import shutil
 import warnings
@@ -77,19 +78,27 @@ def _write_pt2(model: nn.Module, images: Tensor, folder: Path) -> None:
     torch.export.save(program, folder / "model.pt2")
 
 
-def _write_onnx(model: nn.Module, images: Tensor, folder: Path) -> None:
-    """Through TorchScript: onnxruntime cannot quantise the newer exporter's file (its shape inference fails)."""
+def export_graph(model: nn.Module, images: Tensor, target: Path | io.BytesIO, **options: Any) -> None:
+    """Writes a model as ONNX, for any batch size. options: of `torch.onnx.export`.
+
+    Through TorchScript: onnxruntime cannot quantise the newer exporter's file (its shape inference fails).
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the exporter's age and on traced constants
         torch.onnx.export(
             model,
             (images,),
-            folder / "model.onnx",
+            target,
             dynamo=False,
             input_names=["images"],
             output_names=["logits"],
             dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+            **options,
         )
+
+
+def _write_onnx(model: nn.Module, images: Tensor, folder: Path) -> None:
+    export_graph(model, images, folder / "model.onnx")
 
 
 def _write_int8(model: nn.Module, images: Tensor, folder: Path) -> None:

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lgp_dist.config.run_config import DataConfig
-from lgp_dist.models.pool import LearngenePool, row_vit
+from lgp_dist.models.pool import BlockUnit, LearngenePool, row_vit
 from lgp_dist.models.stitch import StitchLayer
 from lgp_dist.models.vit import classify, embed, split_vit
 from lgp_dist.paths.path import Path, Space
@@ -96,6 +96,18 @@ def descendant_state(pool: LearngenePool, path: Path) -> dict[str, Tensor]:
             parts[f"{name}.{index - part.start}"] = pool.units[f"row{part.row}_block{index}"].block.state_dict()
         if layer is not None:
             parts[stitch] = pool.stitch(layer).merged()
+    return {f"{prefix}.{name}": value for prefix, part in parts.items() for name, value in part.items()}
+
+
+def pool_state(pool: LearngenePool) -> dict[str, Tensor]:
+    """All weights of a pool, each once, under the names of `export/modeling_descendant.PlainPool`."""
+    ends = (("stems", pool.stem), ("heads", pool.head))
+    parts = {f"{name}.{row}": part.state_dict() for name, unit in ends for row, part in enumerate(unit.rows)}
+    for unit in pool.units.values():
+        if isinstance(unit, BlockUnit):
+            parts[f"blocks.{unit.row}.{unit.index}"] = unit.block.state_dict()
+        else:
+            parts[f"stitches.{unit.index}"] = unit.layer.merged()
     return {f"{prefix}.{name}": value for prefix, part in parts.items() for name, value in part.items()}
 
 

@@ -10,6 +10,7 @@ from lgp_dist.data.stream import evaluation_batches, open_split
 from lgp_dist.errors import UserError
 from lgp_dist.export.folder import Exported, told, write_folder
 from lgp_dist.export.latency import NAME, LatencyFile, with_path_latencies
+from lgp_dist.export.pool_folder import pool_table, write_pool_folder
 from lgp_dist.models.descendant import descendant_from_path, timm_config
 from lgp_dist.protocols import Batch
 from lgp_dist.run.artifacts import Artifact
@@ -46,17 +47,33 @@ def fill(context: Context, tuned: Artifact, evaluated: Artifact, key: str, folde
         model=descendant_from_path(pool, context.heads, path),
         config=config | {"lgp": {**config["lgp"], "measured": facts, "pool": tuned.id}},
         facts=timed,
-        origin={
-            "trained pool (artifact finetune)": tuned.id,
-            "sha256 of its pool.safetensors": tuned.record["files"]["pool.safetensors"],
-            "evaluation (artifact evaluate)": evaluated.id,
-            "commit of lgp_dist": context.environment["commit"] or "none: not a checkout",
-        },
+        origin=_origin(context, tuned, evaluated),
     )
     verdict = write_folder(folder, exported, settings, batches_of(context), partial(pool, path=path))
     for line in told(verdict):
         log.info("export: %s, %s", key, line)
     return {**facts, "largest_difference": verdict["formats"]["timm"]["largest_difference"]}
+
+
+def fill_pool(context: Context, tuned: Artifact, evaluated: Artifact, rows: list[PathRow], folder: Path) -> None:
+    """Writes the run's pool as a folder with the paths of these rows. Latencies that they lack are measured."""
+    space, heads, data = context.space, context.heads, context.config.data
+    if "latency_ms" not in rows[0]:
+        file = LatencyFile(context.run.root / NAME, tuned.id)
+        rows = with_path_latencies(rows, space, heads, context.config.budget, file)
+    config = timm_config(space, heads, space.by_key(rows[0]["key"]), data, context.manifest.classes)
+    table = pool_table(space, heads, rows, config, _origin(context, tuned, evaluated))
+    write_pool_folder(folder, context.load_pool(tuned).cpu(), table, context.config.export, batches_of(context))
+
+
+def _origin(context: Context, tuned: Artifact, evaluated: Artifact) -> dict[str, str]:
+    """Where the weights of an export come from."""
+    return {
+        "trained pool (artifact finetune)": tuned.id,
+        "sha256 of its pool.safetensors": tuned.record["files"]["pool.safetensors"],
+        "evaluation (artifact evaluate)": evaluated.id,
+        "commit of lgp_dist": context.environment["commit"] or "none: not a checkout",
+    }
 
 
 def batches_of(context: Context) -> Callable[[int], Iterable[Batch]]:

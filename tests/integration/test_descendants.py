@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import lgp_dist.timm_models  # noqa: F401
 from lgp_dist.data.shards.index import index_shards
+from lgp_dist.export.modeling_descendant import load_pool
 from lgp_dist.models.descendant import load_descendant
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.stitched import PathSpace
@@ -145,6 +146,50 @@ def test_export_a_path_of_a_run(lgp: Lgp, finished_place: Path, key: str) -> Non
     before = snapshot(Path("out"))
     has(lgp("export", "run", "--path", key, "--out", "out").sentence, "out is there already")
     assert snapshot(Path("out")) == before
+
+
+def test_all_paths_of_a_run(lgp: Lgp, finished_place: Path) -> None:
+    """One folder is 18 models, bit for bit, and the run stays as it is. Latencies that are measured on its graphs
+    decide what a budget gives, for this run and for the folder."""
+    before = snapshot(Path("run"), ("latency.json",))
+    done = lgp("export", "run", "--all", "--out", "all", "--images", "2", "--formats", "onnx")
+    assert done.status == 0, done.err
+    has(done.out, "all: 18 paths", "modeling_descendant.py 0,", "KEY.onnx ")
+    assert snapshot(Path("run"), ("latency.json",)) == before
+    keys = [row["key"] for row in rows()]
+    made = {"README.md", "model.safetensors", "modeling_descendant.py", "onnx_paths.py", "paths.json", "verify.json"}
+    assert {path.name for path in Path("all").iterdir()} == made | {f"{key}.onnx" for key in keys}
+    weights = Path("all/model.safetensors").stat().st_size
+    pool = load_file("run/finetune/pool.safetensors")
+    assert weights <= 1.05 * sum(4 * tensor.numel() for tensor in pool.values())
+    plain, images = load_pool("all"), torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        for key in keys:
+            plain.select(key)
+            assert torch.equal(plain(images), path_logits(key, images)), key
+    row = plain.select(max_params=300e3)
+    assert row["key"] == best_within(300e3)["key"] and row["latency_ms"] > 0
+    measured = lgp("bench", "latency", "all", "--out", "phone.csv", "--json")
+    assert measured.status == 0, measured.err
+    table = {row["key"]: row["latency_ms"] for row in json.loads(measured.out)}
+    assert list(table) == keys and min(table.values()) > 0
+    limit = sorted(table.values())[8]
+    kept = snapshot(Path("run"))
+    choice = lgp("descend", "run", "--latency-table", "phone.csv", "--max-latency-ms", str(limit))
+    fitting = [row for row in rows() if table[row["key"]] <= limit]
+    chosen = sorted(fitting, key=lambda row: (-row["top1"], row["flops"]))[0]["key"]
+    has(choice.out, f"{chosen}: top-1", f"takes   {table[chosen]:.3f} ms\n", "phone.csv")
+    assert snapshot(Path("run")) == kept, "nothing is measured here"
+    done = lgp("export", "run", "--all", "--out", "fast", "--images", "2", "--formats", "--latency-table", "phone.csv")
+    assert done.status == 0, done.err
+    assert load_pool("fast").select(max_latency_ms=limit)["key"] == chosen and not list(Path("fast").glob("*.onnx"))
+    Path("phone.csv").write_text("key,latency_ms\nr0.0-5,3\n")
+    has(lgp("descend", "run", "--latency-table", "phone.csv").sentence, "phone.csv lacks 17 of 18 paths")
+    has(lgp("bench", "latency", "fast", "--out", "phone.csv").sentence, "fast has no paths.json with graphs")
+    has(lgp("bench", "latency", "all", "--out", "phone.csv", "--batch", "0").sentence, "--batch is 0")
+    overwrite(Path("run/finetune/pool.safetensors"), 5000, b"\x01\x02\x03\x04")
+    has(lgp("export", "run", "--all", "--out", "out").sentence, "pool.safetensors is missing or damaged")
+    assert not Path("out").exists() and not list(Path().glob(".*partial"))
 
 
 def test_an_export_that_fails_leaves_nothing(lgp: Lgp, finished_place: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from run_helpers import SMALL, Lgp
+from run_helpers import SMALL, Lgp, has
 from safetensors.torch import load_file
 
 from lgp_dist.models.nested import NestedPool
@@ -48,6 +48,7 @@ def test_from_shards_to_exported_models(place: Path, lgp: Lgp) -> None:
         assert model.embed_dim == int(key.removeprefix("w"))
         with torch.no_grad():
             torch.testing.assert_close(model(images), pool(images, space.by_key(key)), rtol=1e-5, atol=1e-6)
+    has(lgp("export", "run", "--all", "--out", "all").sentence, "run has nested widths", "--path KEY")
     best = {row["key"] for row in rows}
     alone = {folder.name for folder in Path("run/specialised").iterdir()}
     assert alone and alone <= best

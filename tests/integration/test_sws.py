@@ -14,6 +14,7 @@ from run_helpers import PLAIN, SMALL, Lgp, eventually, has
 from safetensors.torch import load_file, save_file
 
 from lgp_dist.config.flat import STAGES
+from lgp_dist.export.modeling_descendant import load_pool
 from lgp_dist.models.pool import LearngenePool
 from lgp_dist.paths.space import space_of
 from lgp_dist.recipes import sws_tiny
@@ -51,6 +52,11 @@ def test_from_shards_to_an_exported_model(place: Path, lgp: Lgp) -> None:
     pool = LearngenePool.empty(space, (3,) * len(DEPTHS)).eval()
     pool.load_state_dict(end, strict=True)
     assert torch.equal(model(images), pool(images, space.by_key(key)))
+    assert lgp("export", "run", "--all", "--out", "all", "--formats").status == 0
+    every = load_pool("all")
+    for path in space.paths:
+        every.select(path.key)
+        assert torch.equal(every(images), pool(images, path))
 
 
 def test_trained_together_is_trained_alone(place: Path, lgp: Lgp) -> None:

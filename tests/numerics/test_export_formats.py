@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path as File
 
+import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
-from numerics_cases import BOTH_WAYS, EVERY_PATH, HEADS, THREE, TWO, path_id, shake
+from numerics_cases import BARE, BOTH_WAYS, EVERY_PATH, HEADS, ONE, THREE, TWO, UNEQUAL, path_id, shake
 from run_helpers import LIMIT_S
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -23,10 +25,13 @@ from lgp_dist.errors import UserError
 from lgp_dist.export import modeling_descendant
 from lgp_dist.export.folder import Exported, largest_difference, write_folder
 from lgp_dist.export.formats import FORMATS, wanted
+from lgp_dist.export.onnx_paths import open_path
+from lgp_dist.export.pool_folder import pool_table, write_pool_folder
 from lgp_dist.files import replace_folder
 from lgp_dist.models.descendant import descendant_from_path, exported_config, timm_config, vit_arguments
 from lgp_dist.models.pool import LearngenePool
-from lgp_dist.paths.path import Path
+from lgp_dist.paths.depths import DepthSpace
+from lgp_dist.paths.path import Path, Space
 from lgp_dist.paths.stitched import PathSpace
 from lgp_dist.protocols import Batch
 
@@ -232,6 +237,144 @@ def test_folder_of_all_formats(space: PathSpace, key: str, tmp_path: File) -> No
     card = (tmp_path / "README.md").read_text()
     assert all(text in card for text in (f"`{key}`", "0123abcd", "onnxruntime", "torch.export.load", "local-dir:"))
     assert ("lgp_dist.timm_models" in card) == (not path.is_row) == ("transformers" not in card)
+
+
+DEPTHS = DepthSpace(16, (1, 2, 2, 1), (4, 7), image_size=28, patch_size=7, channels=1, num_classes=10)
+
+
+def whole_pool(space: Space, heads: tuple[int, ...], folder: File, rank: int = 0, formats=()) -> LearngenePool:
+    """A pool, written as a folder with all paths; the accuracies of these are their places."""
+    torch.manual_seed(7)
+    pool = LearngenePool.empty(space, heads, rank).eval()
+    shake(pool)
+    about = {"top5": 90.0, "latency_on": "a phone"}
+    rows = [
+        {**space.describe(path), "top1": float(place), "latency_ms": 9.0 - place, **about}
+        for place, path in enumerate(space.paths)
+    ]
+    table = pool_table(space, heads, rows, timm_config(space, heads, space.paths[0], DATA, NAMES), {"pool": "0123abcd"})
+    write_pool_folder(folder, pool, table, ExportConfig(images=4, formats=formats), batches)
+    return pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("space", "heads", "rank"),
+    [
+        *((space, HEADS[space], 0) for space in (TWO, THREE, BARE, UNEQUAL, BOTH_WAYS)),
+        (TWO, (2, 4), 3),
+        (DEPTHS, (4, 4), 0),
+    ],
+    ids=["two", "three", "bare", "unequal", "both ways", "low rank", "depths"],
+)
+def test_a_folder_is_every_path(space: Space, heads: tuple[int, ...], rank: int, tmp_path: File) -> None:
+    """Bit for bit, after the folder is gone: switching loads nothing. Each weight is stored once; models of several
+    depths share none."""
+    pool = whole_pool(space, heads, tmp_path, rank)
+    stored = load_file(tmp_path / "model.safetensors").values()
+    once = space.stored_params if isinstance(space, PathSpace) else sum(space.cost(path).params for path in space.paths)
+    assert sum(tensor.numel() for tensor in stored) == once
+    plain = modeling_descendant.load_pool(tmp_path)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with torch.no_grad():
+        for path in (*space.paths, *reversed(space.paths)):
+            assert plain.select(path.key)["params"] == space.cost(path).params
+            assert torch.equal(plain(images(3)), pool(images(3), path)), path.key
+
+
+def test_a_pool_selects_within_limits(tmp_path: File) -> None:
+    """As sorting finds it; a selection that cannot be leaves the one before."""
+    whole_pool(TWO, HEADS[TWO], tmp_path)
+    pool = modeling_descendant.load_pool(tmp_path)
+    rows = json.loads((tmp_path / "paths.json").read_text())["paths"]
+    by_accuracy = sorted(rows, key=lambda row: -row["top1"])
+    assert pool.selected == by_accuracy[0]
+    middle = {field: sorted(row[field] for row in rows)[len(rows) // 2] for field in ("params", "flops", "latency_ms")}
+    for limits in ({"params"}, {"flops"}, {"latency_ms"}, {"params", "latency_ms"}):
+        expected = next(row for row in by_accuracy if all(row[field] <= middle[field] for field in limits))
+        assert pool.select(**{f"max_{field}": middle[field] for field in limits}) == expected == pool.selected
+    kept = pool.selected
+    with pytest.raises(ValueError, match="No path is within .*'params': 5.*the least of all paths: params [1-9]"):
+        pool.select(max_params=5)
+    with pytest.raises(KeyError, match="r0.0-9"):
+        pool.select("r0.0-9")
+    with pytest.raises(ValueError, match="a key or limits"):
+        pool.select("r0.0-3", max_flops=1e9)
+    assert pool.selected is kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", [UNEQUAL, BOTH_WAYS], ids=path_id)
+def test_graphs_share_the_weights_of_a_folder(space: PathSpace, tmp_path: File) -> None:
+    """A graph holds no weights: each of its tensors is the bytes of one in model.safetensors, and each tensor of that
+    file is some graph's but for norms that no path applies. Any batch, and all sessions open together."""
+    pool = whole_pool(space, HEADS[space], tmp_path, formats=("pt2", "onnx", "int8"))
+    content, seen = (tmp_path / "model.safetensors").read_bytes(), set[str]()
+    weights = load_file(tmp_path / "model.safetensors")
+    for path in space.paths:
+        model = onnx.load(tmp_path / f"{path.key}.onnx", load_external_data=False)
+        for tensor in model.graph.initializer:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            assert place["location"] == "model.safetensors" and tuple(tensor.dims) == weights[tensor.name].shape
+            stored = content[int(place["offset"]) : int(place["offset"]) + int(place["length"])]
+            assert stored == weights[tensor.name].numpy().tobytes()
+            seen.add(tensor.name)
+        constants = [node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"]
+        assert all(len(tensor.raw_data) <= 64 for tensor in constants)
+    assert seen == weights.keys()
+    sessions = {path: open_path(tmp_path, path.key, threads=1) for path in space.paths}
+    with torch.no_grad():
+        for count in (1, 5):
+            for path, session in sessions.items():
+                logits = torch.from_numpy(session.run(["logits"], {"images": images(count).numpy()})[0])
+                assert (logits - pool(images(count), path)).abs().max() <= 1e-4
+    verdict = json.loads((tmp_path / "verify.json").read_text())["formats"]
+    assert verdict["torch"]["largest_difference"] == 0 < verdict["onnx"]["largest_difference"] <= 1e-4
+    card = (tmp_path / "README.md").read_text()
+    assert all(f"| `{path.key}` | {space.cost(path).params:,} |" in card for path in space.paths)
+    assert all(text in card for text in ("0123abcd", "load_pool", "open_path", "a phone", "| `KEY.onnx` |"))
+
+
+@pytest.mark.slow
+def test_a_folder_of_all_paths_needs_no_package(tmp_path: File) -> None:
+    """Its code in processes that cannot import this package: the pool without timm, the graphs without torch too."""
+    pool = whole_pool(ONE, HEADS[ONE], tmp_path, formats=("onnx",))
+    with torch.no_grad():
+        save_file({"images": images(4), "logits": pool(images(4), ONE.paths[0])}, tmp_path / "x.st")
+    script = """
+import sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+import torch
+from modeling_descendant import load_pool
+from safetensors.torch import load_file
+given = load_file("x.st")
+with torch.no_grad():
+    print(torch.equal(load_pool(".")(given["images"]), given["logits"]))
+"""
+    without = "import sys, runpy\nfor name in sys.argv.pop(1).split(','):\n    sys.modules[name] = None\n"
+    table = f"{without}runpy.run_path('onnx_paths.py', run_name='__main__')"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    said = []
+    for arguments in (
+        (script, "timm,lgp_dist,torchvision,einops"),
+        (table, "torch,timm,lgp_dist,safetensors,onnx", "2"),
+    ):
+        command = [sys.executable, "-c", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines())
+    assert said[0] == ["True"]
+    assert said[1][0].startswith("key,latency_ms,") and said[1][1].startswith("r0.0-2,") and len(said[1]) == 2
+
+
+def test_a_pool_that_differs_is_not_exported(tmp_path: File) -> None:
+    pool = whole_pool(TWO, HEADS[TWO], tmp_path)
+    table = json.loads((tmp_path / "paths.json").read_text())
+    table["paths"][3]["segments"][1][1] += 1  # one block less
+    with pytest.raises(UserError, match=re.escape(f"modeling_descendant.py of {table['paths'][3]['key']} differs")):
+        write_pool_folder(tmp_path, pool, table, ExportConfig(images=4, formats=()), batches)
 
 
 def test_an_export_that_differs_leaves_nothing(tmp_path: File) -> None:

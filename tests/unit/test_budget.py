@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from run_helpers import has
 from torch import Tensor, nn
 
 from lgp_dist.config.budget import Amount, Budget, parse_amount
 from lgp_dist.errors import UserError
 from lgp_dist.export.choice import choose
 from lgp_dist.export.latency import LatencyFile, LatencySetup, measure, with_latencies
+from lgp_dist.run.latency_table import with_table
 
 ROWS: list[dict[str, Any]] = [
     {"key": "a", "params": 100, "flops": 10, "latency_ms": 3.0, "top1": 50.0},
@@ -129,3 +131,64 @@ def test_damaged_latencies_are_named(tmp_path: Path, content: str) -> None:
 def test_no_such_device() -> None:
     with pytest.raises(UserError, match="device is cuda, but torch finds no GPU .* choose cpu"):
         LatencySetup.here(Budget(device="cuda"))
+
+
+GIVEN = {"a": 1.5, "b": 20.0, "c": 3.0, "d": 4.0}
+"""Latencies of ROWS that were measured elsewhere."""
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("table.csv", "key,latency_ms\na,1.5\nb,2e1\nc,3\nd,4.0\n"),
+        ("table.csv", '\ufefflatency_ms,device,"key"\r\n4,phone,d\r\n3,phone,c\r\n20,phone,b\r\n1.5,phone,a'),
+        ("table.json", json.dumps(GIVEN)),
+        ("table.json", json.dumps([{"key": key, "latency_ms": value, "low": 1} for key, value in GIVEN.items()])),
+    ],
+    ids=["csv", "other columns", "object", "list"],
+)
+def test_latencies_measured_elsewhere(name: str, text: str, tmp_path: Path) -> None:
+    """They replace those of this machine, and decide what a budget gives."""
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    rows = with_table(ROWS, tmp_path / name)
+    assert [(row["key"], row["latency_ms"]) for row in rows] == list(GIVEN.items())
+    assert all(name in row["latency_on"] and row["top1"] == old["top1"] for row, old in zip(rows, ROWS, strict=True))
+    assert [choose(each, Budget(max_latency_ms=4.0))["key"] for each in (ROWS, rows)] == ["b", "d"]
+
+
+HEADER = "key,latency_ms\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "pieces"),
+    [
+        ("t.csv", HEADER + "a,1\nb,2\nc,3\n", ["t.csv lacks 1 of 4 paths, such as d"]),
+        ("t.csv", HEADER + "a,1\nb,-2\nc,3\nd,4\n", ["t.csv has '-2' for b", "above 0"]),
+        ("t.csv", HEADER + "a,1\nb,0\n", ["'0' for b"]),
+        ("t.csv", HEADER + "a,fast\n", ["'fast' for a"]),
+        ("t.csv", HEADER + "a,nan\n", ["'nan' for a"]),
+        ("t.csv", HEADER + "a,inf\n", ["'inf' for a"]),
+        ("t.csv", HEADER + "a\n", ["None for a"]),
+        ("t.csv", HEADER + "a,1\na,1\n", ["t.csv names a twice"]),
+        ("t.csv", HEADER + "aa,1\n", ["t.csv names 'aa'", "the nearest is a"]),
+        ("t.csv", "a,1\nb,2\n", ["t.csv is no table of latencies", "the columns key and latency_ms"]),
+        ("t.csv", HEADER + 'a,"1', ["t.csv is no table"]),
+        ("t.csv", "", ["t.csv lacks 4 of 4"]),
+        ("t.json", '{"a": 1, "a": 2}', ["t.json names a twice"]),
+        ("t.json", '{"a": true}', ["True for a"]),
+        ("t.json", '{"a": [1]}', ["[1] for a"]),
+        ("t.json", '{"a": 1', ["t.json is no table", "JSON with milliseconds by key"]),
+        ("t.json", "[1, 2]", ["t.json is no table"]),
+        ("t.json", "3", ["t.json is no table"]),
+        ("t.json", '[{"key": {"a": 1}, "latency_ms": 1}]', ["is no evaluated path"]),
+        ("t.json", '[{"key": "a"}]', ["t.json is no table", "'latency_ms'"]),
+        ("t.csv", None, ["t.csv cannot be read", "No such file"]),
+    ],
+)
+def test_a_bad_table_is_refused(name: str, text: str | None, pieces: list[str], tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as refusal:
+        with_table(ROWS, tmp_path / name)
+    has(str(refusal.value), *pieces)
+    assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)

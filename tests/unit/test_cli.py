@@ -89,6 +89,15 @@ WRONG = {
     "descend rum": ("rum is neither a recipe nor the directory of a run", "the nearest is run"),
     "export empty --path r0.0-5 --out new": ("empty holds no evaluated run", "lgp evaluate"),
     "export run --path r0.0-5 --out run": ("run is there already", "--out"),
+    "export run --out new": ("lgp export RUN writes one path or all", "--path KEY or --all"),
+    "export run --path r0.0-5 --all --out new": ("one path or all",),
+    "export run --path r0.0-5 --latency-table t.csv --out new": ("--latency-table is for the paths of --all",),
+    "descend run --latency-table t.csv --batch 4": ("--latency-table", "leave out --device, --batch and --dtype"),
+    "descend run --latency-table nowhere.csv": ("--latency-table nowhere.csv cannot be read",),
+    "bench latency empty --out t.csv": ("empty has no paths.json with graphs", "lgp export RUN --all"),
+    "push empty me/name": ("empty has no README.md", "lgp export"),
+    "push exported name": ("NAME is 'name'", "USER/NAME"),
+    "push exported me/name": ("no token of the hub", "HF_TOKEN", "hf auth login"),
     "report run rum": ("rum is no run directory", "the nearest is run"),
     f"finetune-descendant empty --data {SAMPLE}": ("empty/config.json", "lgp export"),
     "launch check nowhere.yaml": ("The launch file nowhere.yaml cannot be read",),
@@ -146,15 +155,22 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "empty").mkdir()
     (folder / "launch.yaml").write_text("num_processes: 1\n")
+    (folder / "exported").mkdir()
+    for name in ("README.md", "model.safetensors", "verify.json"):
+        (folder / "exported" / name).touch()
     evaluated = folder / "run" / "evaluate" / "artifact.json"
     evaluated.parent.mkdir(parents=True)
     config = {**depends_on(stage_settings(tiny()), "evaluate"), "data.train": "of the shards"}
     record = {"stage": "evaluate", "id": "0", "config": config, "inputs": {}, "files": {}, "facts": {}}
     evaluated.write_text(json.dumps(record))
     (folder / "run" / "config.json").write_text(json.dumps(flatten(tiny())))
+    (evaluated.parent / "paths.json").write_text(json.dumps([{"key": "r0.0-5"}]))
     call = [sys.executable, "-c", ANSWER]
     with locked(folder / "held" / LOCK), locked(folder / ".held-too.lock"):
-        done = subprocess.run(call, cwd=folder, input=json.dumps(list(WRONG)), capture_output=True, text=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment["HF_HOME"] = str(folder)  # without a token
+        words = json.dumps(list(WRONG))
+        done = subprocess.run(call, cwd=folder, input=words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return dict(zip(WRONG, json.loads(done.stdout), strict=True))
 
