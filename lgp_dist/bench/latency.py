@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import io
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ COLUMNS = (("key", "latency_ms", "latency_low_ms", "latency_high_ms"),)
 
 
 def bench_latency(folder: Path, out: Path, batch: int = 1, threads: int = 0) -> list[dict[str, Any]]:
-    """Times every path of a folder that `lgp export RUN --all` wrote, and writes a CSV file.
+    """Times every path of a folder that `lgp export RUN --all` wrote, and writes a CSV file; UserError if it cannot.
 
-    batch: images of a forward. threads: of onnxruntime; 0 for its choice. UserError where it cannot.
+    batch: images of a forward. threads: of onnxruntime; 0 for its choice.
     """
     if batch < 1 or threads < 0:
         raise UserError(f"--batch is {batch} and --threads {threads}: write at least 1 and 0.")
@@ -23,8 +22,7 @@ def bench_latency(folder: Path, out: Path, batch: int = 1, threads: int = 0) -> 
         raise UserError(f"{folder} has no paths.json with graphs: name a folder that `lgp export RUN --all` wrote.")
     if importlib.util.find_spec("onnxruntime") is None:
         raise UserError("onnxruntime is not installed: `pip install onnxruntime`.")
-    onnx_paths, text = importlib.import_module("lgp_dist.export.onnx_paths"), io.StringIO()
-    rows = list(onnx_paths.latencies(folder, batch, threads))
-    onnx_paths.write_csv(rows, text)
-    write_atomic(out, text.getvalue().encode())
+    onnx_paths = importlib.import_module("lgp_dist.export.onnx_paths")  # imports onnxruntime
+    rows: list[dict[str, Any]] = onnx_paths.latencies(folder, batch, threads)
+    write_atomic(out, onnx_paths.as_csv(rows).encode())
     return rows

@@ -133,14 +133,12 @@ def int8_words(int8: Int8Accuracy) -> str:
 POOL = """\
 # A pool of {count} models
 
-All paths of a learngene pool, extracted by `lgp_dist`. They share the weights in `model.safetensors`. `paths.json` has
-what each path runs of them, and how images are normalised.
+All paths of a learngene pool, extracted by `lgp_dist`. They share the weights in `model.safetensors`; `paths.json` says
+what each path runs of them, and how images are normalised. Latency: {on}.
 
 | path | parameters | FLOPs (multiply-adds per image) | top-1 % | top-5 % | latency ms |
 |---|---|---|---|---|---|
 {rows}
-
-Latency: {on}.
 
 {origin}
 
@@ -157,14 +155,7 @@ pool.select(max_latency_ms=8)  # also max_params, max_flops, or a key; loads not
 logits = pool(images)
 ```
 
-With graphs (`KEY.onnx`), whose sessions share the weights:
-
-```python
-from onnx_paths import open_path  # needs onnxruntime
-
-session = open_path("FOLDER", "{key}")
-(logits,) = session.run(["logits"], {{"images": images}})  # NumPy float32, any batch size
-```
+Graphs (`KEY.onnx`) need onnxruntime and share these weights: `onnx_paths.open_path("FOLDER", KEY)`.
 
 ## Checks
 
@@ -188,7 +179,6 @@ def pool_card(table: dict[str, Any], verdict: Verification) -> str:
         ),
         on=paths[0]["latency_on"],
         origin="\n".join(f"* {name}: `{value}`" for name, value in table["origin"].items()),
-        key=paths[0]["key"],
         images=verdict["images"],
         checked=_checked(verdict),
     )

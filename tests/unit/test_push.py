@@ -117,7 +117,9 @@ def pushed(folder: Path, name: str, address: str, token: str, *options: str) -> 
 
 @pytest.mark.slow
 def test_a_folder_becomes_a_commit(hub: Hub, tmp_path: Path) -> None:
-    """Every file of it with its bytes, in one commit, and nothing else; a second push goes into the same repository."""
+    """Every file of it with its bytes, in one commit, and nothing else; a second push goes into the same repository.
+
+    Six processes import huggingface_hub, and one waits for a server that is not there."""
     folder, files = tmp_path / "export", {"README.md": b"# A pool of 2 models\n", "verify.json": b"{}\n"}
     folder.mkdir()
     files |= {"model.safetensors": bytes(range(256)) * 64, "r0.0-3+r1.4-5.onnx": b"graph", "paths.json": b"[]"}
