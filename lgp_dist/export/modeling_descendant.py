@@ -1,15 +1,11 @@
 """A descendant, or a pool with all of its paths, in plain torch.
 
-A descendant needs this file, config.json and model.safetensors:
-
-    from modeling_descendant import load
+    from modeling_descendant import load  # needs config.json and model.safetensors
 
     model = load("FOLDER")
     logits = model(images)  # [B, C, H, W] float32, normalised with mean and std of pretrained_cfg in config.json
 
-A pool needs this file, paths.json and model.safetensors:
-
-    from modeling_descendant import load_pool
+    from modeling_descendant import load_pool  # needs paths.json and model.safetensors
 
     pool = load_pool("FOLDER")
     pool.select(max_latency_ms=8)  # the most accurate path within the limits; loads nothing

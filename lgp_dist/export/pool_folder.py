@@ -86,7 +86,7 @@ def write_pool_folder(
             reference = partial(pool, path=pool.space.by_key(key))
             verdict["formats"][name] = checked(found, key, run, reference, batches(settings.images))
     write_json(folder / "verify.json", verdict)
-    (folder / "README.md").write_text(pool_card(table, verdict))
+    (folder / "README.md").write_text(pool_card(table))
     return verdict
 
 

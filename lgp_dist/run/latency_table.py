@@ -31,7 +31,7 @@ def with_table(rows: Iterable[PathRow], file: Path) -> list[PathRow]:
             raise UserError(f"{file} has {value!r} for {key}: write milliseconds, a number above 0.")
     if missing := [key for key in wanted if key not in found]:
         raise UserError(f"{file} lacks {len(missing)} of {len(wanted)} paths, such as {missing[0]}: measure them all.")
-    return [{**row, "latency_ms": found[key], "latency_on": f"what {file} names"} for key, row in wanted.items()]
+    return [{**row, "latency_ms": found[key], "latency_on": f"another device ({file})"} for key, row in wanted.items()]
 
 
 def _pairs(file: Path) -> list[tuple[str, Any]]:

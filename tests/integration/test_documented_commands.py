@@ -51,10 +51,12 @@ SMALLER = {
     " --pool.samples=16 --engine.device=cpu",
     r"finetune-descendant ": "--train.max-steps 2 --train.batch-size 8 --engine.precision fp32 --engine.device cpu"
     " --engine.threads 1 --threads 0 --val-split test --export.images 2 --export.formats",
-    r"export runs/(?!.*--formats)": "--formats",
+    r"export runs/(?!.*(--formats|--all))": "--formats",
+    r"export runs/.*--all": "--formats onnx",
     r"export runs/": "--images 2",
     r"descend runs/": "--device cpu",
     r"descend .*--max-latency-ms": "--max-latency-ms 1e6",
+    r"descend .*--latency-table": "--latency-table latencies.csv",
     r"shards (build|reshard) ": "--workers 1",
     r"shards build fashion-mnist ": "--source folder",
     r"bench (train|peers|checkpoint|engine|paths|step|distil) ": "--engine.device=cpu --engine.threads=1",
@@ -83,6 +85,7 @@ ELSEWHERE = {
         "weights of the hub",
         "tests/integration/test_systems.py::test_an_anchor_from_the_hub_is_the_hubs",
     ),
+    r"lgp push": ("an account of the hub", "tests/unit/test_push.py::test_a_folder_becomes_a_commit"),
     r"lgp run pool12 --trackers": ("packages and keys", "tests/integration/test_tracking.py::test_wandb"),
     r"pip install": ("changes what is installed", "tests/unit/test_docs.py::test_every_command_is_one"),
     r"scripts/audit": ("asks PyPI", "tests/unit/test_lock.py::test_the_bill_of_materials_is_the_lock"),
@@ -91,6 +94,10 @@ ELSEWHERE = {
         "tests/distributed/test_bench_engine.py::test_other_engines_send_every_gradient",
     ),
     r"scripts/bench_gpu": ("a GPU", "tests/unit/test_bench_ops.py::test_op_prints_an_object_for_each_way"),
+    r"scripts/bench_sessions": (
+        "minutes of clocks",
+        "tests/numerics/test_export_formats.py::test_graphs_share_the_weights_of_a_folder",
+    ),
     r"scripts/bench_scaling": (
         "minutes of clocks",
         "tests/unit/test_bench_compare.py::test_scaling_judges_what_was_held_out_and_predicts",
@@ -150,6 +157,16 @@ def measured() -> None:
     Path("engines.json").write_text(json.dumps(rows + [{**row, "ranks": 2, "ms": 1.5 * row["ms"]} for row in rows]))
 
 
+def all_paths() -> None:
+    command = ("export", "runs/tiny", "--all", "--out", "folder", "--images", "2", "--formats", "onnx")
+    assert call_main(command) == 0
+
+
+def latency_table() -> None:
+    keys = [row["key"] for row in json.loads(Path("runs/tiny/evaluate/paths.json").read_text())]
+    Path("latencies.csv").write_text("".join(f"{line}\n" for line in ("key,latency_ms", *(f"{key},1" for key in keys))))
+
+
 def costs() -> None:
     assert call_main(small(("bench", "paths", "tiny", "--out", "some.file")).split()) == 0
 
@@ -166,6 +183,8 @@ NEEDS: dict[str, Callable[[], object]] = {
     r"shards build parquet": lambda: LAYOUTS["parquet"](Path("folder")),
     r"shards index folder": bare_shards,
     r"shards verify folder": lambda: copy("shards/imagenet", "folder"),
+    r"bench latency folder": all_paths,
+    r"descend .*--latency-table": latency_table,
     r"finetune-descendant folder": lambda: copy("runs/tiny/export", "folder"),
     r"bench data": photographs,
     r"bench scaling": measured,
