@@ -64,8 +64,8 @@ class Task(Protocol):
     """A forward with its loss: what the engine trains."""
 
     module: nn.Module
-    """Everything that is trained, in one module with one forward, which a distributed wrapper can wrap. Like timm's
-    models it has `set_grad_checkpointing(enable)`."""
+    """Everything that is trained, in one module with one forward, which a distributed wrapper can wrap. To
+    recompute activations it needs `set_grad_checkpointing(enable)`, as timm's models have it."""
     structure: ModuleStructure
     """Which submodules of `module` a forward calls in order, and which it may skip."""
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from lgp_dist.config.budget import Amount, Budget
+from lgp_dist.config.own_recipe import OWN, OwnRecipe, is_own
 from lgp_dist.config.run_config import (
     AncestryConfig,
     AugmentConfig,
@@ -375,19 +376,19 @@ def nested_base() -> RunConfig:
 RECIPES = {
     recipe.__name__: recipe
     for recipe in (
-        *(tiny, tiny_paper, pool12, pool12_plus, pool18, pool36),
-        *(snnet_tiny, vanilla_tiny, scratch_tiny),
+        *(tiny, tiny_paper, pool12, pool12_plus, pool18, pool36, snnet_tiny, vanilla_tiny, scratch_tiny),
         *(snnet_deit, snnet_same_rows, vanilla_base, scratch_pool12),
         *(snnet_v2_tiny, snnet_v2_s_l, snnet_v2_b_l),
-        *(sws_tiny, sws_small, sws_base),
-        *(nested_tiny, nested_base),
+        *(sws_tiny, sws_small, sws_base, nested_tiny, nested_base),
     )
 }
 """Every recipe by its name."""
 
 
 def recipe_of(name: str) -> RunConfig:
-    """The recipe of that name; UserError for an unknown name."""
-    if name not in RECIPES:
+    """The recipe that a command line names, which may be FILE.py:FUNCTION; UserError for an unknown name."""
+    if is_own(name):
+        OWN[name] = OwnRecipe(name)
+    elif name not in RECIPES:
         raise UserError(f"There is no recipe {name!r}: {nearest(name, RECIPES, 'take ' + ', '.join(RECIPES))}.")
-    return RECIPES[name]()
+    return (RECIPES | OWN)[name]()

@@ -35,6 +35,7 @@ ALLOWED = {
     "bench": BUILDING | {"engine", "report", "stages", "tasks"},
     "study": BUILDING | {"pipeline", "report", "stages"},
     "commands": BUILDING | {"engine", "export", "pipeline", "report", "stages", "tasks", "timm_models"},
+    "api": BASE | {"commands", "engine", "export", "models", "run"},
     "cli": BASE | {"bench", "commands", "data", "engine", "pipeline", "recipes", "report", "run", "stages", "study"},
     "__main__": {"cli"},
     "__init__": set(),

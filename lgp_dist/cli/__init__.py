@@ -12,17 +12,20 @@ from lgp_dist.cli.descendants import (
     DescendRun,
     Downstream,
     ExportRun,
+    Predict,
     Push,
     SpecialiseRun,
     descend,
     export,
     finetune_descendant,
+    predict,
     push,
     specialise,
 )
 from lgp_dist.cli.doctor import Doctor, run_doctor
 from lgp_dist.cli.exit_status import guarded
 from lgp_dist.cli.launch import Check, run_launch
+from lgp_dist.cli.new import New, Show, new_recipe, show_recipe
 from lgp_dist.cli.parse import Command, parse
 from lgp_dist.cli.shards import SHARDS, run_shards
 from lgp_dist.cli.stages import SUMMARIES, Paths, list_paths, stage_commands
@@ -44,6 +47,9 @@ COMMANDS = {
     "finetune-descendant": Command(Downstream, finetune_descendant),
     "push": Command(Push, push),
     "report": Command(ReportRuns, run_report),
+    "predict": Command(Predict, predict),
+    "new": Command(New, new_recipe),
+    "show": Command(Show, show_recipe),
     "doctor": Command(Doctor, run_doctor),
     "launch check": Command(Check, run_launch),
     "paths": Command(Paths, list_paths, reads=READ_BY_PATHS),
@@ -59,12 +65,15 @@ GROUPS = {
     "A finished run:": {
         "descend RUN": DescendRun.__doc__,
         "export RUN": ExportRun.__doc__,
+        "predict FOLDER": Predict.__doc__,
         "specialise RUN": SpecialiseRun.__doc__,
         "finetune-descendant": Downstream.__doc__,
         "push": Push.__doc__,
         "report": ReportRuns.__doc__,
     },
     "Before a run:": {
+        "new FILE": New.__doc__,
+        "show": Show.__doc__,
         "doctor": Doctor.__doc__,
         "launch check": Check.__doc__,
         "paths": Paths.__doc__,

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from lgp_dist.cli.stages import check_start
-from lgp_dist.commands.finished import FinishedRun
+from lgp_dist.commands.finished import FinishedRun, exporting
 from lgp_dist.config.budget import Amount, Budget
 from lgp_dist.config.flat import STAGES
 from lgp_dist.config.run_config import (
@@ -34,6 +34,7 @@ from lgp_dist.files import LOCK, beside, check_unlocked, locked
 from lgp_dist.run.latency_table import with_table
 from lgp_dist.run.path_rows import PathRow, read_rows
 from lgp_dist.run.run_status import ended
+from lgp_dist.run.text_table import text_table
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,22 @@ class ExportRun:
     """Validation images on which each format is compared with the path."""
     data: str = ""
     """Root of the shards; empty for the one that the run names."""
+    debug: bool = False
+    """Show the traceback of an error before its sentence."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Print the most likely classes of images, by an exported model."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder that `lgp export` wrote, or a run's export/."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """JPEG, PNG or WebP files."""
+    top: int = 5
+    """Classes for each image."""
+    json: bool = False
+    """Print an object: file -> list of class and probability."""
     debug: bool = False
     """Show the traceback of an error before its sentence."""
 
@@ -204,23 +221,18 @@ def export(action: ExportRun) -> None:
         raise UserError("lgp export RUN writes one path or all: give either --path KEY or --all.")
     if action.latency_table and not action.all:
         raise UserError("--latency-table is for the paths of --all, but --path names one: leave it out.")
-    if action.out.exists() and (not action.out.is_dir() or any(action.out.iterdir())):
-        raise UserError(f"{action.out} is there already: choose another --out, or remove it.")
     settings = ExportConfig(path=action.path, formats=action.formats, images=action.images)
-    run = FinishedRun.open(action.run, export=settings)
+    run = exporting(action.run, action.out, settings, action.data)
     rows = _rows(run, action.latency_table) if action.all else []
     if action.all and run.config.model.widths:
         raise UserError(
             f"{action.run} has nested widths, whose models are slices of one ViT and no whole tensors of a file: "
             "export each of them with --path KEY."
         )
-    config = replace(run.config, engine=replace(run.config.engine, device="auto"))
-    if action.data:
-        config = replace(config, data=replace(config.data, root=action.data))
     with locked(beside(action.out), "--out"):
         from lgp_dist.commands.descendants import export_of_run  # torch and timm
 
-        sys.stdout.write(export_of_run(replace(run, config=config), action.out, rows) + "\n")
+        sys.stdout.write(export_of_run(run, action.out, rows) + "\n")
 
 
 def push(action: Push) -> None:
@@ -228,6 +240,27 @@ def push(action: Push) -> None:
     from lgp_dist.commands import push as hub  # huggingface_hub
 
     sys.stdout.write(hub.push(action.folder, action.name, private=action.private) + "\n")
+
+
+def predict(action: Predict) -> None:
+    """Prints a table for each image."""
+    if action.top < 1:
+        raise UserError(f"--top is {action.top}, but must be 1 or more: choose another value.")
+    from lgp_dist.commands.exported import read_config  # libraries of remote shards
+
+    read_config(action.folder)
+    missing = next((image for image in action.images if not image.is_file()), None)
+    if missing is not None:
+        raise UserError(f"There is no file {missing}: name an image.")
+    from lgp_dist.commands.predict import predictions  # torch and timm
+
+    found = dict(zip(map(str, action.images), predictions(action.folder, action.images, action.top), strict=True))
+    if action.json:
+        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        return
+    for image, guesses in found.items():
+        table = text_table([image, "%"], [[name, f"{100 * value:.2f}"] for name, value in guesses])
+        sys.stdout.write(table + "\n")
 
 
 def specialise(action: SpecialiseRun) -> None:

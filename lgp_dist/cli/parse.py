@@ -20,6 +20,7 @@ from lgp_dist.cli import helptext
 from lgp_dist.cli.recipe import REGISTRY, Recipe
 from lgp_dist.cli.wrong_argument import options_of, raise_sentence
 from lgp_dist.config.flat import changed_keys, flatten, is_within
+from lgp_dist.config.own_recipe import OWN, is_own
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
 from lgp_dist.recipes import RECIPES, recipe_of
@@ -118,9 +119,14 @@ def parse(words: Sequence[str], commands: Mapping[str, Command], groups: Mapping
         action, rest = _pick(rest, actions, "action", f"lgp {name}")
         name = f"{name} {action}"
     command = commands[name]
-    if command.otherwise and rest and not rest[0].startswith("-") and rest[0] not in RECIPES:
+    if command.otherwise and rest and not rest[0].startswith("-") and not is_recipe(rest[0]):
         command = command.otherwise
     return _with_recipe(command, f"lgp {name}", rest) if command.takes_recipe else _parsed(command, f"lgp {name}", rest)
+
+
+def is_recipe(word: str) -> bool:
+    """Whether a word names a recipe, of this package or of a person's own file."""
+    return word in RECIPES or is_own(word)
 
 
 def _pick(words: Sequence[str], known: Collection[str], what: str, prog: str) -> tuple[str, list[str]]:
@@ -135,7 +141,7 @@ def _pick(words: Sequence[str], known: Collection[str], what: str, prog: str) ->
 
 def _with_recipe(command: Command, prog: str, words: list[str]) -> Call:
     """The arguments of a command on a recipe; or help, of the command or of a section of settings."""
-    if set(words) & set(HELP) and not set(words) & RECIPES.keys():
+    if set(words) & set(HELP) and not any(map(is_recipe, words)):
         usage = " ".join([prog, *command.words, "RECIPE"])
         more = f" With a run directory: {prog} RUN --help." if command.otherwise else ""
         helptext.recipes(command.defaults(RunConfig()), usage, command.about + more, SUMMARIES)
@@ -145,7 +151,8 @@ def _with_recipe(command: Command, prog: str, words: list[str]) -> Call:
     asked = next((place for place, word in enumerate(words) if word in HELP), None)
     topic = "all" if asked is None else " ".join(words[asked + 1 : asked + 2])
     if not topic:
-        helptext.overview(command.defaults(recipe), recipe, prog, f"{command.about}\n{SUMMARIES[name]}")
+        summary = ((RECIPES | OWN)[name].__doc__ or "").splitlines()[:1]
+        helptext.overview(command.defaults(recipe), recipe, prog, "\n".join([command.about, *summary]))
     if topic != "all":
         helptext.section(recipe, topic, prog)
     return _parsed(command, prog, words, recipe)
@@ -158,7 +165,7 @@ def _place_of_recipe(command: Command, prog: str, words: Sequence[str]) -> int:
         before = words[place - 1] if place else ""
         if takes_value.get(before, False):
             continue
-        if words[place] in RECIPES:
+        if is_recipe(words[place]):
             return place
         if not any(word.startswith("-") for word in words[: place + 1]):
             recipe_of(words[place])

@@ -1,6 +1,7 @@
 """`lgp shards`: its options and what they call."""
 
 import json
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import tyro
 from lgp_dist.data.build.options import BuildOptions, Layout, ReadOptions
 from lgp_dist.engine.launch.machine import usable_cpus
 from lgp_dist.errors import UserError
-from lgp_dist.files import write_json
+from lgp_dist.files import replace_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,38 @@ class Reshard(BuildOptions):
     """Folder to make; must not exist, or be empty."""
 
 
-SHARDS = {"build": Build, "index": Index, "verify": VerifyShards, "show": ShowShards, "reshard": Reshard}
+@dataclass(frozen=True)
+class SampleShards:
+    """Copy the quickstart's shards of Fashion-MNIST, which come with this package."""
+
+    out: Path = Path("shards/sample")
+    """Folder to make; must not exist."""
+
+
+SAMPLE = Path(__file__).resolve().parents[1] / "sample"
+SHARDS = {
+    "sample": SampleShards,
+    "build": Build,
+    "index": Index,
+    "verify": VerifyShards,
+    "show": ShowShards,
+    "reshard": Reshard,
+}
 """Action -> its arguments."""
 
 
-def run_shards(action: Build | Index | VerifyShards | ShowShards | Reshard) -> None:
+def run_shards(action: SampleShards | Build | Index | VerifyShards | ShowShards | Reshard) -> None:
     """Does what the arguments ask for."""
     from lgp_dist.data.build import build  # NumPy and the decoders
     from lgp_dist.data.shards import index, show, verify
     from lgp_dist.data.shards.classes import read_classes
 
-    if isinstance(action, Build | Reshard):
+    if isinstance(action, SampleShards):
+        if action.out.exists():
+            raise UserError(f"{action.out} is there already: choose another --out, or remove it.")
+        replace_folder(action.out, lambda folder: shutil.copytree(SAMPLE, folder, dirs_exist_ok=True))
+        sys.stdout.write(f"{action.out}: shards and ancestry of the recipe tiny\n")
+    elif isinstance(action, Build | Reshard):
         layout, root = ("webdataset", action.root) if isinstance(action, Reshard) else (action.layout, action.source)
         manifest = build.build_shards(layout, root, action.out, action)
         sys.stdout.write(show.describe(manifest, show.summarise(manifest)) + "\n")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lgp_dist.config.run_config import ModelConfig, RunConfig
+from lgp_dist.config.run_config import DataConfig, ModelConfig, RunConfig
 from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.errors import UserError
 
@@ -16,26 +16,31 @@ def completed(folder: Path, config: RunConfig) -> RunConfig:
     UserError where the folder or the shards do not say what is needed, or the new folder is there already.
     """
     described, done = read_config(folder), Path(config.directory) / "export"
-    shape, trained = described["lgp"]["shape"], described["pretrained_cfg"]
     if done.exists():
         raise UserError(f"{done} is there already: choose another --out, or remove it.")
-    data = replace(
-        config.data,
-        image_size=shape["image_size"],
-        channels=shape["channels"],
-        mean=tuple(trained["mean"]),
-        std=tuple(trained["std"]),
-        interpolation=trained["interpolation"],
-        crop_pct=trained["crop_pct"],
-    )
+    data = data_of(described, config.data)
     classes = data.num_classes or len(load_manifest(data).classes)
     if not classes:
         raise UserError(f"The manifest of {data.root} names no classes: say how many there are with --num-classes.")
     return replace(
         config,
         data=replace(data, num_classes=classes),
-        model=ModelConfig(patch_size=shape["patch_size"]),
+        model=ModelConfig(patch_size=described["lgp"]["shape"]["patch_size"]),
         finetune=replace(config.finetune, weights=str(folder / "model.safetensors")),
+    )
+
+
+def data_of(described: dict[str, Any], data: DataConfig) -> DataConfig:
+    """Settings of data with the size and normalisation of images that a folder's config.json describes."""
+    shape, trained = described["lgp"]["shape"], described["pretrained_cfg"]
+    return replace(
+        data,
+        image_size=shape["image_size"],
+        channels=shape["channels"],
+        mean=tuple(trained["mean"]),
+        std=tuple(trained["std"]),
+        interpolation=trained["interpolation"],
+        crop_pct=trained["crop_pct"],
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lgp_dist.config.flat import flatten, stage_settings, unflatten
-from lgp_dist.config.run_config import RunConfig
+from lgp_dist.config.run_config import ExportConfig, RunConfig
 from lgp_dist.errors import UserError, nearest
 from lgp_dist.recipes import RECIPES
 from lgp_dist.run.artifacts import Artifact, RunDirectory, is_complete
@@ -46,6 +46,20 @@ class FinishedRun:
         config = replace(config, run_dir=str(root), force=False, **changed)
         check_config(config)
         return FinishedRun(root, evaluated, config, sources)
+
+
+def exporting(root: Path, out: Path, settings: ExportConfig, data: str = "") -> FinishedRun:
+    """A run that is to write the path of `settings` to a folder, from any device. UserError where the folder is there.
+
+    data: another root of the shards.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already: choose another --out, or remove it.")
+    run = FinishedRun.open(root, export=settings)
+    config = replace(run.config, engine=replace(run.config.engine, device="auto"))
+    if data:
+        config = replace(config, data=replace(config.data, root=data))
+    return replace(run, config=config)
 
 
 def check_run(root: Path, others: Collection[str] = ()) -> None:

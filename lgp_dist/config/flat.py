@@ -106,3 +106,17 @@ def changed_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         return flat.get(key, defaults.get(re.sub(r"^model\.rows\.\d+\.", "model.rows.0.", key)))
 
     return sorted(key for key in one.keys() | other.keys() if value(one, key) != value(other, key))
+
+
+def differences(now: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, str]:
+    """What differs between flat configurations, apart from recipe and run directory: key -> "value (NAME value)".
+
+    name: of the other configuration.
+    """
+    keys = [key for key in {**other, **now} if other.get(key) != now.get(key) and key not in ("recipe", "run_dir")]
+    return {key: f"{shown(now.get(key))} ({name} {shown(other.get(key))})" for key in keys}
+
+
+def shown(value: Any) -> str:
+    """A value as on the command line; "none" if it is empty."""
+    return (" ".join(map(str, value)) if isinstance(value, list) else str(value)) or "none"

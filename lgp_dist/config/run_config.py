@@ -317,7 +317,7 @@ class RunConfig:
     """A complete run: its parts, seed, run directory, trackers, and how it resumes."""
 
     recipe: str = runtime_only("")
-    """Name of the recipe; names the default run directory."""
+    """Name of the recipe, or FILE.py:FUNCTION; names the default run directory."""
     seed: int = 0
     """Seed of initialisation, order of images, augmentation and draws of paths."""
     data: DataConfig = DataConfig()
@@ -397,4 +397,4 @@ class RunConfig:
     @property
     def directory(self) -> str:
         """Folder for results."""
-        return self.run_dir or f"runs/{self.recipe}"
+        return self.run_dir or f"runs/{self.recipe.rpartition(':')[2]}"

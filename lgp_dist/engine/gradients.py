@@ -157,10 +157,12 @@ def _add_ordering_token(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[An
 
 
 def _joins_ordering_token(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The first unit's forward, which also takes an ordering token and joins it to its output."""
+    """The first unit's forward, which takes an ordering token as its last argument and joins it to its output."""
 
-    def joined(images: Tensor, path: Any, ordering_token: Tensor | None = None) -> Tensor:
-        tokens = forward(images, path)
-        return tokens if ordering_token is None else JoinOrderingToken.apply(tokens, ordering_token)
+    def joined(*arguments: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*arguments)
+        *given, ordering_token = arguments
+        return JoinOrderingToken.apply(forward(*given), ordering_token)
 
     return joined

@@ -27,6 +27,7 @@ from lgp_dist.engine.launch.environment import Launch
 from lgp_dist.engine.optim import EMA, StepMask
 from lgp_dist.engine.step_filter import StepFilter, StepVerdict
 from lgp_dist.engine.workers import Workers
+from lgp_dist.errors import UserError
 from lgp_dist.protocols import StepContext, Task
 
 Watch = Callable[[nn.Module], dict[str, float]]
@@ -45,11 +46,17 @@ def contract_of(launch: Launch, engine: EngineConfig) -> Contract:
 def prepare_module(module: Any, workers: Workers) -> None:
     """Makes a task's module compute as the recipe's `engine` says: recomputed activations, compiled blocks, autocast.
 
-    module: with a method `set_grad_checkpointing`, as timm's models have it.
+    UserError where the module has no method `set_grad_checkpointing` that the recipe asks for.
     """
     engine = workers.engine
-    recompute = engine.activation_checkpointing
-    module.set_grad_checkpointing(recompute == "on" or recompute == "auto" and workers.launch.zero_stage == 3)
+    recompute, can = engine.activation_checkpointing, hasattr(module, "set_grad_checkpointing")
+    if can:
+        module.set_grad_checkpointing(recompute == "on" or recompute == "auto" and workers.launch.zero_stage == 3)
+    elif recompute == "on":
+        raise UserError(
+            f"engine.activation_checkpointing is on, but {type(module).__name__} has no method set_grad_checkpointing: "
+            "give it one, or choose off."
+        )
     for block in module.modules():
         if engine.compile and isinstance(block, Block):
             block.compile(backend=engine.compile, dynamic=False)
@@ -62,7 +69,8 @@ def restore_module(module: Any) -> None:
     """Undoes `prepare_module`."""
     for block in module.modules():
         block._compiled_call_impl = None
-    module.set_grad_checkpointing(False)
+    if hasattr(module, "set_grad_checkpointing"):
+        module.set_grad_checkpointing(False)
     vars(module).pop("forward", None)
 
 

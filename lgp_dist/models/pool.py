@@ -174,11 +174,12 @@ class LearngenePool(nn.Module):
         """One of the stitch layers, by its index."""
         return self.units[f"stitch{index}"].layer
 
-    def forward(self, images: Tensor, path: Path, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, C, H, W] images along a path to [B, classes] logits.
+    def forward(self, images: Tensor, path: Path | str, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, C, H, W] images along a path, or the one of a key, to [B, classes] logits.
 
         features: also return the tokens before the final norm, [B, N, D of the path's last row].
         """
+        path = self.space.by_key(path) if isinstance(path, str) else path
         tokens, *rows = (self.stem(images, path),)
         for unit in self.units.values():
             out = unit(tokens, path, *rows)

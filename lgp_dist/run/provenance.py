@@ -7,7 +7,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from lgp_dist.files import sha256
 
@@ -73,11 +73,13 @@ class Environment(TypedDict):
     commit: str
     """Of the source tree."""
     command: str
+    recipe_source: NotRequired[str]
+    """Text of the file of a person's own recipe."""
 
 
-def environment() -> Environment:
-    """That of this process."""
-    return {
+def environment(recipe_source: str = "") -> Environment:
+    """That of this process. recipe_source: text of the file of a person's own recipe."""
+    about: Environment = {
         "machine": {
             "system": platform.system(),
             "release": platform.release(),
@@ -89,6 +91,9 @@ def environment() -> Environment:
         "commit": git_commit(),
         "command": command(),
     }
+    if recipe_source:
+        about["recipe_source"] = recipe_source
+    return about
 
 
 def processor() -> str:

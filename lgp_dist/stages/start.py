@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lgp_dist.config import flat
 from lgp_dist.config.flat import STAGES, depends_on, flatten, stage_settings
+from lgp_dist.config.own_recipe import OWN, source_of
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.data.shards.manifest import ShardManifest
@@ -75,7 +77,7 @@ def joined(config: RunConfig, stages: tuple[str, ...], refusal: UserError | None
 
 def agreed(config: RunConfig, stages: tuple[str, ...], workers: Workers, refusal: UserError | None) -> Context:
     """The run that all ranks start; UserError on every rank if one rank's recipe or inputs are refused or differ."""
-    settings, about = flatten(config), environment()
+    settings, about = flatten(config), environment(source_of(config.recipe))
     facts = facts_of(settings, workers.launch) | {"stages": list(stages), "device": workers.device.type}
     facts |= _named("code", code_hashes()) | _named("versions", about["versions"])
     try:
@@ -172,7 +174,8 @@ def recorded(context: Context, stage: str) -> Iterator[Context]:
             log.info("%s", line)
         write_json(run.root / "config.json", context.settings)
         write_json(run.root / "environment.json", context.environment)
-        tracking = Tracking.start(tracker_options(config), config.recipe, run.root, context.settings, patience)
+        project = config.recipe.rpartition(":")[2]
+        tracking = Tracking.start(tracker_options(config), project, run.root, context.settings, patience)
     workers.barrier()  # if rank 0 cannot write, the others end with it
     try:
         yield replace(context, tracking=tracking)
@@ -237,17 +240,10 @@ def differences(config: RunConfig, stage: str = STAGES[-1]) -> list[str]:
 
     stage: the last that runs; settings of later ones are marked.
     """
-    now = flatten(config)
+    now, known = flatten(config), RECIPES | OWN
     later = depends_on(now, STAGES[-1]).keys() - depends_on(now, stage).keys()
-    own = flatten(RECIPES[config.recipe]()) if config.recipe in RECIPES else now
-    keys = [key for key in {**own, **now} if own.get(key) != now.get(key) and key != "run_dir"]
+    own = flatten(known[config.recipe]()) if config.recipe in known else now
     return [
-        f"{key} {_shown(now.get(key))} (recipe {_shown(own.get(key))})"
-        + f": of a later stage, not read by {stage}" * (key in later)
-        for key in keys
+        f"{key} {text}" + f": of a later stage, not read by {stage}" * (key in later)
+        for key, text in flat.differences(now, own, "recipe").items()
     ]
-
-
-def _shown(value: Any) -> str:
-    """A value as on the command line; "none" if it is empty."""
-    return (" ".join(map(str, value)) if isinstance(value, list) else str(value)) or "none"

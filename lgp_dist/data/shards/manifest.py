@@ -74,9 +74,10 @@ class ShardManifest:
         root = Path(root)
         path = root / MANIFEST_NAME
         if not root.is_dir():
-            raise UserError(
-                f"There is no folder {root}: put shards there and run `lgp shards index {root}`, or set data.root."
-            )
+            advice = f"put shards there and run `lgp shards index {root}`, or set data.root"
+            if root == Path("shards/sample"):
+                advice = "`lgp shards sample` makes it"
+            raise UserError(f"There is no folder {root}: {advice}.")
         if not path.is_file():
             raise UserError(f"{path} does not exist: `lgp shards index {root}` makes it from the tars in the folder.")
         try:

@@ -1,0 +1,71 @@
+"""examples/two_branches.py on two ranks, each on another branch in every step, against one process of torch alone."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from exact_launch import ROOT, TOLERANCE, run_workers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lgp_dist.api import StepContext
+
+EXAMPLE = ROOT / "examples" / "two_branches.py"
+STEPS, WORLD = 6, 2
+
+
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("two_branches", EXAMPLE)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def alone(steps: int = STEPS, branches: str = "") -> dict[str, Tensor]:
+    """The weights when one process runs every rank's branch in turn and averages their gradients: torch's own AdamW.
+
+    branches: of both ranks in every step, in place of the example's.
+    """
+    torch.set_num_threads(1)
+    two = example()
+    torch.manual_seed(0)
+    network = two.TwoBranches()
+    groups = [{"params": [weight], "weight_decay": 0.05 if weight.ndim > 1 else 0.0} for weight in network.parameters()]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for rank in range(WORLD):
+            place = StepContext(step, 0, rank, WORLD)
+            batch = two.batches(place)
+            logits = network(batch.images, branches[rank] if branches else two.branch(place))
+            (nn.functional.cross_entropy(logits, batch.targets) / WORLD).backward()
+        optimizer.step()
+    return {name: value.detach() for name, value in network.state_dict().items()}
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - value).abs().max()) for name, value in other.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["2", "3", "ddp"])
+def test_ranks_equal_one_process(tmp_path: Path, engine: str) -> None:
+    """ZeRO-2, of which the page speaks, ZeRO-3 and DDP."""
+    stage = [] if engine == "ddp" else ["--zero_stage", engine]
+    done = run_workers(WORLD, engine != "ddp", [*stage, str(EXAMPLE), str(tmp_path)], 600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert difference(load_file(tmp_path / "network.safetensors"), alone()) <= TOLERANCE
+
+
+def test_the_comparison_is_not_empty() -> None:
+    """Ranks are on different branches in every step, every weight moves, and other branches give other weights."""
+    two, expected = example(), alone()
+    for step in range(STEPS):
+        assert {two.branch(StepContext(step, 0, rank, WORLD)) for rank in range(WORLD)} == {"w", "n"}
+    before = alone(steps=0)
+    assert all(float((value - before[name]).abs().max()) > 100 * TOLERANCE for name, value in expected.items())
+    assert difference(alone(branches="ww"), expected) > 100 * TOLERANCE
