@@ -32,6 +32,8 @@ PLACEHOLDERS = {
     "FILES_OF_BENCH_ENGINE": "engines.json",
     "FOLDER": "folder",
     "FOLDERS_OF_PHOTOGRAPHS": "photographs,others",
+    "IMAGES": "some.jpg",
+    "FILE.py": "some.py",
     "SHARDS": "shards/sample",
     "ROOT": "shards/sample",
     "ADDRESS": "https://host/shards",

@@ -92,7 +92,7 @@ def _on_shards(config: RunConfig, root: str) -> RunConfig:
     train = "train" if "train" in manifest.splits else next(iter(manifest.splits), "train")
     others = [split for split in manifest.splits if split != train]
     if not manifest.classes or not others:
-        missing = "a second split, for evaluation" if manifest.classes else "names of classes"
+        missing = "second split, for evaluation" if manifest.classes else "names of classes"
         raise UserError(f"The manifest of {root} has no {missing}: build the shards again, or leave out --data.")
     data = replace(data, num_classes=len(manifest.classes), train_split=train, val_split=others[0])
     ancestry = config.ancestry

@@ -5,6 +5,7 @@ say.
 """
 
 import importlib
+import inspect
 import re
 import sys
 import traceback
@@ -86,8 +87,8 @@ def _function(module: ModuleType, place: str, name: str) -> Callable[[], Any]:
     """A function of a module; UserError where it has none of that name."""
     if name and callable(function := getattr(module, name, None)):
         return function
-    own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-    own = [key for key in own if callable(getattr(module, key)) and not key.startswith("_")]
+    functions = {key: value for key, value in vars(module).items() if inspect.isfunction(value)}
+    own = [key for key in functions if functions[key].__module__ == module.__name__ and not key.startswith("_")]
     if name:
         raise UserError(f"{place} has no function {name!r}: {nearest(name, own, 'name one that returns a RunConfig')}.")
     example = own[0] if own else "FUNCTION"

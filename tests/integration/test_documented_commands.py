@@ -77,6 +77,18 @@ ELSEWHERE = {
         "three seeds of every variant, each run a process",
         "tests/integration/test_study.py::test_a_killed_study_gives_the_table_of_its_commands",
     ),
+    r"lgp (run flowers\.py:flowers|descend runs/flowers .*|predict runs/flowers/export .*)": (
+        "one after the other, on photographs",
+        "tests/integration/test_own_data.py::test_the_page_leads_from_photographs_to_a_prediction",
+    ),
+    r"lgp run my_recipes\.py:my_recipes": (
+        "a recipe for ImageNet",
+        "tests/integration/test_own_recipes.py::test_a_run_of_an_own_recipe",
+    ),
+    r"accelerate launch .* examples/two_branches\.py .*": (
+        "two ranks",
+        "tests/distributed/test_two_branches.py::test_ranks_equal_one_process",
+    ),
     r"lgp ancestry pool12_plus .*--check": (
         "images of 224 pixels and a source on the hub",
         "tests/integration/test_any_ancestry.py::test_what_is_said_before_anything_trains",
@@ -175,7 +187,14 @@ def snnet_results() -> None:
     Path("some.file").write_text(json.dumps({"cfg_id": 0, "flops": 1258411200, "params": 5717416, "acc1": 70.56}))
 
 
+def image_file() -> None:
+    Path("some.jpg").write_bytes(image(0))
+
+
 NEEDS: dict[str, Callable[[], object]] = {
+    r"shards sample": lambda: shutil.rmtree("shards/sample"),
+    r"show my_recipes\.py": lambda: call_main(("new", "my_recipes.py", "--from", "pool12")),
+    r"predict folder": lambda: (copy("runs/tiny/export", "folder"), image_file()),
     r"shards build fashion-mnist": lambda: idx_files(Path("folder"), 20, 10),
     r"shards build imagefolder": lambda: LAYOUTS["imagefolder"](Path("folder")),
     r"shards build imagenet": lambda: LAYOUTS["imagenet"](Path("folder")),
@@ -198,6 +217,8 @@ NEEDS: dict[str, Callable[[], object]] = {
 """What a command begins with -> what it finds in the current folder in addition to what `world` has."""
 
 SAYS = {
+    r"show my_recipes\.py": "Nothing differs from pool12.",
+    r"predict folder": "some.jpg",
     r"shards verify": "every shard and image is whole",
     r"paths pool12": "18 paths, 5 stitch layers, 47.83 M stored",
     r"launch check": ": ok",
@@ -214,6 +235,10 @@ SAYS = {
 MAKES = {
     rf"run {RECIPE}": ("{run}/report.html", "{run}/paths.csv", "{run}/pareto.png", "{run}/export/model.safetensors"),
     **{rf"{stage} {RECIPE}": (f"{{run}}/{stage}/artifact.json",) for stage in STAGES},
+    r"new flowers\.py": ("flowers.py",),
+    r"new my_recipes\.py": ("my_recipes.py",),
+    r"new some\.py": ("some.py",),
+    r"shards sample": ("shards/sample/manifest.json",),
     r"finetune-descendant": ("{run}/export/config.json", "{run}/export/model.safetensors"),
     r"descend .*--plot": ("{run}/descend.png", "{run}/descend.svg"),
     r"report": ("{run}/compare.md", "{run}/compare.png", "{run}/compare.svg"),

@@ -19,6 +19,7 @@ from run_helpers import call_main
 
 from lgp_dist.cli.parse import Call
 from lgp_dist.config.flat import flatten
+from lgp_dist.config.own_recipe import is_own
 from lgp_dist.recipes import RECIPES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -58,7 +59,7 @@ def options_of(script: str) -> frozenset[str]:
 
 def complaint(command: Command, parse: Callable[..., str]) -> str:
     """What is wrong with a command; empty if nothing."""
-    program, *rest = command.words
+    program, *rest = ("tiny" if is_own(word) else word for word in command.words)
     if program == "lgp":
         return parse(*rest, named=command.named)
     if command.named:
@@ -86,6 +87,8 @@ def launched(parser: object, words: list[str], module: str, parse: Callable[...,
     except SystemExit:
         return "the launcher does not take this"
     file = getattr(found, "config_file", None)
+    if not found.module and (ROOT / found.training_script).is_file():
+        return ""  # an example, which a test of its own runs
     if found.training_script != module or not found.module:
         return f"starts {found.training_script}, not -m {module}"
     if file and not (ROOT / file).is_file():

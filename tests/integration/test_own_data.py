@@ -1,0 +1,184 @@
+"""docs/own_data.md on photographs in folders, and docs/api.md on a finished run: what the pages say, word for word."""
+
+import importlib.util
+import inspect
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from data_helpers import photograph
+from docs_helpers import ROOT, commands
+from run_helpers import SMALL, Lgp, has
+from safetensors.torch import load_file
+from torch import nn
+
+from lgp_dist import api
+from lgp_dist.config.own_recipe import OWN
+from lgp_dist.recipes import recipe_of
+
+CLASSES = ("daisy", "rose", "tulip", "violet")
+SMALLER = [
+    option for option in SMALL[1:] if not option.startswith(("--data", "--ancestry", "--run-dir", "--model", "--pool"))
+] + ["--ancestry.train.max-steps=2", "--ancestry.train.batch-size=8", "--pool.samples=16", "--engine.device=cpu"]
+"""What makes the page's run take seconds; models, images and classes are those of its file."""
+
+
+def write_photographs(folder: Path) -> None:
+    for label, name in enumerate(CLASSES):
+        for split, count in (("train", 6), ("val", 3)):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                picture = photograph(100 * label + 10 * count + number, 96, 72 + number)
+                picture.save(folder / split / name / f"{number}.jpg")
+
+
+@pytest.mark.slow
+def test_the_page_leads_from_photographs_to_a_prediction(
+    tmp_path: Path, lgp: Lgp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The five commands in the page's order; between the second and the third the page's lines are changed."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/own_data.md").read_text()
+    first = [command for command in commands("docs/own_data.md", page) if not command.named][:5]
+    build, new, run, descend, predict = [list(command.words[1:]) for command in first]
+    write_photographs(Path("folder"))
+    photograph(7, 300, 200).save("image.jpg")
+
+    assert lgp(*build, "--workers", "1").status == 0
+    assert lgp(*new).status == 0
+    text = Path("flowers.py").read_text()
+    changes = re.findall(r"^\| `(\w+=.+?)` \| `(\w+=.+?)` \|$", page, re.MULTILINE)
+    assert len(changes) == 5 and all(text.count(before) == 1 for before, _ in changes)
+    for before, after in changes:
+        text = text.replace(before, after)
+    Path("flowers.py").write_text(text)
+    config = recipe_of("flowers.py:flowers")
+    assert config.data.num_classes == len(CLASSES) and config.data.root == "shards/own"
+    assert (config.data.train_split, config.data.val_split) == ("train", "validation")
+    assert config.ancestry.source == "train" and config.data.channels == 3 and config.data.image_size == 64
+
+    done = lgp(*run, *SMALLER)
+    assert done.status == 0, done.err
+    assert Path("runs/flowers/report.html").exists()
+    assert lgp(*descend, "--device", "cpu").status == 0
+    table = lgp(*predict).out.splitlines()
+    assert table[0].split() == ["image.jpg", "%"]
+    assert sorted(line.split()[0] for line in table[1:]) == list(CLASSES)
+    assert sum(float(line.split()[1]) for line in table[1:]) == pytest.approx(100, abs=0.05)
+    OWN.clear()
+
+
+def test_a_new_recipe_for_other_classes(tmp_path: Path, lgp: Lgp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher from the hub gets a new head; shards without a second split are refused, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    write_photographs(Path("folder"))
+    assert lgp("shards", "build", "imagefolder", "--source", "folder", "--out", "own", "--workers", "1").status == 0
+    assert lgp("new", "flowers.py", "--from", "pool12_plus", "--data", "own").status == 0
+    config = recipe_of("flowers.py:flowers")
+    assert (config.ancestry.source, config.ancestry.head, config.data.num_classes) == ("hub", "fit", len(CLASSES))
+    shutil.rmtree("folder/val")
+    words = ("shards", "build", "imagefolder", "--source", "folder/train", "--out", "one", "--workers", "1")
+    assert lgp(*words).status == 0
+    has(lgp("new", "other.py", "--data", "one").sentence, "The manifest of one has no second split")
+    assert not Path("other.py").exists()
+    OWN.clear()
+
+
+NAMES = ["Batch", "EngineConfig", "OwnTask", "Run", "StepContext", "TrainConfig", "UserError", "open_run", "train"]
+METHODS = {
+    "paths": "(self)",
+    "frame": "(self)",
+    "best": "(self, max_params=0, max_flops=0, max_latency_ms=0.0, device='cpu')",
+    "pool": "(self, device='cpu')",
+    "descendant": "(self, key)",
+    "export": "(self, key, out, formats=(), images=64)",
+}
+
+
+def signature(function: object) -> str:
+    """Names and defaults of a function's arguments."""
+    found = inspect.signature(function)  # type: ignore[arg-type]
+    plain = [each.replace(annotation=inspect.Parameter.empty) for each in found.parameters.values()]
+    return str(found.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+
+
+def test_the_api_is_stable() -> None:
+    """A name or an argument that goes or changes breaks people's scripts: this list may only grow."""
+    assert sorted(api.__all__) == NAMES and all(hasattr(api, name) for name in NAMES)
+    public = {name: value for name, value in vars(api.Run).items() if not name.startswith("_") and callable(value)}
+    assert {name: signature(value) for name, value in public.items()} == METHODS
+    assert signature(api.open_run) == "(folder)"
+    assert signature(api.train).startswith("(task, batches, steps, out, config=")
+    assert signature(api.OwnTask).startswith("(module, loss, order=(), skippable=(), uses=")
+    page = (ROOT / "docs/api.md").read_text()
+    assert all(f"`{name}" in page for name in NAMES if name != "Run") and all(
+        f"`Run.{name}(" in page for name in METHODS
+    )
+
+
+@pytest.mark.slow
+def test_the_pages_examples_run(
+    finished_place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All in their order, in one session; what they make is compared with the run's own files."""
+    Path("runs").mkdir()
+    Path("run").rename("runs/tiny")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/api.md").read_text(), re.MULTILINE | re.DOTALL)
+    session: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "docs/api.md", "exec"), session)
+    assert len(blocks) == 6
+    rows = json.loads(Path("runs/tiny/evaluate/paths.json").read_text())
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[: len(rows)] == [f"{row['key']} {row['params']} {row['flops']} {row['top1']}" for row in rows]
+    fitting = [row for row in rows if row["params"] <= 400_000]
+    assert session["best"] == sorted(fitting, key=lambda row: (-row["top1"], row["flops"]))[0]
+    weights = load_file("runs/tiny/finetune/pool.safetensors")
+    pool = session["pool"]
+    assert isinstance(pool, nn.Module) and not pool.training
+    assert {name: value.sum().item() for name, value in pool.state_dict().items()} == {
+        name: value.sum().item() for name, value in weights.items()
+    }
+    model = session["model"]
+    exported = load_file("chosen/model.safetensors")
+    assert isinstance(model, nn.Module)
+    assert all(torch.equal(value, exported[name]) for name, value in model.state_dict().items())
+    assert [json.loads(line)["step"] for line in Path("own/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_what_the_api_says_of_wrong_calls(finished_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = api.open_run("run")
+    wrong = [
+        (lambda: api.open_run("shards"), "shards holds no evaluated run"),
+        (lambda: run.best(max_params="1k"), "No path fits the budget"),
+        (lambda: run.best(max_params="many"), "'many' is no amount"),
+        (lambda: run.descendant("r0.0-9"), "The pool has no path 'r0.0-9'"),
+        (lambda: run.pool()(torch.zeros(1, 1, 28, 28), "r9"), "The pool has no path 'r9'"),
+        (lambda: run.export("r0.0-5", "run"), "run is there already"),
+    ]
+    for call, said in wrong:
+        with pytest.raises(api.UserError, match=re.escape(said)):
+            call()
+    timed = run.best(max_latency_ms=1e6)
+    assert timed["latency_ms"] > 0 and timed["top1"] == run.best()["top1"]
+    if importlib.util.find_spec("pandas"):
+        assert run.frame().to_dict("records") == run.paths()
+    monkeypatch.setitem(sys.modules, "pandas", None)  # what an import finds where it is not installed
+    with pytest.raises(api.UserError, match="pip install pandas"):
+        run.frame()
+
+
+def test_an_own_task_is_checked() -> None:
+    parts = nn.ModuleDict({"one": nn.Linear(2, 2), "two": nn.Linear(2, 2)})
+    for wrong, said in (
+        ({"order": ("one", "too")}, "no submodule 'too': the nearest is two"),
+        ({"skippable": ("one",)}, "order is empty"),
+        ({"order": ("one",)}, "Parameter two.weight is in no submodule of order"),
+    ):
+        with pytest.raises(api.UserError, match=said):
+            api.OwnTask(parts, lambda module, batch, place: torch.zeros(()), **wrong)
