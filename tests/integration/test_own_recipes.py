@@ -113,10 +113,10 @@ def test_predictions_are_those_of_evaluation(finished_place: Path, lgp: Lgp) -> 
 
 def test_every_rank_of_a_launch_reads_it(place: Path) -> None:
     source = write_own()
-    words = [*command(2, False), "-m", "lgp_dist", "distil", NAME, "--seed", "1"]
+    words = [*command(2, False), "-m", "lgp_dist", "ancestry", NAME, "--seed", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    record = json.loads(Path("runs/mine/distil/artifact.json").read_text())
+    record = json.loads(Path("runs/mine/ancestry/artifact.json").read_text())
     assert record["world"] == 2 and record["config"]["seed"] == 1
     assert json.loads(Path("runs/mine/environment.json").read_text())["recipe_source"] == source

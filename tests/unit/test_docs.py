@@ -59,7 +59,7 @@ def options_of(script: str) -> frozenset[str]:
 
 def complaint(command: Command, parse: Callable[..., str]) -> str:
     """What is wrong with a command; empty if nothing."""
-    program, *rest = ("tiny" if is_own(word) else word for word in command.words)
+    program, *rest = ("tiny" if ":" in word and is_own(word) else word for word in command.words)
     if program == "lgp":
         return parse(*rest, named=command.named)
     if command.named:
