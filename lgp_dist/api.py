@@ -98,10 +98,6 @@ class Run:
         return out
 
 
-def _none(context: StepContext) -> Collection[str]:
-    return ()
-
-
 @dataclass(frozen=True)
 class OwnTask:
     """A network of one's own and its loss, which `train` trains. Ranks may train different parts of it in a step."""
@@ -116,7 +112,7 @@ class OwnTask:
     where every forward runs everything."""
     skippable: tuple[str, ...] = ()
     """Names of those that a forward may skip."""
-    uses: Callable[[StepContext], Collection[str]] = _none
+    uses: Callable[[StepContext], Collection[str]] = lambda context: ()
     """Place -> the skippable ones that its forward uses. Pure: every rank asks it for all ranks."""
 
     def __post_init__(self) -> None:

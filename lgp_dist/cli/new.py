@@ -116,7 +116,6 @@ differs from {start}.
 
 from dataclasses import replace
 
-from lgp_dist.config.budget import Amount
 from lgp_dist.config.run_config import RowConfig, RunConfig
 from lgp_dist.recipes import {start}
 
@@ -144,11 +143,8 @@ def _changed(base: str, config: Any, prefix: str, indent: str) -> list[str]:
             lines += textwrap.wrap(docs[item.name], 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
             several = isinstance(value, tuple) and any(map(is_dataclass, value))
             inside = [f"{indent}    {_code(each)}," for each in value] if several else []
-            lines += (
-                [f"{indent}{item.name}=(", *inside, f"{indent}),"]
-                if several
-                else [f"{indent}{item.name}={_code(value)},"]
-            )
+            code = "\n".join(["(", *inside, f"{indent})"]) if several else _code(value)
+            lines.append(f"{indent}{item.name}={code},")
     return lines
 
 
@@ -160,9 +156,7 @@ def _code(value: Any) -> str:
         return f"{type(value).__name__}({inside})"
     if isinstance(value, tuple):
         return f"({', '.join(map(_code, value))}{',' * (len(value) == 1)})"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return f"{type(value).__name__}({float(value)!r})" if type(value) not in (int, float, bool) else repr(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _field_docs(kind: type) -> dict[str, str]:
