@@ -99,6 +99,10 @@ ELSEWHERE = {
     ),
     r"lgp push": ("an account of the hub", "tests/unit/test_push.py::test_a_folder_becomes_a_commit"),
     r"lgp run pool12 --trackers": ("packages and keys", "tests/integration/test_tracking.py::test_wandb"),
+    r"pip wheel": (
+        "a minute",
+        "tests/integration/test_wheel.py::test_the_quick_start_an_own_recipe_and_the_api",
+    ),
     r"pip install": ("changes what is installed", "tests/unit/test_docs.py::test_every_command_is_one"),
     r"scripts/audit": ("asks PyPI", "tests/unit/test_lock.py::test_the_bill_of_materials_is_the_lock"),
     r"scripts/bench_engines": (
