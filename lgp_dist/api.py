@@ -5,16 +5,16 @@ A finished run is opened with `open_run`; `train` trains a network of one's own 
 
 import importlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lgp_dist.commands.descendants import choose_of_run, export_of_run
 from lgp_dist.commands.finished import FinishedRun, exporting
-from lgp_dist.config.budget import Amount, Budget, parse_amount
+from lgp_dist.config.budget import Budget, parse_amount
 from lgp_dist.config.run_config import EngineConfig, ExportConfig, Format, TrainConfig
 from lgp_dist.engine.loop import RunSetup, TrainingPlan
 from lgp_dist.engine.loop import train as train_plan
@@ -64,14 +64,14 @@ class Run:
         max_params: float | str = 0,
         max_flops: float | str = 0,
         max_latency_ms: float = 0.0,
-        device: str = "cpu",
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> PathRow:
         """The row of the most accurate path within all limits, as `lgp descend` chooses it; UserError if there is none.
 
         Limits are numbers, or texts such as "10M"; 0 for none. device: where latency is measured, if it is limited.
         """
-        limits = [parse_amount(value) if isinstance(value, str) else Amount(value) for value in (max_params, max_flops)]
-        budget = Budget(*limits, max_latency_ms, device)  # type: ignore[arg-type]
+        params, flops = (parse_amount(str(limit)) for limit in (max_params, max_flops))
+        budget = Budget(params, flops, max_latency_ms, device)
         if max_latency_ms:
             return choose_of_run(self.finished, self.paths(), budget, plot=False)
         return choose(self.paths(), budget, "")
@@ -98,7 +98,7 @@ class Run:
         return out
 
 
-@dataclass(frozen=True)
+@dataclass
 class OwnTask:
     """A network of one's own and its loss, which `train` trains. Ranks may train different parts of it in a step."""
 
@@ -114,9 +114,11 @@ class OwnTask:
     """Names of those that a forward may skip."""
     uses: Callable[[StepContext], Collection[str]] = lambda context: ()
     """Place -> the skippable ones that its forward uses. Pure: every rank asks it for all ranks."""
+    structure: ModuleStructure = field(init=False)
+    """order and skippable, for the engine."""
 
     def __post_init__(self) -> None:
-        known = dict(self.module.named_modules())
+        self.structure, known = ModuleStructure(self.order, self.skippable), dict(self.module.named_modules())
         for name in (*self.order, *self.skippable):
             if name not in known:
                 raise UserError(
@@ -127,11 +129,6 @@ class OwnTask:
         for name, _ in self.module.named_parameters() if self.order else ():
             if not name.startswith(tuple(f"{part}." for part in self.order)):
                 raise UserError(f"Parameter {name} is in no submodule of order: add the one that holds it.")
-
-    @property
-    def structure(self) -> ModuleStructure:
-        """For the engine."""
-        return ModuleStructure(self.order, self.skippable)
 
     def used(self, context: StepContext) -> frozenset[str]:
         """For the engine."""

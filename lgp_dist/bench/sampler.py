@@ -7,12 +7,13 @@ from itertools import product
 from operator import itemgetter
 from typing import Any, get_args
 
+from lgp_dist.config.own_recipe import is_own
 from lgp_dist.config.run_config import Policy, RunConfig
 from lgp_dist.errors import UserError, nearest
 from lgp_dist.paths.cost import ancestry_forward, path_costs
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
-from lgp_dist.recipes import RECIPES
+from lgp_dist.recipes import RECIPES, recipe_of
 
 POLICIES: tuple[str, ...] = tuple(policy for policy in get_args(Policy) if policy != "in_turn")
 """Those of pools of rows; nested widths train all models in turn."""
@@ -69,13 +70,13 @@ def bench_sampler(
         if value < 0:
             raise UserError(f"{option} is {value}, but must be 0 or more: choose another value.")
     cases = product(
-        parse_names("--recipe", recipe, RECIPES),
+        parse_names("--recipe", recipe, [*RECIPES, *filter(is_own, listed(recipe))]),
         parse_policies(policies),
         parse_numbers("--micro-steps", micro_steps),
         parse_numbers("--ranks", ranks),
     )
     return [
-        {"recipe": name} | measure(with_policy(replace(RECIPES[name](), seed=seed), policy, micros, meet), world, steps)
+        {"recipe": name} | measure(with_policy(replace(recipe_of(name), seed=seed), policy, micros, meet), world, steps)
         for name, policy, micros, world in cases
     ]
 
