@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from run_helpers import eventually
+from run_helpers import LIMIT_S, eventually
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "ip")
 OWN = ("unshare", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -23,7 +23,6 @@ OWN = ("unshare", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-
 INSIDE = "LGP_TEST_INSIDE"
 NODES = ("n1", "n2")
 ADDRESS = {"ctl": "10.79.0.254", "n1": "10.79.0.1", "n2": "10.79.0.2"}
-LIMIT_S = 600.0
 
 CONFIGURATION = """
 ClusterName=lgp

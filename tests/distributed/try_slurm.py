@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from run_helpers import SAMPLE, SMALL, outcome_of, snapshot, write_ancestry, write_shard
-from slurm_cluster import LIMIT_S, Cluster, alone, call, cluster, missing
+from run_helpers import LIMIT_S, SAMPLE, SMALL, outcome_of, snapshot, write_ancestry, write_shard
+from slurm_cluster import Cluster, alone, call, cluster, missing
 
 from lgp_dist.config.flat import STAGES
 from lgp_dist.data.shards.index import index_shards
