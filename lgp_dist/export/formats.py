@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import io
 import logging
 import shutil
 import warnings
@@ -78,7 +77,7 @@ def _write_pt2(model: nn.Module, images: Tensor, folder: Path) -> None:
     torch.export.save(program, folder / "model.pt2")
 
 
-def export_graph(model: nn.Module, images: Tensor, target: Path | io.BytesIO, **options: Any) -> None:
+def export_graph(model: nn.Module, images: Tensor, file: Path, **options: Any) -> None:
     """Writes a model as ONNX, for any batch size. options: of `torch.onnx.export`.
 
     Through TorchScript: onnxruntime cannot quantise the newer exporter's file (its shape inference fails).
@@ -88,7 +87,7 @@ def export_graph(model: nn.Module, images: Tensor, target: Path | io.BytesIO, **
         torch.onnx.export(
             model,
             (images,),
-            target,
+            file,
             dynamo=False,
             input_names=["images"],
             output_names=["logits"],

@@ -1,7 +1,6 @@
 """A pool with all of its paths as one folder: weights that are stored once, and what each path runs of them."""
 
 import importlib
-import io
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -114,11 +113,10 @@ def write_graphs(folder: Path, pair: Tensor) -> None:
                 setattr(module, name, _FlatLinear(part))
     for key in pool.paths:
         pool.select(key)
-        buffer = io.BytesIO()
-        export_graph(pool, pair, buffer, export_params=False, do_constant_folding=False)
-        model = onnx.load_from_string(buffer.getvalue())
+        export_graph(pool, pair, folder / f"{key}.onnx", export_params=False, do_constant_folding=False)
+        model = onnx.load(folder / f"{key}.onnx")
         used = {name for node in model.graph.node for name in node.input}
-        images, *weights = model.graph.input
+        weights = model.graph.input[1:]  # after the images
         del model.graph.input[1:]
         for given in (each for each in weights if each.name in used):
             tensor = model.graph.initializer.add(name=given.name, data_type=onnx.TensorProto.FLOAT)
