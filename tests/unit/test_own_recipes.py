@@ -114,8 +114,8 @@ def test_a_command_takes_it_as_a_built_in_one(lgp: Lgp) -> None:
     assert lgp("show", "own.py:mine", "--diff", "tiny").out.split() == ["setting", "value", "seed", "42", "(tiny", "0)"]
     assert json.loads(lgp("show", "own.py:mine", "--diff", "tiny", "--json").out) == {"seed": 42}
     assert json.loads(lgp("show", "own.py:mine", "--json").out) == flatten(recipe_of("own.py:mine"))
-    words = ("bench", "sampler", "--policies", "shared", "--steps", "4", "--ranks", "2", "--recipe", "own.py:mine")
-    has(lgp(*words).out, "own.py:mine", "shared")
+    words = ("bench", "sampler", "--policies", "shared", "--steps", "4", "--ranks", "2", "--micro-steps", "4")
+    has(lgp(*words, "--recipe", "own.py:mine").out, "own.py:mine", "shared")
     assert lgp("show", "tiny", "--diff", "tiny").out == "Nothing differs from tiny.\n"
 
 
