@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import json
 import re
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -148,6 +149,21 @@ def test_the_pages_examples_run(
     assert isinstance(model, nn.Module)
     assert all(torch.equal(value, exported[name]) for name, value in model.state_dict().items())
     assert [json.loads(line)["step"] for line in Path("own/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(finished_place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a whole; what it says agrees with the run's own files."""
+    Path("runs").mkdir()
+    Path("run").rename("runs/tiny")
+    Path("shards/sample").symlink_to(".")
+    runpy.run_path(str(ROOT / "docs/tutorial.py"))
+    rows = json.loads(Path("runs/tiny/evaluate/paths.json").read_text())
+    best = max((row for row in rows if row["params"] <= 400_000), key=lambda row: (row["top1"], -row["flops"]))
+    said = capsys.readouterr().out
+    assert all(row["key"] in said for row in rows) and f"{best['key']} is the best of at most" in said
+    assert "images.\n" in said and Path("chosen/model.safetensors").is_file()
+    assert {file.name for file in Path("tutorial").iterdir()} == {"paths.png", "images.png", "cascade.png"}
 
 
 @pytest.mark.slow
