@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,15 @@ class Run:
     ) -> PathRow:
         """The row of the most accurate path within all limits, as `lgp descend` chooses it; UserError if there is none.
 
-        Limits are numbers, or texts such as "10M"; 0 for none. device: where latency is measured, if it is limited.
+        Limits of parameters and FLOPs are numbers, or texts such as "10M"; 0 for none. device: where latency is
+        measured, if it is limited.
         """
+        _check_among("device", device, ("cpu", "cuda"))
         params, flops = (parse_amount(str(limit)) for limit in (max_params, max_flops))
         budget = Budget(params, flops, max_latency_ms, device)
+        run = FinishedRun.open(self.finished.root, budget=budget)
         if max_latency_ms:
-            return choose_of_run(self.finished, self.paths(), budget, plot=False)
+            return choose_of_run(run, self.paths(), budget, plot=False)
         return choose(self.paths(), budget, "")
 
     def pool(self, device: str | torch.device = "cpu") -> LearngenePool:
@@ -91,11 +94,18 @@ class Run:
 
         formats: of pt2, onnx and int8, in addition to safetensors and plain torch.
         """
+        for name in formats:
+            _check_among("formats", name, get_args(Format))
         out = Path(out)
         run = exporting(self.finished.root, out, ExportConfig(path=key, formats=tuple(formats), images=images))
         with locked(beside(out), "out"):
             export_of_run(run, out, [])
         return out
+
+
+def _check_among(argument: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{argument} has {value!r}: take {', '.join(known)}.")
 
 
 @dataclass
@@ -124,15 +134,21 @@ class OwnTask:
                 raise UserError(
                     f"The module has no submodule {name!r}: {nearest(name, known, 'name one that it has')}."
                 )
-        if self.skippable and not self.order:
-            raise UserError("skippable names submodules, but order is empty: name all submodules in their order.")
+        for name in self.skippable:
+            if not f"{name}.".startswith(tuple(f"{part}." for part in self.order)):
+                raise UserError(f"skippable names {name!r}, which no submodule of order holds: add the one that does.")
+        if twice := [name for name in self.order if self.order.count(name) > 1]:
+            raise UserError(f"order names {twice[0]!r} twice, but a forward calls each submodule once.")
         for name, _ in self.module.named_parameters() if self.order else ():
             if not name.startswith(tuple(f"{part}." for part in self.order)):
                 raise UserError(f"Parameter {name} is in no submodule of order: add the one that holds it.")
 
     def used(self, context: StepContext) -> frozenset[str]:
-        """For the engine."""
-        return frozenset(self.uses(context))
+        """For the engine; UserError where `uses` names what is not skippable."""
+        found = frozenset(self.uses(context))
+        if wrong := sorted(found - {*self.skippable}):
+            raise UserError(f"uses returns {wrong[0]!r}, which skippable does not name: add it there, or correct it.")
+        return found
 
     def losses(self, module: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """For the engine."""
@@ -160,6 +176,8 @@ def train(
     optimizer, learning rate and micro-steps; `steps` and `batches` take the place of epochs and batch_size. Without a
     launcher it is one process. It saves no checkpoints: that is for stages of a run.
     """
+    if steps < 1:
+        raise UserError(f"steps is {steps}, but must be 1 or more.")
     workers = Workers.start(engine)
     rank, world, out = workers.rank, workers.world, Path(out)
     size = len(batches(StepContext(0, 0, rank, world)).images) * world * config.accumulate

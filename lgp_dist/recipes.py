@@ -390,5 +390,6 @@ def recipe_of(name: str) -> RunConfig:
     if is_own(name):
         OWN[name] = OwnRecipe(name)
     elif name not in RECIPES:
-        raise UserError(f"There is no recipe {name!r}: {nearest(name, RECIPES, 'take ' + ', '.join(RECIPES))}.")
+        advice = nearest(name, RECIPES, f"take {', '.join(RECIPES)}, or write FILE.py:FUNCTION")
+        raise UserError(f"There is no recipe {name!r}: {advice}.")
     return (RECIPES | OWN)[name]()

@@ -219,6 +219,8 @@ def export(action: ExportRun) -> None:
     """Writes a path of a finished run, or all of them, as a folder."""
     if bool(action.path) == action.all:
         raise UserError("lgp export RUN writes one path or all: give either --path KEY or --all.")
+    if action.all and action.formats and "onnx" not in action.formats:
+        raise UserError("--all writes graphs of ONNX alone: leave out --formats, or write --formats onnx.")
     if action.latency_table and not action.all:
         raise UserError("--latency-table is for the paths of --all, but --path names one: leave it out.")
     settings = ExportConfig(path=action.path, formats=action.formats, images=action.images)
@@ -244,6 +246,8 @@ def push(action: Push) -> None:
 
 def predict(action: Predict) -> None:
     """Prints a table for each image."""
+    if not action.images:
+        raise UserError(f"No image is named: write lgp predict {action.folder} IMAGE.")
     if action.top < 1:
         raise UserError(f"--top is {action.top}, but must be 1 or more: choose another value.")
     from lgp_dist.commands.exported import read_config  # libraries of remote shards

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import keyword
 import sys
 import textwrap
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -28,6 +29,8 @@ WRITTEN = (
     *("budget.max_params", "seed"),
 )
 """Settings and sections that a new recipe has, each with its explanation."""
+TAKEN = {"recipes", "replace", "RowConfig", "RunConfig"}
+"""Names that the file imports, which its function would hide."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Show:
 def new_recipe(action: New) -> None:
     """Writes the file."""
     file, name = action.file, action.file.stem
-    if file.suffix != ".py" or not name.isidentifier():
+    if file.suffix != ".py" or not name.isidentifier() or keyword.iskeyword(name) or name in TAKEN:
         raise UserError(f"{file} names no recipe: choose a file such as flowers.py, whose recipe is flowers.")
     if file.exists():
         raise UserError(f"{file} is there already: choose another file, or remove it.")
@@ -116,13 +119,13 @@ differs from {start}.
 
 from dataclasses import replace
 
+from lgp_dist import recipes
 from lgp_dist.config.run_config import RowConfig, RunConfig
-from lgp_dist.recipes import {start}
 
 
 def {name}() -> RunConfig:
     """{summary}"""
-    base = {start}()
+    base = recipes.{start}()
     return replace(
         base,
 {body}

@@ -47,6 +47,10 @@ def data_of(described: dict[str, Any], data: DataConfig) -> DataConfig:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of an exported descendant; UserError where the folder has none."""
     path = folder / "config.json"
+    if (folder / "export" / "config.json").is_file():
+        raise UserError(f"{folder} is a run: name {folder / 'export'}, or another folder that `lgp export` wrote.")
+    if (folder / "paths.json").is_file():
+        raise UserError(f"{folder} holds all paths of a pool: write one with `lgp export RUN --path KEY --out FOLDER`.")
     try:
         described = json.loads(path.read_text())
         described["lgp"]["shape"], described["lgp"]["measured"], described["pretrained_cfg"]["mean"]  # noqa: B018

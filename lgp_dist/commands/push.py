@@ -20,7 +20,7 @@ def push(folder: Path, name: str, *, private: bool) -> str:
     missing = [file for file in NEEDED if not (folder / file).is_file()]
     if missing:
         raise UserError(f"{folder} has no {missing[0]}: name a folder that `lgp export` wrote.")
-    if name.count("/") != 1:
+    if name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"NAME is {name!r}: write USER/NAME, the repository's owner and its name.")
     if not get_token():
         raise UserError("There is no token of the hub: set HF_TOKEN, or log in with `hf auth login`.")

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,9 @@ from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
 
 _OWN = re.compile(r"(?P<place>.+\.py|[A-Za-z_][\w.]*):(?P<function>\w*)|(?P<file>.+\.py)")
+
+LIBRARIES = (str(Path(__file__).parents[1]), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+"""Folders of code that is not the recipe's."""
 
 
 def is_own(name: str) -> bool:
@@ -36,6 +40,9 @@ class OwnRecipe:
         place = found["place"] or found["file"]
         self.source, module = _read_file(Path(place)) if place.endswith(".py") else _import_module(place)
         function = _function(module, place, found["function"] or "")
+        needed = [each.name for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+        if needed:
+            raise UserError(f"{name} takes {needed[0]!r}, but a recipe is called without arguments: remove it.")
         config = _guarded(name, function)
         if not isinstance(config, RunConfig):
             kind = type(config).__name__
@@ -101,12 +108,13 @@ def _guarded(name: str, call: Callable[[], Any], folder: Path | None = None) -> 
     sys.path[:0] = [str(folder)] if folder else []
     try:
         return call()
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        last = next((frame for frame in reversed(frames) if not frame.filename.startswith(LIBRARIES)), frames[-1])
         file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)
         said = str(error.msg if isinstance(error, SyntaxError) else error).rstrip(".").replace("\n", " ")
-        sentence = f"{name} raises {type(error).__name__} in line {line} of {file} ({said}): correct the recipe."
-        raise UserError(sentence) from error
+        where = f"line {line} of {file}" + f" ({said})" * bool(said)
+        raise UserError(f"{name} raises {type(error).__name__} in {where}: correct the recipe.") from error
     finally:
         sys.path[:] = before
 

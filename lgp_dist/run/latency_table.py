@@ -24,7 +24,7 @@ def with_table(rows: Iterable[PathRow], file: Path) -> list[PathRow]:
         if key in found:
             raise UserError(f"{file} names {key} twice: leave one latency.")
         try:
-            found[key] = math.nan if isinstance(value, bool) else float(value)
+            found[key] = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
         except (TypeError, ValueError):
             found[key] = math.nan
         if not 0 < found[key] < math.inf:
@@ -38,8 +38,13 @@ def _pairs(file: Path) -> list[tuple[str, Any]]:
     """Key and value of each entry; a key may stand twice."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        if file.suffix != ".json":
-            entries = list(csv.DictReader(text.splitlines(), strict=True))
+        if file.suffix.lower() != ".json":
+            reader = csv.DictReader(text.splitlines(), strict=True, skipinitialspace=True)
+            columns, entries = list(reader.fieldnames or []), list(reader)
+            if columns.count("key") != 1 or columns.count("latency_ms") != 1:
+                raise ValueError(f"its columns are {', '.join(columns) or 'none'}")
+            if long := next((entry for entry in entries if None in entry), None):
+                raise ValueError(f"{long['key']} has more fields than there are columns")
         else:  # as lists of pairs, since an object would keep one of two equal keys
             content = json.loads(text, object_pairs_hook=list)
             entries = [
@@ -49,6 +54,8 @@ def _pairs(file: Path) -> list[tuple[str, Any]]:
         return [(str(entry["key"]), entry["latency_ms"]) for entry in entries]
     except OSError as error:
         raise UserError(f"--latency-table {file} cannot be read ({error.strerror}): name a file that can.") from None
-    except (ValueError, TypeError, KeyError, csv.Error) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, csv.Error) as error:
         wanted = "CSV with the columns key and latency_ms, or JSON with milliseconds by key"
-        raise UserError(f"{file} is no table of latencies ({type(error).__name__}: {error}): write {wanted}.") from None
+        raise UserError(
+            f"{file} is no table of latencies ({str(error) or type(error).__name__}): write {wanted}."
+        ) from None

@@ -176,6 +176,9 @@ def test_what_the_api_says_of_wrong_calls(finished_place: Path, monkeypatch: pyt
         (lambda: run.descendant("r0.0-9"), "The pool has no path 'r0.0-9'"),
         (lambda: run.pool()(torch.zeros(1, 1, 28, 28), "r9"), "The pool has no path 'r9'"),
         (lambda: run.export("r0.0-5", "run"), "run is there already"),
+        (lambda: run.export("r0.0-5", "new", formats="onnx"), "formats has 'o': take pt2, onnx, int8"),
+        (lambda: run.best(max_flops=-1), "budget.max_flops"),
+        (lambda: run.best(max_latency_ms=1, device="tpu"), "device has 'tpu': take cpu, cuda"),
     ]
     for call, said in wrong:
         with pytest.raises(api.UserError, match=re.escape(said)):
@@ -193,8 +196,14 @@ def test_an_own_task_is_checked() -> None:
     parts = nn.ModuleDict({"one": nn.Linear(2, 2), "two": nn.Linear(2, 2)})
     for wrong, said in (
         ({"order": ("one", "too")}, "no submodule 'too': the nearest is two"),
-        ({"skippable": ("one",)}, "order is empty"),
+        ({"skippable": ("one",)}, "skippable names 'one', which no submodule of order holds"),
+        ({"order": ("one", "two", "one")}, "order names 'one' twice"),
         ({"order": ("one",)}, "Parameter two.weight is in no submodule of order"),
     ):
         with pytest.raises(api.UserError, match=said):
             api.OwnTask(parts, lambda module, batch, place: torch.zeros(()), **wrong)
+    task = api.OwnTask(parts, lambda *given: torch.zeros(()), ("one", "two"), ("two",), lambda place: "to")
+    with pytest.raises(api.UserError, match="uses returns 'o', which skippable does not name"):
+        task.used(api.StepContext(0, 0, 0, 1))
+    with pytest.raises(api.UserError, match="steps is 0"):
+        api.train(task, lambda place: api.Batch(*[torch.zeros(1)] * 3), 0, "out")

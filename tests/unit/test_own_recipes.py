@@ -36,6 +36,8 @@ def mine():
 def number(): return 7
 def broken(): return {}["key"]
 def needs(more): return tiny()
+def leaves(): raise SystemExit(0)
+def misspelt(): return replace(tiny(), sead=1)
 """
 
 
@@ -76,7 +78,10 @@ WRONG = {
     "run own.py:SEED": ("own.py has no function 'SEED'",),
     "run own.py:number": ("own.py:number returns int, not a RunConfig",),
     "run own.py:broken": ("own.py:broken raises KeyError in line 19 of own.py ('key')", "correct the recipe"),
-    "run own.py:needs": ("own.py:needs raises TypeError", "'more'"),
+    "run own.py:needs": ("own.py:needs takes 'more'", "called without arguments"),
+    "run own.py:leaves": ("own.py:leaves raises SystemExit in line 21 of own.py (0)",),
+    "run own.py:misspelt": ("own.py:misspelt raises TypeError in line 22 of own.py", "'sead'"),
+    "run own.mine": ("There is no recipe 'own.mine'", "write FILE.py:FUNCTION"),
     "run syntax.py:mine": ("syntax.py raises IndentationError in line 2 of syntax.py",),
     "run imports.py:mine": ("imports.py raises ModuleNotFoundError in line 1 of imports.py", "no_such_package"),
     "run no_such_package.recipes:mine": ("There is no module no_such_package.recipes",),
@@ -90,6 +95,8 @@ WRONG = {
     "new own.py": ("own.py is there already",),
     "new own.txt": ("own.txt names no recipe", "flowers.py"),
     "new my-own.py": ("my-own.py names no recipe",),
+    "new class.py": ("class.py names no recipe",),
+    "new replace.py": ("replace.py names no recipe",),
     "new new.py --from own.py:mine": ("--from names 'own.py:mine', which is no recipe of this package",),
     "new new.py --data nowhere": ("There is no folder nowhere",),
     "shards sample --out pack": ("pack is there already",),
@@ -140,6 +147,11 @@ def test_a_new_recipe_is_the_one_that_it_starts_from(name: str, lgp: Lgp) -> Non
     text = Path("flowers.py").read_text()
     assert all(len(line) <= 120 or "RowConfig(" in line for line in text.splitlines())
     has(text, "# Passes over the training split.", "# Number of classes; labels are 0 .. num_classes - 1.")
+
+
+def test_a_new_recipe_may_have_the_name_of_its_base(lgp: Lgp) -> None:
+    assert lgp("new", "tiny.py", "--from", "tiny").status == 0
+    assert recipe_of("tiny.py:tiny") == replace(tiny(), recipe="tiny.py:tiny")
 
 
 def test_a_new_recipe_is_to_be_changed(lgp: Lgp) -> None:
