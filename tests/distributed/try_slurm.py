@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from run_helpers import LIMIT_S, SAMPLE, SMALL, outcome_of, snapshot, write_ancestry, write_shard
 from slurm_cluster import Cluster, alone, call, cluster, missing
 

@@ -27,6 +27,18 @@ with torch.no_grad():
 print(api.__file__)
 """
 
+POOL = """
+import json, sys, torch
+sys.path.insert(0, "all")
+from modeling_descendant import load_pool
+pool, images = load_pool("all"), torch.randn(2, 1, 28, 28)
+largest, smallest = pool.select(), pool.select(max_params=200e3)
+assert smallest["params"] <= 200e3 and largest["top1"] >= smallest["top1"]
+with torch.no_grad():
+    assert pool(images).shape == (2, 10)
+assert "lgp_dist" not in sys.modules
+"""
+
 
 def execute(words: list[object], folder: Path) -> str:
     """What a command prints; it must not see the checkout."""
@@ -61,7 +73,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return venv
 
 
-def test_the_quick_start_an_own_recipe_and_the_api(environment: Path, tmp_path: Path) -> None:
+def test_the_pages_commands(environment: Path, tmp_path: Path) -> None:
     lgp, python = environment / "bin" / "lgp", environment / "bin" / "python"
     execute([lgp, "shards", "sample"], tmp_path)
     names = {path.name for path in (ROOT / "shards" / "sample").iterdir()}
@@ -74,7 +86,15 @@ def test_the_quick_start_an_own_recipe_and_the_api(environment: Path, tmp_path: 
     where = execute([python, "-c", API], tmp_path).strip()
     assert Path(where).is_relative_to(environment)
 
+    execute([lgp, "export", "runs/tiny", "--all", "--out", "all", "--images", 4], tmp_path)
+    execute([python, "-c", POOL], tmp_path)
+    execute([lgp, "bench", "latency", "all", "--out", "times.csv"], tmp_path)
+    chosen = execute([lgp, "descend", "runs/tiny", "--latency-table", "times.csv", "--max-latency-ms", 1e6], tmp_path)
+    assert "another device (times.csv)" in chosen
+
     execute([lgp, "new", "own.py", "--from", "tiny", "--data", "shards/few"], tmp_path)
+    shown = execute([lgp, "show", "own.py:own", "--diff", "tiny"], tmp_path)
+    assert "shards/few" in shown
     execute([lgp, "run", "own.py:own", *SMALLER], tmp_path)
     image = tmp_path / "image.png"
     photograph(0, 60, 40).save(image)
