@@ -1,5 +1,6 @@
 """Each function returns the complete configuration of a run. Variants call another one and change a few fields."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from lgp_dist.config.budget import Amount, Budget
@@ -377,12 +378,16 @@ RECIPES = {
     recipe.__name__: recipe
     for recipe in (
         *(tiny, tiny_paper, pool12, pool12_plus, pool18, pool36, snnet_tiny, vanilla_tiny, scratch_tiny),
-        *(snnet_deit, snnet_same_rows, vanilla_base, scratch_pool12),
-        *(snnet_v2_tiny, snnet_v2_s_l, snnet_v2_b_l),
+        *(snnet_deit, snnet_same_rows, vanilla_base, scratch_pool12, snnet_v2_tiny, snnet_v2_s_l, snnet_v2_b_l),
         *(sws_tiny, sws_small, sws_base, nested_tiny, nested_base),
     )
 }
-"""Every recipe by its name."""
+"""Every recipe of this package by its name."""
+
+
+def known_recipes() -> dict[str, Callable[[], RunConfig]]:
+    """RECIPES, and those of people's own files that this command line has named."""
+    return {**RECIPES, **OWN}
 
 
 def recipe_of(name: str) -> RunConfig:
@@ -392,4 +397,4 @@ def recipe_of(name: str) -> RunConfig:
     elif name not in RECIPES:
         advice = nearest(name, RECIPES, f"take {', '.join(RECIPES)}, or write FILE.py:FUNCTION")
         raise UserError(f"There is no recipe {name!r}: {advice}.")
-    return (RECIPES | OWN)[name]()
+    return known_recipes()[name]()

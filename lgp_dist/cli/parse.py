@@ -20,10 +20,10 @@ from lgp_dist.cli import helptext
 from lgp_dist.cli.recipe import REGISTRY, Recipe
 from lgp_dist.cli.wrong_argument import options_of, raise_sentence
 from lgp_dist.config.flat import changed_keys, flatten, is_within
-from lgp_dist.config.own_recipe import OWN, is_own
+from lgp_dist.config.own_recipe import is_own
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
-from lgp_dist.recipes import RECIPES, recipe_of
+from lgp_dist.recipes import RECIPES, known_recipes, recipe_of
 
 HELP = ("-h", "--help")
 SUMMARIES = {name: (recipe.__doc__ or "").splitlines()[0] for name, recipe in RECIPES.items()}
@@ -151,7 +151,7 @@ def _with_recipe(command: Command, prog: str, words: list[str]) -> Call:
     asked = next((place for place, word in enumerate(words) if word in HELP), None)
     topic = "all" if asked is None else " ".join(words[asked + 1 : asked + 2])
     if not topic:
-        summary = ((RECIPES | OWN)[name].__doc__ or "").splitlines()[:1]
+        summary = (known_recipes()[name].__doc__ or "").splitlines()[:1]
         helptext.overview(command.defaults(recipe), recipe, prog, "\n".join([command.about, *summary]))
     if topic != "all":
         helptext.section(recipe, topic, prog)

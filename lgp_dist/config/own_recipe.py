@@ -34,7 +34,7 @@ class OwnRecipe:
     """A function of a person's own file; called, it returns the configuration as it was when the file was imported."""
 
     def __init__(self, name: str):
-        """Imports the file and calls the function; UserError where there is none or it returns no RunConfig."""
+        """Imports the file and calls the function; UserError where it is missing or returns no RunConfig."""
         found = _OWN.fullmatch(name)
         assert found is not None
         place = found["place"] or found["file"]

@@ -42,7 +42,7 @@ def _pairs(file: Path) -> list[tuple[str, Any]]:
             reader = csv.DictReader(text.splitlines(), strict=True, skipinitialspace=True)
             columns, entries = list(reader.fieldnames or []), list(reader)
             if columns.count("key") != 1 or columns.count("latency_ms") != 1:
-                raise ValueError(f"its columns are {', '.join(columns) or 'none'}")
+                raise ValueError(f"its columns are {', '.join(columns)}" if columns else "it is empty")
             if long := next((entry for entry in entries if None in entry), None):
                 raise ValueError(f"{long['key']} has more fields than there are columns")
         else:  # as lists of pairs, since an object would keep one of two equal keys

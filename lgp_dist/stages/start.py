@@ -13,7 +13,7 @@ from typing import Any
 
 from lgp_dist.config import flat
 from lgp_dist.config.flat import STAGES, depends_on, flatten, stage_settings
-from lgp_dist.config.own_recipe import OWN, source_of
+from lgp_dist.config.own_recipe import source_of
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.data.remote.roots import load_manifest
 from lgp_dist.data.shards.manifest import ShardManifest
@@ -28,7 +28,7 @@ from lgp_dist.files import LOCK, check_unlocked, locked, write_json
 from lgp_dist.models.pretrained import check_images
 from lgp_dist.paths.sampler import PathSampler
 from lgp_dist.paths.space import space_of
-from lgp_dist.recipes import RECIPES
+from lgp_dist.recipes import known_recipes
 from lgp_dist.run.artifacts import RunDirectory, fingerprint
 from lgp_dist.run.checks import check_classes, check_config, tracker_options
 from lgp_dist.run.log import end_log, open_log
@@ -240,7 +240,7 @@ def differences(config: RunConfig, stage: str = STAGES[-1]) -> list[str]:
 
     stage: the last that runs; settings of later ones are marked.
     """
-    now, known = flatten(config), RECIPES | OWN
+    now, known = flatten(config), known_recipes()
     later = depends_on(now, STAGES[-1]).keys() - depends_on(now, stage).keys()
     own = flatten(known[config.recipe]()) if config.recipe in known else now
     return [

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lgp_dist.config.flat import flatten, unflatten
-from lgp_dist.config.own_recipe import OWN
 from lgp_dist.config.run_config import RunConfig
-from lgp_dist.recipes import RECIPES
+from lgp_dist.recipes import known_recipes
 
 
 def changed_values(config: RunConfig) -> dict[str, Any]:
     """Values that differ from the configuration's own recipe, by dotted key. ValueError if the keys differ."""
-    own, now = flatten((RECIPES | OWN)[config.recipe]()), flatten(config)
+    own, now = flatten(known_recipes()[config.recipe]()), flatten(config)
     if own.keys() != now.keys():
         raise ValueError(f"{config.recipe} has other settings: {sorted(own.keys() ^ now.keys())}")
     return {key: value for key, value in now.items() if value != own[key]}

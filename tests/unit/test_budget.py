@@ -173,7 +173,7 @@ HEADER = "key,latency_ms\n"
         ("t.csv", HEADER + "aa,1\n", ["t.csv names 'aa'", "the nearest is a"]),
         ("t.csv", "a,1\nb,2\n", ["t.csv is no table of latencies", "the columns key and latency_ms"]),
         ("t.csv", HEADER + 'a,"1', ["t.csv is no table"]),
-        ("t.csv", "", ["t.csv is no table", "its columns are none"]),
+        ("t.csv", "", ["t.csv is no table", "it is empty"]),
         ("t.csv", "key;latency_ms\na;1\n", ["its columns are key;latency_ms"]),
         ("t.csv", "key,latency_ms,latency_ms\na,1,2\n", ["its columns are key, latency_ms, latency_ms"]),
         ("t.csv", HEADER + "a,3,5\n", ["a has more fields than there are columns"]),
