@@ -17,6 +17,7 @@ lgp_environment() {
             return 2
         fi
         echo "Installing into .venv (about two minutes, 6 GB) ..."
+        if [ -L .venv ]; then rm .venv; fi  # --clear would empty the folder of another checkout
         "$python" -m venv --clear .venv
         .venv/bin/python -m pip install --quiet --progress-bar off --require-hashes -r requirements.lock
         .venv/bin/python -m pip install --quiet --progress-bar off --no-deps --no-build-isolation -e .

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lgp_dist.config.ranges import check_types
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
 
@@ -47,6 +48,10 @@ class OwnRecipe:
         if not isinstance(config, RunConfig):
             kind = type(config).__name__
             raise UserError(f"{name} returns {kind}, not a RunConfig: return one, such as lgp_dist.recipes.tiny().")
+        try:
+            check_types(config)
+        except UserError as error:
+            raise UserError(f"In what {name} returns, {error}") from None
         self._config, self.__doc__ = replace(config, recipe=name), function.__doc__
 
     def __call__(self) -> RunConfig:

@@ -1,9 +1,14 @@
-"""The smallest and largest value of every setting, and the one place that checks them."""
+"""The smallest and largest value of every setting, and the one place that checks types and values."""
 
+import dataclasses
 import math
 import re
+import typing
 from typing import Any
 
+import typeguard
+
+from lgp_dist.config.budget import Amount
 from lgp_dist.config.data_config import DataConfig
 from lgp_dist.config.flat import flatten
 from lgp_dist.errors import UserError
@@ -118,8 +123,25 @@ def check_value(key: str, value: Any) -> None:
         raise UserError(f"{key} is {value}, but must be {allowed}: choose another value.")
 
 
+def check_types(settings: Any, prefix: str = "") -> None:
+    """UserError at the first setting of a dataclass tree that has another type than its field. prefix: of its keys."""
+    for name, kind in typing.get_type_hints(type(settings)).items():
+        key, value = prefix + name, getattr(settings, name)
+        kind = float if kind is Amount else kind
+        try:
+            typeguard.check_type(value, kind, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+        except typeguard.TypeCheckError:
+            known = kind.__name__ if isinstance(kind, type) else re.sub(r"\w+\.", "", str(kind))
+            raise UserError(f"{key} is {value!r}, but must be of type {known}: correct it.") from None
+        parts = {f"{key}.{index}.": part for index, part in enumerate(value)} if isinstance(value, tuple) else {}
+        for place, part in {f"{key}.": value, **parts}.items():
+            if dataclasses.is_dataclass(part):
+                check_types(part, place)
+
+
 def check_ranges(settings: Any, prefix: str = "") -> None:
-    """UserError at the first setting of a dataclass tree that is out of range. prefix: of its dotted keys."""
+    """UserError at the first setting of a dataclass tree of another type or out of range. prefix: as above."""
+    check_types(settings, prefix)
     for key, value in flatten(settings, prefix=prefix).items():
         check_value(key, value)
 

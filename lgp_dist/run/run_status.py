@@ -67,10 +67,9 @@ def _written(run: Path) -> int:
 
 def read_run_status(run: Path) -> RunStatus | None:
     """The latest end of a run; None without one, or if the file is damaged."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return RunStatus(**json.loads((run / NAME).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+    return None
 
 
 def write_run_status(run: Path, status: RunStatus) -> None:

@@ -29,9 +29,7 @@ def command(world: int, deepspeed: bool) -> list[str]:
     return [*call, "--num_processes", str(world)]
 
 
-def start(
-    trials: Sequence[Any], folder: Path, timeout: float = LIMIT_S, script: str = "exact_worker.py"
-) -> subprocess.CompletedProcess[str]:
+def start(trials: Sequence[Any], folder: Path, script: str = "exact_worker.py") -> subprocess.CompletedProcess[str]:
     """Trains trials of one world size, all of DeepSpeed or all of DDP, in one launch.
 
     trials: `Trial`, or what else has `world`, `engine` and `as_dict`, for another script.
@@ -39,11 +37,14 @@ def start(
     folder.mkdir(parents=True)
     (folder / "trials.json").write_text(json.dumps([trial.as_dict() for trial in trials]))
     worker = [str(HERE / script), str(folder / "trials.json"), str(folder)]
-    return run_workers(trials[0].world, trials[0].engine != "ddp", worker, timeout)
+    return run_workers(trials[0].world, trials[0].engine != "ddp", worker, len(trials))
 
 
-def run_workers(world: int, deepspeed: bool, worker: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Runs a script and its arguments on so many processes; ends them all, ranks too, where they take too long."""
+def run_workers(world: int, deepspeed: bool, worker: list[str], parts: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs a script and its arguments on so many processes; ends them all, ranks too, where they take too long.
+
+    parts: what they train one after the other; each is given half a minute more.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     call = command(world, deepspeed)
     with subprocess.Popen(
@@ -51,7 +52,7 @@ def run_workers(world: int, deepspeed: bool, worker: list[str], timeout: float) 
         start_new_session=True,
     ) as process:  # fmt: skip
         try:
-            out, err = process.communicate(timeout=timeout)
+            out, err = process.communicate(timeout=LIMIT_S + 30 * parts)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # the ranks too
             out, err = process.communicate()

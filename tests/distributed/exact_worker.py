@@ -1,7 +1,7 @@
 """Run by `accelerate launch`: trains trials with the project's loop and writes their weights.
 
-Arguments: a JSON list of trials, and the output folder. Per trial one safetensors file, and one JSON file with what
-every path gives on the wrapped module after the last step and, under ZeRO-3, what was gathered on the way.
+Arguments: a JSON list of trials, and the output folder. Per trial one safetensors file and, where it is observed, one
+JSON file with what every path gives on the wrapped module after the last step and what ZeRO-3 gathered on the way.
 """
 
 import json
@@ -89,7 +89,7 @@ def run(trial: Trial, started: Workers, folder: Path, index: int) -> None:
     if trial.broken == "order" and workers.rank:
         trainer.Gradients = Backwards
     largest = max(sum(p.numel() for p in pool.get_submodule(name).parameters()) for name in pool.ordered_modules)
-    held, answers = Gathered(pool, pool.ordered_modules), []
+    held, answers = Gathered(pool, pool.ordered_modules if trial.observed else ()), []
 
     def batches(start: int, steps: int) -> Iterator[Batch]:
         for step in range(start, start + steps):
@@ -105,7 +105,8 @@ def run(trial: Trial, started: Workers, folder: Path, index: int) -> None:
         answers.append(found)
         return found
 
-    task = Watched(pool, ancestry, sampler, trial.finetune_config())
+    observer = {"watch": watch, "watch_every": trial.steps} if trial.observed else {}
+    task = (Watched if trial.observed else FinetuneTask)(pool, ancestry, sampler, trial.finetune_config())
     done = train_trial(
         task,
         batches,
@@ -114,8 +115,7 @@ def run(trial: Trial, started: Workers, folder: Path, index: int) -> None:
         folder,
         index,
         rates={part: rate for row, rate in enumerate(trial.row_lr) for part in pool.row_modules(row)},
-        watch=watch,
-        watch_every=trial.steps,
+        **observer,
     )
     trainer.contract_of, trainer.Gradients = contract_of, gradients
     assert done["steps"] == trial.steps
@@ -124,9 +124,9 @@ def run(trial: Trial, started: Workers, folder: Path, index: int) -> None:
     assert torch.equal(workers.sum(mine), mine * workers.world), f"{trial.name}: ranks end with different weights"
     if workers.is_main:
         save_file(state, folder / f"{index}.safetensors")
+    if workers.is_main and isinstance(task, Watched):
         facts = {"answers": answers[-1], "units": held.units, "elements": held.elements, "largest": largest}
-        facts["kept"] = sorted(task.kept)
-        (folder / f"{index}.json").write_text(json.dumps(facts))
+        (folder / f"{index}.json").write_text(json.dumps({**facts, "kept": sorted(task.kept)}))
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from typing import Annotated
 import tyro
 from exact_launch import TOLERANCE, allowed, difference, groups, start
 from exact_trials import ENGINES, Trial, extras, schedules, table
-from run_helpers import LIMIT_S
 
 CHUNK = 60
 """Trials of one launch; a launch that fails costs the rest of its own."""
@@ -56,7 +55,7 @@ def run(trials: list[Trial], root: Path) -> Iterator[tuple[Trial, float, str]]:
         for first in range(0, len(together), CHUNK):
             part, folder = together[first : first + CHUNK], root / str(number)
             number += 1
-            done = start(part, folder, timeout=LIMIT_S + 20 * len(part))
+            done = start(part, folder)
             lines = [line for line in done.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
             why = (lines or ["timed out"])[0].strip()
             for index, trial in enumerate(part):

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from exact_launch import HERE, run_workers
 from exact_trials import Trial
-from run_helpers import LIMIT_S
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -102,12 +101,12 @@ class Job:
         return replace(batch, images=batch.images * math.nan) if faulty else batch
 
 
-def launch(jobs: Sequence[Job], folder: Path, timeout: float = LIMIT_S) -> None:
+def launch(jobs: Sequence[Job], folder: Path) -> None:
     """Trains jobs of one world size, all of DeepSpeed or all of DDP, in one launch."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     worker = [str(HERE / "resume_worker.py"), str(folder / "jobs.json"), str(folder)]
-    done = run_workers(jobs[0].trial.world, jobs[0].trial.engine != "ddp", worker, timeout)
+    done = run_workers(jobs[0].trial.world, jobs[0].trial.engine != "ddp", worker, len(jobs))
     (folder / "stderr.txt").write_text(done.stderr)
     assert done.returncode == 0, done.stderr[:6000]
 

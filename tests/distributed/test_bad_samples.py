@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from bad_samples_worker import SAMPLES, STEPS, stream_of
 from exact_launch import HERE, run_workers
-from run_helpers import LIMIT_S
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow  # launches of several ranks
@@ -28,7 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     (folder / "cases.json").write_text(json.dumps(CASES))
     worker = [str(HERE / "bad_samples_worker.py"), str(folder / "cases.json"), str(folder)]
-    done = run_workers(2, deepspeed=True, worker=worker, timeout=LIMIT_S)
+    done = run_workers(2, deepspeed=True, worker=worker)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from exact_trials import ENGINES, Trial
 from resume_jobs import Job, differences, launch, losses, whole_state
-from run_helpers import LIMIT_S
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow  # launches of several ranks
@@ -57,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 jobs.append(Job(f"{index}", trial))
                 for step in RESUMED:
                     jobs.append(Job(f"{index}-{step}", trial, f"{index}/checkpoints/job/step-{step:08d}"))
-        launch(jobs, folder, timeout=LIMIT_S)
+        launch(jobs, folder)
     return folder
 
 

@@ -9,7 +9,6 @@ from exact_launch import TOLERANCE
 from exact_reference import reference
 from exact_trials import Trial
 from resume_jobs import Elsewhere, Job, differences, launch, losses
-from run_helpers import LIMIT_S
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow  # launches of several ranks
@@ -63,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     if newest := newest_of(every, first):
                         again = f"{base}/checkpoints/job/step-{newest:08d}"
                         jobs.append(Job(f"{base}-again", trial, again, 0, constant=True, bad=bad))
-        launch(jobs, folder, timeout=LIMIT_S)
+        launch(jobs, folder)
     return folder
 
 

@@ -101,7 +101,7 @@ ELSEWHERE = {
     r"lgp run pool12 --trackers": ("packages and keys", "tests/integration/test_tracking.py::test_wandb"),
     r"pip wheel": (
         "a minute",
-        "tests/integration/test_wheel.py::test_the_quick_start_an_own_recipe_and_the_api",
+        "tests/integration/test_wheel.py::test_the_pages_commands",
     ),
     r"pip install": ("changes what is installed", "tests/unit/test_docs.py::test_every_command_is_one"),
     r"scripts/audit": ("asks PyPI", "tests/unit/test_lock.py::test_the_bill_of_materials_is_the_lock"),

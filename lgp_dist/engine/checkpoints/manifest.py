@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lgp_dist.config.flat import changed_keys
+from lgp_dist.config.ranges import check_types
 from lgp_dist.config.run_config import RunConfig
 from lgp_dist.errors import UserError, nearest
 from lgp_dist.files import sha256
@@ -192,17 +193,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _parsed(folder: Path, content: Mapping[str, Any], digest: str) -> Manifest:
-    """A manifest whose values have their types; otherwise TypeError, ValueError, KeyError or AttributeError."""
+    """A manifest whose values have their types; otherwise ValueError, TypeError, KeyError or AttributeError."""
     names = {item.name for item in fields(TrainState)}
     state = TrainState(**{name: value for name, value in content["state"].items() if name in names})
-    kinds: dict[type, tuple[Any, ...]] = {
-        int: (state.step, state.steps, state.seed, state.world),
-        str: (state.stage, state.engine),
-        dict: (state.data, state.config, state.guard, state.versions),
-    }
-    for kind, values in kinds.items():
-        if not all(isinstance(value, kind) for value in values):
-            raise TypeError(f"{values} are not all of type {kind.__name__}")
+    check_types(state)
     files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
     if state.step < 0 or state.world != len(files):
         raise ValueError(f"step {state.step}, {state.world} ranks, {len(files)} files")

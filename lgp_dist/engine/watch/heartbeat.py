@@ -4,6 +4,7 @@ Clocks of machines differ, so times of two ranks are never compared: a rank repo
 another rank lives shows in its counter, watched for a while by the reader's clock.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -82,10 +83,8 @@ def read_beats(folder: Path, world: int) -> dict[int, Beat]:
     """Returns the newest beat of every rank whose file can be read."""
     found = {}
     for rank in range(world):
-        try:
+        with contextlib.suppress(OSError, ValueError, TypeError):
             found[rank] = Beat(**json.loads(beat_file(folder, rank).read_text()))
-        except (OSError, ValueError, TypeError):
-            continue
     return found
 
 
