@@ -46,11 +46,10 @@ def batches(place: StepContext) -> Batch:
     return Batch(images, labels, torch.ones(4))
 
 
-if __name__ == "__main__":
+def task() -> OwnTask:
     torch.manual_seed(0)
-    network = TwoBranches()
-    task = OwnTask(
-        network,
+    return OwnTask(
+        TwoBranches(),
         loss=lambda module, batch, place: nn.functional.cross_entropy(
             module(batch.images, branch(place)), batch.targets
         ),
@@ -58,7 +57,12 @@ if __name__ == "__main__":
         skippable=("wide", "narrow"),
         uses=lambda place: {"w": ("wide",), "n": ("narrow",)}[branch(place)],
     )
-    config = TrainConfig(lr=1e-2, min_lr=1e-2, warmup_epochs=0.0, eps=1e-3)
-    train(task, batches, 6, sys.argv[1], config, EngineConfig(precision="fp32", device="cpu"))
+
+
+CONFIG = TrainConfig(lr=1e-2, min_lr=1e-2, warmup_epochs=0.0, eps=1e-3)
+
+if __name__ == "__main__":
+    own = task()
+    train(own, batches, 6, sys.argv[1], CONFIG, EngineConfig(precision="fp32", device="cpu"))
     if os.environ.get("RANK", "0") == "0":
-        save_file(network.state_dict(), f"{sys.argv[1]}/network.safetensors")
+        save_file(own.module.state_dict(), f"{sys.argv[1]}/network.safetensors")

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgp_dist.config.run_config import EngineConfig, TrainConfig
+from lgp_dist.config.run_config import CheckpointConfig, EngineConfig, TrainConfig
 from lgp_dist.engine.loop import RunSetup, TrainingPlan
 from lgp_dist.engine.loop import train as train_plan
+from lgp_dist.engine.saver import SaverConfig
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError, nearest
 from lgp_dist.protocols import Batch, ModuleStructure, StepContext
@@ -79,12 +80,15 @@ def train(
     out: str | Path,
     config: TrainConfig = TrainConfig(warmup_epochs=0.0),  # noqa: B008  frozen
     engine: EngineConfig = EngineConfig(precision="fp32"),  # noqa: B008  frozen
+    checkpoint_every: int = 0,
 ) -> Training:
     """Trains `task.module` in place, on all ranks of the launch; afterwards every rank holds the same whole weights.
 
-    batches: place -> the images of its micro-step, equally many everywhere. out: folder of metrics.jsonl. config:
-    optimizer, learning rate and micro-steps; `steps` and `batches` take the place of epochs and batch_size. Without a
-    launcher it is one process. It saves no checkpoints: that is for stages of a run.
+    batches: place -> the images of its micro-step, equally many everywhere. out: folder of metrics.jsonl and of
+    checkpoints. config: optimizer, learning rate and micro-steps; `steps` and `batches` take the place of epochs and
+    batch_size. checkpoint_every: optimizer steps between two checkpoints; 0 for none. With checkpoints, a call goes on
+    from the newest one in `out`, also at another number of ranks or under another engine, and a signal such as SIGTERM
+    raises lgp_dist.errors.Preempted after a save. Without a launcher it is one process.
     """
     if steps < 1:
         raise UserError(f"steps is {steps}, but must be 1 or more.")
@@ -99,7 +103,10 @@ def train(
                 yield batches(StepContext(step, micro, rank, world))
 
     out.mkdir(parents=True, exist_ok=True)
-    facts = train_plan(TrainingPlan(task, config), RunSetup("train", stream, steps, out), workers)
+    saves = CheckpointConfig(every=checkpoint_every)
+    saver = SaverConfig(out / "checkpoints", saves, 0, {}, {}, lambda step: {}, lambda state, step: None)
+    setup = RunSetup("train", stream, steps, out, saver=saver if checkpoint_every else None)
+    facts = train_plan(TrainingPlan(task, config), setup, workers)
     workers.barrier()
     workers.close()
     return facts

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -62,7 +62,6 @@ class Run:
         Limits of parameters and FLOPs are numbers, or texts such as "10M"; 0 for none. device: where latency is
         measured, if it is limited.
         """
-        _check_among("device", device, ("cpu", "cuda"))
         params, flops = (parse_amount(str(limit)) for limit in (max_params, max_flops))
         budget = Budget(params, flops, max_latency_ms, device)
         check_config(replace(self.finished.config, budget=budget))
@@ -85,15 +84,8 @@ class Run:
 
         formats: of pt2, onnx and int8, in addition to safetensors and plain torch.
         """
-        for name in formats:
-            _check_among("formats", name, get_args(Format))
         out = Path(out)
         run = exporting(self.finished.root, out, ExportConfig(path=key, formats=tuple(formats), images=images))
         with locked(beside(out), "out"):
             export_of_run(run, out, [])
         return out
-
-
-def _check_among(argument: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"{argument} has {value!r}: take {', '.join(known)}.")

@@ -1,12 +1,14 @@
 """examples/two_branches.py on two ranks, each on another branch in every step, against one process of torch alone."""
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from exact_launch import ROOT, TOLERANCE, run_workers
+from exact_launch import HERE, ROOT, TOLERANCE, run_workers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -59,6 +61,22 @@ def test_ranks_equal_one_process(tmp_path: Path, engine: str) -> None:
     done = run_workers(WORLD, engine != "ddp", [*stage, str(EXAMPLE), str(tmp_path)])
     assert done.returncode == 0, done.stderr[-6000:]
     assert difference(load_file(tmp_path / "network.safetensors"), alone()) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_training_that_ends_early_goes_on(tmp_path: Path) -> None:
+    """From its newest checkpoint, without an earlier batch; under ZeRO-2 and, from the same, under ZeRO-3."""
+    worker, folder = str(HERE / "own_task_worker.py"), tmp_path / "out"
+    done = run_workers(WORLD, True, ["--zero_stage", "2", worker, str(folder), "4"])
+    assert done.returncode != 0 and "the disk of this node is gone" in done.stderr
+    assert (folder / "checkpoints" / "step-00000002").is_dir()
+    shutil.copytree(folder, tmp_path / "other")
+    for stage, place in (("2", folder), ("3", tmp_path / "other")):
+        done = run_workers(WORLD, True, ["--zero_stage", stage, worker, str(place), "1"])
+        assert done.returncode == 0, done.stderr[-6000:]
+        steps = [json.loads(line)["step"] for line in (place / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [*range(STEPS)]
+        assert difference(load_file(place / "network.safetensors"), alone()) <= TOLERANCE
 
 
 def test_the_comparison_is_not_empty() -> None:

@@ -176,9 +176,12 @@ def test_what_the_api_says_of_wrong_calls(finished_place: Path, monkeypatch: pyt
         (lambda: run.descendant("r0.0-9"), "The pool has no path 'r0.0-9'"),
         (lambda: run.pool()(torch.zeros(1, 1, 28, 28), "r9"), "The pool has no path 'r9'"),
         (lambda: run.export("r0.0-5", "run"), "run is there already"),
-        (lambda: run.export("r0.0-5", "new", formats="onnx"), "formats has 'o': take pt2, onnx, int8"),
+        (lambda: run.export("r0.0-5", "new", formats="onnx"), "export.formats is ('o', 'n', 'n', 'x'), but must"),
         (lambda: run.best(max_flops=-1), "budget.max_flops"),
-        (lambda: run.best(max_latency_ms=1, device="tpu"), "device has 'tpu': take cpu, cuda"),
+        (
+            lambda: run.best(max_latency_ms=1, device="tpu"),
+            "budget.device is 'tpu', but must be of type Literal['cpu', 'cuda']",
+        ),
     ]
     for call, said in wrong:
         with pytest.raises(api.UserError, match=re.escape(said)):
