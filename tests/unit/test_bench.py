@@ -110,11 +110,11 @@ def test_table_as_text(lgp: Lgp) -> None:
 
 @pytest.mark.slow
 def test_committed_figures_are_those_of_this_code() -> None:
-    """benchmarks/sampler.json, for 8 ranks, made again: both recipes, all policies and micro-steps. Draws are integers;
-    shares are rounded, and may differ by one in the last digit where another libm computes them."""
+    """benchmarks/sampler.json, for 8 ranks and 1 or 4 micro-steps, made again: both recipes, all policies. Draws
+    are integers; shares are rounded, and may differ by one in the last digit where another libm computes them."""
     kept = json.loads((ROOT / "benchmarks" / "sampler.json").read_text())
-    chosen = [row for row in kept if row["ranks"] == 8]
-    found = bench_sampler("pool12,pool18", "8", "1,2,3,4,8")
+    chosen = [row for row in kept if row["ranks"] == 8 and row["micro_steps"] in (1, 4)]
+    found = bench_sampler("pool12,pool18", "8", "1,4")
     for row, wanted in zip(found, chosen, strict=True):
         assert row.keys() == wanted.keys()
         for name, value in wanted.items():

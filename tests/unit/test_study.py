@@ -1,6 +1,7 @@
 """Questions, variants, trials and their statistics; nothing is trained here."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ SHARED = {"stitch_init": 2, "rows": 3, "policy": 3, "instances": 1, "ancestry": 
 """Number of stages that all variants of a question share."""
 
 
+@cache
 def trials(question: str, out: str = "out", base: RunConfig | None = None) -> list[Trial]:
+    """Not to be changed: each question's are made once, since finding equal costs takes a second."""
     return trials_of(QUESTIONS[question], base or tiny(), (0, 1), Path(out))
 
 
