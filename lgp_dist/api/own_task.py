@@ -94,8 +94,8 @@ def train(
         raise UserError(f"steps is {steps}, but must be 1 or more.")
     workers = Workers.start(engine)
     rank, world, out = workers.rank, workers.world, Path(out)
-    size = len(batches(StepContext(0, 0, rank, world)).images) * world * config.accumulate
-    config = replace(config, epochs=1.0, max_steps=0, batch_size=size)
+    images = len(batches(StepContext(0, 0, rank, world)).images)
+    config = replace(config, epochs=1.0, max_steps=0, batch_size=images * world * config.accumulate)
 
     def stream(start: int, count: int) -> Iterator[Batch]:
         for step in range(start, start + count):
@@ -103,9 +103,9 @@ def train(
                 yield batches(StepContext(step, micro, rank, world))
 
     out.mkdir(parents=True, exist_ok=True)
-    saves = CheckpointConfig(every=checkpoint_every)
+    saves = CheckpointConfig(checkpoint_every)
     saver = SaverConfig(out / "checkpoints", saves, 0, {}, {}, lambda step: {}, lambda state, step: None)
-    setup = RunSetup("train", stream, steps, out, saver=saver if checkpoint_every else None)
+    setup = RunSetup("train", stream, steps, out, saver=saver if saves.every else None)
     facts = train_plan(TrainingPlan(task, config), setup, workers)
     workers.barrier()
     workers.close()

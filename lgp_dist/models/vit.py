@@ -40,7 +40,7 @@ def build_vit(
         drop_path_rate=drop_path,
         class_token=class_token,
         global_pool="token" if class_token else "avg",
-        weight_init="skip" if torch.get_default_device().type == "meta" else "",  # nothing to see, and slow there
+        weight_init="skip" if torch.get_default_device().type == "meta" else "",  # it is slow there
     )
     return with_patch_product(vit)
 
