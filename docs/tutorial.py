@@ -2,11 +2,13 @@
 # %% [markdown]
 # # A tour of a finished run, in Python
 #
-# This page is a Python file, `docs/tutorial.py`: run it after the quick start, as a whole or cell by cell in an
-# editor that knows `# %%`. It reads `runs/tiny` and the sample's test images, and draws three pictures. Those shown
-# here come from recipe `tiny` trained on all 60,000 images of Fashion-MNIST and measured on all 10,000 test images.
+# This page is a Python file, `docs/tutorial.py`: run it after the [quick start](start.md), as a whole or cell by cell
+# in an editor that knows `# %%`. It reads `runs/tiny` and the sample's test images, and draws three pictures. Those
+# shown here come from recipe `tiny` trained on all 60,000 images of Fashion-MNIST and measured on all 10,000 test
+# images, so yours will differ a little.
 #
-# A run has one set of weights and many models in it, called *paths*. Each has its size, its cost and its accuracy:
+# A finished run has a *pool*: one set of weights that contains many models, called *paths*. Each path has its own size,
+# cost and accuracy:
 
 # %%
 from pathlib import Path
@@ -29,8 +31,8 @@ for row in rows:
     print(f"{row['key']:16} {row['params'] / 1e6:.2f} M {row['flops'] / 1e6:6.2f} M multiply-adds {row['top1']:.2f} %")
 
 # %% [markdown]
-# `r0.0-3+r1.4-5` reads: blocks 0 to 3 of row 0, the narrow one, then blocks 4 and 5 of row 1. Name a limit, and the
-# most accurate path within it is your model:
+# A path's name is its *key*: `r0.0-3+r1.4-5` runs blocks 0 to 3 of row 0, the narrow one, then blocks 4 and 5 of row 1,
+# the wide one. Name a limit, and the most accurate path within it is your model:
 
 # %%
 best = run.best(max_params="400k")
@@ -47,8 +49,8 @@ figure.savefig(PICTURES / "paths.png", dpi=120, bbox_inches="tight")
 # %% [markdown]
 # ![Accuracy of every path against its cost; the best up to 0.4 M parameters is marked](tutorial/paths.png)
 #
-# The pool is one module. A key says which path a call takes, and nothing is loaded in between. Here are test images
-# that the cheapest and the most accurate path take for different things:
+# The pool is one module. The key says which path a call takes, and changing it loads nothing. Here are test images
+# that the cheapest and the most accurate path classify differently:
 
 # %%
 samples = [
@@ -78,10 +80,10 @@ for axes in grid:
 figure.savefig(PICTURES / "images.png", dpi=120, bbox_inches="tight")
 
 # %% [markdown]
-# ![Five test images with their class and what both paths take them for](tutorial/images.png)
+# ![Five test images with their class and the classes that the two paths predict](tutorial/images.png)
 #
-# Two paths can share the work. The cheapest answers first; only where its highest probability is below a threshold is
-# the most accurate one asked as well. The curve runs over thresholds from 0 to 1:
+# Two paths can share the work: the cheapest classifies every image, and the most accurate one runs only where the
+# highest probability of the first is below a threshold. The curve has a point for each threshold from 0 to 1:
 
 # %%
 curve = []
@@ -101,16 +103,16 @@ figure.savefig(PICTURES / "cascade.png", dpi=120, bbox_inches="tight")
 # %% [markdown]
 # ![Accuracy against average cost of single paths and of both paths in turn](tutorial/cascade.png)
 #
-# For half the cost of the best path (6.1 of 11.8 M), both together are right on 86.7 % of the images, the best path
-# alone on 86.9 %, and single paths of about this cost on 82.5 to 83.3 %. This counts averages: an image that both
-# paths see costs more than the best path alone.
+# At half the cost of the best path (6.1 of 11.8 M), the two together are right on 86.7 % of the images. The best path
+# alone is right on 86.9 %, and single paths of about the same cost as the two on 82.5 to 83.3 %. These costs are
+# averages: an image that both paths see costs more than the best path alone.
 #
-# A path becomes a model of its own with `run.export`: a folder for timm, plain torch and ONNX, whose logits were
-# compared with the pool's on test images.
+# `run.export` makes a path a standalone model: a folder for timm, plain torch and ONNX. Its logits are compared with
+# the pool's on test images.
 
 # %%
 folder = run.export(best["key"], "chosen")
 print(sorted(file.name for file in folder.iterdir()))
 
 # %% [markdown]
-# Next: all names of the [Python API](api.md), and what an exported [folder](descendants.md#the-folder) holds.
+# Next: the whole [Python API](api.md), and what the [exported folder](descendants.md#the-folder) holds.

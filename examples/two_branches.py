@@ -1,4 +1,4 @@
-"""A network of two branches that is no ViT: in every step, each rank trains another branch.
+"""A convolutional network with two branches: in every step, two ranks train different branches.
 
 accelerate launch --config_file launch_configs/cpu_2.yaml --zero_stage 2 examples/two_branches.py OUT
 """
@@ -14,7 +14,7 @@ from lgp_dist.api import Batch, EngineConfig, OwnTask, StepContext, TrainConfig,
 
 
 class Part(nn.Sequential):
-    """Layers of some branches; on another branch it returns its input."""
+    """Layers that some branches use; on any other branch they return their input."""
 
     def forward(self, inputs: Tensor, branch: str) -> Tensor:
         return super().forward(inputs) if branch in self.branches else inputs
@@ -37,6 +37,7 @@ class TwoBranches(nn.Module):
 
 
 def branch(place: StepContext) -> str:
+    """The branch that a rank trains in a step: `w` or `n`; ranks take turns."""
     return "wn"[(place.step + place.rank) % 2]
 
 
@@ -48,7 +49,7 @@ def batches(place: StepContext) -> Batch:
 
 def task() -> OwnTask:
     torch.manual_seed(0)
-    return OwnTask(
+    return OwnTask(  # order, skippable and uses: docs/api.md explains them
         TwoBranches(),
         loss=lambda module, batch, place: nn.functional.cross_entropy(
             module(batch.images, branch(place)), batch.targets
