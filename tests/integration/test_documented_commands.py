@@ -49,7 +49,7 @@ TRAINED = " ".join(option for option in SMALL[1:] if not option.startswith(OWN))
 SMALLER = {
     rf"(run|{STAGE}) {RECIPE}\b(?!.*--help)": f"{TRAINED} --ancestry.train.max-steps=2 --ancestry.train.batch-size=8"
     " --pool.samples=16 --engine.device=cpu",
-    r"run pool12_plus --finetune\.train\.accumulate 1": "--finetune.train.accumulate 4",  # one rank in place of eight
+    r"run tiny --finetune\.train\.accumulate 1": "--finetune.train.accumulate 4",  # one rank in place of eight
     r"finetune-descendant ": "--train.max-steps 2 --train.batch-size 8 --engine.precision fp32 --engine.device cpu"
     " --engine.threads 1 --threads 0 --val-split test --export.images 2 --export.formats",
     r"export runs/(?!.*(--formats|--all))": "--formats",
