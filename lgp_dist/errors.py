@@ -28,6 +28,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of a library says first, for a sentence; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
 def nearest(given: str, known: Iterable[str], otherwise: str) -> str:
     """What a sentence advises after a name that is unknown: the known name most like it, or `otherwise`."""
     found = difflib.get_close_matches(given, list(known), 1)

@@ -1,5 +1,9 @@
 """Training of a network of one's own with this project's engine."""
 
+import atexit
+import contextlib
+import logging
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,14 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lgp_dist.config.flat import flatten
+from lgp_dist.config.ranges import check_ranges
 from lgp_dist.config.run_config import CheckpointConfig, EngineConfig, TrainConfig
+from lgp_dist.engine.checkpoints.checkpoint_dir import CheckpointDir
 from lgp_dist.engine.loop import RunSetup, TrainingPlan
 from lgp_dist.engine.loop import train as train_plan
 from lgp_dist.engine.saver import SaverConfig
 from lgp_dist.engine.workers import Workers
 from lgp_dist.errors import UserError, nearest
+from lgp_dist.files import LOCK, locked
+from lgp_dist.paths.stratified import draw_index
 from lgp_dist.protocols import Batch, ModuleStructure, StepContext
 from lgp_dist.run.facts import Training
+
+log = logging.getLogger("lgp")
 
 
 @dataclass
@@ -73,6 +84,10 @@ class OwnTask:
         """Does nothing: there is only the module."""
 
 
+def _seed(place: StepContext) -> int:
+    return draw_index(2**63, "torch", place.step, place.micro_step, place.rank)
+
+
 def train(
     task: OwnTask,
     batches: Callable[[StepContext], Batch],
@@ -84,29 +99,40 @@ def train(
 ) -> Training:
     """Trains `task.module` in place, on all ranks of the launch; afterwards every rank holds the same whole weights.
 
-    batches: place -> the images of its micro-step, equally many everywhere. out: folder of metrics.jsonl and of
-    checkpoints. config: optimizer, learning rate and micro-steps; `steps` and `batches` take the place of epochs and
-    batch_size. checkpoint_every: optimizer steps between two checkpoints; 0 for none. With checkpoints, a call goes on
-    from the newest one in `out`, also at another number of ranks or under another engine, and a signal such as SIGTERM
-    raises lgp_dist.errors.Preempted after a save. Without a launcher it is one process.
+    batches: place -> the images of its micro-step, equally many everywhere. Pure: it is asked for a place again. out:
+    folder of metrics.jsonl and of checkpoints. config: optimizer, learning rate and micro-steps; `steps` and `batches`
+    take the place of epochs and batch_size. An epoch is the whole training, of which warmup_epochs is a share.
+    checkpoint_every: optimizer steps between two checkpoints; 0 for none. With checkpoints, a call goes on from the
+    newest one in `out`, also at another number of ranks or under another engine, and a signal such as SIGTERM raises
+    lgp_dist.errors.Preempted after a save. torch's seed is set for each micro-step. Without a launcher it is one
+    process. UserError where an argument is wrong, `out` is in use or its checkpoints have other settings.
     """
-    if steps < 1:
-        raise UserError(f"steps is {steps}, but must be 1 or more.")
-    workers = Workers.start(engine)
-    rank, world, out = workers.rank, workers.world, Path(out)
-    images = len(batches(StepContext(0, 0, rank, world)).images)
-    config = replace(config, epochs=1.0, max_steps=0, batch_size=images * world * config.accumulate)
+    check_ranges(config, "config.")
+    check_ranges(engine, "engine.")
+    for name, value, least in (("steps", steps, 1), ("checkpoint_every", checkpoint_every, 0)):
+        if type(value) is not int or value < least:
+            raise UserError(f"{name} is {value!r}, but must be a whole number from {least} on.")
+    out, is_main = Path(out), os.environ.get("RANK", "0") == "0"
+    with locked(out / LOCK, "out") if is_main else contextlib.nullcontext():
+        workers = Workers.start(engine)
+        atexit.register(workers.close)  # not before: another training of this process joins the same group
+        rank, world = workers.rank, workers.world
+        images = len(batches(StepContext(0, 0, rank, world)).images)
+        settings = {"steps": steps, **flatten(config, with_runtime_only=False, prefix="config.")}
+        config = replace(config, epochs=1.0, max_steps=0, batch_size=images * world * config.accumulate)
 
-    def stream(start: int, count: int) -> Iterator[Batch]:
-        for step in range(start, start + count):
-            for micro in range(config.accumulate):
-                yield batches(StepContext(step, micro, rank, world))
+        def stream(start: int, count: int) -> Iterator[Batch]:
+            for step in range(start, start + count):
+                for micro in range(config.accumulate):
+                    yield batches(StepContext(step, micro, rank, world))
 
-    out.mkdir(parents=True, exist_ok=True)
-    saves = CheckpointConfig(checkpoint_every)
-    saver = SaverConfig(out / "checkpoints", saves, 0, {}, {}, lambda step: {}, lambda state, step: None)
-    setup = RunSetup("train", stream, steps, out, saver=saver if saves.every else None)
-    facts = train_plan(TrainingPlan(task, config), setup, workers)
-    workers.barrier()
-    workers.close()
+        saves, saver = CheckpointConfig(checkpoint_every), None
+        if checkpoint_every:
+            folder = out / "checkpoints"
+            saver = SaverConfig(folder, saves, 0, settings, {}, lambda step: {}, lambda state, step: None)
+            if is_main and (there := CheckpointDir(folder).steps()):
+                log.warning("The training goes on from step %d in %s; another out begins again.", max(there), folder)
+        setup = RunSetup("train", stream, steps, out, saver=saver, seeds=_seed)
+        facts = train_plan(TrainingPlan(task, config), setup, workers)
+        workers.barrier()
     return facts

@@ -59,7 +59,8 @@ class Show:
 def new_recipe(action: New) -> None:
     """Writes the file."""
     file, name = action.file, action.file.stem
-    if file.suffix != ".py" or not name.isidentifier() or keyword.iskeyword(name) or name in TAKEN:
+    quoted = any(character in str(file) for character in '"\\\n')
+    if file.suffix != ".py" or quoted or not name.isidentifier() or keyword.iskeyword(name) or name in TAKEN:
         raise UserError(f"{file} names no recipe: choose a file such as flowers.py, whose recipe is flowers.")
     if file.exists():
         raise UserError(f"{file} is there already: choose another file, or remove it.")

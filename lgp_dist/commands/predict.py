@@ -10,7 +10,7 @@ from lgp_dist.config.run_config import DataConfig
 from lgp_dist.data.augment.crops import Crop
 from lgp_dist.data.augment.pixels import Pixels
 from lgp_dist.data.shards.decode import BadImage, decode_pixels
-from lgp_dist.errors import UserError
+from lgp_dist.errors import UserError, first_line
 from lgp_dist.export.formats import FORMATS
 
 Guess = tuple[str, float]
@@ -23,7 +23,10 @@ def predictions(folder: Path, images: Sequence[Path], count: int) -> list[list[G
     described = read_config(folder)
     data = data_of(described, DataConfig())
     batch = torch.cat([_pixels(image, data) for image in images])
-    logits = FORMATS["timm"].open(folder)(Pixels(data, torch.device("cpu")).normalise(batch))
+    try:
+        logits = FORMATS["timm"].open(folder)(Pixels(data, torch.device("cpu")).normalise(batch))
+    except Exception as error:  # timm and safetensors raise kinds of their own
+        raise UserError(f"{folder} is damaged ({first_line(error)}): export it again, or copy it again.") from error
     names = described.get("label_names") or [f"class {number}" for number in range(logits.shape[-1])]
     values, places = logits.softmax(-1).topk(min(count, logits.shape[-1]))
     return [

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import httpx
 
-from lgp_dist.errors import UserError
+from lgp_dist.errors import UserError, first_line
 
 NEEDED = ("README.md", "model.safetensors", "verify.json")
 """Files that every exported folder has."""
@@ -31,6 +31,7 @@ def push(folder: Path, name: str, *, private: bool) -> str:
         api.create_repo(name, private=private, exist_ok=True)
         done = api.create_commit(name, operations, commit_message=f"lgp push {folder.name}")
     except (OSError, ValueError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
-        raise UserError(f"The hub did not take {name} ({reason}): check name, token and connection.") from None
+        raise UserError(
+            f"The hub did not take {name} ({first_line(error)}): check name, token and connection."
+        ) from None
     return f"{folder}: {len(files)} files in {done.commit_url}"

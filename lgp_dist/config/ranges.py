@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import reprlib
 import typing
 from typing import Any
 
@@ -101,12 +102,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "export.images": (1, COUNT),
     "export.int8_images": (1, COUNT),
     **{
-        f"{stage}.train.{name}": limits
-        for stage in ("ancestry", "distil", "finetune")
+        f"{part}.{name}": limits
+        for part in ("ancestry.train", "distil.train", "finetune.train", "config")
         for name, limits in TRAIN.items()
     },
 }
-"""By dotted key, without a row's number."""
+"""By dotted key, without a row's number; config: what lgp_dist.api.train takes."""
 
 
 def check_value(key: str, value: Any) -> None:
@@ -115,11 +116,12 @@ def check_value(key: str, value: Any) -> None:
     if key_of_all_rows not in RANGES:
         return
     low, high = RANGES[key_of_all_rows]
-    if not low <= value <= high:
+    if not low <= value <= high or value == math.inf:
         if high == math.inf:
             allowed = "above 0" if low == POSITIVE else f"{low:.12g} or more"
         else:
             allowed = f"above 0 and at most {high:.12g}" if low == POSITIVE else f"from {low:.12g} to {high:.12g}"
+        allowed += " and finite" * (value == high)
         raise UserError(f"{key} is {value}, but must be {allowed}: choose another value.")
 
 
@@ -130,9 +132,11 @@ def check_types(settings: Any, prefix: str = "") -> None:
         kind = float if kind is Amount else kind
         try:
             typeguard.check_type(value, kind, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+            if isinstance(value, bool) and kind is not bool:
+                raise typeguard.TypeCheckError("a bool is an int to Python")
         except typeguard.TypeCheckError:
             known = kind.__name__ if isinstance(kind, type) else re.sub(r"\w+\.", "", str(kind))
-            raise UserError(f"{key} is {value!r}, but must be of type {known}: correct it.") from None
+            raise UserError(f"{key} is {reprlib.repr(value)}, but must be of type {known}: correct it.") from None
         parts = {f"{key}.{index}.": part for index, part in enumerate(value)} if isinstance(value, tuple) else {}
         for place, part in {f"{key}.": value, **parts}.items():
             if dataclasses.is_dataclass(part):

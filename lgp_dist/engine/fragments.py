@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lgp_dist.engine.checkpoints.tensor_slices import WEIGHT, TensorSlice
 from lgp_dist.engine.deepspeed_workarounds import OptimizerSlice, partitions, zero3
 from lgp_dist.engine.optim import materialise
+from lgp_dist.errors import UserError
 
 
 class Fragments:
@@ -26,7 +27,9 @@ class Fragments:
         fixed = [name for name, parameter in self.named if not parameter.requires_grad]
         fixed += [name for name, _ in module.named_buffers()]
         if fixed:
-            raise ValueError(f"a checkpoint would not hold {', '.join(fixed)}, which no optimizer trains")
+            raise UserError(
+                f"A checkpoint would lack {', '.join(fixed)}, which no optimizer trains: train without checkpoints."
+            )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

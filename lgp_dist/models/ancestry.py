@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from lgp_dist.config.run_config import Precision
-from lgp_dist.errors import UserError
+from lgp_dist.errors import UserError, first_line
 from lgp_dist.models.ancestry_adapter import TokenAdapter, has_token_blocks, tap
 from lgp_dist.models.vit import forward_with_taps, with_patch_product
 
@@ -175,7 +175,7 @@ def hub_weights(model: nn.Module, key: str = "ancestry") -> Path:
     try:
         return Path(hf_hub_download(source, "model.safetensors"))
     except (OSError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(f"{source} could not be fetched from the hub ({reason}): connect, or {elsewhere}.") from None
 
 

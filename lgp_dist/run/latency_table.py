@@ -25,7 +25,7 @@ def with_table(rows: Iterable[PathRow], file: Path) -> list[PathRow]:
             raise UserError(f"{file} names {key} twice: leave one latency.")
         try:
             found[key] = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             found[key] = math.nan
         if not 0 < found[key] < math.inf:
             raise UserError(f"{file} has {value!r} for {key}: write milliseconds, a number above 0.")

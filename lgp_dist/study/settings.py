@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from lgp_dist.config.flat import flatten, unflatten
 from lgp_dist.config.run_config import RunConfig
+from lgp_dist.errors import UserError
 from lgp_dist.recipes import known_recipes
 
 
@@ -22,7 +23,8 @@ def with_values(
     """The configuration with these values under dotted keys. missing: what happens with keys that it does not have."""
     own = flatten(config)
     if missing == "raise" and values.keys() - own.keys():
-        raise KeyError(f"{config.recipe} has no {sorted(values.keys() - own.keys())}")
+        key = min(values.keys() - own.keys())
+        raise UserError(f"{config.recipe} has no setting {key}, which a variant changes: study another recipe.")
     return unflatten(own | {key: value for key, value in values.items() if key in own}, config)
 
 

@@ -1,6 +1,6 @@
-"""Run by `accelerate launch`: trains the network of examples/two_branches.py with checkpoints.
+"""Run by `accelerate launch`: trains the network of examples/two_branches.py with checkpoints, then another such.
 
-Arguments: a folder, and the step whose batch raises an error.
+Arguments: a folder, and the step of the first training whose batch raises an error.
 """
 
 import os
@@ -23,10 +23,11 @@ def main() -> None:
             raise ConnectionError("the disk of this node is gone")
         return two_branches.batches(place)
 
-    task, config = two_branches.task(), two_branches.CONFIG
-    train(task, batches, 6, folder, config, EngineConfig(precision="fp32", device="cpu"), checkpoint_every=2)
-    if os.environ["RANK"] == "0":
-        save_file(task.module.state_dict(), folder / "network.safetensors")
+    for place, source in ((folder, batches), (folder / "second", two_branches.batches)):
+        task, engine = two_branches.task(), EngineConfig(precision="fp32", device="cpu")
+        train(task, source, 6, place, two_branches.CONFIG, engine, checkpoint_every=2)
+        if os.environ["RANK"] == "0":
+            save_file(task.module.state_dict(), place / "network.safetensors")
 
 
 if __name__ == "__main__":

@@ -65,18 +65,22 @@ def test_ranks_equal_one_process(tmp_path: Path, engine: str) -> None:
 
 @pytest.mark.slow
 def test_a_training_that_ends_early_goes_on(tmp_path: Path) -> None:
-    """From its newest checkpoint, without an earlier batch; under ZeRO-2 and, from the same, under ZeRO-3."""
+    """From its newest checkpoint, without an earlier batch; under ZeRO-2 and, from the same, under ZeRO-3 and DDP. Then
+    the same processes train again."""
     worker, folder = str(HERE / "own_task_worker.py"), tmp_path / "out"
     done = run_workers(WORLD, True, ["--zero_stage", "2", worker, str(folder), "4"])
     assert done.returncode != 0 and "the disk of this node is gone" in done.stderr
     assert (folder / "checkpoints" / "step-00000002").is_dir()
-    shutil.copytree(folder, tmp_path / "other")
-    for stage, place in (("2", folder), ("3", tmp_path / "other")):
-        done = run_workers(WORLD, True, ["--zero_stage", stage, worker, str(place), "1"])
+    for engine in ("2", "3", "ddp"):
+        place = Path(shutil.copytree(folder, tmp_path / engine))
+        stage = [] if engine == "ddp" else ["--zero_stage", engine]
+        done = run_workers(WORLD, engine != "ddp", [*stage, worker, str(place), "1"])
         assert done.returncode == 0, done.stderr[-6000:]
-        steps = [json.loads(line)["step"] for line in (place / "metrics.jsonl").read_text().splitlines()]
-        assert steps == [*range(STEPS)]
-        assert difference(load_file(place / "network.safetensors"), alone()) <= TOLERANCE
+        assert "The training goes on from step" in done.stderr
+        for trained in (place, place / "second"):
+            steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
+            assert steps == [*range(STEPS)]
+            assert difference(load_file(trained / "network.safetensors"), alone()) <= TOLERANCE
 
 
 def test_the_comparison_is_not_empty() -> None:

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 
 from lgp_dist import api
 from lgp_dist.config.own_recipe import OWN
+from lgp_dist.files import LOCK, locked
 from lgp_dist.recipes import recipe_of
 
 CLASSES = ("daisy", "rose", "tulip", "violet")
@@ -195,7 +197,7 @@ def test_what_the_api_says_of_wrong_calls(finished_place: Path, monkeypatch: pyt
         run.frame()
 
 
-def test_an_own_task_is_checked() -> None:
+def test_an_own_task_is_checked(tmp_path: Path) -> None:
     parts = nn.ModuleDict({"one": nn.Linear(2, 2), "two": nn.Linear(2, 2)})
     for wrong, said in (
         ({"order": ("one", "too")}, "no submodule 'too': the nearest is two"),
@@ -208,5 +210,56 @@ def test_an_own_task_is_checked() -> None:
     task = api.OwnTask(parts, lambda *given: torch.zeros(()), ("one", "two"), ("two",), lambda place: "to")
     with pytest.raises(api.UserError, match="uses returns 'o', which skippable does not name"):
         task.used(api.StepContext(0, 0, 0, 1))
-    with pytest.raises(api.UserError, match="steps is 0"):
-        api.train(task, lambda place: api.Batch(*[torch.zeros(1)] * 3), 0, "out")
+    file = tmp_path / "file"
+    file.write_text("")
+    for steps, changed, said in (
+        (0, {}, "steps is 0, but must be a whole number from 1 on"),
+        (2.5, {}, "steps is 2.5"),
+        (1, {"checkpoint_every": -2}, "checkpoint_every is -2"),
+        (1, {"config": api.TrainConfig(optimizer="adam")}, "config.optimizer is 'adam', but must be of type Literal"),
+        (1, {"config": api.TrainConfig(lr=-1.0)}, "config.lr is -1.0, but must be 0 or more"),
+        (1, {"config": api.TrainConfig(accumulate=0)}, "config.accumulate is 0"),
+        (1, {"engine": api.EngineConfig(device="tpu")}, "engine.device is 'tpu'"),
+        (1, {}, "file cannot be written to"),
+    ):
+        with pytest.raises(api.UserError, match=re.escape(said)):
+            api.train(task, lambda place: api.Batch(*[torch.zeros(1)] * 3), steps, file, **changed)
+
+
+def own_network(out: Path, steps: int = 4, broken: int = -1, **changed: Any) -> dict[str, torch.Tensor]:
+    """Weights of a small network with dropout after training with checkpoints. broken: the step whose batch raises."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3), *changed.pop("more", ()))
+
+    def batches(place: api.StepContext) -> api.Batch:
+        if place.step == broken:
+            raise ConnectionError("broken")
+        images = torch.randn(6, 4, generator=torch.Generator().manual_seed(place.step))
+        return api.Batch(images, torch.arange(6) % 3, torch.ones(6))
+
+    def loss(module: nn.Module, batch: api.Batch, place: api.StepContext) -> torch.Tensor:
+        return nn.functional.cross_entropy(module(batch.images), batch.targets)
+
+    engine = api.EngineConfig(precision="fp32", device="cpu", threads=1)
+    task = api.OwnTask(network, loss)
+    api.train(task, batches, steps, out, api.TrainConfig(warmup_epochs=0.0, **changed), engine, checkpoint_every=1)
+    return {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+
+def test_an_own_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Dropout included; other settings, a running training and a network that no checkpoint holds are refused."""
+    whole, out = own_network(tmp_path / "whole"), tmp_path / "out"
+    with pytest.raises(ConnectionError):
+        own_network(out, broken=3)
+    assert (out / "checkpoints/step-00000002").is_dir()
+    for changed, said in (
+        ({"steps": 2}, "steps was 4, now 2"),
+        ({"lr": 0.5}, "config.lr was 0.0005, now 0.5"),
+        ({"more": [nn.BatchNorm1d(3)]}, "would lack 3.running_mean"),
+    ):
+        with pytest.raises(api.UserError, match=re.escape(said)):
+            own_network(out, **changed)
+    with locked(out / LOCK), pytest.raises(api.UserError, match="is being written by process"):
+        own_network(out)
+    resumed = own_network(out, broken=1)  # whose batch is not asked for
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())

@@ -109,6 +109,9 @@ def test_predictions_are_those_of_evaluation(finished_place: Path, lgp: Lgp) -> 
     found = json.loads(lgp("predict", "run/export", *names, "--top", "10", "--json").out)
     for name, row in zip(names, expected, strict=True):
         assert [value for _, value in found[name]] == pytest.approx(sorted(row.tolist(), reverse=True), rel=1e-6)
+    weights = Path("run/export/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    has(lgp("predict", "run/export", *names).sentence, "run/export is damaged", "export it again")
 
 
 def test_every_rank_of_a_launch_reads_it(place: Path) -> None:

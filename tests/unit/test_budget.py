@@ -181,6 +181,7 @@ HEADER = "key,latency_ms\n"
         ("t.json", "[" * 100_000, ["t.json is no table"]),
         ("t.json", '{"a": 1, "a": 2}', ["t.json names a twice"]),
         ("t.json", '{"a": true}', ["True for a"]),
+        ("t.json", f'{{"a": {10**400}}}', ["0 for a: write milliseconds"]),
         ("t.json", '{"a": [1]}', ["[1] for a"]),
         ("t.json", '{"a": 1', ["t.json is no table", "JSON with milliseconds by key"]),
         ("t.json", "[1, 2]", ["t.json is no table"]),

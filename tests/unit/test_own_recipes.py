@@ -39,6 +39,7 @@ def needs(more): return tiny()
 def leaves(): raise SystemExit(0)
 def misspelt(): return replace(tiny(), sead=1)
 def text(): return replace(tiny(), data=replace(tiny().data, image_size="big"))
+def flag(): return replace(tiny(), seed=True)
 def word(): return replace(tiny(), finetune=replace(tiny().finetune, policy="spred"))
 def row(): return replace(tiny(), model=replace(tiny().model, rows=(replace(tiny().model.rows[0], width=9.5),)))
 """
@@ -85,6 +86,7 @@ WRONG = {
     "run own.py:leaves": ("own.py:leaves raises SystemExit in line 21 of own.py (0)",),
     "run own.py:misspelt": ("own.py:misspelt raises TypeError in line 22 of own.py", "'sead'"),
     "run own.py:text": ("In what own.py:text returns, data.image_size is 'big', but must be of type int",),
+    "run own.py:flag": ("seed is True, but must be of type int",),
     "show own.py:word": ("finetune.policy is 'spred', but must be of type Literal['independent', 'shared',",),
     "paths own.py:row": ("model.rows.0.width is 9.5, but must be of type int",),
     "run own.mine": ("There is no recipe 'own.mine'", "write FILE.py:FUNCTION"),

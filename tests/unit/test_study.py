@@ -126,7 +126,7 @@ def test_systems_are_recipes_with_the_same_changes() -> None:
     assert (two.recipe, two.seed, two.data.root, two.model) == ("pool18", 3, "there", RECIPES["pool18"]().model)
     values = {"model.rows.1.heads": 6, "model.rows.7.heads": 1, "no.such": 1}
     assert with_values(two, values, missing="ignore").model.rows[1].heads == 6
-    with pytest.raises(KeyError, match="no.such"):
+    with pytest.raises(UserError, match="model.rows.7.heads"):
         with_values(two, values)
 
 

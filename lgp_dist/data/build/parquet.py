@@ -14,7 +14,7 @@ from lgp_dist.data.shards.account import Account
 from lgp_dist.data.shards.formats import mistaken
 from lgp_dist.data.shards.promises import missing
 from lgp_dist.data.shards.splits import KNOWN, check_words, gaps, parquet_name
-from lgp_dist.errors import UserError
+from lgp_dist.errors import UserError, first_line
 from lgp_dist.files import replacing, write_atomic
 
 ROWS = 64
@@ -129,7 +129,7 @@ def _spool(reader: Any, path: Path, target: Path) -> _Spooled:
             raise  # the disk, not the file
         said = (
             f"{path} cannot be read as parquet with columns image (bytes, path) and label"
-            f" ({str(error).splitlines()[0] if str(error) else type(error).__name__}): download the file again."
+            f" ({first_line(error)}): download the file again."
         )
         raise UserError(mistaken(path, "parquet") or said) from error
     stored = _Spooled(position, classes, rows, _identity(path))
