@@ -1,10 +1,10 @@
 """A run: its stages in order. Stages whose artifacts are complete are skipped."""
 
-import importlib
 import logging
 from collections.abc import Callable
 
 from lgp_dist.config.run_config import RunConfig
+from lgp_dist.report.publish import publish
 from lgp_dist.run.log import show
 from lgp_dist.run.path_rows import read_rows
 from lgp_dist.stages import ancestry, descend, distil, evaluate, export, finetune, pool
@@ -65,9 +65,9 @@ def report(context: Context, stages: tuple[str, ...]) -> None:
     workers.watchdog.begin("report")
     if workers.is_main:
         artifacts = {artifact.record["stage"]: artifact for artifact in run.consistent()}
-        publish = importlib.import_module("lgp_dist.report.publish").publish  # matplotlib, for rank 0 alone
         table = publish(run.root, context.config.recipe, context.settings, [*artifacts.values()], workers.device_name)
         choice = next((artifacts[stage].facts for stage in ("export", "descend") if stage in artifacts), {})
-        context.tracking.results(run.root, read_rows(run.root / "paths.json") if table else [], choice)
+        rows = read_rows(run.root / "paths.json") if table else []
+        context.tracking.results(run.root, rows, choice)
         if table and "evaluate" in stages:
             show(f"\n{table}\n\nResults: {run.root}/report.html, paths.csv, pareto.png, export/\n")
